@@ -1,0 +1,55 @@
+"""Everything that goes wrong on purpose.
+
+OpdError
+├── UserError            the input is wrong: one line, exit code 2
+│   ├── RecipeError      a recipe, an option, a value
+│   ├── DataError        a data file, or a row where rows are not skipped
+│   ├── ModelError       a model folder
+│   ├── BackendError     a backend that is unknown, not installed, or has no device
+│   └── FolderError      a run folder: taken, missing, unwritable
+└── RunError             the run failed on its own: one line, exit code 1
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OpdError(Exception):
+    """Base of all errors that `opd` raises for a person to read: one line that says what, where, and what to do."""
+
+
+class UserError(OpdError):
+    """The input is wrong; the command line exits with 2."""
+
+
+class RecipeError(UserError):
+    """A recipe, an option or one of their values is wrong."""
+
+
+class DataError(UserError):
+    """A data file cannot be used, or a row cannot where rows are not skipped."""
+
+
+class ModelError(UserError):
+    """A model folder is missing, incomplete, or of an architecture that is not supported."""
+
+
+class BackendError(UserError):
+    """A backend is unknown, not installed, or has no device on this machine."""
+
+
+class FolderError(UserError):
+    """A run folder is taken, missing, no run, or cannot be written."""
+
+
+class RunError(OpdError):
+    """The run failed although the input was right; the command line exits with 1."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause naming the known name nearest to a misspelt one, or listing all that are known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,204 @@
+"""The types that flow between data, method and backends.
+
+Legend: P prompt tokens, T completion tokens, n completions of a prompt, S visual tokens of a prompt. All arrays are numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+FloatArray: TypeAlias = NDArray[np.float32]
+IntArray: TypeAlias = NDArray[np.int32]
+ImageSource: TypeAlias = Path | Image
+Policy: TypeAlias = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Box:
+    """An evidence box in pixels of one image: left, top, right, bottom; right and bottom are exclusive."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of data: what the student sees, and where the evidence is.
+
+    Evidence is either `boxes`, from which the teacher's crop is cut, or `teacher_images`, given as they are.
+    `answer` and `choices` serve measuring only; training never reads them.
+    """
+
+    id: str
+    images: tuple[ImageSource, ...]
+    question: str
+    boxes: tuple[Box, ...] = ()
+    teacher_images: tuple[ImageSource, ...] = ()
+    teacher_question: str | None = None
+    answer: str | None = None
+    choices: tuple[str, ...] = ()
+    weight: float = 1.0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Where a prompt's visual tokens stand and what they look at.
+
+    `index` [S]: position in the prompt's tokens. `image` [S]: which image. `boxes` [S, 4]: left, top, right, bottom in pixels of
+    that image as it was given to the encoder.
+    """
+
+    index: IntArray
+    image: IntArray
+    boxes: FloatArray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded prompt, ready for any backend.
+
+    `tokens` [P]; `positions` [axes, P], the rotary positions (3 axes for mRoPE families); completion token t stands at
+    `start + t` on every axis. `images` holds the model's own forward arguments by name (`pixel_values`, `image_grid_thw`).
+    `key` is a hash of image content and processor settings: equal keys mean equal vision features.
+    """
+
+    tokens: IntArray
+    positions: IntArray
+    images: Mapping[str, NDArray[np.generic]]
+    key: str
+    visual: VisualTokens
+
+    @property
+    def start(self) -> int:
+        """Position of the first completion token: largest prompt position + 1, which is not P where images compress positions."""
+        return int(self.positions.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled completion: `tokens` [T] with the end-of-turn token if it was reached (`finished`), and `logprobs` [T].
+
+    `logprobs` are natural logarithms under the very distribution each token was drawn from, temperature and banned tokens included;
+    at temperature 0 (greedy) they are of temperature 1.
+    """
+
+    tokens: IntArray
+    logprobs: FloatArray
+    finished: bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The unit of work: one student prompt, one teacher prompt, and the n completions that both are read along.
+
+    `weights` holds one float32 [T] array per completion; the step's loss is the plain sum of weight * ratio * divergence over
+    all groups, so weights are normalised before they get here, and 0 removes a token.
+    """
+
+    student: Prompt
+    teacher: Prompt
+    completions: tuple[Completion, ...]
+    weights: tuple[FloatArray, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens of the group."""
+        return sum(len(completion) for completion in self.completions)
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The most likely next tokens of one policy at each position: `tokens` and `logprobs`, both [T, top], best first."""
+
+    tokens: IntArray
+    logprobs: FloatArray
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What is known of each token of one completion; every array is float32 [T], in nats.
+
+    Log-probabilities and entropies are of the tempered distributions over the full vocabulary. `divergence` is the objective's value
+    before weight and importance ratio.
+    """
+
+    student_logprobs: FloatArray
+    teacher_logprobs: FloatArray
+    student_entropy: FloatArray
+    teacher_entropy: FloatArray
+    ratio: FloatArray
+    divergence: FloatArray
+    student_top: Alternatives | None = None
+    teacher_top: Alternatives | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: `temperature` (0 is greedy), `stop` ids that end a completion, `banned` ids that never appear."""
+
+    temperature: float = 1.0
+    stop: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Update:
+    """One AdamW step with bias correction: decoupled weight decay on every trained parameter, clipping by global norm."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_clip: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """`gradient_norm` before clipping; `taken` is False where it was not finite and nothing was changed."""
+
+    gradient_norm: float
+    taken: bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a backend loads a model: `path` is a folder in Hugging Face layout."""
+
+    path: Path
+    dtype: str = "float32"
+    tune_vision: bool = True
+
+
+class Encoder(Protocol):
+    """Turns images and a question into a Prompt, and tokens back into text; `opd.prompts.PromptEncoder` is the real one."""
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Ids that end a completion."""
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """Ids that never appear in a completion."""
+
+    def encode(self, images: Sequence[Image], question: str) -> Prompt:
+        """One user turn, ready for the model's answer."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of a completion, without special tokens."""
