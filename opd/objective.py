@@ -1,0 +1,166 @@
+"""The objective: token-level divergence between student and teacher, and its float64 numpy reference.
+
+Legend: N completion tokens, V vocabulary, K support (top-k entries of the student), T temperature.
+Small letters s, t, m are log-probabilities of student, teacher and their mixture; p, q, r the probabilities.
+
+For every completion token, with s = log_softmax(student logits / T) and t likewise over the full vocabulary:
+
+1. support: the `top_k` largest student entries; t is gathered at the same ids; the ids are constants for the gradient;
+2. tail: one more bucket with the rest of the mass, or, without it, both sides renormalised over the support;
+3. divergence with M = (1 - alpha) S + alpha T:  (1 - alpha) KL(S || M) + alpha KL(T || M),
+   where alpha = 0 is defined as KL(T || S) and alpha = 1 as KL(S || T) (the formula's own limit there is 0);
+4. times the importance ratio min(exp(clip(s[token] - sampler, -20, 20)), ratio_clip), a constant for the gradient.
+
+Source: Vision-OPD (arXiv 2605.18740), sections 3.2 and 3.3; generalised Jensen-Shannon: GKD (arXiv 2306.13649), eq. 1.
+The backends hold kernels of the same function; this module is what they are tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Float64 = NDArray[np.float64]
+
+LOG_RATIO_BOUND = 20.0
+"""The importance ratio's logarithm is clipped to plus and minus this before exp."""
+
+TAIL_BOUND = -1e-7
+"""The support's log-mass is kept at most this, so that log(1 - mass) stays finite in float32."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at every completion token.
+
+    `alpha` in 0..1: weight of the teacher in the mixture. `top_k`: size of the support, None for the full vocabulary.
+    `tail`: one bucket for the mass outside the support. `ratio_clip`: upper bound of the importance ratio, None for no correction.
+    `temperature` > 0: of both policies. `form`: "divergence" is the full divergence; "sampled" is the policy-gradient form of the
+    reverse KL, `stop_gradient(s[token] - t[token]) * s[token]`, which reads the sampled token alone (alpha, top_k and tail unused).
+    """
+
+    alpha: float = 0.5
+    top_k: int | None = 100
+    tail: bool = True
+    ratio_clip: float | None = 2.0
+    temperature: float = 1.0
+    form: Literal["divergence", "sampled"] = "divergence"
+
+    def support(self, vocabulary: int) -> int | None:
+        """Entries of the support, or None where it is the full vocabulary (then there is no tail)."""
+        return None if self.top_k is None or self.top_k >= vocabulary else self.top_k
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The reference's whole result, float64: [N] arrays and `gradient` [N, V] of ratio * divergence to the raw student logits.
+
+    In the sampled form the gradient is that of the surrogate, whose value is not the divergence.
+    """
+
+    student_logprobs: Float64
+    teacher_logprobs: Float64
+    student_entropy: Float64
+    teacher_entropy: Float64
+    ratio: Float64
+    divergence: Float64
+    gradient: Float64
+
+
+def reference(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, tokens: ArrayLike, sampler_logprobs: ArrayLike, objective: Objective
+) -> tuple[Float64, Float64]:
+    """Value [N] (importance ratio times divergence, nats) and its gradient [N, V] to the raw student logits, in float64.
+
+    `student_logits`, `teacher_logits` [N, V] raw; `tokens` [N] ids; `sampler_logprobs` [N] as recorded by the sampler.
+    """
+    result = evaluate(student_logits, teacher_logits, tokens, sampler_logprobs, objective)
+    return result.ratio * result.divergence, result.gradient
+
+
+def evaluate(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, tokens: ArrayLike, sampler_logprobs: ArrayLike, objective: Objective
+) -> Evaluation:
+    """Everything `reference` knows: statistics of every token, divergence and gradient; arguments as there."""
+    ids = np.asarray(tokens, dtype=np.int64)
+    rows = np.arange(len(ids))
+    s = log_softmax(np.asarray(student_logits, dtype=np.float64) / objective.temperature)
+    t = log_softmax(np.asarray(teacher_logits, dtype=np.float64) / objective.temperature)
+    ratio = importance_ratio(s[rows, ids], np.asarray(sampler_logprobs, dtype=np.float64), objective.ratio_clip)
+    if objective.form == "sampled":
+        divergence = s[rows, ids] - t[rows, ids]
+        outer = np.zeros_like(s)
+        outer[rows, ids] = divergence
+    else:
+        divergence, outer = _divergence(s, t, objective)
+    # Through s = z / T - logsumexp(z / T): ds_i/dz_j = (1[i = j] - p_j) / T.
+    gradient = (outer - np.exp(s) * outer.sum(-1, keepdims=True)) * ratio[:, None] / objective.temperature
+    return Evaluation(
+        student_logprobs=s[rows, ids],
+        teacher_logprobs=t[rows, ids],
+        student_entropy=-(np.exp(s) * s).sum(-1),
+        teacher_entropy=-(np.exp(t) * t).sum(-1),
+        ratio=ratio,
+        divergence=divergence,
+        gradient=gradient,
+    )
+
+
+def importance_ratio(student_logprobs: Float64, sampler_logprobs: Float64, clip: float | None) -> Float64:
+    """Ratio [N] of the student's to the sampler's probability of each token, bounded above by `clip`; 1 without a clip."""
+    if clip is None:
+        return np.ones_like(student_logprobs)
+    log_ratio = np.clip(student_logprobs - sampler_logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return np.minimum(np.exp(log_ratio), clip)
+
+
+def log_softmax(logits: Float64) -> Float64:
+    """Normalised log-probabilities over the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def _divergence(s: Float64, t: Float64, objective: Objective) -> tuple[Float64, Float64]:
+    """Divergence [N] and its derivative [N, V] to the student's log-probabilities s."""
+    k = objective.support(s.shape[-1])
+    if k is None:
+        return _between(s, t, objective.alpha)
+    ids = np.argpartition(-s, k - 1, axis=-1)[:, :k]
+    s_k, t_k = np.take_along_axis(s, ids, -1), np.take_along_axis(t, ids, -1)
+    s_mass, t_mass = _logsumexp(s_k), _logsumexp(t_k)
+    if objective.tail:
+        divergence, inner = _between(_with_tail(s_k, s_mass), _with_tail(t_k, t_mass), objective.alpha)
+        # d tail / d s_i = -p_i / (1 - mass), and 0 where the bound holds the mass still.
+        slope = np.where(s_mass < TAIL_BOUND, -1.0 / -np.expm1(np.minimum(s_mass, TAIL_BOUND)), 0.0)
+        at_support = inner[:, :k] + inner[:, k:] * slope * np.exp(s_k)
+    else:
+        divergence, inner = _between(s_k - s_mass, t_k - t_mass, objective.alpha)
+        at_support = inner - np.exp(s_k - s_mass) * inner.sum(-1, keepdims=True)
+    outer = np.zeros_like(s)
+    np.put_along_axis(outer, ids, at_support, -1)
+    return divergence, outer
+
+
+def _with_tail(logprobs: Float64, mass: Float64) -> Float64:
+    """`logprobs` [N, K] and a last bucket with what `mass` [N, 1], their logsumexp, leaves."""
+    return np.concatenate([logprobs, np.log(-np.expm1(np.minimum(mass, TAIL_BOUND)))], axis=-1)
+
+
+def _between(s: Float64, t: Float64, alpha: float) -> tuple[Float64, Float64]:
+    """Generalised Jensen-Shannon divergence [N] of two log-distributions [N, K], and its derivative to s."""
+    p, q = np.exp(s), np.exp(t)
+    if alpha == 0.0:
+        return (q * (t - s)).sum(-1), -q
+    if alpha == 1.0:
+        return (p * (s - t)).sum(-1), p * (s - t + 1.0)
+    m = np.logaddexp(np.log1p(-alpha) + s, np.log(alpha) + t)
+    divergence = (1.0 - alpha) * (p * (s - m)).sum(-1) + alpha * (q * (t - m)).sum(-1)
+    return divergence, (1.0 - alpha) * p * (s - m)
+
+
+def _logsumexp(x: Float64) -> Float64:
+    top = x.max(-1, keepdims=True)
+    return np.asarray(top + np.log(np.exp(x - top).sum(-1, keepdims=True)))
