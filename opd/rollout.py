@@ -1,0 +1,139 @@
+"""Rollout bookkeeping: micro-batches, what is dropped, and the weights of a step's tokens.
+
+Legend: B prompts of a step, n completions of each, T tokens of a completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from opd.backend import Backend
+from opd.options import Options
+from opd.types import Completion, FloatArray, Group, Policy, Prompt, Sampling
+
+
+class RolloutOptions(Options):
+    """What the student samples in a step."""
+
+    prompts: int = Field(96, ge=1, description="Prompts of one optimizer step.")
+    completions: int = Field(8, ge=1, description="Completions sampled of each prompt.")
+    max_tokens: int = Field(1024, ge=1, description="Longest completion, in tokens.")
+    temperature: float = Field(1.0, gt=0, le=10, description="Sampling temperature; the objective reads both policies at it.")
+    microbatch_tokens: int = Field(
+        16384, ge=1, description="Padded tokens that run together; a longer group runs alone. Changes no result."
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example as the two policies see it: student prompt, teacher prompt, and what training needs to know of the example."""
+
+    index: int
+    id: str
+    weight: float
+    student: Prompt
+    teacher: Prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The pairs that have something to learn from, their completions, and how many completions were dropped."""
+
+    pairs: tuple[Pair, ...]
+    completions: tuple[tuple[Completion, ...], ...]
+    dropped: int
+
+
+def microbatches(costs: Sequence[tuple[int, int]], completions: int, budget: int) -> list[list[int]]:
+    """Cuts groups into micro-batches of at most `budget` padded tokens, like lengths together to pad little.
+
+    `costs` holds (prompt tokens, tokens of the longest completion) of each group. Returns indices; a group above the budget is alone.
+    """
+    order = sorted(range(len(costs)), key=lambda index: costs[index], reverse=True)
+    cut: list[list[int]] = []
+    longest_prompt = longest_completion = 0
+    for index in order:
+        prompt, completion = costs[index]
+        padded = max(longest_prompt, prompt) + completions * max(longest_completion, completion)
+        if cut and padded * (len(cut[-1]) + 1) <= budget:
+            cut[-1].append(index)
+            longest_completion = max(longest_completion, completion)
+        else:
+            cut.append([index])
+            longest_prompt, longest_completion = prompt, completion
+    return cut
+
+
+def sample(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    uniforms: FloatArray,
+    sampling: Sampling,
+    budget: int,
+    policy: Policy = "student",
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> list[list[Completion]]:
+    """Samples all prompts in micro-batches, in the order they came. `uniforms` [B, n, max_tokens]; `progress` hears of finished prompts."""
+    _, completions, max_tokens = uniforms.shape
+    result: list[list[Completion]] = [[] for _ in prompts]
+    parts = microbatches([(len(prompt), max_tokens) for prompt in prompts], completions, budget)
+    parts += [[0]] * (most(backend, len(parts)) - len(parts))  # every process makes the same number of calls
+    for part in parts:
+        sampled = backend.sample([prompts[index] for index in part], uniforms[part], sampling, policy)
+        for index, group in zip(part, sampled, strict=True):
+            result[index] = group
+        progress(len(part))
+    return result
+
+
+def keep(pairs: Sequence[Pair], sampled: Sequence[Sequence[Completion]], banned: Sequence[int]) -> Rollout:
+    """Drops empty completions and such that hold a banned token, and pairs with nothing left; they are counted, never fatal."""
+    kept = [tuple(completion for completion in group if _usable(completion, banned)) for group in sampled]
+    dropped = sum(len(group) for group in sampled) - sum(len(group) for group in kept)
+    left = [index for index, group in enumerate(kept) if group]
+    return Rollout(tuple(pairs[index] for index in left), tuple(kept[index] for index in left), dropped)
+
+
+def groups(rollout: Rollout, step_tokens: int) -> list[Group]:
+    """Groups whose weights make their sum the mean over all `step_tokens` tokens of the step, over all processes.
+
+    A token's weight is its example's weight / step_tokens, so micro-batches and processes cannot change the result.
+    """
+    return [
+        Group(
+            pair.student,
+            pair.teacher,
+            completions,
+            tuple(np.full(len(completion), pair.weight / max(1, step_tokens), np.float32) for completion in completions),
+        )
+        for pair, completions in zip(rollout.pairs, rollout.completions, strict=True)
+    ]
+
+
+def cut(step: Sequence[Group], budget: int) -> list[list[int]]:
+    """Cuts a step's groups into micro-batches by their longer prompt and longest completion; see `microbatches`."""
+    costs = [(max(len(group.student), len(group.teacher)), max(map(len, group.completions))) for group in step]
+    completions = max((len(group.completions) for group in step), default=0)
+    return microbatches(costs, completions, budget)
+
+
+def spare(pair: Pair, stop: Sequence[int]) -> Group:
+    """A group of one stop token with weight 0: it costs a call and adds nothing. It pads the calls of a process that has fewer."""
+    token = Completion(np.array(stop[:1], np.int32), np.zeros(1, np.float32), finished=True)
+    return Group(pair.student, pair.teacher, (token,), (np.zeros(1, np.float32),))
+
+
+def most(backend: Backend, count: int) -> int:
+    """The largest of all processes' counts."""
+    counts: NDArray[np.float64] = np.zeros(backend.size)
+    counts[backend.rank] = count
+    return int(backend.total(counts).max())
+
+
+def _usable(completion: Completion, banned: Sequence[int]) -> bool:
+    return len(completion) > 0 and not np.isin(completion.tokens, banned).any()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd import measure
+from opd.rollout import Pair, cut, groups, keep, microbatches, sample, spare
+from opd.toy import ToyBackend, ToyEncoder
+from opd.types import Completion, Sampling
+from opd.view import ViewOptions
+from tests.conftest import coloured
+
+
+def completion(*tokens, finished=True):
+    return Completion(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), finished)
+
+
+def pairs(count=3, weight=1.0):
+    encoder, view = ToyEncoder(), ViewOptions()
+    return [
+        Pair(index, one.id, weight, measure.encode_student(encoder, one), measure.encode_teacher(encoder, one, view))
+        for index, one in enumerate(coloured(count))
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 80)), max_size=30), st.integers(1, 8), st.integers(1, 3000))
+def test_micro_batches_hold_every_group_once_within_the_budget(costs, completions, budget):
+    parts = microbatches(costs, completions, budget)
+    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
+    for part in parts:
+        padded = max(costs[index][0] for index in part) + completions * max(costs[index][1] for index in part)
+        assert len(part) == 1 or padded * len(part) <= budget
+
+
+def test_micro_batches_put_like_lengths_together():
+    assert microbatches([(100, 4), (10, 4), (98, 4), (12, 4)], 1, 210) == [[0, 2], [3, 1]]
+
+
+def test_what_is_dropped_is_counted():
+    sampled = [[completion(5, 0), completion(1, 0)], [completion()], [completion(7), completion(8, 0)]]
+    rollout = keep(pairs(), sampled, banned=(1,))
+    assert rollout.dropped == 2
+    assert [pair.index for pair in rollout.pairs] == [0, 2]
+    assert [[one.tokens.tolist() for one in group] for group in rollout.completions] == [[[5, 0]], [[7], [8, 0]]]
+
+
+def test_weights_are_the_mean_over_all_tokens_of_the_step():
+    rollout = keep(pairs(2, weight=0.5), [[completion(5, 0), completion(6)], [completion(7, 8, 0)]], banned=())
+    made = groups(rollout, step_tokens=12)  # six tokens here, six on another process
+    assert [[weights.tolist() for weights in group.weights] for group in made] == [
+        [[np.float32(0.5 / 12)] * 2, [np.float32(0.5 / 12)]],
+        [[np.float32(0.5 / 12)] * 3],
+    ]
+    assert sorted(chain(*cut(made, 10**6))) == [0, 1]
+
+
+def test_sampling_does_not_depend_on_the_cut():
+    backend, prompts = ToyBackend(), [pair.student for pair in pairs(5)]
+    uniforms = np.random.default_rng(0).random((5, 3, 6), np.float32)
+    seen = []
+    whole = sample(backend, prompts, uniforms, Sampling(1.0, (0,), (1,)), 10**6)
+    apart = sample(backend, prompts, uniforms, Sampling(1.0, (0,), (1,)), 1, progress=seen.append)
+    assert seen == [1] * 5
+    for ours, theirs in zip(whole, apart, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_a_spare_group_adds_nothing():
+    backend = ToyBackend()
+    from opd.objective import Objective
+
+    backend.accumulate([spare(pairs(1)[0], (0,))], Objective())
+    assert all((value == 0).all() for value in backend.tensors("gradient").values())
