@@ -1,0 +1,126 @@
+"""The conformance suite passes on every backend, and fails on backends that are wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from opd import backend as backends
+from opd import measure
+from opd.prompts import PromptEncoder
+from opd.testing import check
+from opd.toy import ToyBackend, ToyEncoder
+from opd.types import ModelOptions
+from opd.view import ViewOptions
+from tests.conftest import coloured
+
+
+def pairs(encoder, examples):
+    view = ViewOptions()
+    return [(measure.encode_student(encoder, one), measure.encode_teacher(encoder, one, view)) for one in examples]
+
+
+def toy(make):
+    encoder = ToyEncoder()
+    return {result.name: result for result in check(make, pairs(encoder, coloured(4)), encoder.stop, encoder.banned)}
+
+
+def test_toy():
+    assert [str(result) for result in toy(ToyBackend).values() if not result.passed] == []
+
+
+def test_backends(backend_name, random_model):
+    encoder = PromptEncoder(random_model)
+    examples = [replace(one, question=one.question * (1 + index)) for index, one in enumerate(coloured(4))]
+    results = check(lambda: backends.load(backend_name, ModelOptions(random_model)), pairs(encoder, examples), encoder.stop, encoder.banned)
+    assert [str(result) for result in results if not result.passed] == []
+
+
+class Mean(ToyBackend):
+    """Averages per call, as the official code does."""
+
+    def accumulate(self, groups, objective):
+        before = {name: value.copy() for name, value in self.gradient.items()}
+        statistics = super().accumulate(groups, objective)
+        for name, value in self.gradient.items():
+            value[...] = before[name] + (value - before[name]) / len(groups)
+        return statistics
+
+
+class Unclipped(ToyBackend):
+    def apply(self, update):
+        return super().apply(replace(update, gradient_clip=None))
+
+
+class NoBias(ToyBackend):
+    def apply(self, update):
+        self.steps += 1000
+        result = super().apply(update)
+        self.steps -= 1000
+        return result
+
+
+class Forgets(ToyBackend):
+    """Loses the teacher on resume, as the official code does."""
+
+    def load(self, folder):
+        super().load(folder)
+        self.teacher = {name: value.copy() for name, value in self.student.items()}
+
+
+class TeacherSeesStudent(ToyBackend):
+    """The gradient goes through the teacher's side too, and with the wrong sign."""
+
+    def accumulate(self, groups, objective):
+        statistics = super().accumulate(groups, objective)
+        self.gradient["vision"] *= -1
+        return statistics
+
+
+class Warm(ToyBackend):
+    def sample(self, prompts, uniforms, sampling, policy="student"):
+        return super().sample(prompts, uniforms, replace(sampling, temperature=sampling.temperature and 1.1), policy)
+
+
+class Unbanned(ToyBackend):
+    def sample(self, prompts, uniforms, sampling, policy="student"):
+        return super().sample(prompts, uniforms, replace(sampling, banned=()), policy)
+
+
+class Steps(ToyBackend):
+    def apply(self, update):
+        if not all(np.isfinite(value).all() for value in self.gradient.values()):
+            self.gradient = {name: np.nan_to_num(value) + 1 for name, value in self.gradient.items()}
+        return super().apply(update)
+
+
+class Slow(ToyBackend):
+    def move_teacher(self, rate):
+        super().move_teacher(rate * 0.9)
+
+
+class Leaks(ToyBackend):
+    def score(self, groups, objective, top=0):
+        super().accumulate(groups, objective)
+        return super().score(groups, objective, top)
+
+
+@pytest.mark.parametrize(
+    ("broken", "check_name"),
+    [
+        (Mean, "calls add up"),
+        (Unclipped, "a step is AdamW"),
+        (NoBias, "a step is AdamW"),
+        (Forgets, "a checkpoint restores all"),
+        (TeacherSeesStudent, "the gradient is the loss's derivative"),
+        (Warm, "on-policy ratio is one"),
+        (Unbanned, "sampling keeps the rules"),
+        (Steps, "a step that is not finite changes nothing"),
+        (Slow, "the teacher moves by its rate"),
+        (Leaks, "score is accumulate without gradient"),
+    ],
+)
+def test_every_check_can_fail(broken, check_name):
+    assert not toy(broken)[check_name].passed
