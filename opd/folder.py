@@ -1,0 +1,130 @@
+"""The run folder: everything a run writes, each file whole or not at all.
+
+config.toml, metrics.jsonl, rollouts.jsonl, answers.jsonl, summary.json, model/, checkpoints/step-000040/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.errors import FolderError, RunError
+
+CONFIG = "config.toml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk; `path` holds a config.toml."""
+
+    path: Path
+
+    @staticmethod
+    def create(path: Path, config: str, force: bool = False) -> RunFolder:
+        """Starts a run folder. One that holds a run already is kept: refused, or with `force` renamed to NAME~1, NAME~2, ...
+
+        Raises FolderError where it is taken or cannot be written.
+        """
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                if not (force and (path / CONFIG).is_file()):
+                    what = "holds a run" if (path / CONFIG).is_file() else "exists and is no run"
+                    todo = "continue it with --resume, replace it with --force, or" if (path / CONFIG).is_file() else "please"
+                    raise FolderError(f"run folder '{path}' {what}; {todo} name another with --out")
+                path.rename(_free(path))
+            path.mkdir(parents=True, exist_ok=True)
+            _write(path / CONFIG, config)
+        except OSError as error:
+            raise FolderError(f"run folder '{path}' cannot be written: {error.strerror}; name another with --out") from error
+        return RunFolder(path)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """The folder of an earlier run. Raises FolderError where there is none."""
+        if not (path / CONFIG).is_file():
+            raise FolderError(f"'{path}' is no run folder: it has no {CONFIG}")
+        return RunFolder(path)
+
+    @property
+    def model(self) -> Path:
+        """Where the trained student goes."""
+        return self.path / "model"
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Appends one object to a .jsonl file."""
+        with _guarded(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over."""
+        path = self.path / name
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def rewrite(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces a .jsonl file."""
+        with _guarded(self.path / name):
+            _write(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a .json file."""
+        with _guarded(self.path / name):
+            _write(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The object of a .json file. Raises OSError or ValueError where it is missing or damaged."""
+        return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+
+    def fill(self, path: Path, fill: Callable[[Path], None]) -> None:
+        """Lets `fill` write a folder under a temporary name, then puts it in place of `path`."""
+        temporary = path.with_name(path.name + ".partial")
+        with _guarded(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+
+    def checkpoint(self, step: int, keep: int, fill: Callable[[Path], None]) -> None:
+        """Writes the checkpoint of a step, then removes all but the newest `keep`."""
+        self.fill(self.path / "checkpoints" / f"step-{step:06d}", fill)
+        for old, _ in self.checkpoints()[:-keep]:
+            shutil.rmtree(self.path / "checkpoints" / f"step-{old:06d}")
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and folders of all whole checkpoints, oldest first."""
+        found = [(re.fullmatch(r"step-(\d{6,})", path.name), path) for path in (self.path / "checkpoints").glob("step-*")]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _free(path: Path) -> Path:
+    number = 1
+    while path.with_name(f"{path.name}~{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}~{number}")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class _guarded:  # noqa: N801  used like a function
+    """Turns a full disk or a lost folder into one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise RunError(f"'{self.path}' cannot be written: {error.strerror or error}; what was saved before stays") from error

@@ -1,0 +1,140 @@
+"""Measuring the regional-to-global gap: accuracy on the crop less accuracy on the full image, with paired bootstrap intervals.
+
+Answers are read here and nowhere else. The student answers greedily, once on the full image and once on the evidence crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from opd.answers import matches
+from opd.backend import Backend
+from opd.options import Options
+from opd.randomness import Purpose, generator
+from opd.rollout import sample
+from opd.types import Encoder, Example, Policy, Prompt, Sampling
+from opd.view import ViewOptions, student_images, teacher_images
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+class MeasureOptions(Options):
+    """What the table before and after training is measured on."""
+
+    path: str = Field(
+        "", description="Data that is measured; empty: fresh scenes where data.path is tiny, else rows spread over the training data."
+    )
+    count: int = Field(200, ge=0, description="Rows that are measured before and after; 0: none.")
+    max_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the model said of one example; `full_right` and `crop_right` are None where the example has no answer."""
+
+    id: str
+    answer: str | None
+    full: str
+    crop: str
+    full_right: bool | None
+    crop_right: bool | None
+
+
+def answer(
+    backend: Backend,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    view: ViewOptions,
+    max_tokens: int,
+    budget: int,
+    policy: Policy = "student",
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> list[Answered]:
+    """Greedy answers to every example on its full image and on its crop; `budget` in padded tokens, `progress` in prompts."""
+    crop = view.model_copy(update={"kind": "crop"})  # a control trains on another view, but is measured on the evidence
+    full_texts = _greedy(backend, encoder, [encode_student(encoder, one) for one in examples], max_tokens, budget, policy, progress)
+    crop_texts = _greedy(backend, encoder, [encode_teacher(encoder, one, crop) for one in examples], max_tokens, budget, policy, progress)
+    return [_judge(one, full, crop) for one, full, crop in zip(examples, full_texts, crop_texts, strict=True)]
+
+
+def encode_student(encoder: Encoder, example: Example) -> Prompt:
+    """The prompt of the full image."""
+    return encoder.encode(student_images(example), example.question)
+
+
+def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
+    """The same prompt with the images swapped for the teacher's, and the question where the example gives another one."""
+    question = example.question if example.teacher_question is None else example.teacher_question
+    return encoder.encode(teacher_images(example, view), question)
+
+
+def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
+    """Agreement of full image and crop, and, over the rows with answers, both accuracies and the gap; all with 95 % intervals."""
+    same = np.array([matches(one.full, one.crop) for one in answered], dtype=np.float64)
+    result: dict[str, Any] = {"rows": len(answered), **_with_interval("agreement", [same], lambda agreement: agreement)}
+    full, crop = _right(answered)
+    if len(full):
+        result |= _with_interval("full_accuracy", [full], lambda full: full)
+        result |= _with_interval("crop_accuracy", [crop], lambda crop: crop)
+        result |= _with_interval("gap", [full, crop], lambda full, crop: crop - full)
+    return result
+
+
+def gap_closed(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Any]:
+    """(full after - full before) / (crop before - full before), a fraction, with its interval; empty where there was no gap.
+
+    Losing crop accuracy never counts as success: the crop's accuracy is taken before training.
+    """
+    full_before, crop_before = _right(before)
+    full_after, _ = _right(after)
+    if not len(full_before) or crop_before.mean() <= full_before.mean():
+        return {}
+    columns = [full_before, crop_before, full_after]
+    return _with_interval("gap_closed", columns, lambda before, crop, after: _share(after - before, crop - before))
+
+
+def _greedy(
+    backend: Backend,
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    budget: int,
+    policy: Policy,
+    progress: Callable[[int], None],
+) -> list[str]:
+    unused = np.zeros((len(prompts), 1, max_tokens), np.float32)
+    sampling = Sampling(0.0, encoder.stop, encoder.banned)
+    return [encoder.decode(group[0].tokens.tolist()) for group in sample(backend, prompts, unused, sampling, budget, policy, progress)]
+
+
+def _judge(example: Example, full: str, crop: str) -> Answered:
+    if example.answer is None:
+        return Answered(example.id, None, full, crop, None, None)
+    right = [matches(text, example.answer, example.choices) for text in (full, crop)]
+    return Answered(example.id, example.answer, full, crop, right[0], right[1])
+
+
+def _right(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    judged = [one for one in answered if one.answer is not None]
+    return np.array([one.full_right for one in judged], np.float64), np.array([one.crop_right for one in judged], np.float64)
+
+
+def _with_interval(name: str, columns: Sequence[NDArray[np.float64]], statistic: Callable[..., Any]) -> dict[str, Any]:
+    """A statistic of column means, and its 95 % percentile interval over rows drawn together from all columns."""
+    rows = len(columns[0])
+    drawn = generator(0, Purpose.BOOTSTRAP).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
+    resampled = statistic(*(drawn @ column for column in columns))
+    low, high = np.nanquantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {name: float(statistic(*(column.mean() for column in columns))), f"{name}_interval": [float(low), float(high)]}
+
+
+def _share(part: Any, whole: Any) -> Any:
+    """part / whole, and nan where a resample has no gap."""
+    return np.where(np.asarray(whole) > 0, part / np.where(np.asarray(whole) > 0, whole, 1.0), np.nan)

@@ -1,0 +1,137 @@
+"""A recipe: every option of a run in one place, from a preset or a TOML file, with overrides.
+
+Each section is the options of one module, declared there with default, range and help; this module only puts them together.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from opd.data import DataOptions
+from opd.errors import RecipeError, nearest
+from opd.measure import MeasureOptions
+from opd.models import ModelChoice
+from opd.objective import Objective
+from opd.options import Options
+from opd.rollout import RolloutOptions
+from opd.schedules import OptimizerOptions, TeacherOptions
+from opd.view import ViewOptions
+
+PRESETS = ("tiny", "paper", "lora")
+
+
+class ObjectiveOptions(Options):
+    """The divergence; see `opd.objective`."""
+
+    form: Literal["divergence", "sampled"] = Field("divergence", description="The full divergence, or its form on the sampled token alone.")
+    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the teacher in the mixture; 0: forward KL, 1: reverse KL.")
+    top_k: int = Field(100, ge=0, description="Most likely tokens of the student that are compared; 0: the full vocabulary.")
+    tail: bool = Field(True, description="One more bucket for the mass outside the top k; else both sides are renormalised.")
+    ratio_clip: float = Field(2.0, ge=0, description="Upper bound of the importance ratio; 0 turns the correction off.")
+
+    def objective(self, temperature: float) -> Objective:
+        """The objective at the sampling temperature."""
+        return Objective(self.alpha, self.top_k or None, self.tail, self.ratio_clip or None, temperature, self.form)
+
+
+class RunOptions(Options):
+    """The run itself."""
+
+    steps: int = Field(65, ge=1, description="Optimizer steps.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of data order and sampling.")
+    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last one.")
+    keep: int = Field(2, ge=1, description="Checkpoints that are kept, newest first.")
+    rollouts_every: int = Field(10, ge=0, description="Steps between the completions written to rollouts.jsonl; 0: none.")
+
+
+class Recipe(Options):
+    """All sections; the same names serve `--set section.key=value`."""
+
+    model: ModelChoice = ModelChoice()
+    data: DataOptions = DataOptions()
+    view: ViewOptions = ViewOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    teacher: TeacherOptions = TeacherOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    measure: MeasureOptions = MeasureOptions()
+    run: RunOptions = RunOptions()
+
+
+def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line."""
+    values = read(source)
+    for override in overrides:
+        assign(values, override)
+    return validate(values, source)
+
+
+def read(source: str) -> dict[str, Any]:
+    """The values of a preset or a TOML file, not yet validated."""
+    if source in PRESETS:
+        text = (files("opd") / "presets" / f"{source}.toml").read_text(encoding="utf-8")
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise RecipeError(f"recipe '{source}': neither a file nor a preset ({', '.join(PRESETS)})")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe '{source}' cannot be read: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe '{source}' is not valid TOML: {error}") from error
+
+
+def assign(values: dict[str, Any], override: str) -> None:
+    """Applies one `section.key=value`; the value is read as TOML, and as a plain string where it is none."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        raise RecipeError(f"--set {override}: write it as section.key=value, such as --set run.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    values.setdefault(section, {})[key] = value
+
+
+def validate(values: Mapping[str, Any], source: str) -> Recipe:
+    """The recipe of plain values. Raises RecipeError for the first unknown key or value out of range."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        where = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            *section, name = (str(part) for part in error["loc"])
+            known = Recipe.model_fields
+            if section:
+                known = known[section[0]].default.__class__.model_fields
+            raise RecipeError(f"recipe '{source}': unknown key {where}; {nearest(name, known)}") from failure
+        given = error["input"] if not isinstance(error["input"], dict) else "this section"
+        raise RecipeError(f"recipe '{source}': {where} = {given!r}: {_plain(error['msg'])}") from failure
+
+
+def write(recipe: Recipe, made_with: Mapping[str, Any]) -> str:
+    """The resolved recipe as TOML, with a [made_with] table of versions and the data's fingerprint."""
+    return tomli_w.dumps({**recipe.model_dump(mode="json"), "made_with": dict(made_with)})
+
+
+def reread(path: Path) -> Recipe:
+    """The recipe of a run folder's config.toml."""
+    values = read(str(path))
+    values.pop("made_with", None)
+    return validate(values, str(path))
+
+
+def _plain(message: str) -> str:
+    return message[:1].lower() + message[1:]

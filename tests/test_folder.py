@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from opd.errors import FolderError, RunError
+from opd.folder import RunFolder
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    run = tmp_path / "run"
+    RunFolder.create(run, "first")
+    with pytest.raises(FolderError, match="holds a run; continue it with --resume, replace it with --force, or name another with --out"):
+        RunFolder.create(run, "second")
+    RunFolder.create(run, "second", force=True)
+    RunFolder.create(run, "third", force=True)
+    assert [(tmp_path / name / "config.toml").read_text() for name in ("run", "run~1", "run~2")] == ["third", "first", "second"]
+
+
+def test_somebody_elses_folder_is_never_touched(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.png").write_text("cat")
+    for force in (False, True):
+        with pytest.raises(FolderError, match="exists and is no run"):
+            RunFolder.create(tmp_path / "photos", "config", force)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FolderError, match="exists and is no run"):
+        RunFolder.create(tmp_path / "file", "config")
+    with pytest.raises(FolderError, match="cannot be written"):
+        RunFolder.create(tmp_path / "file/run", "config")
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "config")
+
+    def fail(path):
+        (path / "half").write_text("x")
+        raise MemoryError
+
+    for step in (1, 2, 3):
+        folder.checkpoint(step, 2, lambda path, step=step: (path / "weights").write_text(str(step)))
+    with pytest.raises(MemoryError):
+        folder.checkpoint(4, 2, fail)
+    assert [(step, (path / "weights").read_text()) for step, path in folder.checkpoints()] == [(2, "2"), (3, "3")]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "config")
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match="cannot be written: No space left on device; what was saved before stays"):
+        folder.checkpoint(1, 1, full)
+
+
+def test_a_half_written_line_is_passed_over(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "config")
+    folder.append("metrics.jsonl", {"step": 1, "text": "ä\n"})
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    assert folder.rows("metrics.jsonl") == [{"step": 1, "text": "ä\n"}]
+    assert folder.rows("rollouts.jsonl") == []
+
+
+def test_no_run_is_no_run(tmp_path):
+    with pytest.raises(FolderError, match=r"is no run folder: it has no config.toml"):
+        RunFolder.open(tmp_path)

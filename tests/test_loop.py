@@ -1,0 +1,222 @@
+"""The loop on the numpy toy backend: milliseconds a step, exact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from opd import recipe as recipes
+from opd.errors import DataError
+from opd.folder import RunFolder
+from opd.loop import Quiet, Stopped, Trainer
+from opd.toy import Together, ToyBackend, ToyEncoder
+from tests.conftest import coloured
+
+OPTIONS = [
+    "rollout.prompts=4", "rollout.completions=3", "rollout.max_tokens=6", "optimizer.learning_rate=0.05", "optimizer.warmup_steps=2",
+    "run.steps=6", "run.checkpoint_every=2", "run.rollouts_every=3", "measure.count=4", "measure.max_tokens=4", "teacher.rate=0.1",
+    "view.margin=0",
+]  # fmt: skip
+TIMES = ("seconds_rollout", "seconds_accumulate", "seconds_apply", "tokens_per_second")
+
+
+def trainer(path, *options, backend=None, examples=None, progress=None):
+    recipe = recipes.load("paper", [*OPTIONS, *options])
+    if not (path / "config.toml").exists():
+        RunFolder.create(path, recipes.write(recipe, {}))
+    examples = coloured() if examples is None else examples
+    count = recipe.measure.count
+    return Trainer(recipe, backend or ToyBackend(), ToyEncoder(), examples, examples[:count], RunFolder(path), "toy", progress or Quiet())
+
+
+def metrics(path):
+    """The run's numbers, without its times."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in RunFolder(path).rows("metrics.jsonl")]
+
+
+def same(ours, theirs):
+    for name, value in theirs.tensors("student").items():
+        np.testing.assert_array_equal(ours.tensors("student")[name], value)
+    for name, value in theirs.tensors("teacher").items():
+        np.testing.assert_array_equal(ours.tensors("teacher")[name], value)
+
+
+def test_the_divergence_falls(tmp_path):
+    trainer(tmp_path / "run", "run.steps=60", "measure.count=0", "teacher.rule=frozen").train()
+    rows = metrics(tmp_path / "run")
+    early, late = (np.mean([row["divergence"] for row in rows[part]]) for part in (slice(0, 10), slice(50, 60)))
+    assert late < 0.5 * early
+
+
+def test_what_a_run_leaves(tmp_path):
+    summary = trainer(tmp_path / "run").train()
+    folder = RunFolder(tmp_path / "run")
+    assert [row["step"] for row in folder.rows("metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert {row["step"] for row in folder.rows("rollouts.jsonl")} == {1, 4}
+    assert [step for step, _ in folder.checkpoints()] == [4, 6]
+    assert (folder.model / "model.npz").is_file()
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    assert summary["examples"] == 4
+    assert [row["when"] for row in folder.rows("answers.jsonl")] == ["before"] * 4 + ["after"] * 4
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_metrics_add_up(tmp_path):
+    trainer(tmp_path / "run", "rollout.temperature=0.9").train()
+    for row in metrics(tmp_path / "run"):
+        assert row["completions"] == 12
+        assert row["ratio"] == pytest.approx(1, abs=0.2)
+        assert row["loss"] == pytest.approx(row["divergence"], rel=0.2)
+        assert row["taken"] is True
+        assert row["teacher_rate"] == 0.1
+    sample = RunFolder(tmp_path / "run").rows("rollouts.jsonl")[0]
+    assert len(sample["tokens"]) == len(sample["divergence"]) == len(sample["sampler_logprobs"])
+
+
+def test_labels_are_never_read(tmp_path):
+    class Unreadable(str):
+        def __eq__(self, other):
+            raise AssertionError("a label was read")
+
+        __hash__ = str.__hash__
+
+    labelled = trainer(tmp_path / "a", "measure.count=0")
+    unlabelled = trainer(tmp_path / "b", "measure.count=0", examples=[replace(one, answer=None, choices=()) for one in coloured()])
+    misled = trainer(tmp_path / "c", "measure.count=0", examples=[replace(one, answer=Unreadable("no")) for one in coloured()])
+    for one in (labelled, unlabelled, misled):
+        one.train()
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") == metrics(tmp_path / "c")
+    same(labelled.backend, unlabelled.backend)
+    rows = [RunFolder(tmp_path / name).rows("rollouts.jsonl") for name in "abc"]
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    whole, cut = trainer(tmp_path / "whole"), trainer(tmp_path / "cut", "rollout.microbatch_tokens=1")
+    whole.train()
+    cut.train()
+    for ours, theirs in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_change_nothing(tmp_path, processes):
+    """Three processes share four prompts unevenly, in micro-batches of one, so that calls are padded."""
+    alone = trainer(tmp_path / "alone")
+    summary = alone.train()
+    together = {}
+
+    def run(backend):
+        one = trainer(tmp_path / "together", "rollout.microbatch_tokens=1", backend=backend)
+        together[backend.rank] = (one.train(), backend)
+
+    recipe = recipes.load("paper", OPTIONS)
+    RunFolder.create(tmp_path / "together", recipes.write(recipe, {}))
+    Together.start(processes, run)
+    for ours, theirs in zip(metrics(tmp_path / "together"), metrics(tmp_path / "alone"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    for found, backend in together.values():
+        assert found["after"] == summary["after"]
+        for name, value in alone.backend.tensors("student").items():
+            np.testing.assert_allclose(backend.tensors("student")[name], value, rtol=1e-6)
+
+
+class StopAfter(Quiet):
+    def __init__(self, step):
+        self.last = step
+        self.stopping = False
+
+    def step(self, metrics):
+        self.stopping = metrics["step"] == self.last
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, step):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(Stopped, match=f"stopped after step {step}; go on with: opd train --resume"):
+        trainer(tmp_path / "stopped", progress=StopAfter(step)).train()
+    resumed = trainer(tmp_path / "stopped")
+    resumed.train()
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    for name in ("rollouts.jsonl", "answers.jsonl"):
+        assert RunFolder(tmp_path / "stopped").rows(name) == RunFolder(tmp_path / "whole").rows(name)
+    same(resumed.backend, whole.backend)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    """Steps after the checkpoint are done again, and a half-written line or checkpoint does no harm."""
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+
+    class Killed(ToyBackend):
+        def apply(self, update):
+            if self.steps == 4:
+                raise MemoryError
+            return super().apply(update)
+
+    with pytest.raises(MemoryError):
+        trainer(tmp_path / "killed", backend=Killed()).train()
+    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss"')
+    (tmp_path / "killed/checkpoints/step-000006.partial").mkdir()
+    resumed = trainer(tmp_path / "killed")
+    resumed.train()
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    same(resumed.backend, whole.backend)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    class Broken(ToyBackend):
+        def apply(self, update):
+            if self.steps == 2 and not getattr(self, "broken", False):
+                self.broken = True
+                self.gradient["tokens"][0, 0] = np.nan
+            return super().apply(update)
+
+    one = trainer(tmp_path / "run", backend=Broken())
+    one.train()
+    taken = [(row["taken"], row["teacher_rate"]) for row in metrics(tmp_path / "run")]
+    assert taken == [(True, 0.1), (True, 0.1), (False, 0.0), (True, 0.1), (True, 0.1), (True, 0.1)]
+    assert one.backend.steps == 5
+
+
+def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
+    class Narrow(ToyEncoder):
+        def encode(self, images, question):
+            if question == "what":
+                raise DataError("too narrow")
+            return super().encode(images, question)
+
+    one = trainer(tmp_path / "run", "measure.count=0", "data.max_prompt_tokens=10", "rollout.prompts=12", "run.steps=1")
+    one.encoder = Narrow()
+    notes = []
+    one.progress.note = notes.append
+    one.train()
+    questions = [example.question for example in coloured()]
+    bad = sum(question == "what" or len(question) + 1 > 10 for question in questions)
+    assert metrics(tmp_path / "run")[0]["skipped"] == bad
+    assert len(notes) == bad
+    assert 0 < bad < 12
+
+
+def test_a_step_with_nothing_to_learn_changes_nothing(tmp_path):
+    one = trainer(tmp_path / "run", "measure.count=0", "data.max_prompt_tokens=1", "run.steps=2")
+    before = one.backend.tensors("student")
+    one.train()
+    assert [(row["tokens"], row["taken"], row["skipped"]) for row in metrics(tmp_path / "run")] == [(0, False, 4)] * 2
+    for name, value in one.backend.tensors("student").items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_the_teacher_sees_the_crop(tmp_path):
+    one = trainer(tmp_path / "run")
+    pair = one._encode(1).pairs[0]
+    example = coloured()[pair.index]
+    colour = np.asarray(example.images[0])
+    np.testing.assert_allclose(pair.student.images["pixel_values"][0], colour.reshape(-1, 3).mean(0) / 255, rtol=1e-5)
+    assert np.abs(pair.teacher.images["pixel_values"] - pair.student.images["pixel_values"]).max() > 1e-3
+    np.testing.assert_array_equal(pair.teacher.tokens, pair.student.tokens)
