@@ -1,0 +1,71 @@
+"""The `opd` command. Importing it loads neither torch, mlx nor transformers; each command is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "train": "Train a model with Vision-OPD, and measure the gap before and after.",
+}
+
+
+class Commands(click.Group):
+    """Finds `opd NAME` in the module `opd_cli.NAME`, and turns errors into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which a person meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command, imported now."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"opd_cli.{name}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs a command. Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted."""
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("interrupted", 130)
+        except click.UsageError as error:
+            where = f"; see: {error.ctx.command_path} --help" if error.ctx else ""
+            _fail(f"{error.format_message()}{where}", 2)
+        except click.ClickException as error:
+            _fail(error.format_message(), 2)
+        except Exception as error:
+            # Imported here: a failure is the only time the core is needed by the group itself.
+            from opd.errors import OpdError, UserError
+            from opd.loop import Stopped
+
+            if not isinstance(error, OpdError):
+                raise
+            _fail(str(error), 2 if isinstance(error, UserError) else 130 if isinstance(error, Stopped) else 1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="vision-opd", prog_name="opd")
+def main() -> None:
+    """Teach a vision-language model to see in the full image what it can read in a crop (Vision-OPD).
+
+    \b
+    opd train                       a tiny embedded model: the gap closes in minutes, on any machine
+    opd train lora --data my.jsonl  your own images, questions and boxes
+    """
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"opd: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,95 @@
+"""Progress of a run on stderr: a live bar in a terminal, plain lines when piped."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+PLAIN_SECONDS = 10.0
+"""Seconds between plain lines."""
+
+TITLES = {"before": "measure before", "train": "train", "after": "measure after"}
+
+
+class Shown:
+    """What `opd.loop.Progress` asks for, on a rich console."""
+
+    def __init__(self, console: Console) -> None:
+        self.stopping = False
+        self._console = console
+        self._live = console.is_terminal
+        self._bars = Bars(
+            TextColumn("{task.description:14}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+            disable=not self._live,
+        )
+        self._task: TaskID | None = None
+        self._phase, self._total, self._done, self._detail = "", 0, 0, ""
+        self._resumed, self._started, self._spoke = 0, 0.0, 0.0
+
+    def begin(self, phase: str, total: int) -> None:
+        """A new bar, or a plain line."""
+        self._phase, self._total, self._done, self._detail = TITLES.get(phase, phase), total, 0, ""
+        self._resumed, self._started, self._spoke = 0, time.monotonic(), time.monotonic()
+        self._task = self._bars.add_task(self._phase, total=total, detail="")
+        if not self._live:
+            self._console.print(f"{self._phase}: {total} {'steps' if phase == 'train' else 'prompts'}", highlight=False)
+
+    def advance(self, units: int) -> None:
+        """Moves the bar; speaks from time to time when piped."""
+        if self._done == 0 and units > 1 and self._phase == TITLES["train"]:
+            self._resumed = units
+        self._done += units
+        assert self._task is not None
+        self._bars.update(self._task, completed=self._done, detail=self._detail)
+        if not self._live and (time.monotonic() - self._spoke > PLAIN_SECONDS or self._done >= self._total):
+            self._spoke = time.monotonic()
+            rate = (self._done - self._resumed) / max(1e-9, self._spoke - self._started)
+            left = (self._total - self._done) / max(1e-9, rate)
+            self._console.print(
+                f"{self._phase}: {self._done}/{self._total}  {rate:.1f}/s  {left:.0f} s left  {self._detail}".rstrip(), highlight=False
+            )
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Takes the numbers that stand beside the bar."""
+        self._detail = f"loss {metrics['loss']:.4f}  divergence {metrics['divergence']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
+        if not metrics["taken"]:
+            self.note(f"step {metrics['step']}: the gradient was not finite, the step was skipped")
+
+    def note(self, message: str) -> None:
+        """A line above the bar."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Asks the run to stop after this step; a second time stops it now."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.note("stopping after this step; once more stops at once")
+
+
+@contextmanager
+def show() -> Iterator[Shown]:
+    """Shows progress while the block runs; Ctrl-C asks it to stop."""
+    shown = Shown(Console(file=sys.stderr))
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, lambda number, frame: shown.stop()) if main else None
+    try:
+        with shown._bars:
+            yield shown
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,62 @@
+"""The arrows between packages, seen by a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "opd": ROOT / "opd",
+    "opd_torch": ROOT / "backends/opd_torch",
+    "opd_mlx": ROOT / "backends/opd_mlx",
+    "opd_cli": ROOT / "cli/opd_cli",
+}
+ALLOWED = {"opd": set(), "opd_torch": {"opd"}, "opd_mlx": {"opd"}, "opd_cli": {"opd"}}
+HEAVY = {"torch", "mlx", "mlx_lm", "mlx_vlm", "transformers"}
+
+
+def loaded_by(code: str) -> set[str]:
+    path = [str(ROOT), str(ROOT / "backends"), str(ROOT / "cli")]
+    script = f"import sys; sys.path[:0] = {path!r}\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_they_may(package):
+    for file in PACKAGES[package].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            ours = {name.partition(".")[0] for name in names} & PACKAGES.keys()
+            assert ours <= ALLOWED[package] | {package}, f"{file}:{node.lineno}"
+
+
+def test_the_command_line_loads_no_framework():
+    help = "from opd_cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    assert not loaded_by(help) & (HEAVY | {"numpy"})
+
+
+def test_the_core_loads_no_framework():
+    assert not loaded_by("import opd, opd.loop, opd.run, opd.testing, opd.toy, opd.tiny, opd.prompts, opd.data") & HEAVY
+
+
+def test_the_mlx_backend_needs_no_torch():
+    pytest.importorskip("mlx")
+    code = "import builtins, sys\nsys.modules['torch'] = None\nimport opd_mlx, opd_mlx.backend"
+    assert "mlx_vlm" in loaded_by(code)
+
+
+def test_the_torch_backend_needs_no_mlx():
+    pytest.importorskip("torch")
+    assert not loaded_by("import opd_torch, opd_torch.backend") & {"mlx", "mlx_lm", "mlx_vlm"}
+
+
+def test_the_backends_are_twins():
+    """Same files in both, so that they can be read side by side."""
+    torch, mlx = ({file.name for file in PACKAGES[name].glob("*.py")} for name in ("opd_torch", "opd_mlx"))
+    assert torch == mlx
