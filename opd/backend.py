@@ -127,18 +127,23 @@ def automatic() -> str:
     raise BackendError('no backend is installed: pip install "vision-opd[mlx]" on a Mac, or "vision-opd[cuda]" elsewhere')
 
 
+def resolve(name: str) -> str:
+    """The name of an installed backend; `auto` picks this machine's. Raises BackendError where it is unknown or not installed."""
+    chosen = automatic() if name == "auto" else name
+    if chosen not in names():
+        raise BackendError(f"unknown backend '{chosen}'; {nearest(chosen, ['auto', *names()])}")
+    entry = BUILT_IN.get(chosen)
+    if entry and find_spec(entry.package) is None:
+        raise BackendError(f"backend '{chosen}' needs {entry.package}, which is not installed: pip install \"vision-opd[{entry.extra}]\"")
+    return chosen
+
+
 def load(name: str, options: ModelOptions) -> Backend:
     """Loads the model on the named backend (`auto` picks one). Raises BackendError or ModelError."""
-    chosen = automatic() if name == "auto" else name
+    chosen = resolve(name)
     if chosen in BUILT_IN:
-        entry = BUILT_IN[chosen]
-        if find_spec(entry.package) is None:
-            raise BackendError(
-                f"backend '{chosen}' needs {entry.package}, which is not installed: pip install \"vision-opd[{entry.extra}]\""
-            )
-        module, function = entry.target.split(":")
-        return cast("Callable[[ModelOptions], Backend]", getattr(importlib.import_module(module), function))(options)
-    for entry_point in entry_points(group=GROUP):
-        if entry_point.name == chosen:
-            return cast("Callable[[ModelOptions], Backend]", entry_point.load())(options)
-    raise BackendError(f"unknown backend '{chosen}'; {nearest(chosen, names())}")
+        module, function = BUILT_IN[chosen].target.split(":")
+        found = getattr(importlib.import_module(module), function)
+    else:
+        found = next(entry for entry in entry_points(group=GROUP) if entry.name == chosen).load()
+    return cast("Callable[[ModelOptions], Backend]", found)(options)

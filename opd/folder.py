@@ -26,17 +26,26 @@ class RunFolder:
     path: Path
 
     @staticmethod
+    def check(path: Path, force: bool = False) -> None:
+        """Raises FolderError where a run cannot start in `path`: it holds a run (without `force`), or is something else."""
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not (path / CONFIG).is_file():
+            raise FolderError(f"run folder '{path}' exists and is no run; name another with --out")
+        if not force:
+            raise FolderError(
+                f"run folder '{path}' holds a run; continue it with --resume, replace it with --force, or name another with --out"
+            )
+
+    @staticmethod
     def create(path: Path, config: str, force: bool = False) -> RunFolder:
-        """Starts a run folder. One that holds a run already is kept: refused, or with `force` renamed to NAME~1, NAME~2, ...
+        """Starts a run folder. With `force`, a run that is there already is kept as NAME~1, NAME~2, ...
 
         Raises FolderError where it is taken or cannot be written.
         """
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                if not (force and (path / CONFIG).is_file()):
-                    what = "holds a run" if (path / CONFIG).is_file() else "exists and is no run"
-                    todo = "continue it with --resume, replace it with --force, or" if (path / CONFIG).is_file() else "please"
-                    raise FolderError(f"run folder '{path}' {what}; {todo} name another with --out")
+            RunFolder.check(path, force)
+            if (path / CONFIG).is_file():
                 path.rename(_free(path))
             path.mkdir(parents=True, exist_ok=True)
             _write(path / CONFIG, config)

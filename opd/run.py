@@ -4,40 +4,87 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import opd
 from opd import backend as backends
+from opd import measure
 from opd import recipe as recipes
+from opd.backend import Backend
 from opd.data import open_data
 from opd.folder import CONFIG, RunFolder
 from opd.loop import Progress, Quiet, Trainer
 from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
-from opd.types import Example
+from opd.types import Encoder, Example, Policy
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
 """Packages whose versions are written down with a run."""
 
 
+@dataclass(frozen=True)
+class Session:
+    """A recipe's model and data, opened on a backend."""
+
+    recipe: Recipe
+    name: str
+    backend: Backend
+    encoder: Encoder
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+
+    def answer(self, progress: Progress, policy: Policy = "student") -> list[measure.Answered]:
+        """Greedy answers to the held-out examples, on the full image and on the crop."""
+        progress.begin("measure", 2 * len(self.held_out))
+        options = self.recipe.measure
+        return measure.answer(
+            self.backend,
+            self.encoder,
+            self.held_out,
+            self.recipe.view,
+            options.max_tokens,
+            self.recipe.rollout.microbatch_tokens,
+            policy,
+            progress.advance,
+        )
+
+
+def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
+    """Opens data, then tokenizer, then weights, so that a mistake is told before anything slow. Raises UserError."""
+    name = backends.resolve(backend)
+    examples = open_data(recipe.data.path, strict=recipe.data.strict)
+    for source, reason in getattr(examples, "skipped", ()):
+        progress.note(f"skipped {source}: {reason}")
+    encoder = PromptEncoder(recipe.model.folder(), recipe.model.max_pixels or None)
+    return Session(recipe, name, backends.load(name, recipe.model.options()), encoder, examples, held_out(recipe, examples))
+
+
 def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:
     """A trainer in a new run folder `out`. Raises UserError before anything is written where the input is wrong."""
-    trainer = _prepare(recipe, backend, RunFolder(out), progress)
-    if trainer.backend.rank == 0:
-        made_with = {"backend": trainer.name, "opd": opd.__version__, "python": platform.python_version(), "packages": _versions()}
-        made_with["data"] = {"rows": len(trainer.examples), "fingerprint": getattr(trainer.examples, "fingerprint", "generated")}
+    RunFolder.check(out, force)
+    session = open_session(recipe, backend, progress or Quiet())
+    if session.backend.rank == 0:
+        data = {"rows": len(session.examples), "fingerprint": getattr(session.examples, "fingerprint", "generated")}
+        made_with = {
+            "backend": session.name,
+            "opd": opd.__version__,
+            "python": platform.python_version(),
+            "packages": _versions(),
+            "data": data,
+        }
         RunFolder.create(out, recipes.write(recipe, made_with), force)
-    return trainer
+    return _trainer(session, RunFolder(out), progress)
 
 
 def resume(path: Path, backend: str | None = None, progress: Progress | None = None) -> Trainer:
     """A trainer that goes on with the run in `path`, on its own backend or another one."""
     folder = RunFolder.open(path)
     values = recipes.read(str(path / CONFIG))
-    recipe = recipes.reread(path / CONFIG)
-    return _prepare(recipe, backend or values.get("made_with", {}).get("backend", "auto"), folder, progress)
+    made_with = values.get("made_with", {}).get("backend", "auto")
+    return _trainer(open_session(recipes.reread(path / CONFIG), backend or made_with, progress or Quiet()), folder, progress)
 
 
 def held_out(recipe: Recipe, examples: Sequence[Example]) -> Sequence[Example]:
@@ -54,15 +101,16 @@ def held_out(recipe: Recipe, examples: Sequence[Example]) -> Sequence[Example]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _prepare(recipe: Recipe, backend: str, folder: RunFolder, progress: Progress | None) -> Trainer:
-    progress = progress or Quiet()
-    name = backends.automatic() if backend == "auto" else backend
-    examples = open_data(recipe.data.path, strict=recipe.data.strict)
-    for source, reason in getattr(examples, "skipped", ()):
-        progress.note(f"skipped {source}: {reason}")
-    encoder = PromptEncoder(recipe.model.folder(), recipe.model.max_pixels or None)
+def _trainer(session: Session, folder: RunFolder, progress: Progress | None) -> Trainer:
     return Trainer(
-        recipe, backends.load(name, recipe.model.options()), encoder, examples, held_out(recipe, examples), folder, name, progress
+        session.recipe,
+        session.backend,
+        session.encoder,
+        session.examples,
+        session.held_out,
+        folder,
+        session.name,
+        progress or Quiet(),
     )
 
 

@@ -10,6 +10,8 @@ import click
 
 COMMANDS = {
     "train": "Train a model with Vision-OPD, and measure the gap before and after.",
+    "gap": "Measure accuracy on the crop and on the full image.",
+    "sample": "Show what a model answers on the full image and on the crop.",
 }
 
 

@@ -2,36 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from opd.measure import Answered
 
 ROWS = (("full_accuracy", "full image"), ("crop_accuracy", "evidence crop"), ("gap", "gap"), ("agreement", "agreement"))
 
 
 def before_after(summary: Mapping[str, Any], folder: Path) -> None:
-    """Accuracies before and after a run, the share of the gap that was closed, and where everything is."""
+    """Accuracies in percent before and after a run, the share of the gap that was closed, and where everything is."""
     console = Console()
     if "before" in summary:
         before, after = summary["before"], summary["after"]
-        table = Table(
-            title=f"{before['rows']} examples, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}",
-            title_justify="left",
+        table = _table(
+            f"{before['rows']} examples, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}",
+            "before",
+            "after",
+            "change",
         )
-        for heading in ("", "before", "after", "change"):
-            table.add_column(heading, justify="left" if not heading else "right")
         for key, title in ROWS:
             if key in before:
-                table.add_row(title, _with_interval(before, key), _with_interval(after, key), f"{100 * (after[key] - before[key]):+.1f}")
+                table.add_row(title, _percent(before, key), _percent(after, key), f"{100 * (after[key] - before[key]):+.1f}")
         console.print(table)
         if "gap_closed" in summary:
-            console.print(f"gap closed: {_with_interval(summary, 'gap_closed')} %  (95 % intervals, paired over examples)", highlight=False)
-    console.print(f"model: {folder / 'model'}   metrics: {folder / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
+            console.print(f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)", highlight=False)
+    console.print(f"model: {folder / 'model'}\nmetrics: {folder / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
 
 
-def _with_interval(values: Mapping[str, Any], key: str) -> str:
+def measured(result: Mapping[str, Any], title: str) -> None:
+    """Accuracies in percent of one measurement."""
+    table = _table(title, "% [95 % interval]")
+    for key, name in ROWS:
+        if key in result:
+            table.add_row(name, _percent(result, key))
+    Console().print(table)
+
+
+def answers(rows: Sequence[tuple[str, Answered]]) -> None:
+    """Questions with the answers on the full image and on the crop; right ones green, wrong ones red where that is known."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("question", "answer", "on the full image", "on the crop"):
+        table.add_column(heading, overflow="fold")
+    for question, one in rows:
+        table.add_row(Text(question), Text(one.answer or "-"), _judged(one.full, one.full_right), _judged(one.crop, one.crop_right))
+    Console().print(table)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for heading in headings:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    return table
+
+
+def _judged(text: str, right: bool | None) -> Text:
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)  # an untrained model says anything
+    return Text(printable.strip(), style="" if right is None else "green" if right else "red")
+
+
+def _percent(values: Mapping[str, Any], key: str) -> str:
     low, high = values[f"{key}_interval"]
     return f"{100 * values[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -7,19 +7,16 @@ from pathlib import Path
 
 import click
 
+from opd_cli.options import resolve, shared
+
 
 @click.command()
-@click.argument("recipe", default="tiny")
-@click.option("--backend", default=None, help="auto, mlx, cuda, cpu, or another installed backend.  [default: auto]")
-@click.option("--model", help="A folder in Hugging Face layout, a run folder, or 'tiny'.")
-@click.option("--data", help="A .jsonl file of images, questions and evidence boxes, or 'tiny'.")
+@shared
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/RECIPE, runs/RECIPE-2, ...]")
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Seed of data order and sampling.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Any other option of the recipe; may be repeated.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run from its last checkpoint.")
 @click.option("--force", is_flag=True, help="Where --out holds a run already, set that one aside as NAME~1.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -27,13 +24,13 @@ def train(
     backend: str | None,
     model: str | None,
     data: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
     out: Path | None,
     steps: int | None,
     seed: int | None,
-    overrides: tuple[str, ...],
     resume: Path | None,
     force: bool,
-    as_json: bool,
 ) -> None:
     """Trains a model with Vision-OPD, and prints accuracy on crop and full image before and after.
 
@@ -44,29 +41,25 @@ def train(
     Examples:
       opd train
       opd train --backend mlx --steps 50
-      opd train lora --model ~/models/Qwen3-VL-2B-Instruct --data pairs.jsonl
+      opd train paper --model ~/models/Qwen3-VL-2B-Instruct --data pairs.jsonl
       opd train my.toml --set optimizer.learning_rate=1e-5 --set teacher.rule=frozen
       opd train --resume runs/tiny
     """
-    from opd import recipe as recipes
     from opd import run
     from opd_cli.progress import show
     from opd_cli.tables import before_after
 
-    if resume is not None:
-        given = [name for name in ("model", "data", "out", "steps", "seed", "overrides") if ctx.params[name] not in (None, ())]
-        if given or ctx.get_parameter_source("recipe") == click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError("--resume goes on with the run's own recipe: give it with --backend and --json at most", ctx)
-        with show() as progress:
+    with show() as progress:
+        if resume is not None:
+            given = [name for name, value in ctx.params.items() if value and name not in ("recipe", "backend", "as_json", "resume")]
+            if given or ctx.get_parameter_source("recipe") == click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError("--resume goes on with the run's own recipe: give it with --backend and --json at most", ctx)
             trainer = run.resume(resume, backend, progress)
-            summary = trainer.train()
-    else:
-        shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
-        chosen = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
-        resolved = recipes.load(recipe, [*chosen, *overrides])
-        with show() as progress:
-            trainer = run.start(resolved, backend or "auto", out or _free(Path("runs") / Path(recipe).stem), force, progress)
-            summary = trainer.train()
+        else:
+            shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
+            folder = out or _free(Path("runs") / Path(recipe).stem)
+            trainer = run.start(resolve(recipe, shortcuts, overrides), backend or "auto", folder, force, progress)
+        summary = trainer.train()
     if as_json:
         click.echo(json.dumps({**summary, "run": str(trainer.folder.path)}))
     else:

@@ -1,0 +1,42 @@
+"""`opd gap`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from opd_cli.options import resolve, shared
+
+
+@click.command()
+@shared
+@click.option("--count", type=int, help="Rows that are measured.")
+def gap(
+    recipe: str, backend: str | None, model: str | None, data: str | None, overrides: tuple[str, ...], as_json: bool, count: int | None
+) -> None:
+    """Measures the gap of a model: its accuracy on the evidence crop less that on the full image, with 95 % intervals.
+
+    Where rows have no answers, agreement of full image and crop is measured alone.
+
+    \b
+    Examples:
+      opd gap
+      opd gap --model runs/tiny --count 200
+      opd gap --model ~/models/Qwen3-VL-2B-Instruct --data pairs.jsonl --json
+    """
+    from opd import measure, run
+    from opd_cli.progress import show
+    from opd_cli.tables import measured
+
+    with show() as progress:
+        session = run.open_session(
+            resolve(recipe, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
+        )
+        if not session.held_out:
+            raise click.UsageError("nothing to measure: measure.count is 0")
+        result = measure.accuracies(session.answer(progress))
+    if as_json:
+        click.echo(json.dumps({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result}))
+    else:
+        measured(result, f"{session.recipe.model.path}: {result['rows']} examples on {session.backend.device}")

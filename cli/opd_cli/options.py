@@ -1,0 +1,38 @@
+"""Options that several commands share, and the recipe they make."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from opd.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SHARED = (
+    click.argument("recipe", default="tiny"),
+    click.option("--backend", help="auto, mlx, cuda, cpu, or another installed backend.  [default: auto]"),
+    click.option("--model", help="A folder in Hugging Face layout, a run folder, or 'tiny'."),
+    click.option("--data", help="A .jsonl file of images, questions and evidence boxes, or 'tiny'."),
+    click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Any other option of the recipe; may be repeated."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a table."),
+)
+
+
+def shared(command: Command) -> Command:
+    """Adds RECIPE, --backend, --model, --data, --set and --json."""
+    for decorate in reversed(SHARED):
+        command = decorate(command)
+    return command
+
+
+def resolve(recipe: str, shortcuts: Mapping[str, Any], overrides: tuple[str, ...]) -> Recipe:
+    """The recipe with the command's own options, by their names in it, and then every --set, applied."""
+    from opd import recipe as recipes
+
+    chosen = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in shortcuts.items() if value is not None]
+    return recipes.load(recipe, [*chosen, *overrides])

@@ -1,0 +1,39 @@
+"""`opd sample`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from opd_cli.options import resolve, shared
+
+
+@click.command()
+@shared
+@click.option("--count", type=int, default=8, show_default=True, help="Examples that are shown.")
+def sample(
+    recipe: str, backend: str | None, model: str | None, data: str | None, overrides: tuple[str, ...], as_json: bool, count: int
+) -> None:
+    """Shows what a model answers on the full image and on the evidence crop, for a few examples.
+
+    \b
+    Examples:
+      opd sample
+      opd sample --model runs/tiny --count 20
+      opd sample --data pairs.jsonl --json
+    """
+    from opd import run
+    from opd_cli.progress import show
+    from opd_cli.tables import answers
+
+    with show() as progress:
+        session = run.open_session(
+            resolve(recipe, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
+        )
+        answered = session.answer(progress)
+    if as_json:
+        click.echo(json.dumps({"model": session.recipe.model.path, "answers": [asdict(one) for one in answered]}, ensure_ascii=False))
+    else:
+        answers([(example.question, one) for example, one in zip(session.held_out, answered, strict=True)])

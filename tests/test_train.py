@@ -1,0 +1,244 @@
+"""`opd train` as a person runs it, on every backend, with the embedded model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from opd.tiny import Scenes
+from opd_cli import main
+
+FAST = ["--set", "measure.count=4", "--set", "rollout.prompts=2", "--set", "rollout.completions=2", "--set", "run.checkpoint_every=1"]
+TIMES = {"seconds_rollout", "seconds_accumulate", "seconds_apply", "tokens_per_second", "peak_memory_bytes"}
+
+
+def opd(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def metrics(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def weights(run):
+    from safetensors.numpy import load_file
+
+    return load_file(run / "model/model.safetensors")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of image files as people have them, and a data file that names them."""
+    rows = []
+    formats = [("png", {}), ("jpg", {"quality": 95}), ("webp", {"quality": 90}), ("bmp", {}), ("gif", {})]
+    for index, (suffix, options) in enumerate(formats):
+        scene = Scenes("train", 5)[index]
+        scene.images[0].save(tmp_path / f"photo {index}.{suffix}", **options)
+        box = scene.boxes[0]
+        rows.append(
+            {
+                "image": f"photo {index}.{suffix}",
+                "question": scene.question,
+                "boxes": [[box.x0, box.y0, box.x1, box.y1]],
+                "answer": scene.answer,
+            }
+        )
+    turned = Scenes("train", 6)[5]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: viewers rotate it by 90 degrees clockwise
+    turned.images[0].rotate(90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    box = turned.boxes[0]
+    rows.append({"image": "turned.jpg", "question": turned.question, "boxes": [[box.x0, box.y0, box.x1, box.y1]]})
+    scene = Scenes("train", 7)[6]
+    scene.images[0].convert("RGBA").save(tmp_path / "whole.png")
+    box = scene.boxes[0]
+    scene.images[0].crop((int(box.x0) - 6, int(box.y0) - 6, int(box.x1) + 6, int(box.y1) + 6)).resize((48, 48)).save(tmp_path / "crop.png")
+    rows.append({"image": "whole.png", "question": scene.question, "teacher_image": "crop.png"})
+    rows.append({"image": "missing.png", "question": "Where is it?", "boxes": [[0, 0, 5, 5]]})
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data
+
+
+def test_the_default_run(backend_name, tmp_path):
+    run = tmp_path / "run"
+    result = opd("train", "--backend", backend_name, "--steps", 3, "--out", run, *FAST)
+    assert "before" in result.stdout
+    assert "evidence crop" in result.stdout
+    assert "4 examples, 3 steps" in result.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["backend"], summary["steps"], summary["examples"]) == (backend_name, 3, 4)
+    assert {"full_accuracy", "crop_accuracy", "gap", "gap_interval"} <= summary["before"].keys()
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+    config = tomllib.loads((run / "config.toml").read_text())
+    assert config["run"]["steps"] == 3
+    assert config["made_with"]["backend"] == backend_name
+    from safetensors.numpy import load_file
+
+    from opd.tiny import MODEL
+
+    before, after = load_file(MODEL / "model.safetensors"), weights(run)
+    assert before.keys() == after.keys()
+    assert all(before[name].shape == value.shape for name, value in after.items())
+    assert sum(not np.array_equal(before[name], value) for name, value in after.items()) == len(after)
+
+
+def test_the_trained_model_loads_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    run = tmp_path / "run"
+    opd("train", "--backend", "cpu", "--steps", 2, "--out", run, *FAST, "--set", "measure.count=0")
+    model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(run / "model")
+    for name, value in weights(run).items():
+        np.testing.assert_array_equal(model.state_dict()[name].to(torch.float32).numpy(), value)
+    again = opd("train", "--backend", "cpu", "--model", run, "--steps", 1, "--out", tmp_path / "next", *FAST, "--json")
+    assert json.loads(again.stdout)["steps"] == 1
+
+
+def test_ones_own_images(backend_name, photos, tmp_path):
+    run = tmp_path / "run"
+    result = opd("train", "--backend", backend_name, "--data", photos, "--steps", 4, "--out", run, *FAST, "--set", "rollout.prompts=4")
+    assert "skipped" in result.stderr
+    assert "pairs.jsonl:8" in result.stderr
+    assert "missing.png" in result.stderr
+    assert metrics(run)[-1]["tokens"] > 0
+    assert tomllib.loads((run / "config.toml").read_text())["made_with"]["data"]["rows"] == 7
+    # A row without an answer cannot be judged; agreement is measured on all rows.
+    assert {"agreement", "rows"} <= json.loads((run / "summary.json").read_text())["before"].keys()
+
+
+def test_strict_refuses_a_faulty_row(photos, tmp_path):
+    result = opd("train", "--backend", "cpu", "--data", photos, "--out", tmp_path / "run", "--set", "data.strict=true", code=2)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "pairs.jsonl:8" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_are_never_read(backend_name, photos, tmp_path):
+    """Completions, losses, divergences, gradient norms and weights are the same without any answer."""
+    bare = photos.with_name("bare.jsonl")
+    rows = [json.loads(line) for line in photos.read_text().splitlines()]
+    bare.write_text("".join(json.dumps({key: value for key, value in row.items() if key != "answer"}) + "\n" for row in rows))
+    for name, data in (("labelled", photos), ("bare", bare)):
+        options = ["--set", "measure.count=0", "--set", "run.rollouts_every=1"]
+        opd("train", "--backend", backend_name, "--data", data, "--steps", 3, "--out", tmp_path / name, *FAST, *options)
+    assert metrics(tmp_path / "labelled") == metrics(tmp_path / "bare")
+    rollouts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("labelled", "bare")]
+    assert rollouts[0].replace("pairs.jsonl", "bare.jsonl") == rollouts[1]
+    ours, theirs = weights(tmp_path / "labelled"), weights(tmp_path / "bare")
+    assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_resume_goes_on_to_the_same_numbers(backend_name, tmp_path):
+    opd("train", "--backend", backend_name, "--steps", 4, "--out", tmp_path / "whole", *FAST)
+    arguments = ["train", "--backend", backend_name, "--steps", "4", "--out", str(tmp_path / "cut"), *FAST]
+    opd(*arguments)
+    # As if it had been killed after step 2: later checkpoints and the model are gone.
+    import shutil
+
+    shutil.rmtree(tmp_path / "cut/model")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-000004")
+    opd("train", "--resume", tmp_path / "cut")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_ctrl_c_saves_and_resumes(tmp_path):
+    """The first Ctrl-C ends the run after its step, with exit code 130 and a checkpoint."""
+    run = tmp_path / "run"
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "opd_cli",
+            "train",
+            "--backend",
+            "cpu",
+            "--steps",
+            "10000",
+            "--out",
+            str(run),
+            *FAST,
+            "--set",
+            "measure.count=0",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**__import__("os").environ, "PYTHONPATH": f"{root}:{root / 'backends'}:{root / 'cli'}"},
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints/step-000001").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    last = metrics(run)[-1]["step"]
+    assert said.splitlines()[-1] == f"opd: stopped after step {last}; go on with: opd train --resume {run}"
+    assert (run / f"checkpoints/step-{last:06d}/state.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "gpu"], "unknown backend 'gpu'; did you mean 'cpu'?"),
+        (["--backend", "cuda"], "cuda"),
+        (["--model", "nowhere"], "model 'nowhere': no such folder"),
+        (["--model", "."], "is not a complete model folder: config.json is missing"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--step", "3"], "No such option"),
+        (["--steps", "0"], "run.steps = 0: input should be greater than or equal to 1"),
+        (["--set", "rollout.promts=3"], "unknown key rollout.promts; did you mean 'prompts'?"),
+        (["--set", "model.tune=lora"], "model.tune = 'lora'"),
+        (["--resume", "nowhere"], "'nowhere' is no run folder"),
+        (["--resume", "nowhere", "--steps", "3"], "--resume goes on with the run's own recipe"),
+        (["tinny"], "recipe 'tinny': neither a file nor a preset"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = opd("train", *arguments, code=2)
+    assert message in result.stderr
+    assert result.stderr.startswith("opd: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["train", "--backend", "cpu", "--steps", "1", *FAST, "--set", "measure.count=0"]
+    opd(*short)
+    opd(*short)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+    assert "holds a run" in opd(*short, "--out", "runs/tiny", code=2).stderr
+    opd(*short, "--out", "runs/tiny", "--force")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2", "tiny~1"]
+
+
+def test_json_prints_one_object(tmp_path):
+    result = opd("train", "--backend", "cpu", "--steps", 1, "--out", tmp_path / "run", *FAST, "--json")
+    assert json.loads(result.stdout)["run"] == str(tmp_path / "run")
+
+
+def test_help_names_every_option_with_a_sentence():
+    text = opd("train", "--help").stdout
+    for option in ("--backend", "--model", "--data", "--out", "--steps", "--seed", "--set", "--resume", "--force", "--json"):
+        assert option in text
+    assert "Train a model with Vision-OPD" in opd("--help").stdout
