@@ -1,0 +1,54 @@
+"""Examples from data files.
+
+One rule: a fault of a row (image unreadable, box outside, field missing, malformed JSON) skips the row and counts it, and is fatal with
+`strict` or when no row is left; a fault of the file is always fatal. Fatal is a DataError of one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from opd.data import own
+from opd.data.dataset import Dataset, gather, read_image
+from opd.data.jsonl import read_lines
+from opd.options import Options
+from opd.types import Example
+
+__all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl"]
+
+
+class DataOptions(Options):
+    """Where examples come from."""
+
+    path: str = Field("tiny", min_length=1, description="A data file, or 'tiny' for the embedded task.")
+    max_prompt_tokens: int = Field(8192, ge=1, description="Rows with a longer prompt, student's or teacher's, are skipped and counted.")
+    strict: bool = Field(False, description="A faulty row ends the run instead of being skipped and counted.")
+
+
+def open_data(path: str, strict: bool = False, labelled: bool = True) -> Sequence[Example]:
+    """The examples of a data file, or, for "tiny", 8,000 scenes of the embedded task; not `labelled`: without answers.
+
+    Raises DataError where the file cannot be used, and with `strict` at the first faulty row.
+    """
+    if path == "tiny":
+        from opd.tiny import Scenes
+
+        return Scenes("train", 8000, labelled=labelled)
+    found = read_jsonl(Path(path), strict)
+    if labelled:
+        return found
+    return Dataset([replace(example, answer=None) for example in found], found.skipped, found.fingerprint)
+
+
+def read_jsonl(path: Path, strict: bool = False) -> Dataset:
+    """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it can be, and not kept."""
+    lines = read_lines(path)
+    box_format, rows = own.take_header(lines)
+    facts = cache(read_image)
+    return gather(replace(lines, rows=rows), partial(own.read_row, folder=path.parent, box_format=box_format, facts=facts), facts, strict)

@@ -1,0 +1,72 @@
+"""Evidence boxes in a row, checked and brought to pixels of the upright image. The unit is stated, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from opd.data.fields import Row, is_finite, is_number, show, wrong
+from opd.errors import DataError, nearest
+from opd.types import Box
+
+BoxFormat: TypeAlias = Literal["pixels", "fraction", "per-mille"]
+Size: TypeAlias = tuple[int, int]
+
+TOLERANCE = 1.0
+"""Pixels by which a box may reach beyond its image: annotation tools round differently. The view cuts it off."""
+
+
+def stated_format(row: Row, default: BoxFormat = "pixels") -> BoxFormat:
+    """The unit that a row, or a file's header, states."""
+    found = row.get("box_format")
+    if found is None:
+        return default
+    if found not in get_args(BoxFormat):
+        raise DataError(f"field 'box_format': unknown value {show(found)}; {nearest(str(found), get_args(BoxFormat))}")
+    return cast(BoxFormat, found)
+
+
+def boxes(row: Row, sizes: Sequence[Size], unit: BoxFormat) -> tuple[Box, ...]:
+    """The boxes of a row whose images have these (width, height)."""
+    found = row.get("boxes")
+    if found is None:
+        return ()
+    if not isinstance(found, list):
+        raise wrong("boxes", found, "a list of boxes")
+    return tuple(_box(entry, sizes, unit) for entry in found)
+
+
+def _box(entry: Any, sizes: Sequence[Size], unit: BoxFormat) -> Box:
+    image, corners = (entry.get("image", 0), entry.get("box")) if isinstance(entry, dict) else (0, entry)
+    if not isinstance(corners, list) or len(corners) != 4 or not all(is_number(corner) for corner in corners):
+        raise wrong("boxes", entry, "a box of four numbers, [left, top, right, bottom]")
+    if not isinstance(image, int) or isinstance(image, bool) or not 0 <= image < len(sizes):
+        raise DataError(
+            f"field 'boxes': image {show(image)} of box {show(corners)} is not among the row's {len(sizes)} images, counted from 0"
+        )
+    if not all(is_finite(corner) for corner in corners):
+        raise DataError(f"field 'boxes': box {show(corners)} is not finite")
+    x0, y0, x1, y1 = corners
+    if x1 <= x0 or y1 <= y0:
+        raise DataError(f"field 'boxes': box {show(corners)} is empty or inverted; a box is [left, top, right, bottom]")
+    width, height = sizes[image]
+    fault = _fault(corners, (width, height), unit)
+    if fault:
+        fits = [f'"{other}"' for other in get_args(BoxFormat) if other != unit and not _fault(corners, (width, height), other)]
+        hint = f'; if its unit is another one, say "box_format": {" or ".join(fits)}' if fits else ""
+        raise DataError(f"field 'boxes': box {show(corners)} {fault}{hint}")
+    across, down = {"pixels": (1.0, 1.0), "fraction": (width, height), "per-mille": (width / 1000, height / 1000)}[unit]
+    return Box(x0 * across, y0 * down, x1 * across, y1 * down, image)
+
+
+def _fault(corners: Sequence[float], size: Size, unit: BoxFormat) -> str:
+    """Why a box makes no sense in a unit; empty where it does."""
+    (right, bottom), slack = {"pixels": (size, TOLERANCE), "fraction": ((1, 1), 0.0), "per-mille": ((1000, 1000), 0.0)}[unit]
+    x0, y0, x1, y1 = corners
+    reaches_out = min(x0, y0) < -slack or x1 > right + slack or y1 > bottom + slack
+    # A box that lies wholly in the tolerance shows nothing.
+    if reaches_out or x0 >= right or y0 >= bottom or min(x1, y1) <= 0:
+        return f"is outside the image of {right} x {bottom} pixels" if unit == "pixels" else f"is outside 0..{right}, the range of {unit}"
+    if unit != "fraction" and max(corners) <= 1:
+        return f"is at most one {'pixel' if unit == 'pixels' else 'thousandth'} in the image's corner"
+    return ""

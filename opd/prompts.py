@@ -1,0 +1,184 @@
+"""Prompts: images and a question become tokens, positions and arrays, once, for every backend.
+
+Only a tokenizer and a PIL image processor are loaded (no torch, no torchvision): the arrays are numpy and feed any backend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from opd import families
+from opd.errors import DataError, ModelError
+from opd.types import Prompt, VisualTokens
+
+IMAGE_MARKER = "<image>"
+"""Where an image stands in a question, in the formats that say so (Vision-OPD-6K, ms-swift, LLaVA)."""
+
+NEEDED = (
+    ("config.json",),
+    ("tokenizer_config.json",),
+    ("tokenizer.json", "vocab.json"),
+    ("preprocessor_config.json", "processor_config.json"),
+)
+"""Files of a model folder without which no prompt can be encoded, with the names that each may have."""
+
+
+class PromptEncoder:
+    """Encodes prompts as the model's own processor does. `stop`: ids that end a completion; `banned`: ids that never appear in one."""
+
+    stop: tuple[int, ...]
+    banned: tuple[int, ...]
+
+    def __init__(self, model: Path, max_pixels: int | None = None, min_pixels: int | None = None) -> None:
+        """Loads tokenizer, chat template and image processor from a folder in Hugging Face layout; nothing is downloaded.
+
+        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves the model's own.
+        Raises ModelError with one line that says what is missing.
+        """
+        model = Path(model)
+        config = _config(model)
+        self._family = families.family(str(config.get("model_type")))
+        self._tokenizer, self._processor = _load(model)
+        self._sizes = self._family.sizes(self._processor, min_pixels, max_pixels)
+        self._image_token = self._token(model, self._family.image_token)
+        self.banned = tuple(self._token(model, token) for token in self._family.banned)
+        self.stop = self._stops(model)
+        settings = {**self._processor.to_dict(), **self._sizes}
+        self._settings = json.dumps(settings, sort_keys=True, default=str).encode()
+
+    def encode(self, images: Sequence[Image], question: str) -> Prompt:
+        """One user turn, thinking off: the images, then the question; or the images where `<image>` stands in the question.
+
+        `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
+        Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
+        """
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": _content(question, len(images))}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        compact = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        places = np.flatnonzero(compact == self._image_token)
+        if len(places) != len(images):
+            raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.image_token}'; remove it")
+        arrays = self._process(images)
+        grids = self._family.grids(arrays, self._processor) if images else []
+        counts = [rows * columns for rows, columns in grids]
+        copies = np.ones(len(compact), dtype=np.int64)
+        copies[places] = counts
+        tokens = np.repeat(compact, copies)
+        boxes = [self._family.boxes(grid, *image.size) for grid, image in zip(grids, images, strict=True)]
+        return Prompt(
+            tokens=tokens,
+            positions=self._family.positions(tokens, self._image_token, grids),
+            images=arrays,
+            key=self._key(images),
+            visual=VisualTokens(
+                index=np.flatnonzero(tokens == self._image_token).astype(np.int32),
+                image=np.repeat(np.arange(len(images), dtype=np.int32), counts),
+                boxes=np.concatenate([np.zeros((0, 4), dtype=np.float32), *boxes]),
+            ),
+        )
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of a completion, without special tokens."""
+        return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _process(self, images: Sequence[Image]) -> dict[str, NDArray[np.generic]]:
+        if not images:
+            return {}
+        try:
+            found = self._processor(images=list(images), return_tensors="np", **self._sizes)
+        except ValueError as error:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise DataError(f"images of {sizes} pixels cannot be encoded: {_line(error)}") from error
+        # Floats are features and integers are shapes in every family; backends get one width of each.
+        return {
+            name: np.ascontiguousarray(array, dtype=np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32)
+            for name, array in found.items()
+        }
+
+    def _key(self, images: Sequence[Image]) -> str:
+        digest = hashlib.sha256(self._settings)
+        for image in images:
+            digest.update(f"{image.mode} {image.width} {image.height};".encode())
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+
+    def _token(self, model: Path, token: str) -> int:
+        number = self._tokenizer.get_vocab().get(token)
+        if number is None:
+            raise ModelError(f"{model}: the tokenizer has no token '{token}', which {'/'.join(self._family.model_types)} needs")
+        return int(number)
+
+    def _stops(self, model: Path) -> tuple[int, ...]:
+        path = model / "generation_config.json"
+        named = _json(path).get("eos_token_id") if path.is_file() else None
+        found = [*(named if isinstance(named, list) else [named]), self._tokenizer.eos_token_id]
+        stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
+        if not stops:
+            raise ModelError(f"{model}: neither generation_config.json nor the tokenizer names an end-of-turn token")
+        return stops
+
+
+def _content(question: str, images: int) -> list[dict[str, str]]:
+    """The parts of the user's turn: images and the texts between them."""
+    first, *rest = question.split(IMAGE_MARKER)
+    if not rest:
+        return [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    if len(rest) > images:
+        raise DataError(f"the question has {len(rest)} '{IMAGE_MARKER}' markers for {images} images: {question[:80]!r}")
+    parts = [{"type": "text", "text": first}]
+    for number, text in enumerate(rest, start=1):
+        standing = 1 + (images - len(rest) if number == len(rest) else 0)
+        parts += [{"type": "image"}] * standing + [{"type": "text", "text": text}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _config(model: Path) -> dict[str, Any]:
+    if not model.is_dir():
+        raise ModelError(f"model folder not found: {model}")
+    for names in NEEDED:
+        if not any((model / name).is_file() for name in names):
+            raise ModelError(f"{model} is not a complete model folder: {' or '.join(names)} is missing")
+    config = _json(model / "config.json")
+    if not config.get("model_type"):
+        raise ModelError(f"{model / 'config.json'} has no model_type")
+    return config
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} does not hold a JSON object")
+    return found
+
+
+def _load(model: Path) -> tuple[Any, Any]:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and bare Exception for broken files
+        raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise ModelError(f"{model}: the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+    return tokenizer, processor
+
+
+def _line(error: Exception) -> str:
+    """An error of other people's code in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
