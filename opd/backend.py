@@ -138,6 +138,37 @@ def resolve(name: str) -> str:
     return chosen
 
 
+@dataclass(frozen=True)
+class State:
+    """Whether a backend can run here: its `device`, or what is `missing` and what to do."""
+
+    ready: bool
+    device: str
+    missing: str = ""
+
+
+def state(name: str) -> State:
+    """What a known backend is on this machine; nothing of a model is loaded."""
+    try:
+        resolve(name)
+    except BackendError as error:
+        return State(False, "", str(error))
+    if name == "mlx":
+        import mlx.core as mx
+
+        gpu = mx.default_device() == mx.Device(mx.gpu)
+        return State(True, "Metal GPU" if platform.system() == "Darwin" and gpu else "CUDA GPU" if gpu else "CPU")
+    if name in ("cuda", "cpu"):
+        import torch
+
+        if name == "cpu":
+            return State(True, f"CPU, {torch.get_num_threads()} threads")
+        if not torch.cuda.is_available():
+            return State(False, "", "torch sees no CUDA GPU on this machine")
+        return State(True, torch.cuda.get_device_name())
+    return State(True, "")
+
+
 def load(name: str, options: ModelOptions) -> Backend:
     """Loads the model on the named backend (`auto` picks one). Raises BackendError or ModelError."""
     chosen = resolve(name)

@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from opd.backend import State
     from opd.measure import Answered
+    from opd.testing import Result
 
 ROWS = (("full_accuracy", "full image"), ("crop_accuracy", "evidence crop"), ("gap", "gap"), ("agreement", "agreement"))
 
@@ -53,6 +55,30 @@ def answers(rows: Sequence[tuple[str, Answered]]) -> None:
         table.add_column(heading, overflow="fold")
     for question, one in rows:
         table.add_row(Text(question), Text(one.answer or "-"), _judged(one.full, one.full_right), _judged(one.crop, one.crop_right))
+    Console().print(table)
+
+
+def backend_table(states: Mapping[str, State], automatic: str) -> None:
+    """Every backend, and what is missing where it cannot run."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("backend", "device", "missing"):
+        table.add_column(heading, overflow="fold")
+    for name, state in states.items():
+        table.add_row(f"{name} (auto)" if name == automatic else name, state.device or "-", Text(state.missing))
+    Console().print(table)
+
+
+def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
+    """Every check with its error and bound."""
+    passed = sum(check.passed for check in checks)
+    table = Table(
+        title=f"{name} on {device}: {passed} of {len(checks)} checks passed", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in ("check", "error", "bound", ""):
+        table.add_column(heading, justify="right" if heading in ("error", "bound") else "left")
+    for check in checks:
+        verdict = Text("passed", style="green") if check.passed else Text("FAILED", style="bold red")
+        table.add_row(check.name, f"{check.error:.1e}", f"{check.bound:.0e}", verdict)
     Console().print(table)
 
 

@@ -1,0 +1,49 @@
+"""`opd backends`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--check", is_flag=True, help="Run every backend that can run here against numbers committed from the CPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a table.")
+def backends(name: str | None, check: bool, as_json: bool) -> None:
+    """Shows which backends are installed, on which device, and what is missing; --check verifies them in about a minute.
+
+    NAME limits it to one backend. With --check the exit code is 1 where a check failed.
+
+    \b
+    Examples:
+      opd backends
+      opd backends mlx --check
+    """
+    from opd import backend as found
+    from opd.errors import BackendError, nearest
+    from opd.fixtures import check_backend
+    from opd_cli.tables import backend_table, check_table
+
+    if name is not None and name not in found.names():
+        raise BackendError(f"unknown backend '{name}'; {nearest(name, found.names())}")
+    states = {one: found.state(one) for one in ([name] if name else found.names())}
+    result: dict[str, Any] = {"automatic": found.automatic(), "backends": {one: vars(state) for one, state in states.items()}}
+    passed = True
+    if not as_json:
+        backend_table(states, result["automatic"])
+    for one, state in states.items():
+        if check and state.ready:
+            checks = check_backend(one)
+            right = all(each.passed for each in checks)
+            passed &= right
+            result["backends"][one] |= {"passed": right, "checks": [{**vars(each), "passed": each.passed} for each in checks]}
+            if not as_json:
+                check_table(one, state.device, checks)
+    if as_json:
+        click.echo(json.dumps(result))
+    if not passed:
+        sys.exit(1)
