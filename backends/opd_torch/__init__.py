@@ -1,0 +1,41 @@
+"""The torch backend of `opd`: CUDA and CPU."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from opd.errors import BackendError
+from opd.types import ModelOptions
+
+if TYPE_CHECKING:
+    from opd_torch.backend import TorchBackend
+
+__all__ = ["load_cpu", "load_cuda"]
+
+
+def load_cpu(options: ModelOptions) -> TorchBackend:
+    """Loads the model on the CPU."""
+    return _load(options, "cpu")
+
+
+def load_cuda(options: ModelOptions) -> TorchBackend:
+    """Loads the model on this process's GPU (`LOCAL_RANK`, as torchrun sets it, else the first)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BackendError("backend 'cuda': torch sees no GPU on this machine; use the backend 'cpu'")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    torch.cuda.set_device(device)
+    return _load(options, device)
+
+
+def _load(options: ModelOptions, device: str) -> TorchBackend:
+    import torch.distributed
+
+    from opd_torch.backend import TorchBackend
+
+    # Under torchrun every process finds the others here; a caller who has done it already is left alone.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+    return TorchBackend(options, torch.device(device))

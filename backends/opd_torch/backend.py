@@ -1,0 +1,235 @@
+"""The protocol's verbs on torch."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+
+from opd.errors import FolderError, ModelError, RecipeError, nearest
+from opd.objective import Objective
+from opd.types import (
+    Alternatives,
+    Completion,
+    FloatArray,
+    Group,
+    ModelOptions,
+    Policy,
+    Prompt,
+    Sampling,
+    TokenStatistics,
+    Update,
+    UpdateResult,
+)
+from opd_torch import sampling as rollout
+from opd_torch.batch import Targets, lay_out, lay_out_targets
+from opd_torch.forward import CHECKPOINT_ABOVE, activation_bytes, hidden_states
+from opd_torch.model import DTYPES, copy_model, head_name, load_model, read_tensors, trained_parameters, write_model, write_tensors
+from opd_torch.objective import STATISTICS, HeadResult, default_chunk, divergence_head
+from opd_torch.optimizer import Optimizer, move_teacher
+
+FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
+"""What `save` writes."""
+
+
+class TorchBackend:
+    """`opd.backend.Backend` on one device of this process; gradients are summed over torch.distributed where it is initialised."""
+
+    def __init__(self, options: ModelOptions, device: torch.device) -> None:
+        if options.dtype not in DTYPES:
+            raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
+        self._options, self._device, self._dtype = options, device, DTYPES[options.dtype]
+        self._student = load_model(options, device)
+        # The teacher's parameters keep requires_grad, without which autocast would cast them again in every layer call.
+        self._teacher = copy_model(self._student)
+        self._parameters, self._teacher_parameters = trained_parameters(self._student), trained_parameters(self._teacher)
+        self._head = head_name(self._student)
+        self._optimizer = Optimizer(self._parameters)
+        self._gradient: dict[str, Tensor] = {}
+
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+        return distributed.get_rank() if distributed.is_initialized() else 0
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return distributed.get_world_size() if distributed.is_initialized() else 1
+
+    def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Elementwise sum over all processes."""
+        if self.size == 1:
+            return values.copy()
+        summed = torch.from_numpy(values.astype(np.float64)).to(self._device)
+        distributed.all_reduce(summed)
+        return np.asarray(summed.cpu().numpy(), dtype=np.float64)
+
+    def sample(
+        self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
+    ) -> list[list[Completion]]:
+        """Draws completions; see the protocol."""
+        model = self._student if policy == "student" else self._teacher
+        with self._autocast():
+            return rollout.sample(model, prompts, uniforms, sampling, self._dtype)
+
+    def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
+        """Adds the gradient of the groups' weighted sum; see the protocol."""
+        if not _predicted(groups):
+            return _nothing(groups)
+        targets = lay_out_targets(groups, self._device)
+        teacher = self._hidden("teacher", groups, gradient=False)
+        student = self._hidden("student", groups, gradient=True)
+        result = self._divergence(student.detach(), teacher, targets, objective, gradient=True, top=0)
+        assert result.hidden_gradient is not None
+        assert result.head_gradient is not None
+        found = torch.autograd.grad(student, list(self._parameters.values()), result.hidden_gradient.to(student.dtype), allow_unused=True)
+        gradient = {name: value for name, value in zip(self._parameters, found, strict=True) if value is not None}
+        if self._head in gradient:
+            gradient[self._head] += result.head_gradient
+        else:
+            gradient[self._head] = result.head_gradient
+        statistics = _statistics(result, targets)
+        for name, value in gradient.items():
+            if name in self._gradient:
+                self._gradient[name] += value
+            else:
+                self._gradient[name] = value
+        return statistics
+
+    def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
+        """Statistics without a gradient; see the protocol."""
+        if not _predicted(groups):
+            return _nothing(groups)
+        targets = lay_out_targets(groups, self._device)
+        teacher, student = (self._hidden(policy, groups, gradient=False) for policy in ("teacher", "student"))
+        return _statistics(self._divergence(student, teacher, targets, objective, gradient=False, top=top), targets)
+
+    def apply(self, update: Update) -> UpdateResult:
+        """One optimizer step on the gradient summed over all processes; see the protocol."""
+        # Every process sums every parameter, whether or not a gradient reached it here.
+        gradient = {name: self._gradient.pop(name, None) for name in self._parameters}
+        whole = {name: torch.zeros_like(self._parameters[name]) if value is None else value for name, value in gradient.items()}
+        if self.size > 1:
+            for value in whole.values():
+                distributed.all_reduce(value)
+        return self._optimizer.apply(whole, update)
+
+    def move_teacher(self, rate: float) -> None:
+        """Moves the teacher towards the student by `rate`."""
+        move_teacher(self._teacher_parameters, self._parameters, rate)
+
+    def save(self, folder: Path) -> None:
+        """Writes both policies' trained parameters, the moments and the step count."""
+        folder.mkdir(parents=True, exist_ok=True)
+        student, teacher, optimizer = FILES
+        write_tensors(folder / student, self._parameters)
+        write_tensors(folder / teacher, self._teacher_parameters)
+        write_tensors(folder / optimizer, self._moments(), step=str(self._optimizer.step))
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, of either backend. Raises FolderError, and changes nothing then."""
+        expected = (self._parameters, self._teacher_parameters, self._moments())
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise FolderError(f"{folder}: no {name}, so there is nothing to resume from")
+        read = [read_tensors(folder / name, tensors) for name, tensors in zip(FILES, expected, strict=True)]
+        with torch.no_grad():
+            for tensors, (values, _) in zip(expected, read, strict=True):
+                for name, tensor in tensors.items():
+                    tensor.copy_(values[name])
+        self._optimizer.step = int(read[2][1]["step"])
+        self._gradient = {}
+
+    def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
+        """Writes the student as a Hugging Face model folder."""
+        if kind != "model":
+            raise RecipeError("there is no adapter to export: all weights were trained; export the model")
+        write_model(self._student, Path(self._options.path), folder)
+
+    def tensors(self, kind: Literal["student", "teacher", "gradient"]) -> dict[str, NDArray[np.float32]]:
+        """Float32 copies by Hugging Face name."""
+        source = {"student": self._parameters, "teacher": self._teacher_parameters, "gradient": self._gradient}[kind]
+        return {
+            name: source[name].detach().float().cpu().numpy().copy() if name in source else np.zeros(tuple(parameter.shape), np.float32)
+            for name, parameter in self._parameters.items()
+        }
+
+    @property
+    def peak_memory(self) -> int:
+        """Largest number of bytes allocated on the GPU, or held by the process on the CPU."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident if sys.platform == "darwin" else resident * 1024
+
+    @property
+    def device(self) -> str:
+        """The device in words."""
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+        return context
+
+    def _hidden(self, policy: str, groups: Sequence[Group], gradient: bool) -> Tensor:
+        """Hidden states of one policy; each in an autocast of its own, so that one policy's casts are freed before the other's."""
+        model = self._student if policy == "student" else self._teacher
+        prompts = [group.student if policy == "student" else group.teacher for group in groups]
+        batch = lay_out(prompts, [[completion.tokens for completion in group.completions] for group in groups], self._device)
+        again = gradient and activation_bytes(model, batch, self._dtype.itemsize) > CHECKPOINT_ABOVE
+        with torch.set_grad_enabled(gradient), self._autocast():
+            return hidden_states(model, batch, again)
+
+    def _divergence(self, student: Tensor, teacher: Tensor, targets: Targets, objective: Objective, gradient: bool, top: int) -> HeadResult:
+        heads = [model.lm_head.weight.detach().to(self._dtype) for model in (self._student, self._teacher)]
+        return divergence_head(
+            student.to(self._dtype),
+            heads[0],
+            teacher.to(self._dtype),
+            heads[1],
+            targets.tokens,
+            targets.logprobs,
+            targets.weights,
+            objective,
+            chunk=default_chunk(len(heads[0])),
+            gradient=gradient,
+            top=top,
+        )
+
+    def _moments(self) -> dict[str, Tensor]:
+        first = {f"first.{name}": value for name, value in self._optimizer.first.items()}
+        return first | {f"second.{name}": value for name, value in self._optimizer.second.items()}
+
+
+def _predicted(groups: Sequence[Group]) -> int:
+    return sum(group.tokens for group in groups)
+
+
+def _nothing(groups: Sequence[Group]) -> list[list[TokenStatistics]]:
+    empty = np.zeros(0, np.float32)
+    return [[TokenStatistics(empty, empty, empty, empty, empty, empty) for _ in group.completions] for group in groups]
+
+
+def _statistics(result: HeadResult, targets: Targets) -> list[list[TokenStatistics]]:
+    """The result's rows as one record a completion."""
+    values = targets.ragged(torch.stack([getattr(result, name) for name in STATISTICS], 1).float())
+    tops = [
+        None if top is None else (targets.ragged(top[0].int()), targets.ragged(top[1].float()))
+        for top in (result.student_top, result.teacher_top)
+    ]
+
+    def record(group: int, member: int) -> TokenStatistics:
+        alternatives = [None if top is None else Alternatives(top[0][group][member], top[1][group][member]) for top in tops]
+        columns: dict[str, Any] = dict(zip(STATISTICS, np.ascontiguousarray(values[group][member].T), strict=True))
+        return TokenStatistics(**columns, student_top=alternatives[0], teacher_top=alternatives[1])
+
+    return [[record(group, member) for member in range(count)] for group, count in enumerate(targets.counts)]

@@ -1,0 +1,210 @@
+"""Lays out prompts and completions of unequal lengths and counts as device arrays, and takes results apart again.
+
+A prompt's last token predicts its completions' first tokens, so it runs with the completions: row t of a completion holds the token
+before target t. What is left of the prompt is a prefix whose keys and values are all that is wanted of it, and a completion's last
+token, which predicts nothing, is no input. Rows are packed without padding, so that no layer but attention computes on any.
+
+Legend: B prompts, N tokens of all prefixes, P of the longest, R completions of all prompts, M completion tokens, T of the longest
+completion, S visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from opd.types import Group, IntArray, Prompt
+
+
+class Ragged:
+    """Rows of unequal `lengths`: packed [total, ...] to padded [rows, longest, ...] and back, both differentiable.
+
+    Padding repeats the first packed entry; what it becomes is never read, and its gradient is dropped.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
+        self.lengths = lengths
+        self.rows, self.longest, self.total = len(lengths), int(lengths.max()), int(lengths.sum())
+        self.even = self.rows * self.longest == self.total
+        if not self.even:
+            valid = np.arange(self.longest) < lengths[:, None]
+            self._packed = torch.from_numpy(np.flatnonzero(valid)).to(device)
+            self._padded = torch.from_numpy(np.where(valid.ravel(), np.cumsum(valid.ravel()) - 1, 0)).to(device)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """From [total, ...] to [rows, longest, ...]."""
+        padded = packed if self.even else _Pad.apply(packed, self._padded, self._packed)
+        return padded.view(self.rows, self.longest, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """From [rows, longest, ...] to [total, ...]."""
+        flat = padded.flatten(0, 1)
+        return flat if self.even else _Unpad.apply(flat, self._packed)
+
+
+class _Pad(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+    """index_select whose backward is an index_select too: every packed entry has one place (index_add would be far slower)."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, padded_index: Tensor, packed_index: Tensor) -> Tensor:
+        ctx.save_for_backward(packed_index)
+        return packed.index_select(0, padded_index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+    """index_select whose backward writes zeros where padding stood."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, packed_index: Tensor) -> Tensor:
+        ctx.save_for_backward(packed_index)
+        ctx.size = len(padded)
+        return padded.index_select(0, packed_index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        padded = gradient.new_zeros(ctx.size, *gradient.shape[1:])
+        padded[ctx.saved_tensors[0]] = gradient
+        return padded, None
+
+
+class Owner:
+    """Which prompt each of R completions belongs to, from the `counts` of B prompts."""
+
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self.each = counts[0] if len(set(counts)) == 1 else None
+        self.index = _index(np.repeat(np.arange(len(counts)), counts), device)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """From one entry a prompt [B, ...] to one a completion [R, ...]."""
+        # With equal counts the backward is a plain sum instead of a scatter, several times faster on the CPU.
+        return x.index_select(0, self.index) if self.each is None else x[:, None].expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Prompts without their last tokens: `tokens` [N], `positions` [3, N], and how they are cut (`ragged`).
+
+    `visual_rows` [S] are the packed image tokens, in the order of `sources`.
+    """
+
+    sources: Sequence[Prompt]
+    tokens: Tensor
+    positions: Tensor
+    ragged: Ragged
+    visual_rows: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [3, M], and how they are cut (`ragged`).
+
+    Every completion row has a target; rows are in order of group, completion and token. `mask` [R or 1, 1, T, P + T] is True where a
+    completion row may attend to [prefix | own].
+    """
+
+    prefixes: Prefixes
+    tokens: Tensor
+    positions: Tensor
+    ragged: Ragged
+    owner: Owner
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What completion tokens are and weigh, [M] each; `lengths` [R] of the completions and `counts` [B] of each group's."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    weights: Tensor
+    lengths: NDArray[np.int64]
+    counts: list[int]
+
+    def ragged(self, values: Tensor) -> list[list[NDArray[Any]]]:
+        """Cuts `values` [M, ...] into arrays [T, ...] of each completion of each group."""
+        pieces = iter(np.split(values.cpu().numpy(), np.cumsum(self.lengths)[:-1]))
+        return [[next(pieces) for _ in range(count)] for count in self.counts]
+
+
+def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device) -> Prefixes:
+    """Packs `prompts` without their last tokens."""
+    lengths = np.array([len(prompt) - 1 for prompt in prompts], dtype=np.int64)
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length < 1 or length in prompt.visual.index:
+            raise ValueError("a prompt has at least two tokens, and its last is not an image token")
+    visual = [prompt.visual.index + start for prompt, start in zip(prompts, np.cumsum(lengths) - lengths, strict=True)]
+    return Prefixes(
+        sources=prompts,
+        tokens=_index(np.concatenate([prompt.tokens[:-1] for prompt in prompts]), device),
+        positions=_index(np.concatenate([prompt.positions[:, :-1] for prompt in prompts], axis=1), device),
+        ragged=Ragged(lengths, device),
+        visual_rows=_index(np.concatenate(visual), device),
+    )
+
+
+def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]], device: torch.device) -> Batch:
+    """Packs `prompts` and the tokens of each one's `completions`, of which at least one is not empty."""
+    prefixes = lay_out_prefixes(prompts, device)
+    flat = [(prompt, tokens) for prompt, members in zip(prompts, completions, strict=True) for tokens in members]
+    inputs = [np.append(prompt.tokens[-1:], tokens[:-1]) for prompt, tokens in flat if len(tokens)]
+    positions = [row_positions(prompt, len(tokens)) for prompt, tokens in flat if len(tokens)]
+    ragged = Ragged(np.array([len(tokens) for _, tokens in flat], dtype=np.int64), device)
+    owner = Owner([len(members) for members in completions], device)
+    return Batch(
+        prefixes=prefixes,
+        tokens=_index(np.concatenate(inputs), device),
+        positions=_index(np.concatenate(positions, axis=1), device),
+        ragged=ragged,
+        owner=owner,
+        mask=_mask(prefixes.ragged, ragged, owner, device),
+    )
+
+
+def row_positions(prompt: Prompt, length: int) -> IntArray:
+    """Rotary positions [3, length] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
+    later = np.arange(prompt.start, prompt.start + length - 1, dtype=np.int32)
+    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (3, 1))], axis=1)
+
+
+def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
+    """Everything about completion tokens that is the same for both policies."""
+    completions = [completion for group in groups for completion in group.completions]
+    weights = [weight for group in groups for weight in group.weights]
+    return Targets(
+        tokens=_index(np.concatenate([completion.tokens for completion in completions]), device),
+        logprobs=torch.from_numpy(np.concatenate([completion.logprobs for completion in completions])).to(device),
+        weights=torch.from_numpy(np.concatenate(weights)).to(device),
+        lengths=np.array([len(completion) for completion in completions], dtype=np.int64),
+        counts=[len(group.completions) for group in groups],
+    )
+
+
+def prefix_mask(prefixes: Ragged, device: torch.device) -> Tensor | None:
+    """True at real tokens [B, 1, 1, P], or None where nothing is padded."""
+    if prefixes.even:
+        return None
+    return torch.from_numpy(np.arange(prefixes.longest) < prefixes.lengths[:, None]).to(device)[:, None, None]
+
+
+def _mask(prefixes: Ragged, completions: Ragged, owner: Owner, device: torch.device) -> Tensor:
+    """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
+    length = completions.longest
+    own = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    real = prefix_mask(prefixes, device)
+    if real is None:
+        return torch.cat([own.new_ones(1, 1, length, prefixes.longest), own], -1)
+    return torch.cat([owner.spread(real).expand(-1, -1, length, -1), own.expand(len(owner.index), -1, -1, -1)], -1)
+
+
+def _index(values: ArrayLike, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)

@@ -1,0 +1,55 @@
+"""AdamW on float32 masters, clipping by global norm, and the teacher's moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from opd.types import Update, UpdateResult
+
+
+class Optimizer:
+    """AdamW with bias correction over the trained parameters, by name; its state is two moments a parameter and a step count."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = dict(parameters)
+        self.step = 0
+        self.first = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        self.second = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+
+    def apply(self, gradient: Mapping[str, Tensor], update: Update) -> UpdateResult:
+        """One step on `gradient`, which is consumed; where its norm is not finite nothing changes."""
+        norm = global_norm(gradient.values())
+        if not math.isfinite(norm):
+            return UpdateResult(gradient_norm=norm, taken=False)
+        factor = 1.0 if update.gradient_clip is None or norm <= update.gradient_clip else update.gradient_clip / norm
+        self.step += 1
+        with torch.no_grad():
+            # Tensor by tensor: a second copy of all parameters at once would be the peak of a large run.
+            for name, parameter in self.parameters.items():
+                self._step(parameter, gradient[name].mul_(factor), self.first[name], self.second[name], update)
+        return UpdateResult(gradient_norm=norm, taken=True)
+
+    def _step(self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, update: Update) -> None:
+        """theta <- (1 - lr * decay) theta - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon)."""
+        beta1, beta2 = update.betas
+        first.lerp_(gradient, 1.0 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        denominator = second.sqrt().div_(math.sqrt(1.0 - beta2**self.step)).add_(update.epsilon)
+        parameter.mul_(1.0 - update.learning_rate * update.weight_decay)
+        parameter.addcdiv_(first, denominator, value=-update.learning_rate / (1.0 - beta1**self.step))
+
+
+def global_norm(tensors: Iterable[Tensor]) -> float:
+    """Euclidean norm of all tensors together."""
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])))
+
+
+def move_teacher(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], rate: float) -> None:
+    """theta_T += rate * (theta_S - theta_T), in float32; 1 copies to the bit, 0 does nothing."""
+    with torch.no_grad():
+        for name, parameter in teacher.items():
+            parameter.lerp_(student[name], rate)

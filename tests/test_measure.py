@@ -1,0 +1,72 @@
+"""The gap's numbers: accuracies, the share closed, and intervals that cover what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from opd.measure import Answered, accuracies, answer, gap_closed
+from opd.toy import ToyBackend, ToyEncoder
+from opd.view import ViewOptions
+from tests.conftest import coloured
+
+
+def answered(full: str, crop: str) -> list[Answered]:
+    """One example a letter: r is right, w is wrong, - has no answer."""
+    texts = {"r": "7", "w": "8", "-": "9"}
+    rights = {"r": True, "w": False, "-": None}
+    return [
+        Answered(str(index), None if a == "-" else "7", texts[a], texts[b], rights[a], rights[b])
+        for index, (a, b) in enumerate(zip(full, crop, strict=True))
+    ]
+
+
+def test_accuracies_agreement_and_gap():
+    found = accuracies(answered("rwwr--", "rrwr--"))
+    assert (found["rows"], found["full_accuracy"], found["crop_accuracy"], found["gap"]) == (6, 0.5, 0.75, 0.25)
+    assert found["agreement"] == pytest.approx(5 / 6)
+
+
+def test_rows_without_answers_have_agreement_alone():
+    found = accuracies(answered("--", "--"))
+    assert found.keys() == {"rows", "agreement", "agreement_interval"}
+
+
+def test_share_closed_is_of_the_gap_before():
+    before, after = answered("rrww" * 10, "rrrr" * 10), answered("rrrw" * 10, "rwww" * 10)
+    assert gap_closed(before, after)["gap_closed"] == 0.5  # losing crop accuracy is no success
+    assert gap_closed(before, answered("wwww" * 10, "rrrr" * 10))["gap_closed"] == -1.0
+    assert gap_closed(answered("rr", "rr"), answered("rr", "rr")) == {}
+    assert gap_closed(answered("--", "--"), answered("--", "--")) == {}
+
+
+def test_intervals_are_paired_over_examples():
+    rng = np.random.default_rng(0)
+    full = "".join(rng.choice(["r", "w"], size=400))
+    same = accuracies(answered(full, full))
+    assert same["gap_interval"] == [0.0, 0.0]  # every resample has the same rows on both sides
+    low, high = same["full_accuracy_interval"]
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 400), rel=0.1)
+
+
+def test_intervals_cover_the_truth_19_times_of_20():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        full = "".join(np.where(rng.random(150) < 0.6, "r", "w"))
+        low, high = accuracies(answered(full, "r" * 150))["full_accuracy_interval"]
+        covered += low <= 0.6 <= high
+    assert 180 <= covered <= 198
+
+
+def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
+    """Also of a control, whose teacher does not see the crop in training."""
+    backend, encoder, examples = ToyBackend(), ToyEncoder(), coloured(5)
+    heard = []
+    found = answer(backend, encoder, examples, ViewOptions(kind="full"), 4, 10**6, progress=heard.append)
+    assert sum(heard) == 10
+    assert [one.id for one in found] == [example.id for example in examples]
+    assert any(one.full != one.crop for one in found)
+    again = answer(backend, encoder, examples, ViewOptions(kind="crop"), 4, 1)
+    assert found == again
+    assert all(one.full_right is (one.full == "abc") for one in found)

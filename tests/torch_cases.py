@@ -1,0 +1,158 @@
+"""Groups on a random model, and the same numbers computed the plain way: stock transformers, row by row, and autograd."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import opd_torch
+from opd.prompts import PromptEncoder
+from opd.types import Completion, Group, ModelOptions
+from opd_torch.backend import TorchBackend
+
+SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)], [(64, 64), (48, 48), (64, 64)], [(64, 64)]]
+"""Widths and heights of the images of each group's student; the teacher's are the next group's."""
+
+LENGTHS = [(5, 3, 7), (1,), (4, 6), (), (2, 2, 2)]
+"""Tokens of each group's completions."""
+
+
+@dataclass
+class Case:
+    """A model folder, groups for it, and a state folder in which the teacher differs from the student."""
+
+    folder: Path
+    encoder: PromptEncoder
+    groups: list[Group]
+    state: Path
+
+    def backend(self, dtype: str = "float64", **options: bool) -> TorchBackend:
+        backend = opd_torch.load_cpu(ModelOptions(self.folder, dtype, **options))
+        if not options:
+            backend.load(self.state)
+        return backend
+
+    def stock(self, policy: str = "student") -> torch.nn.Module:
+        """The policy as transformers has it, in float64."""
+        model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float64, attn_implementation="sdpa")
+        weights = {name: torch.from_numpy(value).double() for name, value in load_file(self.state / f"{policy}.safetensors").items()}
+        assert not model.load_state_dict(weights, strict=False).unexpected_keys
+        return model
+
+
+def make_case(root: Path, folder: Path, questions: tuple[str, ...] = ("What digit is on the red tile?", "digit?", "What?")) -> Case:
+    rng = np.random.default_rng(0)
+    encoder = PromptEncoder(folder)
+    prompts = [
+        encoder.encode(
+            [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes],
+            questions[index % len(questions)],
+        )
+        for index, sizes in enumerate(SIZES)
+    ]
+    prompts[4] = prompts[0]  # one image under two groups: its features are computed once
+    groups = []
+    for index, lengths in enumerate(LENGTHS):
+        completions = tuple(
+            Completion(rng.integers(0, 250, size=length).astype(np.int32), rng.normal(-5, 1.5, size=length).astype(np.float32), False)
+            for length in lengths
+        )
+        weights = [rng.uniform(0.01, 0.1, size=length).astype(np.float32) for length in lengths]
+        for values in weights[:1]:
+            values[0] = 0
+        groups.append(Group(prompts[index], prompts[(index + 1) % len(prompts)], completions, tuple(weights)))
+    state = root / "state"
+    opd_torch.load_cpu(ModelOptions(folder)).save(state)
+    teacher = load_file(state / "teacher.safetensors")
+    moved = {name: value + rng.normal(0, 0.1 * value.std() + 1e-3, size=value.shape).astype(np.float32) for name, value in teacher.items()}
+    save_file(moved, state / "teacher.safetensors", metadata={"format": "pt"})
+    return Case(folder, encoder, groups, state)
+
+
+def stock_logits(model, prompt, tokens):
+    """Logits [T, V] of stock transformers at the rows that predict `tokens`, from one plain row [prompt + tokens]."""
+    ids = np.concatenate([prompt.tokens, tokens]).astype(np.int64)
+    kinds = np.zeros_like(ids)
+    kinds[prompt.visual.index] = 1
+    out = model(
+        input_ids=torch.from_numpy(ids)[None],
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        mm_token_type_ids=torch.from_numpy(kinds)[None],
+        pixel_values=torch.from_numpy(prompt.images["pixel_values"]).double(),
+        image_grid_thw=torch.from_numpy(prompt.images["image_grid_thw"]).long(),
+        use_cache=False,
+    )
+    return out.logits[0, len(prompt.tokens) - 1 : -1]
+
+
+def plain_divergence(student, teacher, objective):
+    """The divergence [T] of logits [T, V], as its formula reads, for autograd."""
+    s, t = (logits.div(objective.temperature).log_softmax(-1) for logits in (student, teacher))
+    if objective.top_k is not None:
+        ids = s.detach().topk(objective.top_k).indices
+        s, t = s.gather(-1, ids), t.gather(-1, ids)
+        if objective.tail:
+            s, t = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (s, t))
+        else:
+            s, t = s.log_softmax(-1), t.log_softmax(-1)
+    if objective.alpha == 0:
+        return (t.exp() * (t - s)).sum(-1)
+    if objective.alpha == 1:
+        return (s.exp() * (s - t)).sum(-1)
+    m = ((1 - objective.alpha) * s.exp() + objective.alpha * t.exp()).log()
+    return (1 - objective.alpha) * (s.exp() * (s - m)).sum(-1) + objective.alpha * (t.exp() * (t - m)).sum(-1)
+
+
+def plain_loss_and_gradients(case, groups, objective):
+    """The step's loss and every gradient by name, in float64, from separate rows."""
+    student, teacher = case.stock(), case.stock("teacher")
+    loss = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        for completion, weights in zip(group.completions, group.weights, strict=True):
+            logits = stock_logits(student, group.student, completion.tokens)
+            with torch.no_grad():
+                wanted = stock_logits(teacher, group.teacher, completion.tokens)
+            chosen = (logits.detach() / objective.temperature).log_softmax(-1)[range(len(completion)), completion.tokens]
+            ratio = (chosen - torch.from_numpy(completion.logprobs).double()).exp().clamp(max=objective.ratio_clip)
+            loss = loss + (torch.from_numpy(weights).double() * ratio * plain_divergence(logits, wanted, objective)).sum()
+    loss.backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters()}
+    return float(loss.detach()), gradients
+
+
+def loss_of(groups, statistics):
+    """The step's loss from per-token statistics."""
+    return sum(
+        float((weights.astype(np.float64) * one.ratio * one.divergence).sum())
+        for group, row in zip(groups, statistics, strict=True)
+        for weights, one in zip(group.weights, row, strict=True)
+    )
+
+
+def relative_error(ours, theirs):
+    """Largest ||a - b|| / max(||b||, 1e-3 * global norm) over tensors of equal names."""
+    assert ours.keys() == theirs.keys()
+    everything = np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in theirs.values()))
+    return max(
+        np.linalg.norm(ours[name].astype(np.float64) - value) / max(np.linalg.norm(value.astype(np.float64)), 1e-3 * everything)
+        for name, value in theirs.items()
+    )
+
+
+def gradients_of(backend):
+    """The accumulated gradient in the backend's own precision."""
+    return {name: value.numpy().copy() for name, value in backend._gradient.items()}
+
+
+def clone(backend):
+    """A backend of the same state, without loading it again."""
+    other = copy.deepcopy(backend)
+    other._gradient = {}
+    return other
