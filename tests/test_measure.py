@@ -63,10 +63,10 @@ def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
     """Also of a control, whose teacher does not see the crop in training."""
     backend, encoder, examples = ToyBackend(), ToyEncoder(), coloured(5)
     heard = []
-    found = answer(backend, encoder, examples, ViewOptions(kind="full"), 4, 10**6, progress=heard.append)
+    found = answer(backend, encoder, examples, ViewOptions(kind="full", margin=0), 4, 10**6, progress=heard.append)
     assert sum(heard) == 10
     assert [one.id for one in found] == [example.id for example in examples]
     assert any(one.full != one.crop for one in found)
-    again = answer(backend, encoder, examples, ViewOptions(kind="crop"), 4, 1)
+    again = answer(backend, encoder, examples, ViewOptions(kind="crop", margin=0), 4, 1)
     assert found == again
     assert all(one.full_right is (one.full == "abc") for one in found)

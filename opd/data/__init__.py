@@ -31,14 +31,14 @@ class DataOptions(Options):
 
 
 def open_data(path: str, strict: bool = False, labelled: bool = True) -> Sequence[Example]:
-    """The examples of a data file, or, for "tiny", 8,000 scenes of the embedded task; not `labelled`: without answers.
+    """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task; not `labelled`: without answers.
 
     Raises DataError where the file cannot be used, and with `strict` at the first faulty row.
     """
     if path == "tiny":
         from opd.tiny import Scenes
 
-        return Scenes("train", 8000, labelled=labelled)
+        return Scenes("train", 12800, labelled=labelled)
     found = read_jsonl(Path(path), strict)
     if labelled:
         return found
