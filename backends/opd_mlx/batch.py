@@ -1,0 +1,130 @@
+"""Lays out prompts and completions of unequal lengths and counts as padded arrays, and takes results apart again.
+
+Everything is padded on the right, where no causal row looks. A prompt's last token predicts its completions' first tokens, so it
+runs with the completions: row t of a completion holds the token before target t. What is left of the prompt is a prefix whose keys
+and values are all that is wanted of it, and a completion's last token, which predicts nothing, is no input.
+
+Legend: B prompts, P tokens of the longest prompt without its last one, n completions of the largest group, T tokens of the longest
+completion, M completion tokens that are predicted, S visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from opd.types import Group, IntArray, Prompt
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Prompts without their last tokens: `tokens` [B * P], `positions` [3, 1, B * P], `shape` (B, P).
+
+    `mask` [B, 1, 1, 1, P] is 0, or -inf where a prompt has ended; None where all are of one length. `visual_rows` [S] are the rows of
+    image tokens in the order of `sources`.
+    """
+
+    sources: Sequence[Prompt]
+    tokens: mx.array
+    positions: mx.array
+    shape: tuple[int, int]
+    mask: mx.array | None
+    visual_rows: mx.array
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [B * n * T], `positions` [3, 1, B * n * T], `shape` (B, n, T).
+
+    `rows` [M] are the completion rows that have a target, in order of group, completion and token.
+    """
+
+    prefixes: Prefixes
+    tokens: mx.array
+    positions: mx.array
+    shape: tuple[int, int, int]
+    rows: mx.array
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What completion tokens are and weigh, [M] each; `lengths` of all completions and `counts` [B] of each group's."""
+
+    tokens: mx.array
+    logprobs: mx.array
+    weights: mx.array
+    lengths: list[int]
+    counts: list[int]
+
+    def ragged(self, values: mx.array) -> list[list[NDArray[Any]]]:
+        """Cuts `values` [M, ...] into arrays [T, ...] of each completion of each group."""
+        pieces = iter(np.split(np.array(values), np.cumsum(self.lengths)[:-1]))
+        return [[next(pieces) for _ in range(count)] for count in self.counts]
+
+
+def lay_out_prefixes(prompts: Sequence[Prompt]) -> Prefixes:
+    """Pads `prompts`, without their last tokens, to one length."""
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    count, width = len(prompts), max(1, *lengths)
+    tokens = np.zeros((count, width), np.int32)
+    positions = np.zeros((3, count, width), np.int32)
+    mask = np.zeros((count, 1, 1, 1, width), np.float32)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if length in prompt.visual.index:
+            raise ValueError("a prompt must not end with an image token")
+        tokens[row, :length] = prompt.tokens[:-1]
+        positions[:, row, :length] = prompt.positions[:, :-1]
+        mask[row, ..., length:] = -np.inf
+    return Prefixes(
+        sources=prompts,
+        tokens=mx.array(tokens.reshape(-1)),
+        positions=mx.array(positions.reshape(3, 1, -1)),
+        shape=(count, width),
+        mask=mx.array(mask) if min(lengths) < width else None,
+        visual_rows=mx.array(np.concatenate([row * width + prompt.visual.index for row, prompt in enumerate(prompts)]).astype(np.int32)),
+    )
+
+
+def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]) -> Batch:
+    """Pads `prompts` and the tokens of each one's `completions`, of which at least one is not empty."""
+    shape = len(prompts), max(map(len, completions)), max(len(tokens) for members in completions for tokens in members)
+    inputs = np.zeros(shape, np.int32)
+    real = np.zeros(shape, bool)
+    positions = np.zeros((3, *shape), np.int32)
+    for row, (prompt, members) in enumerate(zip(prompts, completions, strict=True)):
+        inputs[row, :, 0] = prompt.tokens[-1]
+        positions[:, row] = row_positions(prompt, shape[2])[:, None]
+        for column, tokens in enumerate(members):
+            inputs[row, column, 1 : len(tokens)] = tokens[:-1]
+            real[row, column, : len(tokens)] = True
+    return Batch(
+        prefixes=lay_out_prefixes(prompts),
+        tokens=mx.array(inputs.reshape(-1)),
+        positions=mx.array(positions.reshape(3, 1, -1)),
+        shape=shape,
+        rows=mx.array(np.flatnonzero(real).astype(np.int32)),
+    )
+
+
+def lay_out_targets(groups: Sequence[Group]) -> Targets:
+    """Everything about completion tokens that is the same for both policies."""
+    completions = [completion for group in groups for completion in group.completions]
+    weights = [values for group in groups for values in group.weights]
+    return Targets(
+        tokens=mx.array(np.concatenate([completion.tokens for completion in completions]).astype(np.int32)),
+        logprobs=mx.array(np.concatenate([completion.logprobs for completion in completions]).astype(np.float32)),
+        weights=mx.array(np.concatenate(weights).astype(np.float32)),
+        lengths=[len(completion) for completion in completions],
+        counts=[len(group.completions) for group in groups],
+    )
+
+
+def row_positions(prompt: Prompt, length: int) -> IntArray:
+    """Rotary positions [3, T] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
+    later = np.arange(prompt.start, prompt.start + length - 1, dtype=np.int32)
+    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (3, 1))], axis=1)

@@ -1,0 +1,295 @@
+"""The MLX backend against stock mlx-vlm, row by row: values, gradients of every parameter, samples."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from opd.objective import Objective, log_softmax
+from opd.types import Sampling
+from opd_mlx import attention, sampling, vision
+from opd_mlx import backend as backend_module
+from tests.mlx_cases import clone, distribution, loss_of, make_case, plain_loss_and_gradients, relative_error
+from tests.random_models import qwen3_vl
+
+JSD = Objective(alpha=0.5, top_k=20)
+OBJECTIVES = [JSD, Objective(alpha=0.3, top_k=None, temperature=1.3), Objective(alpha=1.0, top_k=30, tail=False)]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mlx")
+    return make_case(root, qwen3_vl(root / "model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(case):
+    return case.backend()
+
+
+@pytest.fixture(scope="module")
+def expected(case):
+    return {objective: plain_loss_and_gradients(case, case.groups, objective) for objective in OBJECTIVES}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_every_gradient(case, loaded, expected, objective):
+    backend = clone(loaded)
+    loss, gradients = expected[objective]
+    assert loss_of(case.groups, backend.accumulate(case.groups, objective)) == pytest.approx(loss, rel=1e-5)
+    assert relative_error(backend.tensors("gradient"), gradients) < 1e-4
+    assert min(np.abs(value).max() for value in gradients.values()) > 0, "a parameter without gradient proves nothing"
+
+
+def test_untied_head_without_deepstack(tmp_path):
+    case = make_case(tmp_path, qwen3_vl(tmp_path / "model", seed=1, tied=False, deepstack=0, layers=2, kv_heads=4))
+    backend = case.backend()
+    loss, gradients = plain_loss_and_gradients(case, case.groups, JSD)
+    assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(loss, rel=1e-5)
+    assert "lm_head.weight" in gradients
+    assert relative_error(backend.tensors("gradient"), gradients) < 1e-4
+
+
+def test_prompts_of_one_length(case, loaded):
+    """Where nothing is padded there is no mask."""
+    groups = [case.groups[0], case.groups[4]]
+    assert len(groups[0].student) == len(groups[1].student)
+    loss, gradients = plain_loss_and_gradients(case, groups, JSD)
+    backend = clone(loaded)
+    assert loss_of(groups, backend.accumulate(groups, JSD)) == pytest.approx(loss, rel=1e-5)
+    assert relative_error(backend.tensors("gradient"), gradients) < 1e-4
+
+
+def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypatch):
+    from opd_mlx import forward
+
+    calls = []
+    for module in (forward, vision):
+        real = module.checkpoint
+        monkeypatch.setattr(module, "checkpoint", lambda *arguments, real=real, name=module: calls.append(name) or real(*arguments))
+    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
+    backend = clone(loaded)
+    backend.accumulate(case.groups, JSD)
+    assert {forward, vision} == set(calls)
+    assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
+
+
+def test_images_on_several_streams(case, loaded, expected, monkeypatch):
+    monkeypatch.setattr(vision.LANES, "streams", [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(2))])
+    backend = clone(loaded)
+    backend.accumulate(case.groups, JSD)
+    assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
+
+
+def test_what_a_gpu_runs(case, loaded, expected, monkeypatch):
+    """MLX's own attention, and all images on one stream."""
+    monkeypatch.setattr(attention, "SLOW_EXPONENTIAL", False)
+    monkeypatch.setattr(vision.LANES, "streams", [mx.default_stream(mx.default_device())])
+    backend = clone(loaded)
+    backend.accumulate(case.groups, JSD)
+    assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
+
+
+def test_another_thread(case, loaded, expected):
+    """MLX's streams belong to a thread: what one thread loaded must compute in another."""
+    backend = clone(loaded)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(backend.accumulate, case.groups, JSD).result()
+    assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
+
+
+def test_an_image_under_two_groups_is_computed_once(case, loaded, monkeypatch):
+    patches = []
+    real = vision._tower
+    monkeypatch.setattr(vision, "_tower", lambda visual, pixels, *rest: patches.append(len(pixels)) or real(visual, pixels, *rest))
+    clone(loaded).sample([group.student for group in case.groups], np.full((5, 1, 1), 0.5, np.float32), Sampling())
+    distinct = {group.student.key: group.student for group in case.groups}
+    assert len(distinct) == 4
+    assert sum(patches) == sum(len(prompt.images["pixel_values"]) for prompt in distinct.values())
+
+
+def test_softmax_of_either_kind(monkeypatch):
+    """Value and gradient, of the one for GPUs and the one for CPUs whose exponential is slow."""
+    scores = np.random.default_rng(0).normal(0, 20, size=(3, 5, 7)).astype(np.float32)
+    scores[0, 0, 3:] = -np.inf
+    slope = np.random.default_rng(1).normal(size=scores.shape)
+    exact = np.exp(log_softmax(scores.astype(np.float64)))
+    expected = exact * (slope - (exact * slope).sum(-1, keepdims=True))
+    for slow in (True, False):
+        monkeypatch.setattr(attention, "SLOW_EXPONENTIAL", slow)
+        (weights,), (gradient,) = mx.vjp(attention.softmax, [mx.array(scores)], [mx.array(slope.astype(np.float32))])
+        np.testing.assert_allclose(weights, exact, rtol=5e-6, atol=1e-9)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [[1, 1, 1, 1, 1], [2, 3], [4, 1]])
+def test_cuts_into_calls_change_nothing(case, loaded, expected, cut):
+    backend = clone(loaded)
+    together = clone(loaded).accumulate(case.groups, JSD)
+    apart, start = [], 0
+    for size in cut:
+        apart += backend.accumulate(case.groups[start : start + size], JSD)
+        start += size
+    assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
+    for ours, theirs in zip(apart, together, strict=True):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one.divergence, other.divergence, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(one.teacher_logprobs, other.teacher_logprobs, atol=1e-5)
+
+
+def test_a_call_that_fails_adds_nothing(case, loaded, monkeypatch):
+    backend = clone(loaded)
+    backend.accumulate(case.groups[:1], JSD)
+    before = backend.tensors("gradient")
+
+    def full(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backend_module, "_statistics", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        backend.accumulate(case.groups[1:], JSD)
+    for name, value in backend.tensors("gradient").items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_score_is_the_stock_distribution(case, loaded):
+    backend = clone(loaded)
+    student, teacher = case.stock(), case.stock("teacher")
+    scored = backend.score(case.groups, JSD, top=3)
+    assert not backend._gradient
+    for group, row in zip(case.groups, scored, strict=True):
+        assert len(row) == len(group.completions)
+        for completion, one in zip(group.completions, row, strict=True):
+            for model, prompt, logprobs, top in (
+                (student, group.student, one.student_logprobs, one.student_top),
+                (teacher, group.teacher, one.teacher_logprobs, one.teacher_top),
+            ):
+                wanted = distribution(model, prompt, completion.tokens, 1.0, ())
+                np.testing.assert_allclose(logprobs, wanted[range(len(completion)), completion.tokens], atol=1e-5)
+                np.testing.assert_array_equal(top.tokens, np.argsort(-wanted, -1)[:, :3])
+                np.testing.assert_allclose(top.logprobs, -np.sort(-wanted, -1)[:, :3], atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "policy"), [(1.0, "student"), (0.7, "teacher"), (0.0, "student")])
+def test_samples_are_the_stock_distributions(case, loaded, temperature, policy):
+    """Likely tokens are banned, so that a ban that comes too late shows."""
+    model = case.stock(policy)
+    prompts = [group.student for group in case.groups[:4]]
+    first = [int(distribution(model, prompt, np.zeros(1, np.int32), 1.0, ()).argmax()) for prompt in prompts]
+    banned = sorted({*case.encoder.banned, *first[:2]})
+    uniforms = np.random.default_rng(1).random((4, 3, 6), dtype=np.float32)
+    uniforms[0, 0, :2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
+    sampled = clone(loaded).sample(prompts, uniforms, Sampling(temperature, (), tuple(banned)), policy)
+    assert [len(row) for row in sampled] == [3] * 4
+    for prompt, row, draws in zip(prompts, sampled, uniforms, strict=True):
+        for completion, u in zip(row, draws, strict=True):
+            logprobs = distribution(model, prompt, completion.tokens, temperature or 1.0, banned)
+            expected = (np.cumsum(np.exp(logprobs), -1) > u[:, None]).argmax(-1) if temperature else logprobs.argmax(-1)
+            np.testing.assert_array_equal(completion.tokens, expected)
+            np.testing.assert_allclose(completion.logprobs, logprobs[range(6), completion.tokens], atol=1e-5)
+            assert not completion.finished
+
+
+@pytest.mark.parametrize("jump", [0.0, 1e-3])
+def test_only_possible_tokens_are_drawn(monkeypatch, jump):
+    """At both ends of the unit interval and beyond the sum, with the ends of the vocabulary banned or of probability 0.
+
+    A parallel sum may jump where nothing is added, as the one of a GPU does where its blocks meet.
+    """
+    real = mx.cumsum
+    monkeypatch.setattr(mx, "cumsum", lambda values, axis: real(values, axis) + jump * mx.array([1.0, 0, 0, 1, 1]))
+    banned = mx.array([-np.inf, 0, 0, 0, -np.inf])
+    logits = np.array([[9.0, 0.0, 1.0, -200.0, 9.0]], np.float32).repeat(5, 0)
+    uniforms = mx.array(np.array([0.0, 0.26, 0.27, np.nextafter(np.float32(1), np.float32(0)), 1.1], np.float32))
+    tokens, logprobs = sampling.draw(mx.array(logits), mx.eye(5), uniforms, 1.0, banned)
+    assert tokens.tolist() == [1, 1, 2, 2, 2]
+    np.testing.assert_allclose(logprobs, np.log([0.26894142, 0.26894142, 0.73105858, 0.73105858, 0.73105858]), rtol=1e-5)
+
+
+def test_a_completion_ends_with_its_first_stop_token(case, loaded):
+    prompts = [group.student for group in case.groups[:3]]
+    uniforms = np.random.default_rng(2).random((3, 2, 8), dtype=np.float32)
+    free = clone(loaded).sample(prompts, uniforms, Sampling(1.0))
+    stop = int(free[0][0].tokens[3])
+    stopped = clone(loaded).sample(prompts, uniforms, Sampling(1.0, (stop,)))
+    for before, after in zip(chain(*free), chain(*stopped), strict=True):
+        places = np.flatnonzero(before.tokens == stop)
+        assert after.finished == bool(len(places))
+        np.testing.assert_array_equal(after.tokens, before.tokens[: places[0] + 1] if len(places) else before.tokens)
+        np.testing.assert_array_equal(after.logprobs, before.logprobs[: len(after)])
+
+
+def test_decoding_stops_when_all_have_ended(case, loaded, monkeypatch):
+    steps = []
+    real = sampling.decode
+    monkeypatch.setattr(sampling, "decode", lambda *arguments: steps.append(1) or real(*arguments))
+    prompts = [group.student for group in case.groups[:2]]
+    anything = tuple(range(300))
+    clone(loaded).sample(prompts, np.full((2, 2, 9), 0.5, np.float32), Sampling(1.0, anything))
+    assert len(steps) == 1
+
+
+def test_text_without_images(case, loaded):
+    prompt = case.encoder.encode([], "What digit?")
+    sampled = clone(loaded).sample([prompt], np.full((1, 1, 3), 0.5, np.float32), Sampling(1.0))[0][0]
+    logprobs = distribution(case.stock(), prompt, sampled.tokens, 1.0, ())
+    np.testing.assert_allclose(sampled.logprobs, logprobs[range(3), sampled.tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("room", [vision.KNOWN_BYTES, 0])
+def test_frozen_vision_tower(case, monkeypatch, room):
+    """The same numbers; and every image goes through the tower once for rollout, student and teacher, while there is room."""
+    encoded = []
+    real = vision.visual_features
+    monkeypatch.setattr(
+        vision, "visual_features", lambda visual, prompts: encoded.extend(one.key for one in prompts) or real(visual, prompts)
+    )
+    monkeypatch.setattr(vision, "KNOWN_BYTES", room)
+    backend, whole = case.backend(tune_vision=False), case.backend()
+    whole._teacher = dict(whole._student)
+    assert not any(".visual." in name for name in backend.tensors("student"))
+    for group in case.groups[:3]:
+        uniforms = np.random.default_rng(4).random((1, 2, 4), dtype=np.float32)
+        for ours, theirs in zip(*(one.sample([group.student], uniforms, Sampling(1.0))[0] for one in (backend, whole)), strict=True):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    loss, expected = (loss_of(case.groups, one.accumulate(case.groups, JSD)) for one in (backend, whole))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    text = {name: value for name, value in whole.tensors("gradient").items() if ".visual." not in name}
+    assert relative_error(backend.tensors("gradient"), text) < 1e-5
+    assert len(set(encoded)) == 4
+    assert (len(encoded) == 4) == bool(room)
+
+
+def test_bfloat16_computes_on_float32_masters(case):
+    """Half precision is near the exact gradient as a whole, and it is accumulated in float32."""
+    groups = case.groups[:3]
+    exact, backend = case.backend(), case.backend("bfloat16")
+    exact_loss = loss_of(groups, exact.accumulate(groups, JSD))
+    assert loss_of(groups, backend.accumulate(groups, JSD)) == pytest.approx(exact_loss, rel=0.05)
+    ours, theirs = (np.concatenate([value.ravel() for value in one.tensors("gradient").values()]) for one in (backend, exact))
+    assert 1e-4 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.1
+    assert {value.dtype for one in (backend._gradient, backend._student) for value in one.values()} == {mx.float32}
+    sampled, wanted = (
+        one.sample([groups[0].student], np.full((1, 2, 4), 0.5, np.float32), Sampling(1.0))[0][0] for one in (backend, exact)
+    )
+    np.testing.assert_allclose(sampled.logprobs[:1], wanted.logprobs[:1], atol=0.1)
+
+
+def test_modules_keep_nothing_between_calls(case, loaded):
+    """Neither traced arrays nor a cast copy of the model outlive a call."""
+    backend = clone(loaded)
+    backend.accumulate(case.groups, JSD)
+    left = sum(value.size for name, value in backend_module_parameters(backend))
+    assert left == len(backend._student)
+
+
+def backend_module_parameters(backend):
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(backend._model.module.parameters())
