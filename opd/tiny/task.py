@@ -1,0 +1,210 @@
+"""Scenes with coloured tiles that show digits, made from a seed: no file, no network, no global random state.
+
+A scene is a shaded, noisy background with muted clutter and tiles of distinct colours, each with one digit. The question asks for the
+digit of one colour, and the evidence box is that tile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args, overload
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+
+from opd.types import Box, Example
+
+Split: TypeAlias = Literal["pretrain", "train", "choice", "measure"]
+"""What a scene may be used for: "choice" for any decision that is made, "measure" for numbers that no decision was made on."""
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (205, 40, 45),
+    "orange": (240, 135, 25),
+    "yellow": (240, 220, 60),
+    "green": (45, 150, 60),
+    "cyan": (70, 205, 215),
+    "blue": (40, 70, 205),
+    "purple": (130, 45, 165),
+    "pink": (245, 145, 195),
+}
+TILE = 18
+"""Side of a tile in pixels."""
+MARGIN = 6
+"""Free pixels between a tile and the border of the canvas, so that a crop with this margin is never cut."""
+GAP = 2
+"""Free pixels between two tiles, along one of the axes."""
+
+GLYPHS = (
+    ".###. #...# #..## #.#.# ##..# #...# .###.",
+    "..#.. .##.. ..#.. ..#.. ..#.. ..#.. .###.",
+    ".###. #...# ....# ...#. ..#.. .#... #####",
+    "##### ...#. ..#.. ...#. ....# #...# .###.",
+    "...#. ..##. .#.#. #..#. ##### ...#. ...#.",
+    "##### #.... ####. ....# ....# #...# .###.",
+    "..##. .#... #.... ####. #...# #...# .###.",
+    "##### ....# ...#. ..#.. .#... .#... .#...",
+    ".###. #...# #...# .###. #...# #...# .###.",
+    ".###. #...# #...# .#### ....# ...#. .##..",
+)
+"""The ten digits, 5 x 7."""
+
+
+def draw_glyph(glyph: str) -> Image.Image:
+    """A digit as a mask of 10 x 14 pixels."""
+    marks = np.array([[mark == "#" for mark in row] for row in glyph.split()])
+    return Image.fromarray(np.kron(marks, np.full((2, 2), 255)).astype(np.uint8))
+
+
+MASKS = tuple(draw_glyph(glyph) for glyph in GLYPHS)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of a scene: its `colour` by name, the `digit` it shows, and its upper left corner `x`, `y` in pixels."""
+
+    colour: str
+    digit: int
+    x: int
+    y: int
+
+    @property
+    def box(self) -> Box:
+        """The tile's square in pixels."""
+        return Box(self.x, self.y, self.x + TILE, self.y + TILE)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn scene and all that is known of it; `target` is the tile that the question asks for."""
+
+    image: Image.Image
+    tiles: tuple[Tile, ...]
+    target: Tile
+
+    @property
+    def question(self) -> str:
+        """The question, without any answer in it."""
+        return f"What digit is on the {self.target.colour} tile?"
+
+    @property
+    def answer(self) -> str:
+        """The one right answer."""
+        return f"The {self.target.colour} tile shows {self.target.digit}."
+
+
+class Scenes(Sequence[Example]):
+    """`count` examples of the task, each drawn when it is asked for; item i depends on nothing but the arguments and i.
+
+    `tiles` (1 to 8) are placed on a canvas of `size` x `size` pixels. With `labelled` False no example has an answer, and all else is
+    the same. Scenes of different splits, and of different tiles or sizes, have nothing in common.
+    """
+
+    def __init__(self, split: str, count: int, tiles: int = 8, size: int = 128, labelled: bool = True) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, but must be one of {', '.join(SPLITS)}")
+        if count < 0:
+            raise ValueError(f"count is {count}, but must not be negative")
+        if not 1 <= tiles <= len(COLOURS):
+            raise ValueError(f"tiles is {tiles}, but must be 1 to {len(COLOURS)}: no two tiles share a colour")
+        if 2 * tiles > max(2, ((size - 2 * MARGIN + GAP) // (TILE + GAP)) ** 2) or size < TILE + 2 * MARGIN:
+            raise ValueError(f"size is {size}, which is too small for {tiles} tiles")
+        self.split: Split = split
+        self._length = count
+        self.tiles = tiles
+        self.size = size
+        self.labelled = labelled
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        """The example at `index`; a slice gives a tuple of examples, all drawn at once."""
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(self._length)))
+        if not -self._length <= index < self._length:
+            raise IndexError(f"scene {index} of {self._length}")
+        index %= self._length
+        scene = self.scene(index)
+        return Example(
+            id=f"tiny-{self.split}-{index:06d}",
+            images=(scene.image,),
+            question=scene.question,
+            boxes=(scene.target.box,),
+            answer=scene.answer if self.labelled else None,
+            source=f"opd.tiny {self.split}, {self.tiles} tiles",
+        )
+
+    def scene(self, index: int) -> Scene:
+        """The scene at `index`, with what an example does not tell: where all the other tiles are."""
+        name = f"opd.tiny/{self.split}/{self.tiles}/{self.size}/{index}"
+        key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
+        return draw_scene(np.random.Generator(np.random.Philox(key=key)), self.tiles, self.size)
+
+
+def draw_scene(random: np.random.Generator, tiles: int, size: int) -> Scene:
+    """Draw one scene: background, clutter, tiles, and noise over everything."""
+    names = random.permutation(list(COLOURS))[:tiles]
+    digits = random.integers(0, 10, tiles)
+    corners = place_tiles(random, tiles, size)
+    placed = tuple(Tile(str(name), int(digit), int(x), int(y)) for name, digit, (x, y) in zip(names, digits, corners, strict=True))
+    image = draw_background(random, size)
+    canvas = ImageDraw.Draw(image)
+    draw_clutter(random, canvas, size)
+    for tile in placed:
+        draw_tile(random, canvas, tile)
+    noise = Image.fromarray(random.integers(0, 21, (size, size, 3), dtype=np.uint8))
+    return Scene(ImageChops.add(image, noise, offset=-10), placed, placed[int(random.integers(tiles))])
+
+
+def place_tiles(random: np.random.Generator, tiles: int, size: int) -> list[tuple[int, int]]:
+    """Upper left corners of tiles that do not touch; a placement that leaves no room for the next tile starts again."""
+    pitch = TILE + GAP
+    while True:
+        corners: list[tuple[int, int]] = []
+        for x, y in random.integers(MARGIN, size - MARGIN - TILE + 1, (8 * tiles + 24, 2)).tolist():
+            if all(abs(x - u) >= pitch or abs(y - v) >= pitch for u, v in corners):
+                corners.append((x, y))
+                if len(corners) == tiles:
+                    return corners
+
+
+def draw_background(random: np.random.Generator, size: int) -> Image.Image:
+    """A muted colour that changes smoothly from corner to corner."""
+    grey = random.integers(70, 190)
+    light = random.integers(-35, 36, (2, 2, 1))
+    corners = grey + light + random.integers(-14, 15, (2, 2, 3))
+    return Image.fromarray(corners.astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
+
+
+def draw_clutter(random: np.random.Generator, canvas: ImageDraw.ImageDraw, size: int) -> None:
+    """Draw muted bars and blobs, in proportion to the canvas: about 24 on one of 128 x 128 pixels."""
+    shapes = max(4, size * size // 680)
+    centres = random.integers(0, size, (shapes, 2)).tolist()
+    halves = random.integers(1, 9, (shapes, 2)).tolist()
+    colours = np.clip(random.integers(50, 206, (shapes, 1)) + random.integers(-18, 19, (shapes, 3)), 0, 255).tolist()
+    for number, ((x, y), (width, height), colour) in enumerate(zip(centres, halves, colours, strict=True)):
+        outline = (x - width, y - height, x + width, y + height)
+        if number % 2:
+            canvas.ellipse(outline, fill=tuple(colour))
+        else:
+            canvas.rectangle(outline, fill=tuple(colour))
+
+
+def draw_tile(random: np.random.Generator, canvas: ImageDraw.ImageDraw, tile: Tile) -> None:
+    """Draw a tile in a shade of its colour, and its digit off the centre by up to a pixel: light on dark, or dark on light."""
+    shade = random.integers(-12, 13, 3).tolist()
+    fill = tuple(min(255, max(0, value + change)) for value, change in zip(COLOURS[tile.colour], shade, strict=True))
+    canvas.rectangle((tile.x, tile.y, tile.x + TILE - 1, tile.y + TILE - 1), fill=fill)
+    bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
+    ink = int(random.integers(0, 40) if bright else random.integers(216, 256))
+    left, top = random.integers(-1, 2, 2).tolist()
+    canvas.bitmap((tile.x + 4 + left, tile.y + 2 + top), MASKS[tile.digit], fill=(ink, ink, ink))
