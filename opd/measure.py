@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -128,11 +129,16 @@ def _right(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[n
 
 def _with_interval(name: str, columns: Sequence[NDArray[np.float64]], statistic: Callable[..., Any]) -> dict[str, Any]:
     """A statistic of column means, and its 95 % percentile interval over rows drawn together from all columns."""
-    rows = len(columns[0])
-    drawn = generator(0, Purpose.BOOTSTRAP).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
+    drawn = _resamples(len(columns[0]))
     resampled = statistic(*(drawn @ column for column in columns))
     low, high = np.nanquantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return {name: float(statistic(*(column.mean() for column in columns))), f"{name}_interval": [float(low), float(high)]}
+
+
+@cache
+def _resamples(rows: int) -> NDArray[np.float64]:
+    """Shares [RESAMPLES, rows] of the rows in each bootstrap sample."""
+    return generator(0, Purpose.BOOTSTRAP).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
 
 
 def _share(part: Any, whole: Any) -> Any:

@@ -329,14 +329,14 @@ def test_unlabelled_data_has_no_answers(folder: Path) -> None:
 
 def test_tiny_is_the_embedded_task() -> None:
     data = open_data("tiny")
-    assert len(data) == 8000
+    assert len(data) == 12800
     assert data[0].answer is not None
     assert open_data("tiny", labelled=False)[0].answer is None
 
 
 def test_options() -> None:
     options = DataOptions()
-    assert (options.path, options.format, options.strict) == ("tiny", "auto", False)
-    for wrong in ({"path": ""}, {"format": "csv"}, {"max_prompt_tokens": 0}, {"pathh": "a"}):
+    assert (options.path, options.strict) == ("tiny", False)
+    for wrong in ({"path": ""}, {"format": "opd"}, {"max_prompt_tokens": 0}, {"pathh": "a"}):
         with pytest.raises(ValidationError):
             DataOptions.model_validate(wrong)

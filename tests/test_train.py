@@ -242,3 +242,21 @@ def test_help_names_every_option_with_a_sentence():
     for option in ("--backend", "--model", "--data", "--out", "--steps", "--seed", "--set", "--resume", "--force", "--json"):
         assert option in text
     assert "Train a model with Vision-OPD" in opd("--help").stdout
+
+
+def test_gap_and_sample_tell_what_the_model_says(backend_name):
+    few = ["--backend", backend_name, "--count", 3]
+    result = json.loads(opd("gap", *few, "--json").stdout)
+    assert (result["rows"], result["backend"]) == (3, backend_name)
+    assert result["gap"] == pytest.approx(result["crop_accuracy"] - result["full_accuracy"])
+    assert "evidence crop" in opd("gap", *few).stdout
+    answers = json.loads(opd("sample", *few, "--json").stdout)["answers"]
+    assert sum(one["full_right"] for one in answers) == pytest.approx(3 * result["full_accuracy"])
+    assert answers[0]["crop"] in opd("sample", *few).stdout.replace("\n", " ")
+
+
+def test_backends_are_checked_against_committed_numbers(backend_name):
+    result = json.loads(opd("backends", backend_name, "--check", "--json").stdout)
+    assert [check for check in result["backends"][backend_name]["checks"] if not check["passed"]] == []
+    assert len(result["backends"][backend_name]["checks"]) == 15
+    assert "did you mean 'mlx'?" in opd("backends", "mlxx", code=2).stderr
