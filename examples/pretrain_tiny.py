@@ -413,24 +413,21 @@ class Plan:
     rate: float = 2e-3
     half_life: int = 1000
     warm_up: int = 30
-    pointed: float = 0.6
-    """Attention on the right one of two tiles from which on it is no longer taught: so much starts it, more would close the gap."""
-    bound: float = 0.5
-    """Digit loss on two tiles at which the rate goes down; guessing between the two digits would give 0.69."""
+    bound: float = 0.4
+    """Digit loss on two tiles at which the rate goes down: guessing between the two digits gives 0.69, and far less closes the gap."""
     limit: int = 2000
-    cool_down: int = 300
+    cool_down: int = 200
 
 
 class Trainer:
     """The model, its optimizer, heads that are thrown away afterwards, and running means over 25 steps of what each kind of image gives.
 
-    The heads tell colour and digit of the tile behind each visual token. Besides, the attention to the right one of two tiles is taught
-    at first: left alone, some seeds read every tile and never learn to choose one.
+    The heads tell colour and digit of the tile behind each visual token. Besides, the attention to the right tile is taught: left
+    alone, some seeds read every tile and never learn to choose one, and where it stops early what was bound comes loose again.
     """
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], plan: Plan, seed: int) -> None:
+    def __init__(self, model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], seed: int) -> None:
         self.kinds = kinds
-        self.plan = plan
         self.colour_head, self.digit_head = nn.Linear(96, len(COLOURS) + 1), nn.Linear(96, 11)
         self.parameters = [*model.parameters(), *self.colour_head.parameters(), *self.digit_head.parameters()]
         matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
@@ -441,7 +438,6 @@ class Trainer:
         self.drawn = dict.fromkeys(kinds, seed * 10_000_000)
         self.digit_losses = {name: deque[float](maxlen=25) for name in kinds}
         self.attentions = {name: deque[float](maxlen=25) for name in kinds}
-        self.pointed = False
 
     def step(self, rate: float, rows: dict[str, int]) -> None:
         """One step on `rows` images of each kind."""
@@ -454,8 +450,6 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        attentions = self.attentions["two tiles"]
-        self.pointed |= len(attentions) == attentions.maxlen and mean(attentions) > self.plan.pointed
 
     def loss(self, name: str, rows: int) -> Tensor:
         """Cross-entropy of the answers, their digit counting three times, and of the heads on the visual tokens."""
@@ -471,7 +465,7 @@ class Trainer:
             self.digit_head(visual), digits.flatten()
         )
         attention = (kind.reader.attention(batch.prompts) * asked).sum(1)
-        if name == "two tiles" and not self.pointed:
+        if name != "crop":
             auxiliary = auxiliary - 0.5 * (attention + 1e-6).log().mean()
         self.digit_losses[name].append(surprise[DIGIT].item())
         self.attentions[name].append(attention.mean().item())
@@ -486,7 +480,7 @@ class Trainer:
 
 def pretrain(model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], plan: Plan, seed: int, log: Callable[[str], None]) -> None:
     """Train until the digit loss on scenes with two tiles is below `plan.bound`, then cool down; raise where it never is."""
-    trainer, started = Trainer(model, kinds, plan, seed), time.monotonic()
+    trainer, started = Trainer(model, kinds, seed), time.monotonic()
     losses = trainer.digit_losses["two tiles"]
 
     def report(step: int, rate: float) -> None:
@@ -568,9 +562,9 @@ def main() -> None:
     for name, (right, formed) in found.items():
         log(f"{name}: {right:.1%} right, {formed:.1%} of the right form, of {arguments.check} scenes")
     log(f"done in {time.monotonic() - started:.0f} s")
-    if found["crop"][0] < 0.99 or not 0.4 <= found["8 tiles"][0] <= 0.6 or min(formed for _, formed in found.values()) < 0.99:
+    if found["crop"][0] < 0.99 or not 0.4 <= found["8 tiles"][0] <= 0.7 or min(formed for _, formed in found.values()) < 0.99:
         raise RuntimeError(
-            "this misses 99 % on crops, 40 to 60 % on full images, or 99 % of the right form: nothing is written, try another seed"
+            "this misses 99 % on crops, 40 to 70 % on full images, or 99 % of the right form: nothing is written, try another seed"
         )
     write_settings(arguments.output, tokenizer)
     write_weights(arguments.output, model)
