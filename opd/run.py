@@ -95,7 +95,7 @@ def held_out(recipe: Recipe, examples: Sequence[Example]) -> Sequence[Example]:
     if (options.path or recipe.data.path) == "tiny":
         from opd.tiny import Scenes
 
-        return Scenes("measure", options.count)
+        return Scenes("fresh", options.count)
     rows = open_data(options.path, strict=recipe.data.strict) if options.path else examples
     count = min(options.count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]

@@ -16,8 +16,8 @@ from PIL import Image, ImageChops, ImageDraw
 
 from opd.types import Box, Example
 
-Split: TypeAlias = Literal["pretrain", "train", "choice", "measure"]
-"""What a scene may be used for: "choice" for any decision that is made, "measure" for numbers that no decision was made on."""
+Split: TypeAlias = Literal["pretrain", "train", "choice", "fresh"]
+"""What a scene may be used for: "choice" for any decision that is made, "fresh" for numbers that no decision was made on."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 COLOURS: dict[str, tuple[int, int, int]] = {
