@@ -7,7 +7,8 @@ OpdError
 │   ├── ModelError       a model folder
 │   ├── BackendError     a backend that is unknown, not installed, or has no device
 │   └── FolderError      a run folder: taken, missing, unwritable
-└── RunError             the run failed on its own: one line, exit code 1
+├── RunError             the run failed on its own: one line, exit code 1
+└── Stopped              a person stopped the run: one line, exit code 130
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class BackendError(UserError):
 
 class FolderError(UserError):
     """A run folder is taken, missing, no run, or cannot be written."""
+
+
+class Stopped(OpdError):
+    """The run was asked to stop; everything up to the last whole step is saved, and the command line exits with 130."""
 
 
 class RunError(OpdError):

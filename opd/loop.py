@@ -6,66 +6,25 @@ The whole method is `Trainer.step`. Nothing here knows a framework, and nothing 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd import measure, randomness, rollout, schedules
 from opd.backend import Backend
-from opd.errors import DataError, FolderError, OpdError, RunError
+from opd.errors import DataError, FolderError, RunError, Stopped
 from opd.folder import RunFolder
+from opd.progress import Progress, Quiet
 from opd.recipe import Recipe
 from opd.rollout import Pair
 from opd.types import Encoder, Example, Group, Sampling, TokenStatistics
 
 STATE = "state.json"
-
-
-class Stopped(OpdError):
-    """The run was asked to stop; everything up to the last whole step is saved."""
-
-
-class Progress(Protocol):
-    """What a run tells while it goes on. `opd_cli` shows it; `Quiet` does not."""
-
-    def begin(self, phase: str, total: int) -> None:
-        """A phase ("before", "train", "after") of so many units begins: steps when training, prompts when measuring."""
-
-    def advance(self, units: int) -> None:
-        """So many units of the phase are done."""
-
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        """A step is done."""
-
-    def note(self, message: str) -> None:
-        """Something a person should know."""
-
-    @property
-    def stopping(self) -> bool:
-        """True once a person asked to stop."""
-
-
-class Quiet:
-    """Shows nothing and never stops."""
-
-    stopping = False
-
-    def begin(self, phase: str, total: int) -> None:
-        """See `Progress`."""
-
-    def advance(self, units: int) -> None:
-        """See `Progress`."""
-
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        """See `Progress`."""
-
-    def note(self, message: str) -> None:
-        """See `Progress`."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +233,7 @@ class Trainer:
         return done, seconds
 
     def _summary(self, before: Sequence[measure.Answered], after: Sequence[measure.Answered], seconds: float) -> dict[str, Any]:
+        rows = self.folder.rows("metrics.jsonl")
         summary = {
             "backend": self.name,
             "device": self.backend.device,
@@ -281,6 +241,9 @@ class Trainer:
             "seed": self.recipe.run.seed,
             "seconds": round(seconds, 1),
             "examples": len(after),
+            "steps_not_finite": sum(not row["taken"] and row["tokens"] > 0 for row in rows),
+            **{f"completions_{what}": sum(row[what] for row in rows) for what in ("dropped", "truncated")},
+            "rows_skipped": sum(row["skipped"] for row in rows),
         }
         if after:
             summary |= {"before": measure.accuracies(before), "after": measure.accuracies(after), **measure.gap_closed(before, after)}

@@ -19,7 +19,7 @@ from opd.backend import Backend
 from opd.options import Options
 from opd.randomness import Purpose, generator
 from opd.rollout import sample
-from opd.types import Encoder, Example, Policy, Prompt, Sampling
+from opd.types import Encoder, Example, Prompt, Sampling
 from opd.view import ViewOptions, student_images, teacher_images
 
 RESAMPLES = 2000
@@ -55,13 +55,12 @@ def answer(
     view: ViewOptions,
     max_tokens: int,
     budget: int,
-    policy: Policy = "student",
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[Answered]:
     """Greedy answers to every example on its full image and on its crop; `budget` in padded tokens, `progress` in prompts."""
     crop = view.model_copy(update={"kind": "crop"})  # a control trains on another view, but is measured on the evidence
-    full_texts = _greedy(backend, encoder, [encode_student(encoder, one) for one in examples], max_tokens, budget, policy, progress)
-    crop_texts = _greedy(backend, encoder, [encode_teacher(encoder, one, crop) for one in examples], max_tokens, budget, policy, progress)
+    full_texts = _greedy(backend, encoder, [encode_student(encoder, one) for one in examples], max_tokens, budget, progress)
+    crop_texts = _greedy(backend, encoder, [encode_teacher(encoder, one, crop) for one in examples], max_tokens, budget, progress)
     return [_judge(one, full, crop) for one, full, crop in zip(examples, full_texts, crop_texts, strict=True)]
 
 
@@ -107,12 +106,11 @@ def _greedy(
     prompts: Sequence[Prompt],
     max_tokens: int,
     budget: int,
-    policy: Policy,
     progress: Callable[[int], None],
 ) -> list[str]:
     unused = np.zeros((len(prompts), 1, max_tokens), np.float32)
     sampling = Sampling(0.0, encoder.stop, encoder.banned)
-    return [encoder.decode(group[0].tokens.tolist()) for group in sample(backend, prompts, unused, sampling, budget, policy, progress)]
+    return [encoder.decode(group[0].tokens.tolist()) for group in sample(backend, prompts, unused, sampling, budget, progress)]
 
 
 def _judge(example: Example, full: str, crop: str) -> Answered:

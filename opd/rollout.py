@@ -14,7 +14,7 @@ from pydantic import Field
 
 from opd.backend import Backend
 from opd.options import Options
-from opd.types import Completion, FloatArray, Group, Policy, Prompt, Sampling
+from opd.types import Completion, FloatArray, Group, Prompt, Sampling
 
 
 class RolloutOptions(Options):
@@ -75,16 +75,18 @@ def sample(
     uniforms: FloatArray,
     sampling: Sampling,
     budget: int,
-    policy: Policy = "student",
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[Completion]]:
-    """Samples all prompts in micro-batches, in the order they came. `uniforms` [B, n, max_tokens]; `progress` hears of finished prompts."""
+    """The student samples n completions of all prompts in micro-batches; results are in the order of the prompts.
+
+    `uniforms` [B, n, max_tokens]; `budget` in padded tokens; `progress` hears the number of prompts that each micro-batch finished.
+    """
     _, completions, max_tokens = uniforms.shape
     result: list[list[Completion]] = [[] for _ in prompts]
     parts = microbatches([(len(prompt), max_tokens) for prompt in prompts], completions, budget)
     parts += [[0]] * (most(backend, len(parts)) - len(parts))  # every process makes the same number of calls
     for part in parts:
-        sampled = backend.sample([prompts[index] for index in part], uniforms[part], sampling, policy)
+        sampled = backend.sample([prompts[index] for index in part], uniforms[part], sampling)
         for index, group in zip(part, sampled, strict=True):
             result[index] = group
         progress(len(part))

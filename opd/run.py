@@ -16,10 +16,11 @@ from opd import recipe as recipes
 from opd.backend import Backend
 from opd.data import open_data
 from opd.folder import CONFIG, RunFolder
-from opd.loop import Progress, Quiet, Trainer
+from opd.loop import Trainer
+from opd.progress import Progress, Quiet
 from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
-from opd.types import Encoder, Example, Policy
+from opd.types import Encoder, Example
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
 """Packages whose versions are written down with a run."""
@@ -36,7 +37,7 @@ class Session:
     examples: Sequence[Example]
     held_out: Sequence[Example]
 
-    def answer(self, progress: Progress, policy: Policy = "student") -> list[measure.Answered]:
+    def answer(self, progress: Progress) -> list[measure.Answered]:
         """Greedy answers to the held-out examples, on the full image and on the crop."""
         progress.begin("measure", 2 * len(self.held_out))
         options = self.recipe.measure
@@ -47,7 +48,6 @@ class Session:
             self.recipe.view,
             options.max_tokens,
             self.recipe.rollout.microbatch_tokens,
-            policy,
             progress.advance,
         )
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from opd import recipe as recipes
-from opd.errors import DataError
+from opd.errors import DataError, Stopped
 from opd.folder import RunFolder
-from opd.loop import Quiet, Stopped, Trainer
+from opd.loop import Trainer
+from opd.progress import Quiet
 from opd.toy import Together, ToyBackend, ToyEncoder
 from tests.conftest import coloured
 
@@ -178,10 +179,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
             return super().apply(update)
 
     one = trainer(tmp_path / "run", backend=Broken())
-    one.train()
+    summary = one.train()
     taken = [(row["taken"], row["teacher_rate"]) for row in metrics(tmp_path / "run")]
     assert taken == [(True, 0.1), (True, 0.1), (False, 0.0), (True, 0.1), (True, 0.1), (True, 0.1)]
     assert one.backend.steps == 5
+    assert summary["steps_not_finite"] == 1
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
@@ -195,10 +197,11 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
     one.encoder = Narrow()
     notes = []
     one.progress.note = notes.append
-    one.train()
+    summary = one.train()
     questions = [example.question for example in coloured()]
     bad = sum(question == "what" or len(question) + 1 > 10 for question in questions)
     assert metrics(tmp_path / "run")[0]["skipped"] == bad
+    assert summary["rows_skipped"] == bad
     assert len(notes) == bad
     assert 0 < bad < 12
 

@@ -50,8 +50,7 @@ class Commands(click.Group):
             _fail(error.format_message(), 2)
         except Exception as error:
             # Imported here: a failure is the only time the core is needed by the group itself.
-            from opd.errors import OpdError, UserError
-            from opd.loop import Stopped
+            from opd.errors import OpdError, Stopped, UserError
 
             if not isinstance(error, OpdError):
                 raise
@@ -65,7 +64,7 @@ def main() -> None:
 
     \b
     opd train                       a tiny embedded model: the gap closes in minutes, on any machine
-    opd train lora --data my.jsonl  your own images, questions and boxes
+    opd train --data my.jsonl       your own images, questions and boxes
     """
 
 

@@ -1,0 +1,44 @@
+"""What a run tells while it goes on, and how it is asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """What a run tells while it goes on. `opd_cli` shows it; `Quiet` does not."""
+
+    def begin(self, phase: str, total: int) -> None:
+        """A phase ("before", "train", "after") of so many units begins: steps when training, prompts when measuring."""
+
+    def advance(self, units: int) -> None:
+        """So many units of the phase are done."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """A step is done."""
+
+    def note(self, message: str) -> None:
+        """Something a person should know."""
+
+    @property
+    def stopping(self) -> bool:
+        """True once a person asked to stop."""
+
+
+class Quiet:
+    """Shows nothing and never stops."""
+
+    stopping = False
+
+    def begin(self, phase: str, total: int) -> None:
+        """See `Progress`."""
+
+    def advance(self, units: int) -> None:
+        """See `Progress`."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """See `Progress`."""
+
+    def note(self, message: str) -> None:
+        """See `Progress`."""
