@@ -6,7 +6,8 @@ VENV := .venv
 comma := ,
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 # MLX's Linux wheel carries a slow reference BLAS; Debian's OpenBLAS takes its place where it is installed. A Mac needs none of it.
-FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS),)
+# One thread, since more only spin on small matrices; and never for torch alone, whose own BLAS is faster.
+FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1,)
 EXTRAS := $(if $(filter Darwin,$(shell uname -s)),$(if $(filter arm64,$(shell uname -m)),mlx$(comma)cuda$(comma)dev,cuda$(comma)dev),mlx$(comma)cuda$(comma)dev)
 
 .PHONY: help install train test check format wheel clean
@@ -28,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 train: install
-	$(FAST) $(VENV)/bin/opd train --backend $(BACKEND) $(ARGS)
+	$(if $(filter mlx,$(BACKEND)),$(FAST),) $(VENV)/bin/opd train --backend $(BACKEND) $(ARGS)
 
 test: install
 	$(FAST) $(VENV)/bin/python -m pytest -q $(ARGS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Trainer:
     held_out: Sequence[Example]
     folder: RunFolder
     name: str = ""
-    progress: Progress = Quiet()  # noqa: RUF009  it has no state
+    progress: Progress = field(default_factory=Quiet)
 
     def train(self) -> dict[str, Any]:
         """Trains from the last checkpoint, or from the start, and returns the summary.

@@ -22,6 +22,9 @@ from opd.rollout import sample
 from opd.types import Encoder, Example, Prompt, Sampling
 from opd.view import ViewOptions, student_images, teacher_images
 
+SLICE = 64
+"""Examples that are encoded at a time: the pixels of thousands of large images would fill the memory."""
+
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -59,9 +62,13 @@ def answer(
 ) -> list[Answered]:
     """Greedy answers to every example on its full image and on its crop; `budget` in padded tokens, `progress` in prompts."""
     crop = view.model_copy(update={"kind": "crop"})  # a control trains on another view, but is measured on the evidence
-    full_texts = _greedy(backend, encoder, [encode_student(encoder, one) for one in examples], max_tokens, budget, progress)
-    crop_texts = _greedy(backend, encoder, [encode_teacher(encoder, one, crop) for one in examples], max_tokens, budget, progress)
-    return [_judge(one, full, crop) for one, full, crop in zip(examples, full_texts, crop_texts, strict=True)]
+    answered: list[Answered] = []
+    for start in range(0, len(examples), SLICE):
+        part = examples[start : start + SLICE]
+        full_texts = _greedy(backend, encoder, [encode_student(encoder, one) for one in part], max_tokens, budget, progress)
+        crop_texts = _greedy(backend, encoder, [encode_teacher(encoder, one, crop) for one in part], max_tokens, budget, progress)
+        answered += [_judge(one, full, crop) for one, full, crop in zip(part, full_texts, crop_texts, strict=True)]
+    return answered
 
 
 def encode_student(encoder: Encoder, example: Example) -> Prompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from opd import measure
 from opd.measure import Answered, accuracies, answer, gap_closed
 from opd.toy import ToyBackend, ToyEncoder
 from opd.view import ViewOptions
@@ -57,6 +58,21 @@ def test_intervals_cover_the_truth_19_times_of_20():
         low, high = accuracies(answered(full, "r" * 150))["full_accuracy_interval"]
         covered += low <= 0.6 <= high
     assert 180 <= covered <= 198
+
+
+def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
+    """And in any slices the answers are the same."""
+    whole = answer(ToyBackend(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6)
+    monkeypatch.setattr(measure, "SLICE", 2)
+    asked = []
+
+    class Counting(ToyBackend):
+        def sample(self, prompts, uniforms, sampling, policy="student"):
+            asked.append(len(prompts))
+            return super().sample(prompts, uniforms, sampling, policy)
+
+    assert answer(Counting(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6) == whole
+    assert asked == [2, 2, 2, 2, 1, 1]
 
 
 def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
