@@ -221,6 +221,10 @@ def test_mistakes_are_one_line_and_write_nothing(arguments, message, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_misspelt_command_names_the_near_one():
+    assert "opd: no such command 'trian'; did you mean 'train'?" in opd("trian", code=2).stderr
+
+
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["train", "--backend", "cpu", "--steps", "1", *FAST, "--set", "measure.count=0"]

@@ -30,6 +30,14 @@ class Commands(click.Group):
         command: click.Command = getattr(importlib.import_module(f"opd_cli.{name}"), name)
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is called; an unknown one is told with its near miss."""
+        if args[0] not in COMMANDS:
+            from opd.errors import nearest
+
+            raise click.UsageError(f"no such command '{args[0]}'; {nearest(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands without importing them."""
         with formatter.section("Commands"):
@@ -44,8 +52,8 @@ class Commands(click.Group):
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
         except click.UsageError as error:
-            where = f"; see: {error.ctx.command_path} --help" if error.ctx else ""
-            _fail(f"{error.format_message()}{where}", 2)
+            where = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
+            _fail(f"{error.format_message().rstrip('.')}{where}", 2)
         except click.ClickException as error:
             _fail(error.format_message(), 2)
         except Exception as error:

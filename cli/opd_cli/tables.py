@@ -41,11 +41,13 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
 
 def measured(result: Mapping[str, Any], title: str) -> None:
     """Accuracies in percent of one measurement."""
-    table = _table(title, "% [95 % interval]")
+    table = _table("", "% [95 % interval]")
     for key, name in ROWS:
         if key in result:
             table.add_row(name, _percent(result, key))
-    Console().print(table)
+    console = Console()
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
 
 
 def answers(rows: Sequence[tuple[str, Answered]]) -> None:
@@ -83,7 +85,7 @@ def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(title) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for heading in headings:
         table.add_column(Text(heading), justify="right", no_wrap=True)
