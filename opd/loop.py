@@ -105,10 +105,11 @@ class Trainer:
         groups = rollout.groups(kept, tokens)
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
         cut = rollout.cut(groups, budget)
+        padding = rollout.most(backend, len(cut)) - len(cut)  # every process makes the same number of calls
         for part in cut:
             for index, rows in zip(part, backend.accumulate([groups[index] for index in part], objective), strict=True):
                 statistics[index] = rows
-        for _ in range(rollout.most(backend, len(cut)) - len(cut)):
+        for _ in range(padding):
             backend.accumulate([rollout.spare(batch.pairs[0], self.encoder.stop)], objective)
         clock.lap("accumulate")
 

@@ -36,6 +36,9 @@ VOCABULARY = 16
 FEATURES = 3
 STOP, IMAGE = 0, 1
 
+SAMPLE, ACCUMULATE = np.zeros(101), np.zeros(102)
+"""What processes exchange where they meet in a call; no other exchange has these shapes."""
+
 Parameters = dict[str, Float64]
 
 
@@ -214,7 +217,10 @@ class ToyBackend:
 
 
 class Together(ToyBackend):
-    """One of several toy processes that run on threads and meet at a barrier; `start` runs them all."""
+    """One of several toy processes that run on threads and meet at a barrier; `start` runs them all.
+
+    They meet in every `sample` and `accumulate` too, as processes that share a model's layers do: one call more or less breaks the run.
+    """
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, NDArray[np.float64]], seed: int = 0) -> None:
         super().__init__(seed)
@@ -225,14 +231,28 @@ class Together(ToyBackend):
         """Sum over the threads, in the order of their ranks."""
         self._board[self.rank] = values
         self._barrier.wait()
+        if len({value.shape for value in self._board.values()}) > 1:
+            raise RuntimeError(f"the processes make different calls: {sorted((rank, value.shape) for rank, value in self._board.items())}")
         result = np.sum([self._board[rank] for rank in range(self.size)], axis=0)
         self._barrier.wait()
         return np.asarray(result)
 
+    def sample(
+        self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
+    ) -> list[list[Completion]]:
+        """Samples, together with the others."""
+        self.total(SAMPLE)
+        return super().sample(prompts, uniforms, sampling, policy)
+
+    def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
+        """Accumulates, together with the others."""
+        self.total(ACCUMULATE)
+        return super().accumulate(groups, objective)
+
     @staticmethod
     def start(size: int, run: Callable[[ToyBackend], None]) -> None:
         """Calls `run` with each of `size` processes, on threads; raises what any of them raised."""
-        barrier = threading.Barrier(size, timeout=60)
+        barrier = threading.Barrier(size, timeout=10)
         board: dict[int, NDArray[np.float64]] = {}
         failures: list[BaseException] = []
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from opd import measure
 from opd import recipe as recipes
 from opd.errors import DataError, Stopped
 from opd.folder import RunFolder
@@ -65,16 +66,68 @@ def test_what_a_run_leaves(tmp_path):
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
+class Spy(ToyBackend):
+    """Writes down the temperatures that it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperatures = []
+
+    def sample(self, prompts, uniforms, sampling, policy="student"):
+        self.temperatures.append(sampling.temperature)
+        return super().sample(prompts, uniforms, sampling, policy)
+
+    def accumulate(self, groups, objective):
+        self.temperatures.append(objective.temperature)
+        return super().accumulate(groups, objective)
+
+
 def test_metrics_add_up(tmp_path):
-    trainer(tmp_path / "run", "rollout.temperature=0.9").train()
+    backend = Spy()
+    trainer(tmp_path / "run", "rollout.temperature=0.9", "objective.ratio_clip=0", "measure.count=0", backend=backend).train()
+    assert set(backend.temperatures) == {0.9}
     for row in metrics(tmp_path / "run"):
         assert row["completions"] == 12
-        assert row["ratio"] == pytest.approx(1, abs=0.2)
-        assert row["loss"] == pytest.approx(row["divergence"], rel=0.2)
+        assert row["ratio"] == 1
+        assert row["loss"] == pytest.approx(row["divergence"], rel=1e-5)
         assert row["taken"] is True
         assert row["teacher_rate"] == 0.1
     sample = RunFolder(tmp_path / "run").rows("rollouts.jsonl")[0]
     assert len(sample["tokens"]) == len(sample["divergence"]) == len(sample["sampler_logprobs"])
+
+
+@pytest.mark.parametrize(("rule", "rates"), [("ema", [0.1] * 6), ("frozen", [0] * 6), ("live", [1] * 6)])
+def test_the_teacher_follows_its_rule(tmp_path, rule, rates):
+    """In closed form, from the student after every step."""
+
+    class Followed(ToyBackend):
+        def apply(self, update):
+            result = super().apply(update)
+            rate = rates[len(moves)]
+            moves.append(rate)
+            for name, value in expected.items():
+                value += rate * (self.student[name] - value)
+            return result
+
+    moves, backend = [], Followed()
+    expected = {name: value.copy() for name, value in backend.teacher.items()}
+    trainer(tmp_path / "run", f"teacher.rule={rule}", "measure.count=0", backend=backend).train()
+    assert len(moves) == 6
+    for name, value in expected.items():
+        np.testing.assert_allclose(backend.teacher[name], value, rtol=1e-12)
+    assert not np.array_equal(backend.student["tokens"], ToyBackend().student["tokens"])
+
+
+def test_what_is_encoded_for_training_has_no_answer(tmp_path, monkeypatch):
+    seen = []
+    for name in ("encode_student", "encode_teacher"):
+        encode = getattr(measure, name)
+        monkeypatch.setattr(
+            measure, name, lambda encoder, example, *view, encode=encode: (seen.append(example), encode(encoder, example, *view))[1]
+        )
+    trainer(tmp_path / "run", "measure.count=0", examples=[replace(one, choices=("abc", "d")) for one in coloured()]).train()
+    assert len(seen) == 2 * 6 * 4
+    assert {(one.answer, one.choices) for one in seen} == {(None, ())}
 
 
 def test_labels_are_never_read(tmp_path):
@@ -155,14 +208,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
 
     class Killed(ToyBackend):
         def apply(self, update):
-            if self.steps == 4:
+            if self.steps == 5:
                 raise MemoryError
             return super().apply(update)
 
     with pytest.raises(MemoryError):
         trainer(tmp_path / "killed", backend=Killed()).train()
     with (tmp_path / "killed/metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss"')
+        file.write('{"step": 6, "loss"')
     (tmp_path / "killed/checkpoints/step-000006.partial").mkdir()
     resumed = trainer(tmp_path / "killed")
     resumed.train()

@@ -34,9 +34,9 @@ def test_rows_without_answers_have_agreement_alone():
 
 
 def test_share_closed_is_of_the_gap_before():
-    before, after = answered("rrww" * 10, "rrrr" * 10), answered("rrrw" * 10, "rwww" * 10)
-    assert gap_closed(before, after)["gap_closed"] == 0.5  # losing crop accuracy is no success
-    assert gap_closed(before, answered("wwww" * 10, "rrrr" * 10))["gap_closed"] == -1.0
+    before, after = answered("rrwwww" * 10, "rrrrww" * 10), answered("rrrwww" * 10, "rwwwww" * 10)
+    assert gap_closed(before, after)["gap_closed"] == pytest.approx(0.5)  # losing crop accuracy is no success
+    assert gap_closed(before, answered("wwwwww" * 10, "rrrrrr" * 10))["gap_closed"] == pytest.approx(-1.0)
     assert gap_closed(answered("rr", "rr"), answered("rr", "rr")) == {}
     assert gap_closed(answered("--", "--"), answered("--", "--")) == {}
 

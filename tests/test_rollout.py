@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd import measure
-from opd.rollout import Pair, cut, groups, keep, microbatches, sample, spare
-from opd.toy import ToyBackend, ToyEncoder
+from opd.rollout import Pair, cut, groups, keep, microbatches, most, sample, spare
+from opd.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.view import ViewOptions
 from tests.conftest import coloured
@@ -67,6 +67,16 @@ def test_sampling_does_not_depend_on_the_cut():
     for ours, theirs in zip(whole, apart, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_the_most_of_all_processes():
+    found = {}
+
+    def run(backend):
+        found[backend.rank] = most(backend, [3, 7, 5][backend.rank])
+
+    Together.start(3, run)
+    assert found == {0: 7, 1: 7, 2: 7}
 
 
 def test_a_spare_group_adds_nothing():
