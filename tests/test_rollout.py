@@ -39,6 +39,10 @@ def test_micro_batches_put_like_lengths_together():
     assert microbatches([(100, 4), (10, 4), (98, 4), (12, 4)], 1, 210) == [[0, 2], [3, 1]]
 
 
+def test_the_longest_completion_of_a_micro_batch_counts_for_all_in_it():
+    assert microbatches([(10, 1), (9, 50), (8, 1)], 1, 130) == [[0, 1], [2]]
+
+
 def test_what_is_dropped_is_counted():
     sampled = [[completion(5, 0), completion(1, 0)], [completion()], [completion(7), completion(8, 0)]]
     rollout = keep(pairs(), sampled, banned=(1,))
