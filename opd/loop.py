@@ -55,10 +55,9 @@ class Trainer:
         """
         started = time.monotonic()
         done, seconds = self._restore()
-        before = self._measure("before", keep=True)
+        before = self._before()
         steps = self.recipe.run.steps
-        self.progress.begin("train", steps)
-        self.progress.advance(done)
+        self.progress.begin("train", steps, done)
         for step, batch in self._batches(done + 1, steps):
             metrics, samples = self.step(step, batch)
             if self.backend.rank == 0:
@@ -70,11 +69,16 @@ class Trainer:
             every = self.recipe.run.checkpoint_every
             if self.progress.stopping or step == steps or (every and step % every == 0):
                 self._checkpoint(step, seconds + time.monotonic() - started)
+            if self.recipe.measure.every and step % self.recipe.measure.every == 0 and step < steps:
+                self._record(step, self._measure("measure"))
+                self.progress.begin("train", steps, step)
             if self.progress.stopping and step < steps:
                 raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.folder.path}")
         if self.backend.rank == 0:
             self.folder.fill(self.folder.model, lambda folder: self.backend.export(folder, "model"))
-        after = self._measure("after", keep=False)
+        after = self._measure("after")
+        self._keep("after", after)
+        self._record(steps, after)
         return self._summary(before, after, seconds + time.monotonic() - started)
 
     def step(self, step: int, batch: Batch) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -190,22 +194,37 @@ class Trainer:
             for completion, row in zip(kept.completions[0], statistics, strict=True)
         ]
 
-    def _measure(self, when: str, keep: bool) -> list[measure.Answered]:
-        """Answers to the held-out examples; the ones from before training are kept with the run, so that a resumed run has them."""
-        rows = [row for row in self.folder.rows("answers.jsonl") if row["when"] == when] if keep else []
+    def _before(self) -> list[measure.Answered]:
+        """The answers before training: a resumed run reads the ones that were kept."""
+        rows = [row for row in self.folder.rows("answers.jsonl") if row["when"] == "before"]
         if rows:
             return [measure.Answered(**{key: value for key, value in row.items() if key != "when"}) for row in rows]
+        answered = self._measure("before")
+        self._keep("before", answered)
+        self._record(0, answered)
+        return answered
+
+    def _measure(self, phase: str) -> list[measure.Answered]:
+        """The student's answers to the held-out examples, now."""
         if not self.held_out:
             return []
-        self.progress.begin(when, 2 * len(self.held_out))
+        self.progress.begin(phase, 2 * len(self.held_out))
         options, budget = self.recipe.measure, self.recipe.rollout.microbatch_tokens
-        answered = measure.answer(
+        return measure.answer(
             self.backend, self.encoder, self.held_out, self.recipe.view, options.max_tokens, budget, progress=self.progress.advance
         )
-        if self.backend.rank == 0:
+
+    def _keep(self, when: str, answered: Sequence[measure.Answered]) -> None:
+        """Every answer before or after, to answers.jsonl."""
+        if answered and self.backend.rank == 0:
             others = [row for row in self.folder.rows("answers.jsonl") if row["when"] != when]
             self.folder.rewrite("answers.jsonl", [*others, *({"when": when, **asdict(one)} for one in answered)])
-        return answered
+
+    def _record(self, step: int, answered: Sequence[measure.Answered]) -> None:
+        """Accuracies and their intervals at a step, to accuracy.jsonl: the gap as it closes."""
+        if answered and self.backend.rank == 0:
+            earlier = [row for row in self.folder.rows("accuracy.jsonl") if row["step"] < step]
+            self.folder.rewrite("accuracy.jsonl", [*earlier, {"step": step, **measure.accuracies(answered)}])
 
     def _checkpoint(self, step: int, seconds: float) -> None:
         def fill(folder: Path) -> None:
@@ -228,7 +247,7 @@ class Trainer:
             except (OSError, ValueError, KeyError) as error:
                 raise FolderError(f"checkpoint '{path}' is damaged: {STATE}: {error}") from error
         if self.backend.rank == 0:
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
+            for name in ("metrics.jsonl", "rollouts.jsonl", "accuracy.jsonl"):
                 rows = self.folder.rows(name)
                 self.folder.rewrite(name, [row for row in rows if row["step"] <= done])
         return done, seconds

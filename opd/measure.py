@@ -37,6 +37,7 @@ class MeasureOptions(Options):
     )
     count: int = Field(200, ge=0, description="Rows that are measured before and after; 0: none.")
     max_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
+    every: int = Field(0, ge=0, description="Steps between measurements while training, into accuracy.jsonl; 0: before and after only.")
 
 
 @dataclass(frozen=True)

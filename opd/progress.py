@@ -9,8 +9,8 @@ from typing import Any, Protocol
 class Progress(Protocol):
     """What a run tells while it goes on. `opd_cli` shows it; `Quiet` does not."""
 
-    def begin(self, phase: str, total: int) -> None:
-        """A phase ("before", "train", "after") of so many units begins: steps when training, prompts when measuring."""
+    def begin(self, phase: str, total: int, done: int = 0) -> None:
+        """A phase begins, or goes on where `done` of its units are done: "train" in steps, "read" in rows, the measurements in prompts."""
 
     def advance(self, units: int) -> None:
         """So many units of the phase are done."""
@@ -31,7 +31,7 @@ class Quiet:
 
     stopping = False
 
-    def begin(self, phase: str, total: int) -> None:
+    def begin(self, phase: str, total: int, done: int = 0) -> None:
         """See `Progress`."""
 
     def advance(self, units: int) -> None:

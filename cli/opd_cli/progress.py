@@ -17,7 +17,8 @@ from rich.progress import Progress as Bars
 PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
 
-TITLES = {"before": "measure before", "train": "train", "after": "measure after"}
+TITLES = {"before": "measure before", "after": "measure after"}
+UNITS = {"train": "steps", "read": "rows"}
 
 
 class Shown:
@@ -36,24 +37,25 @@ class Shown:
             console=console,
             disable=not self._live,
         )
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._phase, self._total, self._done, self._detail = "", 0, 0, ""
         self._resumed, self._started, self._spoke = 0, 0.0, 0.0
 
-    def begin(self, phase: str, total: int) -> None:
-        """A new bar, or a plain line."""
-        self._phase, self._total, self._done, self._detail = TITLES.get(phase, phase), total, 0, ""
-        self._resumed, self._started, self._spoke = 0, time.monotonic(), time.monotonic()
-        self._task = self._bars.add_task(self._phase, total=total, detail="")
-        if not self._live:
-            self._console.print(f"{self._phase}: {total} {'steps' if phase == 'train' else 'prompts'}", highlight=False)
+    def begin(self, phase: str, total: int, done: int = 0) -> None:
+        """A bar, new or going on, or a plain line."""
+        self._phase, self._total, self._done, self._detail = TITLES.get(phase, phase), total, done, ""
+        self._resumed, self._started, self._spoke = done, time.monotonic(), time.monotonic()
+        if phase not in self._tasks:
+            self._tasks[phase] = self._bars.add_task(self._phase, total=total, completed=done, detail="")
+        elif not done:
+            self._bars.reset(self._tasks[phase], total=total, detail="")
+        self._task = self._tasks[phase]
+        if not self._live and not done:
+            self._console.print(f"{self._phase}: {total} {UNITS.get(phase, 'prompts')}", highlight=False)
 
     def advance(self, units: int) -> None:
         """Moves the bar; speaks from time to time when piped."""
-        if self._done == 0 and units > 1 and self._phase == TITLES["train"]:
-            self._resumed = units
         self._done += units
-        assert self._task is not None
         self._bars.update(self._task, completed=self._done, detail=self._detail)
         if not self._live and (time.monotonic() - self._spoke > PLAIN_SECONDS or self._done >= self._total):
             self._spoke = time.monotonic()
