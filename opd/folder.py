@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path, force: bool = False) -> None:
-        """Raises FolderError where a run cannot start in `path`: it holds a run (without `force`), or is something else."""
+        """Raises FolderError where a run cannot start in `path`: unwritable, or it holds a run (without `force`), or something else."""
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if path.exists() and not path.is_dir():
+            raise FolderError(f"run folder '{path}' is a file; name another with --out")
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise FolderError(f"run folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with --out")
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         if not (path / CONFIG).is_file():
@@ -43,13 +49,20 @@ class RunFolder:
 
         Raises FolderError where it is taken or cannot be written.
         """
+        RunFolder.check(path, force)
+        aside = _free(path) if (path / CONFIG).is_file() else None
+        made = [folder for folder in (path, *path.absolute().parents) if folder == path or not folder.exists()]
         try:
-            RunFolder.check(path, force)
-            if (path / CONFIG).is_file():
-                path.rename(_free(path))
+            if aside:
+                path.rename(aside)
             path.mkdir(parents=True, exist_ok=True)
             _write(path / CONFIG, config)
         except OSError as error:
+            for folder in made:
+                with suppress(OSError):  # not empty: not ours
+                    folder.rmdir()
+            if aside and aside.exists():
+                aside.rename(path)
             raise FolderError(f"run folder '{path}' cannot be written: {error.strerror}; name another with --out") from error
         return RunFolder(path)
 
@@ -119,10 +132,18 @@ def _free(path: Path) -> Path:
     return path.with_name(f"{path.name}~{number}")
 
 
+def _obstacle(path: Path) -> str:
+    return "not writable" if path.is_dir() else "not a folder"
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk
+        raise
 
 
 class _guarded:  # noqa: N801  used like a function

@@ -66,12 +66,10 @@ class Trainer:
                     self.folder.append("rollouts.jsonl", sample)
             self.progress.step(metrics)
             self.progress.advance(1)
+            self._follow(step)
             every = self.recipe.run.checkpoint_every
             if self.progress.stopping or step == steps or (every and step % every == 0):
                 self._checkpoint(step, seconds + time.monotonic() - started)
-            if self.recipe.measure.every and step % self.recipe.measure.every == 0 and step < steps:
-                self._record(step, self._measure("measure"))
-                self.progress.begin("train", steps, step)
             if self.progress.stopping and step < steps:
                 raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.folder.path}")
         if self.backend.rank == 0:
@@ -203,6 +201,13 @@ class Trainer:
         self._keep("before", answered)
         self._record(0, answered)
         return answered
+
+    def _follow(self, step: int) -> None:
+        """Measures between steps, where the recipe asks for it."""
+        every, steps = self.recipe.measure.every, self.recipe.run.steps
+        if every and step % every == 0 and step < steps:
+            self._record(step, self._measure("measure"))
+            self.progress.begin("train", steps, step)
 
     def _measure(self, phase: str) -> list[measure.Answered]:
         """The student's answers to the held-out examples, now."""

@@ -10,7 +10,10 @@ class Progress(Protocol):
     """What a run tells while it goes on. `opd_cli` shows it; `Quiet` does not."""
 
     def begin(self, phase: str, total: int, done: int = 0) -> None:
-        """A phase begins, or goes on where `done` of its units are done: "train" in steps, "read" in rows, the measurements in prompts."""
+        """A phase begins, or goes on where `done` of its units are done.
+
+        "read" counts rows, "train" steps, and "before", "measure", "after" prompts.
+        """
 
     def advance(self, units: int) -> None:
         """So many units of the phase are done."""

@@ -80,7 +80,7 @@ def read(source: str) -> dict[str, Any]:
     else:
         path = Path(source)
         if not path.is_file():
-            raise RecipeError(f"recipe '{source}': neither a file nor a preset ({', '.join(PRESETS)})")
+            raise RecipeError(f"recipe '{source}': neither a file nor a preset; {nearest(source, PRESETS)}")
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

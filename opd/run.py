@@ -55,11 +55,11 @@ class Session:
 def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     """Opens data, then tokenizer, then weights, so that a mistake is told before anything slow. Raises UserError."""
     name = backends.resolve(backend)
-    examples = open_data(recipe.data.path, strict=recipe.data.strict)
+    examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress)
     for source, reason in getattr(examples, "skipped", ()):
         progress.note(f"skipped {source}: {reason}")
     encoder = PromptEncoder(recipe.model.folder(), recipe.model.max_pixels or None)
-    return Session(recipe, name, backends.load(name, recipe.model.options()), encoder, examples, held_out(recipe, examples))
+    return Session(recipe, name, backends.load(name, recipe.model.options()), encoder, examples, held_out(recipe, examples, progress))
 
 
 def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:
@@ -87,7 +87,7 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
     return _trainer(open_session(recipes.reread(path / CONFIG), backend or made_with, progress or Quiet()), folder, progress)
 
 
-def held_out(recipe: Recipe, examples: Sequence[Example]) -> Sequence[Example]:
+def held_out(recipe: Recipe, examples: Sequence[Example], progress: Progress | None = None) -> Sequence[Example]:
     """The rows that are measured, at most measure.count: see `MeasureOptions.path`."""
     options = recipe.measure
     if not options.count:
@@ -96,7 +96,7 @@ def held_out(recipe: Recipe, examples: Sequence[Example]) -> Sequence[Example]:
         from opd.tiny import Scenes
 
         return Scenes("fresh", options.count)
-    rows = open_data(options.path, strict=recipe.data.strict) if options.path else examples
+    rows = open_data(options.path, strict=recipe.data.strict, progress=progress) if options.path else examples
     count = min(options.count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
 

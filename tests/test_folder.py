@@ -23,7 +23,7 @@ def test_somebody_elses_folder_is_never_touched(tmp_path):
         with pytest.raises(FolderError, match="exists and is no run"):
             RunFolder.create(tmp_path / "photos", "config", force)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FolderError, match="exists and is no run"):
+    with pytest.raises(FolderError, match="is a file"):
         RunFolder.create(tmp_path / "file", "config")
     with pytest.raises(FolderError, match="cannot be written"):
         RunFolder.create(tmp_path / "file/run", "config")

@@ -78,8 +78,10 @@ def test_a_broken_file_is_one_line(text, message, tmp_path):
 
 
 def test_a_missing_recipe_names_the_presets():
-    with pytest.raises(RecipeError, match=r"recipe 'tinny': neither a file nor a preset \(tiny, paper, lora\)"):
+    with pytest.raises(RecipeError, match=r"recipe 'tinny': neither a file nor a preset; did you mean 'tiny'\?"):
         recipes.load("tinny")
+    with pytest.raises(RecipeError, match="recipe 'zzz': neither a file nor a preset; known: lora, paper, tiny"):
+        recipes.load("zzz")
 
 
 def test_every_key_has_a_default_and_a_sentence():

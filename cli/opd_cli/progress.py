@@ -50,14 +50,15 @@ class Shown:
         elif not done:
             self._bars.reset(self._tasks[phase], total=total, detail="")
         self._task = self._tasks[phase]
-        if not self._live and not done:
+        if not self._live and not done and phase != "read":  # mostly over at once
             self._console.print(f"{self._phase}: {total} {UNITS.get(phase, 'prompts')}", highlight=False)
 
     def advance(self, units: int) -> None:
         """Moves the bar; speaks from time to time when piped."""
         self._done += units
         self._bars.update(self._task, completed=self._done, detail=self._detail)
-        if not self._live and (time.monotonic() - self._spoke > PLAIN_SECONDS or self._done >= self._total):
+        over = self._done >= self._total and self._phase != "read"
+        if not self._live and (time.monotonic() - self._spoke > PLAIN_SECONDS or over):
             self._spoke = time.monotonic()
             rate = (self._done - self._resumed) / max(1e-9, self._spoke - self._started)
             left = (self._total - self._done) / max(1e-9, rate)
@@ -76,8 +77,8 @@ class Shown:
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Asks the run to stop after this step; a second time stops it now."""
-        if self.stopping:
+        """Asks the run to stop after this step; a second time, or where no step is under way, stops it now."""
+        if self.stopping or self._phase not in ("train", "measure"):
             raise KeyboardInterrupt
         self.stopping = True
         self.note("stopping after this step; once more stops at once")

@@ -12,7 +12,9 @@ from opd_cli.options import resolve, shared
 
 @click.command()
 @shared
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/RECIPE, runs/RECIPE-2, ...]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/NAME of the recipe or the data, runs/NAME-2, ...]"
+)
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Seed of data order and sampling.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run from its last checkpoint.")
@@ -46,6 +48,7 @@ def train(
       opd train --resume runs/tiny
     """
     from opd import run
+    from opd.errors import Stopped
     from opd_cli.progress import show
     from opd_cli.tables import before_after
 
@@ -57,9 +60,13 @@ def train(
             trainer = run.resume(resume, backend, progress)
         else:
             shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
-            folder = out or _free(Path("runs") / Path(recipe).stem)
+            named_after = data if data and ctx.get_parameter_source("recipe") == click.core.ParameterSource.DEFAULT else recipe
+            folder = out or _free(Path("runs") / Path(named_after).stem)
             trainer = run.start(resolve(recipe, shortcuts, overrides), backend or "auto", folder, force, progress)
-        summary = trainer.train()
+        try:
+            summary = trainer.train()
+        except KeyboardInterrupt:
+            raise Stopped(f"interrupted; go on with: opd train --resume {trainer.folder.path}") from None
     if as_json:
         click.echo(json.dumps({**summary, "run": str(trainer.folder.path)}))
     else:

@@ -17,6 +17,7 @@ from opd.data import own
 from opd.data.dataset import Dataset, gather, read_image
 from opd.data.jsonl import read_lines
 from opd.options import Options
+from opd.progress import Progress, Quiet
 from opd.types import Example
 
 __all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl"]
@@ -30,7 +31,7 @@ class DataOptions(Options):
     strict: bool = Field(False, description="A faulty row ends the run instead of being skipped and counted.")
 
 
-def open_data(path: str, strict: bool = False, labelled: bool = True) -> Sequence[Example]:
+def open_data(path: str, strict: bool = False, labelled: bool = True, progress: Progress | None = None) -> Sequence[Example]:
     """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task; not `labelled`: without answers.
 
     Raises DataError where the file cannot be used, and with `strict` at the first faulty row.
@@ -39,15 +40,16 @@ def open_data(path: str, strict: bool = False, labelled: bool = True) -> Sequenc
         from opd.tiny import Scenes
 
         return Scenes("train", 12800, labelled=labelled)
-    found = read_jsonl(Path(path), strict)
+    found = read_jsonl(Path(path), strict, progress)
     if labelled:
         return found
     return Dataset([replace(example, answer=None) for example in found], found.skipped, found.fingerprint)
 
 
-def read_jsonl(path: Path, strict: bool = False) -> Dataset:
+def read_jsonl(path: Path, strict: bool = False, progress: Progress | None = None) -> Dataset:
     """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it can be, and not kept."""
     lines = read_lines(path)
     box_format, rows = own.take_header(lines)
     facts = cache(read_image)
-    return gather(replace(lines, rows=rows), partial(own.read_row, folder=path.parent, box_format=box_format, facts=facts), facts, strict)
+    read_row = partial(own.read_row, folder=path.parent, box_format=box_format, facts=facts)
+    return gather(replace(lines, rows=rows), read_row, facts, strict, progress or Quiet())

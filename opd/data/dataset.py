@@ -12,6 +12,7 @@ from typing import Any, overload
 from opd.data.jsonl import Lines, parse
 from opd.errors import DataError
 from opd.images import open_image
+from opd.progress import Progress
 from opd.types import Example
 
 READERS = 8
@@ -63,7 +64,13 @@ def read_image(path: Path) -> ImageFacts:
         return ImageFacts((0, 0), b"", str(error))
 
 
-def gather(lines: Lines, read_row: Callable[[dict[str, Any], str], Example], facts: Callable[[Path], ImageFacts], strict: bool) -> Dataset:
+def gather(
+    lines: Lines,
+    read_row: Callable[[dict[str, Any], str], Example],
+    facts: Callable[[Path], ImageFacts],
+    strict: bool,
+    progress: Progress,
+) -> Dataset:
     """Reads every row with `read_row(row, "file:line")`, which raises DataError for a fault. `facts` is what it read images with."""
     examples: list[Example] = []
     skipped: list[tuple[str, str]] = []
@@ -76,9 +83,11 @@ def gather(lines: Lines, read_row: Callable[[dict[str, Any], str], Example], fac
         except DataError as error:
             return source, str(error)
 
+    progress.begin("read", len(lines.rows))
     pool = ThreadPoolExecutor(READERS)
     try:
         for found in pool.map(read, lines.rows):
+            progress.advance(1)
             if isinstance(found, Example):
                 examples.append(found)
                 continue
