@@ -65,6 +65,13 @@ class Recipe(Options):
     run: RunOptions = RunOptions()
 
 
+REFERENCE = """# A recipe
+
+One TOML file; `--set section.key=value` takes the same names. The defaults below hold for what neither a preset nor a file sets; the
+presets are in [opd/presets](../opd/presets). Made by `python -m opd.recipe > docs/recipe.md`.
+"""
+
+
 def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
     """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line."""
     values = read(source)
@@ -135,3 +142,20 @@ def reread(path: Path) -> Recipe:
 
 def _plain(message: str) -> str:
     return message[:1].lower() + message[1:]
+
+
+def reference() -> str:
+    """Every section and key with its default and what it means, as Markdown: docs/recipe.md."""
+    lines = [REFERENCE]
+    for name, section in Recipe.model_fields.items():
+        options = type(section.default)
+        lines += [f"## [{name}]", "", (options.__doc__ or "").strip().splitlines()[0], "", "| key | default | |", "|---|---|---|"]
+        for key, value in section.default.model_dump(mode="json").items():
+            description = options.model_fields[key].description or ""
+            lines.append(f"| `{key}` | `{tomli_w.dumps({key: value}).partition(' = ')[2].strip()}` | {description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from opd import recipe as recipes
@@ -90,3 +92,7 @@ def test_every_key_has_a_default_and_a_sentence():
             assert not field.is_required(), f"{name}.{key}"
             assert field.description, f"{name}.{key}"
             assert field.description.endswith("."), f"{name}.{key}"
+
+
+def test_the_reference_is_the_one_in_the_docs():
+    assert recipes.reference() == (Path(__file__).parent.parent / "docs/recipe.md").read_text(encoding="utf-8")

@@ -71,8 +71,9 @@ def main() -> None:
     """Teach a vision-language model to see in the full image what it can read in a crop (Vision-OPD).
 
     \b
-    opd train                       a tiny embedded model: the gap closes in minutes, on any machine
-    opd train --data my.jsonl       your own images, questions and boxes
+    opd train                     a tiny embedded model: its gap closes in minutes
+    opd train --data my.jsonl     your own images, questions and boxes
+    opd COMMAND --help            what a command takes, with examples
     """
 
 

@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+WIDE = 100
+"""Columns from which everything stands in full; the usual 80 take a shorter form."""
+
 PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
 
@@ -28,9 +31,10 @@ class Shown:
         self.stopping = False
         self._console = console
         self._live = console.is_terminal
+        self._wide = not self._live or console.width >= WIDE
         self._bars = Bars(
             TextColumn("{task.description:14}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self._wide else 6),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[detail]}"),
@@ -68,7 +72,9 @@ class Shown:
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Takes the numbers that stand beside the bar."""
-        self._detail = f"loss {metrics['loss']:.4f}  divergence {metrics['divergence']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
+        digits, unit = (4, "tokens/s") if self._wide else (3, "tok/s")
+        loss, divergence = (f"{name} {metrics[name]:.{digits}f}" for name in ("loss", "divergence"))
+        self._detail = f"{loss}  {divergence}  {metrics['tokens_per_second']:.0f} {unit}"
         if not metrics["taken"]:
             self.note(f"step {metrics['step']}: the gradient was not finite, the step was skipped")
 

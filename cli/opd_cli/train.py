@@ -12,9 +12,7 @@ from opd_cli.options import resolve, shared
 
 @click.command()
 @shared
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/NAME of the recipe or the data, runs/NAME-2, ...]"
-)
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/NAME after recipe or data, NAME-2, ...]")
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Seed of data order and sampling.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run from its last checkpoint.")
@@ -37,14 +35,14 @@ def train(
     """Trains a model with Vision-OPD, and prints accuracy on crop and full image before and after.
 
     RECIPE is a preset (tiny, paper, lora) or a TOML file; with nothing given it is tiny, which trains an embedded model of 0.6M
-    parameters on a synthetic task.
+    parameters on a synthetic task. Every key that --set takes, with its default: docs/recipe.md.
 
     \b
     Examples:
       opd train
       opd train --backend mlx --steps 50
       opd train paper --model ~/models/Qwen3-VL-2B-Instruct --data pairs.jsonl
-      opd train my.toml --set optimizer.learning_rate=1e-5 --set teacher.rule=frozen
+      opd train my.toml --steps 50 --set teacher.rule=frozen
       opd train --resume runs/tiny
     """
     from opd import run
