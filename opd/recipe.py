@@ -72,6 +72,10 @@ presets are in [opd/presets](../opd/presets). Made by `python -m opd.recipe > do
 """
 
 
+DATA = {".jsonl", ".json", ".parquet", ".csv", ".tsv"}
+"""Endings of what a person may take for a recipe."""
+
+
 def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
     """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line."""
     values = read(source)
@@ -95,6 +99,8 @@ def read(source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        if Path(source).suffix in DATA:
+            raise RecipeError(f"'{source}' is no recipe (a TOML file); data is given with --data {source}") from error
         raise RecipeError(f"recipe '{source}' is not valid TOML: {error}") from error
 
 

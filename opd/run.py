@@ -54,11 +54,13 @@ class Session:
 
 def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     """Opens data, then tokenizer, then weights, so that a mistake is told before anything slow. Raises UserError."""
-    name = backends.resolve(backend)
+    if backend != "auto":  # which one `auto` is takes seconds: frameworks are imported to see their devices
+        backends.resolve(backend)
     examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress)
     for source, reason in getattr(examples, "skipped", ()):
         progress.note(f"skipped {source}: {reason}")
     encoder = PromptEncoder(recipe.model.folder(), recipe.model.max_pixels or None)
+    name = backends.resolve(backend)
     return Session(recipe, name, backends.load(name, recipe.model.options()), encoder, examples, held_out(recipe, examples, progress))
 
 

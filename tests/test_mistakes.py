@@ -33,6 +33,7 @@ def here(tmp_path, monkeypatch):
     Path("full").mkdir()
     Path("full/letter.txt").write_text("not a run")
     Path("file").write_text("")
+    Path("pairs.jsonl").write_text(json.dumps(GOOD))
     return tmp_path
 
 
@@ -86,7 +87,9 @@ def refused(here, *arguments):
         (["train", "--data", "street.png"], "the file is not UTF-8 text"),
         (["gap", "--set", "measure.path=nowhere.jsonl"], "data file not found: nowhere.jsonl"),
         (["gap", "--count", "0"], "nothing to measure: measure.count is 0"),
-        (["sample", "--count", "-1"], "measure.count = -1: input should be greater than or equal to 0"),
+        (["sample", "--count", "0"], "Invalid value for '--count': 0 is not in the range x>=1"),
+        (["gap", "--count", "-1"], "measure.count = -1: input should be greater than or equal to 0"),
+        (["train", "pairs.jsonl"], "'pairs.jsonl' is no recipe (a TOML file); data is given with --data pairs.jsonl"),
         (["train", "--out", "old"], "run folder 'old' holds a run; continue it with --resume, replace it with --force, or name another"),
         (["train", "--out", "full"], "run folder 'full' exists and is no run; name another with --out"),
         (["train", "--out", "full", "--force"], "run folder 'full' exists and is no run; name another with --out"),

@@ -210,6 +210,7 @@ def test_help_names_every_option_with_a_sentence():
     for option in ("--backend", "--model", "--data", "--out", "--steps", "--seed", "--set", "--resume", "--force", "--json"):
         assert option in text
     assert "Train a model with Vision-OPD" in opd("--help").stdout
+    assert opd().stdout == opd("--help").stdout
 
 
 def test_gap_and_sample_tell_what_the_model_says(backend_name, monkeypatch):

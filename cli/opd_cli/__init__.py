@@ -51,6 +51,9 @@ class Commands(click.Group):
             sys.exit(stop.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.message)
+            sys.exit(0)
         except click.UsageError as error:
             where = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
             _fail(f"{error.format_message().rstrip('.')}{where}", 2)

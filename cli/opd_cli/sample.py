@@ -12,7 +12,7 @@ from opd_cli.options import resolve, shared
 
 @click.command()
 @shared
-@click.option("--count", type=int, default=8, show_default=True, help="Examples that are shown.")
+@click.option("--count", type=click.IntRange(min=1), default=8, show_default=True, help="Examples that are shown.")
 def sample(
     recipe: str, backend: str | None, model: str | None, data: str | None, overrides: tuple[str, ...], as_json: bool, count: int
 ) -> None:
