@@ -11,7 +11,7 @@ completion, S visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,18 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from opd.types import Group, IntArray, Prompt
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which keys a row of an attention layer may attend to: those of tokens before it, and its own.
+
+    `window`: only the last so many, itself included; None for all. `images`: the tokens of an image in a prompt also attend to those
+    after them in the same image.
+    """
+
+    window: int | None = None
+    images: bool = False
 
 
 class Ragged:
@@ -92,9 +104,9 @@ class Owner:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prompts without their last tokens: `tokens` [N], `positions` [3, N], and how they are cut (`ragged`).
+    """Prompts without their last tokens: `tokens` [N], `positions` [axes, N], and how they are cut (`ragged`).
 
-    `visual_rows` [S] are the packed image tokens, in the order of `sources`.
+    `visual_rows` [S] are the packed image tokens, in the order of `sources`. Masks are made when a layer first asks for them.
     """
 
     sources: Sequence[Prompt]
@@ -102,14 +114,49 @@ class Prefixes:
     positions: Tensor
     ragged: Ragged
     visual_rows: Tensor
+    _masks: dict[Rule, Tensor | None] = field(default_factory=dict)
+    _seen: dict[Rule, tuple[tuple[int, int], Tensor | None]] = field(default_factory=dict)
+
+    def mask(self, rule: Rule) -> Tensor | None:
+        """Where a prompt's rows may attend, [B or 1, 1, P, P]; None where that is every earlier key."""
+        if rule not in self._masks:
+            place = torch.arange(self.ragged.longest, device=self.tokens.device)
+            behind = place[:, None] - place
+            blocks = _images(self.sources, self.ragged.longest) if rule.images else None
+            narrow = rule.window is not None and rule.window < self.ragged.longest
+            allowed = (behind >= 0)[None, None]
+            if blocks is not None:
+                its = torch.from_numpy(blocks).to(place.device)[:, None]
+                allowed = allowed | ((its[..., :, None] == its[..., None, :]) & (its >= 0)[..., None])
+            if rule.window is not None and narrow:
+                allowed = allowed & (behind < rule.window)
+            # Padding stands at the end, where causality alone keeps it from every real row.
+            self._masks[rule] = allowed if narrow or blocks is not None else None
+        return self._masks[rule]
+
+    def seen(self, rule: Rule, first: int, count: int) -> Tensor | None:
+        """Which keys of its prompt the rows `first` to `first + count` of a completion attend to [B, 1, count or 1, P]; None for all."""
+        narrow = rule.window is not None and rule.window < self.ragged.longest + first + count
+        rows = (first, count) if narrow else (0, 0)
+        if rule not in self._seen or self._seen[rule][0] != rows:
+            self._seen[rule] = rows, None if self.ragged.even and not narrow else self._reach(rule.window if narrow else None, first, count)
+        return self._seen[rule][1]
+
+    def _reach(self, window: int | None, first: int, count: int) -> Tensor:
+        device = self.tokens.device
+        lengths = torch.from_numpy(self.ragged.lengths).to(device)[:, None, None, None]
+        place = torch.arange(self.ragged.longest, device=device)
+        real = place < lengths
+        # The first row of a completion stands right behind its prompt's prefix.
+        rows = torch.arange(first, first + count, device=device)[:, None]
+        return real if window is None else real & (lengths + rows - place < window)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [3, M], and how they are cut (`ragged`).
+    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [axes, M], and how they are cut (`ragged`).
 
-    Every completion row has a target; rows are in order of group, completion and token. `mask` [R or 1, 1, T, P + T] is True where a
-    completion row may attend to [prefix | own].
+    Every completion row has a target; rows are in order of group, completion and token. Masks are made when a layer first asks.
     """
 
     prefixes: Prefixes
@@ -117,7 +164,22 @@ class Batch:
     positions: Tensor
     ragged: Ragged
     owner: Owner
-    mask: Tensor
+    _masks: dict[Rule, Tensor] = field(default_factory=dict)
+
+    def mask(self, rule: Rule) -> Tensor:
+        """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
+        if rule not in self._masks:
+            length = self.ragged.longest
+            place = torch.arange(length, device=self.tokens.device)
+            behind = place[:, None] - place
+            own = ((behind >= 0) if rule.window is None else (behind >= 0) & (behind < rule.window))[None, None]
+            seen = self.prefixes.seen(rule, 0, length)
+            if seen is None:
+                self._masks[rule] = torch.cat([own.new_ones(1, 1, length, self.prefixes.ragged.longest), own], -1)
+            else:
+                spread = self.owner.spread(seen).expand(-1, -1, length, -1)
+                self._masks[rule] = torch.cat([spread, own.expand(len(spread), -1, -1, -1)], -1)
+        return self._masks[rule]
 
 
 @dataclass(frozen=True)
@@ -166,14 +228,13 @@ def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
         positions=_index(np.concatenate(positions, axis=1), device),
         ragged=ragged,
         owner=owner,
-        mask=_mask(prefixes.ragged, ragged, owner, device),
     )
 
 
 def row_positions(prompt: Prompt, length: int) -> IntArray:
-    """Rotary positions [3, length] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
+    """Rotary positions [axes, length] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
     later = np.arange(prompt.start, prompt.start + length - 1, dtype=np.int32)
-    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (3, 1))], axis=1)
+    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (len(prompt.positions), 1))], axis=1)
 
 
 def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
@@ -189,21 +250,18 @@ def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
     )
 
 
-def prefix_mask(prefixes: Ragged, device: torch.device) -> Tensor | None:
-    """True at real tokens [B, 1, 1, P], or None where nothing is padded."""
-    if prefixes.even:
+def _images(prompts: Sequence[Prompt], longest: int) -> NDArray[np.int64] | None:
+    """Of each token [B, P] of the prompts the image it belongs to, -1 for text; None where there is no image.
+
+    Image tokens that stand without a gap are one image, as transformers has it.
+    """
+    if not any(len(prompt.visual.index) for prompt in prompts):
         return None
-    return torch.from_numpy(np.arange(prefixes.longest) < prefixes.lengths[:, None]).to(device)[:, None, None]
-
-
-def _mask(prefixes: Ragged, completions: Ragged, owner: Owner, device: torch.device) -> Tensor:
-    """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
-    length = completions.longest
-    own = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
-    real = prefix_mask(prefixes, device)
-    if real is None:
-        return torch.cat([own.new_ones(1, 1, length, prefixes.longest), own], -1)
-    return torch.cat([owner.spread(real).expand(-1, -1, length, -1), own.expand(len(owner.index), -1, -1, -1)], -1)
+    blocks = np.full((len(prompts), longest), -1, dtype=np.int64)
+    for row, prompt in zip(blocks, prompts, strict=True):
+        index = np.sort(prompt.visual.index)
+        row[index] = np.cumsum(np.diff(index, prepend=-2) > 1)
+    return blocks
 
 
 def _index(values: ArrayLike, device: torch.device) -> Tensor:
