@@ -18,7 +18,7 @@ from opd.types import FloatArray, IntArray
 class Qwen3VL:
     """See `opd.families.Family`."""
 
-    model_types = ("qwen3_vl",)
+    model_types = ("qwen3_vl", "qwen2_5_vl", "qwen3_5")
     image_token = "<|image_pad|>"
     banned = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
