@@ -208,7 +208,8 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
     """A random Gemma 3: two layers with a window of 16 tokens and one without; an image alone is 16 tokens."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    _copy_texts(folder, GEMMA_TOKENS, GEMMA_TEMPLATE, "<bos>", "<end_of_turn>")
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    _copy_texts(folder, GEMMA_TOKENS, GEMMA_TEMPLATE, "<bos>", "<end_of_turn>", **named)
     text = {
         **TEXT, "head_dim": 12, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "sliding_window": 16, "query_pre_attn_scalar": 10, "hidden_activation": "gelu_pytorch_tanh", "vocab_size": _size(folder),
@@ -219,9 +220,10 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "image_size": 64,
+        "vision_use_head": False,
         "patch_size": 8,
     }
-    ids = _ids(folder, boi_token_index="<start_of_image>", eoi_token_index="<end_of_image>", image_token_id="<image_soft_token>")
+    ids = _ids(folder, **{key.replace("_token", "_token_index"): token for key, token in named.items()})
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, **ids)
     processor = {
         "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 64, "width": 64},
@@ -293,7 +295,7 @@ def _special_ids() -> dict[str, int]:
     return {key: value for key, value in json.loads((SOURCE / "config.json").read_text()).items() if key.endswith("_token_id")}
 
 
-def _copy_texts(folder: Path, special: list[str], template: str, begin: str, end: str) -> None:
+def _copy_texts(folder: Path, special: list[str], template: str, begin: str, end: str, **named: str) -> None:
     """A byte-level tokenizer with a family's own special tokens and chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -305,7 +307,8 @@ def _copy_texts(folder: Path, special: list[str], template: str, begin: str, end
     texts = ["What digit is on the red tile?\n\n", "The red tile shows 7.\n\n"] * 9
     trainer = trainers.BpeTrainer(vocab_size=len(special) + 300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=begin, eos_token=end, pad_token=special[0])
+    names = {"bos_token": begin, "eos_token": end, "pad_token": special[0]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **names, extra_special_tokens=named)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
