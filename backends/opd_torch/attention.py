@@ -65,7 +65,7 @@ def prefix_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, pre
         return hidden, (key, value)
     query, gate = family.queries(layer, normed, angles)
     query = ragged.pad(query.to(value.dtype)).transpose(1, 2)
-    mask = prefixes.mask(family.rule(layer))
+    mask = prefixes.mask(family.reach(layer))
     mixed = scaled_dot_product_attention(
         query,
         key,
@@ -90,7 +90,7 @@ def completion_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles,
     groups = key.shape[1]
     # Queries that share a key stand one after the other in one row, so that no key is repeated for them.
     query = query.view(rows, length, groups, -1, width).permute(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
-    mask = batch.mask(family.rule(layer)).repeat(1, 1, heads // groups, 1)
+    mask = batch.mask(family.reach(layer)).repeat(1, 1, heads // groups, 1)
     mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=layer.self_attn.scaling)
     mixed = mixed.view(rows, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
     return family.finish(layer, hidden, completions.unpad(mixed), gate)
@@ -98,12 +98,12 @@ def completion_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles,
 
 def decode_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: KeysValues, prefixes: Prefixes, own: Own) -> Tensor:
     """The next row of every completion [R, D] through one layer, n to a prompt; a prompt's keys are read once for all n."""
-    rule = family.rule(layer)
-    mask = prefixes.seen(rule, own.length, 1)
+    reach = family.reach(layer)
+    mask = prefixes.seen(reach, own.length, 1)
     normed = layer.input_layernorm(hidden)
     key, value = own.append(*family.keys_values(layer, normed, angles))
-    if rule.window is not None:
-        key, value = key[:, :, -rule.window :], value[:, :, -rule.window :]
+    if reach.window is not None:
+        key, value = key[:, :, -reach.window :], value[:, :, -reach.window :]
     query, gate = family.queries(layer, normed, angles)
     query = query.to(value.dtype) * layer.self_attn.scaling
     prompts, groups, longest, width = prefix[0].shape

@@ -23,15 +23,15 @@ from opd.types import Group, IntArray, Prompt
 
 
 @dataclass(frozen=True)
-class Rule:
+class Reach:
     """Which keys a row of an attention layer may attend to: those of tokens before it, and its own.
 
-    `window`: only the last so many, itself included; None for all. `images`: the tokens of an image in a prompt also attend to those
+    `window`: only the last so many, itself included; None for all. `blocks`: the tokens of an image in a prompt also attend to those
     after them in the same image.
     """
 
     window: int | None = None
-    images: bool = False
+    blocks: bool = False
 
 
 class Ragged:
@@ -114,42 +114,41 @@ class Prefixes:
     positions: Tensor
     ragged: Ragged
     visual_rows: Tensor
-    _masks: dict[Rule, Tensor | None] = field(default_factory=dict)
-    _seen: dict[Rule, tuple[tuple[int, int], Tensor | None]] = field(default_factory=dict)
+    _masks: dict[Reach, Tensor | None] = field(default_factory=dict)
+    _seen: dict[Reach, tuple[tuple[int, int], Tensor | None]] = field(default_factory=dict)
 
-    def mask(self, rule: Rule) -> Tensor | None:
+    def mask(self, reach: Reach) -> Tensor | None:
         """Where a prompt's rows may attend, [B or 1, 1, P, P]; None where that is every earlier key."""
-        if rule not in self._masks:
+        if reach not in self._masks:
             place = torch.arange(self.ragged.longest, device=self.tokens.device)
             behind = place[:, None] - place
-            blocks = _images(self.sources, self.ragged.longest) if rule.images else None
-            narrow = rule.window is not None and rule.window < self.ragged.longest
+            images = _images(self.sources, self.ragged.longest) if reach.blocks else None
+            window = reach.window if reach.window is not None and reach.window < self.ragged.longest else None
             allowed = (behind >= 0)[None, None]
-            if blocks is not None:
-                its = torch.from_numpy(blocks).to(place.device)[:, None]
+            if images is not None:
+                its = torch.from_numpy(images).to(place.device)[:, None]
                 allowed = allowed | ((its[..., :, None] == its[..., None, :]) & (its >= 0)[..., None])
-            if rule.window is not None and narrow:
-                allowed = allowed & (behind < rule.window)
+            if window is not None:
+                allowed = allowed & (behind < window)
             # Padding stands at the end, where causality alone keeps it from every real row.
-            self._masks[rule] = allowed if narrow or blocks is not None else None
-        return self._masks[rule]
+            self._masks[reach] = None if window is None and images is None else allowed
+        return self._masks[reach]
 
-    def seen(self, rule: Rule, first: int, count: int) -> Tensor | None:
+    def seen(self, reach: Reach, first: int, count: int) -> Tensor | None:
         """Which keys of its prompt the rows `first` to `first + count` of a completion attend to [B, 1, count or 1, P]; None for all."""
-        narrow = rule.window is not None and rule.window < self.ragged.longest + first + count
-        rows = (first, count) if narrow else (0, 0)
-        if rule not in self._seen or self._seen[rule][0] != rows:
-            self._seen[rule] = rows, None if self.ragged.even and not narrow else self._reach(rule.window if narrow else None, first, count)
-        return self._seen[rule][1]
+        window = reach.window if reach.window is not None and reach.window < self.ragged.longest + first + count else None
+        rows = (0, 0) if window is None else (first, count)
+        if reach not in self._seen or self._seen[reach][0] != rows:
+            self._seen[reach] = rows, None if self.ragged.even and window is None else self._real(window, first, count)
+        return self._seen[reach][1]
 
-    def _reach(self, window: int | None, first: int, count: int) -> Tensor:
+    def _real(self, window: int | None, first: int, count: int) -> Tensor:
         device = self.tokens.device
         lengths = torch.from_numpy(self.ragged.lengths).to(device)[:, None, None, None]
         place = torch.arange(self.ragged.longest, device=device)
-        real = place < lengths
         # The first row of a completion stands right behind its prompt's prefix.
         rows = torch.arange(first, first + count, device=device)[:, None]
-        return real if window is None else real & (lengths + rows - place < window)
+        return place < lengths if window is None else (place < lengths) & (lengths + rows - place < window)
 
 
 @dataclass(frozen=True)
@@ -164,22 +163,22 @@ class Batch:
     positions: Tensor
     ragged: Ragged
     owner: Owner
-    _masks: dict[Rule, Tensor] = field(default_factory=dict)
+    _masks: dict[Reach, Tensor] = field(default_factory=dict)
 
-    def mask(self, rule: Rule) -> Tensor:
+    def mask(self, reach: Reach) -> Tensor:
         """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
-        if rule not in self._masks:
+        if reach not in self._masks:
             length = self.ragged.longest
             place = torch.arange(length, device=self.tokens.device)
             behind = place[:, None] - place
-            own = ((behind >= 0) if rule.window is None else (behind >= 0) & (behind < rule.window))[None, None]
-            seen = self.prefixes.seen(rule, 0, length)
+            own = ((behind >= 0) if reach.window is None else (behind >= 0) & (behind < reach.window))[None, None]
+            seen = self.prefixes.seen(reach, 0, length)
             if seen is None:
-                self._masks[rule] = torch.cat([own.new_ones(1, 1, length, self.prefixes.ragged.longest), own], -1)
+                self._masks[reach] = torch.cat([own.new_ones(1, 1, length, self.prefixes.ragged.longest), own], -1)
             else:
                 spread = self.owner.spread(seen).expand(-1, -1, length, -1)
-                self._masks[rule] = torch.cat([spread, own.expand(len(spread), -1, -1, -1)], -1)
-        return self._masks[rule]
+                self._masks[reach] = torch.cat([spread, own.expand(len(spread), -1, -1, -1)], -1)
+        return self._masks[reach]
 
 
 @dataclass(frozen=True)
@@ -257,11 +256,11 @@ def _images(prompts: Sequence[Prompt], longest: int) -> NDArray[np.int64] | None
     """
     if not any(len(prompt.visual.index) for prompt in prompts):
         return None
-    blocks = np.full((len(prompts), longest), -1, dtype=np.int64)
-    for row, prompt in zip(blocks, prompts, strict=True):
+    images = np.full((len(prompts), longest), -1, dtype=np.int64)
+    for row, prompt in zip(images, prompts, strict=True):
         index = np.sort(prompt.visual.index)
         row[index] = np.cumsum(np.diff(index, prepend=-2) > 1)
-    return blocks
+    return images
 
 
 def _index(values: ArrayLike, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
     memory = prefill(model, batch.prefixes, again)
     family = model.family
-    text = family.text(model)
+    text = family.language(model)
     hidden = text.embed_tokens(batch.tokens)
     angles = family.angles(text, batch.positions, hidden)
     for layer, its_angles, prefix in zip(text.layers, angles, memory, strict=True):
@@ -35,7 +35,7 @@ def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
 def prefill(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]:
     """What every layer keeps of all prompts' prefixes."""
     family = model.family
-    text = family.text(model)
+    text = family.language(model)
     hidden = text.embed_tokens(prefixes.tokens)
     if model.known is not None:
         features = model.known.features(prefixes.sources, lambda prompts: family.features(model, prompts, False))
@@ -60,7 +60,7 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], 
     `own` is what the layers keep of the completions themselves; an empty list before the first row.
     """
     family = model.family
-    text = family.text(model)
+    text = family.language(model)
     hidden = text.embed_tokens(tokens)
     angles = family.angles(text, positions, hidden)
     own += [family.mixer(layer).Own() for layer in text.layers[len(own) :]]

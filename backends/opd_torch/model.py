@@ -77,7 +77,7 @@ def head_name(model: Any) -> str:
 
 def parameter_name(family: Family, stored: str) -> str:
     """What transformers calls a tensor of a published file."""
-    for start, new in family.renamed:
+    for start, new in family.older_names.items():
         if stored.startswith(start):
             return new + stored[len(start) :]
     return stored

@@ -5,6 +5,7 @@ Legend: see `opd_torch.families`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from opd_torch import attention
 from opd_torch.attention import Angles, KeysValues
-from opd_torch.batch import Rule
+from opd_torch.batch import Reach
 
 
 class Decoder:
     """The text half of `opd_torch.families.Family`, as Llama and Qwen have it; biases are the projections' own."""
 
-    renamed: tuple[tuple[str, str], ...] = ()
+    older_names: Mapping[str, str] = {}
 
-    def text(self, model: Any) -> Any:
+    def language(self, model: Any) -> Any:
         """The language trunk."""
         return model.model.language_model
 
@@ -33,9 +34,9 @@ class Decoder:
         """Attention."""
         return attention
 
-    def rule(self, layer: Any) -> Rule:
+    def reach(self, layer: Any) -> Reach:
         """Causal, within the layer's window where it has one."""
-        return Rule(getattr(layer.self_attn, "sliding_window", None))
+        return Reach(getattr(layer.self_attn, "sliding_window", None))
 
     def keys_values(self, layer: Any, normed: Tensor, angles: Angles) -> KeysValues:
         """Keys [N, G, d], with positions rotated in, and values."""

@@ -35,6 +35,7 @@ class QwenVision:
 class Qwen3VL(QwenVision, NormedDecoder):
     """See `opd_torch.families.Family`."""
 
+    model_types = ("qwen3_vl",)
     architecture = "Qwen3VLForConditionalGeneration"
 
     def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
