@@ -17,6 +17,7 @@ from PIL.Image import Image
 
 from opd import families
 from opd.errors import DataError, ModelError
+from opd.families.layout import Layout, tokens_of
 from opd.types import Prompt, VisualTokens
 
 IMAGE_MARKER = "<image>"
@@ -44,8 +45,8 @@ class PromptEncoder:
         Raises ModelError with one line that says what is missing.
         """
         model = Path(model)
-        config = _config(model)
-        self._family = families.family(str(config.get("model_type")))
+        self._config = _config(model)
+        self._family = families.family(str(self._config.get("model_type")))
         self._tokenizer, self._processor = _load(model)
         self._sizes = self._family.sizes(self._processor, min_pixels, max_pixels)
         self._image_token = self._token(model, self._family.image_token)
@@ -66,17 +67,22 @@ class PromptEncoder:
             add_generation_prompt=True,
             enable_thinking=False,
         )
+        arrays, layouts = self._lay_out(images)
+        before, *parts = text.split(self._family.placeholder)
+        if len(parts) != len(images):
+            raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.placeholder}'; remove it")
+        text = before + "".join(layout.text + part for layout, part in zip(layouts, parts, strict=True))
         compact = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         places = np.flatnonzero(compact == self._image_token)
-        if len(places) != len(images):
+        counts = tokens_of(layouts)
+        if len(places) != len(counts):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.image_token}'; remove it")
-        arrays = self._process(images)
-        grids = self._family.grids(arrays, self._processor) if images else []
-        counts = [rows * columns for rows, columns in grids]
+        # One token a tile was in the text; a long text of nothing but image tokens would cost more than the images.
         copies = np.ones(len(compact), dtype=np.int64)
         copies[places] = counts
         tokens = np.repeat(compact, copies)
-        boxes = [self._family.boxes(grid, *image.size) for grid, image in zip(grids, images, strict=True)]
+        grids = [tile.grid for layout in layouts for tile in layout.tiles]
+        boxes = [tile.boxes(*image.size) for layout, image in zip(layouts, images, strict=True) for tile in layout.tiles]
         return Prompt(
             tokens=tokens,
             positions=self._family.positions(tokens, self._image_token, grids),
@@ -84,7 +90,7 @@ class PromptEncoder:
             key=self._key(images),
             visual=VisualTokens(
                 index=np.flatnonzero(tokens == self._image_token).astype(np.int32),
-                image=np.repeat(np.arange(len(images), dtype=np.int32), counts),
+                image=np.repeat(np.arange(len(images), dtype=np.int32), [sum(tile.tokens for tile in layout.tiles) for layout in layouts]),
                 boxes=np.concatenate([np.zeros((0, 4), dtype=np.float32), *boxes]),
             ),
         )
@@ -93,19 +99,14 @@ class PromptEncoder:
         """The text of a completion, without special tokens."""
         return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _process(self, images: Sequence[Image]) -> dict[str, NDArray[np.generic]]:
+    def _lay_out(self, images: Sequence[Image]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         if not images:
-            return {}
+            return {}, []
         try:
-            found = self._processor(images=list(images), return_tensors="np", **self._sizes)
+            return self._family.lay_out(self._processor, images, self._sizes, self._config)
         except ValueError as error:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise DataError(f"images of {sizes} pixels cannot be encoded: {_line(error)}") from error
-        # Floats are features and integers are shapes in every family; backends get one width of each.
-        return {
-            name: np.ascontiguousarray(array, dtype=np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32)
-            for name, array in found.items()
-        }
 
     def _key(self, images: Sequence[Image]) -> str:
         digest = hashlib.sha256(self._settings)
@@ -117,7 +118,7 @@ class PromptEncoder:
     def _token(self, model: Path, token: str) -> int:
         number = self._tokenizer.get_vocab().get(token)
         if number is None:
-            raise ModelError(f"{model}: the tokenizer has no token '{token}', which {'/'.join(self._family.model_types)} needs")
+            raise ModelError(f"{model}: the tokenizer has no token '{token}', which {self._config['model_type']} needs")
         return int(number)
 
     def _stops(self, model: Path) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Tiny models with random weights, in Hugging Face layout, that transformers and mlx-vlm both load.
 
 Weights are scaled by fan-in, so that activations, logits and gradients are of order one and a wrong term cannot hide in zeros.
-Numpy writes them: a test of the MLX backend needs no torch.
+Numpy writes a Qwen3-VL, so that a test of the MLX backend needs no torch; transformers writes the other families, as it writes
+published checkpoints.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import opd
 
@@ -161,3 +163,217 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
     else:
         values /= np.sqrt(np.prod(shape[1:]))
     return values.astype(np.float32)
+
+
+def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
+    """A random Qwen2.5-VL: windows of 2 x 2 merged patches in all vision blocks but the last, mRoPE in chunks, biased projections."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2]}
+    text = {**TEXT, "rope_parameters": {**rope, "rope_theta": 10000.0}}
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": 48, "fullatt_block_indexes": [2],
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
+    extra = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]}}
+    return _write(folder, Qwen2_5_VLForConditionalGeneration, config, seed, text=extra, vision={"in_chans": 3, "spatial_patch_size": 8})
+
+
+def qwen3_5(folder: Path, seed: int = 0) -> Path:
+    """A random Qwen3.5: two layers of gated delta net, one of gated attention with a quarter of the width rotated, one of delta net."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 1],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.25,
+    }
+    text = {
+        **TEXT, "head_dim": 24, "num_hidden_layers": 4, "layer_types": [LINEAR, LINEAR, "full_attention", LINEAR],
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "rope_parameters": rope, "full_attention_interval": 3, "partial_rotary_factor": 0.25,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
+    return _write(folder, Qwen3_5ForConditionalGeneration, config, seed)
+
+
+def gemma3(folder: Path, seed: int = 0) -> Path:
+    """A random Gemma 3: two layers with a window of 16 tokens and one without; an image alone is 16 tokens."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    _copy_texts(folder, GEMMA_TOKENS, GEMMA_TEMPLATE, "<bos>", "<end_of_turn>", **named)
+    text = {
+        **TEXT, "head_dim": 12, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 16, "query_pre_attn_scalar": 10, "hidden_activation": "gelu_pytorch_tanh", "vocab_size": _size(folder),
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "vision_use_head": False,
+        "patch_size": 8,
+    }
+    ids = _ids(folder, **{key.replace("_token", "_token_index"): token for key, token in named.items()})
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, **ids)
+    processor = {
+        "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 64, "width": 64},
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    extra = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 2}
+    return _write(folder, Gemma3ForConditionalGeneration, config, seed, text=extra, rename=("vision_tower.", "vision_tower.vision_model."))
+
+
+def smolvlm(folder: Path, seed: int = 0) -> Path:
+    """A random SmolVLM (Idefics3): tiles of 32 x 32 pixels, 4 tokens each, after a shuffle of 2 x 2 patches; a tied head."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    _copy_texts(folder, SMOL_TOKENS, SMOL_TEMPLATE, "<|im_start|>", "<end_of_utterance>")
+    text = {
+        **TEXT,
+        "model_type": "llama",
+        "head_dim": 12,
+        "vocab_size": _size(folder),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    ids = _ids(folder, image_token_id="<image>")
+    config = Idefics3Config(text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=True, **ids)
+    processor = {
+        "image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32},
+        "do_image_splitting": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return _write(folder, Idefics3ForConditionalGeneration, config, seed, text={"rope_theta": 10000.0})
+
+
+FAMILIES = {"qwen3_vl": qwen3_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_5": qwen3_5, "gemma3": gemma3, "smolvlm": smolvlm}
+"""A random model of every family, by a short name."""
+
+LINEAR = "linear_attention"
+TEXT = {
+    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 346, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+GEMMA_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{%- for message in messages -%}{{ '<start_of_turn>' + message.role + '\n' }}"
+    "{%- for part in message.content -%}{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{%- endfor -%}"
+    "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+SMOL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+]
+SMOL_TEMPLATE = (
+    "<|im_start|>{%- for message in messages -%}{{ message.role | capitalize }}{{ ':' if message.content[0].type == 'image' else ': ' }}"
+    "{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}"
+    "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+)
+
+
+def _special_ids() -> dict[str, int]:
+    return {key: value for key, value in json.loads((SOURCE / "config.json").read_text()).items() if key.endswith("_token_id")}
+
+
+def _copy_texts(folder: Path, special: list[str], template: str, begin: str, end: str, **named: str) -> None:
+    """A byte-level tokenizer with a family's own special tokens and chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = ["What digit is on the red tile?\n\n", "The red tile shows 7.\n\n"] * 9
+    trainer = trainers.BpeTrainer(vocab_size=len(special) + 300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    names = {"bos_token": begin, "eos_token": end, "pad_token": special[0]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **names, extra_special_tokens=named)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+
+
+def _ids(folder: Path, **names: str) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return {key: tokenizer.token_to_id(token) for key, token in names.items()}
+
+
+def _size(folder: Path) -> int:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
+def _write(
+    folder: Path, architecture: Any, config: Any, seed: int, text: Any = None, vision: Any = None, rename: tuple[str, str] = ("", "")
+) -> Path:
+    """Saves a model with random weights, in the layout of published checkpoints where transformers writes another one.
+
+    `text` and `vision`: what their config.json says besides; `rename`: a prefix of tensor names, and theirs.
+    """
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.json").exists():
+        for file in SOURCE.iterdir():
+            if file.is_file() and file.suffix not in WEIGHTS and file.name != "config.json":
+                shutil.copy(file, folder)
+    generation = (folder / "generation_config.json").read_text()
+    model = architecture(config)
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.copy_(torch.from_numpy(_random(rng, name, tuple(parameter.shape))))
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name: value for name, value in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text(generation)
+    written = json.loads((folder / "config.json").read_text())
+    written["text_config"] |= text or {}
+    written["vision_config"] |= vision or {}
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+    return folder
+
+
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """As `_values`, for the names of all families: decays and gates of a delta net stay in their usual ranges."""
+    if name.endswith("A_log"):
+        return np.log(rng.uniform(0.5, 4.0, shape)).astype(np.float32)
+    if name.endswith("dt_bias"):
+        return rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+    if "position_embedding" in name:
+        return (0.2 * rng.standard_normal(shape)).astype(np.float32)
+    if "norm" in name and name.endswith("weight") and _centred(name):
+        return (0.1 * rng.standard_normal(shape)).astype(np.float32)
+    if "projection_weight" in name:
+        return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+    return _values(rng, name, shape)
+
+
+def _centred(name: str) -> bool:
+    """Norms of Gemma 3 and Qwen3.5 multiply by 1 + weight; `_random` cannot tell families apart, and both scales are good tests."""
+    return "vision" not in name and "visual" not in name and "linear_attn" not in name

@@ -327,7 +327,11 @@ def test_published_names_of_the_image_processor_load_without_torchvision(tmp_pat
         ("config.json", "{", "config.json is not JSON"),
         ("config.json", "[]", "config.json does not hold a JSON object"),
         ("config.json", "{}", "config.json has no model_type"),
-        ("config.json", '{"model_type": "qwen9_vl"}', "model_type 'qwen9_vl' is not supported; supported: qwen3_vl"),
+        (
+            "config.json",
+            '{"model_type": "qwen9_vl"}',
+            "model_type 'qwen9_vl' is not supported; supported: gemma3, idefics3, qwen2_5_vl,",
+        ),
         ("preprocessor_config.json", "{", "tokenizer or image processor cannot be loaded"),
         ("tokenizer.json", "{", "tokenizer or image processor cannot be loaded"),
         ("chat_template.jinja", None, "the tokenizer has no chat template"),

@@ -15,12 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd.errors import FolderError, ModelError, nearest
+from opd.errors import FolderError, ModelError
 from opd.types import ModelOptions
+from opd_torch.families import Family, family
 from opd_torch.vision import KnownFeatures
-
-SUPPORTED = {"qwen3_vl": "Qwen3VLForConditionalGeneration"}
-"""Architectures this backend can train, by `model_type`, and the transformers class of each."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """Compute precisions; parameters are float32, and float64 (for tests) is float64 throughout."""
@@ -33,13 +31,14 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".g
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Any:
-    """The model of a folder with float32 parameters; `visual` is frozen unless `tune_vision`. Raises ModelError.
+    """The model of a folder with float32 parameters; what makes image features is frozen unless `tune_vision`. Raises ModelError.
 
-    Its attribute `known` holds image features where the vision tower is frozen, and is None where it is not.
+    Its attribute `family` is its family's; `known` holds image features where the vision tower is frozen, and is None where it is not.
     """
     path = Path(options.path)
-    architecture = getattr(transformers, SUPPORTED[_config(path)["model_type"]])
-    stored = stored_tensors(path)
+    its = _family(path)
+    architecture = getattr(transformers, its.architecture)
+    stored = {parameter_name(its, name): tensor for name, tensor in stored_tensors(path).items()}
     # A bar of transformers' own would cut through the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
@@ -53,8 +52,10 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    model.model.visual.requires_grad_(options.tune_vision)
-    model.known = None if options.tune_vision else KnownFeatures(model.model.visual)
+    model.family = its
+    for module in its.vision(model):
+        module.requires_grad_(options.tune_vision)
+    model.known = None if options.tune_vision else KnownFeatures()
     return model.to(device).eval()
 
 
@@ -72,6 +73,14 @@ def trained_parameters(model: Any) -> dict[str, Tensor]:
 def head_name(model: Any) -> str:
     """Name of the parameter that is the head: the embedding's where they are tied."""
     return str(next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight))
+
+
+def parameter_name(family: Family, stored: str) -> str:
+    """What transformers calls a tensor of a published file."""
+    for start, new in family.older_names.items():
+        if stored.startswith(start):
+            return new + stored[len(start) :]
+    return stored
 
 
 def stored_tensors(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -106,13 +115,14 @@ def _check(model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_model(model: Any, source: Path, folder: Path) -> None:
-    """Writes all weights, in the precision they had in `source`, and copies every other file of `source`."""
+    """Writes all weights, by the names and in the precision they had in `source`, and copies every other file of `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = stored_tensors(source)
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
-    tensors = {name: parameter.detach().to(stored[name][0]) for name, parameter in model.named_parameters()}
+    names = {parameter_name(model.family, name): name for name in stored}
+    tensors = {names[name]: parameter.detach().to(stored[names[name]][0]) for name, parameter in model.named_parameters()}
     write_tensors(folder / "model.safetensors", tensors)
 
 
@@ -137,14 +147,14 @@ def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, 
     return tensors, metadata
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _family(path: Path) -> Family:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no such model folder" if not path.is_dir() else f"{path}: no config.json, so this is no model folder")
-    config = _json(path / "config.json")
-    kind = str(config.get("model_type"))
-    if kind not in SUPPORTED:
-        raise ModelError(f"{path}: architecture '{kind}' is not supported by the torch backend; {nearest(kind, SUPPORTED)}")
-    return config
+    kind = str(_json(path / "config.json").get("model_type"))
+    try:
+        return family(kind)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def _json(file: Path) -> dict[str, Any]:

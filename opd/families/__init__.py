@@ -10,44 +10,53 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from opd.errors import ModelError
-from opd.families.qwen3_vl import Qwen3VL
-from opd.types import FloatArray, IntArray
+from opd.families.gemma3 import Gemma3
+from opd.families.idefics3 import Idefics3
+from opd.families.layout import Layout
+from opd.families.qwen_vl import QwenVL
+from opd.types import IntArray
+
+__all__ = ["FAMILIES", "Family", "Layout", "family"]
 
 
 class Family(Protocol):
-    """What a prompt's encoding needs to know of a family.
-
-    A grid is the (rows, columns) in which the language model sees an image's visual tokens, in reading order.
-    """
+    """What a prompt's encoding needs to know of a family."""
 
     @property
     def model_types(self) -> tuple[str, ...]:
         """Values of `model_type` in config.json."""
 
     @property
+    def placeholder(self) -> str:
+        """What the chat template writes where an image stands."""
+
+    @property
     def image_token(self) -> str:
-        """The token that stands for an image in the chat template's output, and for each visual token after expansion."""
+        """The token that stands for each visual token of an encoded prompt."""
 
     @property
     def banned(self) -> tuple[str, ...]:
         """Tokens that never appear in a completion."""
 
     def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
-        """The image processor's own options that keep an image between so many pixels; None leaves the model's bound."""
+        """The image processor's own options that keep an image between so many pixels; None leaves the model's bound.
 
-    def grids(self, images: Mapping[str, NDArray[np.generic]], processor: Any) -> list[tuple[int, int]]:
-        """The grid of each image, from the processor's arrays."""
+        Raises ModelError where the family has no such bound.
+        """
+
+    def lay_out(
+        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+        """The model's forward arguments for `images`, and how each stands in the prompt. Raises ValueError as the processor does."""
 
     def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
-        """Rotary positions int32 [axes, P] of an expanded prompt, as the model's own code numbers them."""
-
-    def boxes(self, grid: tuple[int, int], width: int, height: int) -> FloatArray:
-        """What each visual token of an image looks at: [rows * columns, 4], left, top, right, bottom in pixels of the given image."""
+        """Rotary positions int32 [axes, P] of an expanded prompt, as the model's own code numbers them; `grids` of all tiles."""
 
 
-FAMILIES: tuple[Family, ...] = (Qwen3VL(),)
+FAMILIES: tuple[Family, ...] = (QwenVL(), Gemma3(), Idefics3())
 
 
 def family(model_type: str) -> Family:

@@ -1,7 +1,7 @@
-"""Qwen3-VL: visual tokens in a grid of merged patches, three-axis rotary positions (mRoPE).
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5: visual tokens in a grid of merged patches, three-axis rotary positions (mRoPE).
 
 The processor stretches the whole image to multiples of patch size * merge size, so the grid tiles the image evenly.
-Source: `Qwen3VLModel.get_rope_index` and `Qwen2VLImageProcessor` of transformers 5.
+Source: `get_rope_index` of each model and `Qwen2VLImageProcessor` of transformers 5.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
-from opd.types import FloatArray, IntArray
+from opd.families.layout import Layout, Tile, plain
+from opd.types import IntArray
 
 
-class Qwen3VL:
+class QwenVL:
     """See `opd.families.Family`."""
 
-    model_types = ("qwen3_vl",)
-    image_token = "<|image_pad|>"
+    model_types = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+    placeholder = image_token = "<|image_pad|>"
     banned = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
     def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
@@ -33,10 +35,15 @@ class Qwen3VL:
             size["shortest_edge"] = min_pixels
         return {"size": size}
 
-    def grids(self, images: Mapping[str, NDArray[np.generic]], processor: Any) -> list[tuple[int, int]]:
-        """Patches, merged merge_size by merge_size; the time axis of an image is 1."""
+    def lay_out(
+        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+        """Patches of all images in one array, and their grids; merge_size by merge_size patches make a visual token."""
+        found = processor(images=list(images), return_tensors="np", **sizes)
         merge = processor.merge_size
-        return [(int(rows) // merge, int(columns) // merge) for _, rows, columns in images["image_grid_thw"]]
+        grids = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in found["image_grid_thw"]]
+        arrays = {name: plain(found[name]) for name in ("pixel_values", "image_grid_thw")}
+        return arrays, [Layout(self.placeholder, (Tile(grid),)) for grid in grids]
 
     def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
         """int32 [3, P]: text counts up on all axes; an image stands at one time, and takes max(rows, columns) positions."""
@@ -53,11 +60,3 @@ class Qwen3VL:
             end = begin + rows * columns
         parts.append(np.tile(place + np.arange(len(tokens) - end), (3, 1)))
         return np.concatenate(parts, axis=1).astype(np.int32)
-
-    def boxes(self, grid: tuple[int, int], width: int, height: int) -> FloatArray:
-        """Even tiles in reading order."""
-        rows, columns = grid
-        row, column = np.divmod(np.arange(rows * columns), columns)
-        return np.stack(
-            [column * width / columns, row * height / rows, (column + 1) * width / columns, (row + 1) * height / rows], axis=1
-        ).astype(np.float32)

@@ -1,0 +1,48 @@
+"""Gemma 3: every image is stretched to one square and becomes a fixed number of visual tokens, which see each other in both directions.
+
+Pan and scan (crops of the same image beside it) is off, as in the published processors.
+Source: `Gemma3Processor` and `Gemma3ImageProcessor` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from opd.errors import ModelError
+from opd.families.layout import Layout, Tile, counted, plain
+from opd.types import IntArray
+
+
+class Gemma3:
+    """See `opd.families.Family`."""
+
+    model_types = ("gemma3",)
+    placeholder = "<start_of_image>"
+    image_token = "<image_soft_token>"
+    banned = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+
+    def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+        """There is nothing to bound: raises ModelError where a bound is asked for."""
+        if min_pixels is not None or max_pixels is not None:
+            size = processor.size
+            raise ModelError(f"gemma3 sees every image at {size['width']} x {size['height']} pixels; leave min_pixels and max_pixels at 0")
+        return {}
+
+    def lay_out(
+        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+        """Pixels [images, 3, H, W]; the line breaks around an image belong to its text."""
+        found = processor(images=list(images), return_tensors="np", do_pan_and_scan=False, **sizes)
+        side = isqrt(int(config.get("mm_tokens_per_image", 256)))
+        layout = Layout(f"\n\n{self.placeholder}{self.image_token}<end_of_image>\n\n", (Tile((side, side)),))
+        return {"pixel_values": plain(found["pixel_values"])}, [layout] * len(images)
+
+    def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
+        """int32 [1, P]: one after the other."""
+        return counted(tokens)

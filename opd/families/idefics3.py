@@ -1,0 +1,64 @@
+"""Idefics3 and SmolVLM: an image is cut into square tiles, and stands once more as a whole after them.
+
+Source: `Idefics3Processor` and `Idefics3ImageProcessor` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from opd.errors import ModelError
+from opd.families.layout import Layout, Tile, counted, plain
+from opd.types import IntArray
+
+AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
+
+
+class Idefics3:
+    """See `opd.families.Family`."""
+
+    model_types = ("idefics3", "smolvlm")
+    placeholder = image_token = "<image>"
+    banned = (AROUND, "<image>", WHOLE)
+
+    def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+        """The longer edge is brought to `longest_edge` and both are rounded up to whole tiles: at most longest_edge^2 pixels remain."""
+        if min_pixels is not None:
+            raise ModelError("idefics3 has no lower bound on an image's pixels: it brings every image to one size; leave min_pixels at 0")
+        if max_pixels is None:
+            return {}
+        tile = int(processor.max_image_size["longest_edge"])
+        return {"size": {"longest_edge": min(int(processor.size["longest_edge"]), max(1, isqrt(max_pixels) // tile) * tile)}}
+
+    def lay_out(
+        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+        """Pixels [tiles, 3, H, W] of all images one after the other, and their masks [tiles, H, W]."""
+        found = processor(images=[list(images)], return_tensors="np", return_row_col_info=True, **sizes)
+        vision = config["vision_config"]
+        side = int(vision["image_size"]) // int(vision["patch_size"]) // int(config.get("scale_factor", 2))
+        arrays = {name: plain(found[name][0]) for name in ("pixel_values", "pixel_attention_mask")}
+        return arrays, [
+            self._layout(int(rows), int(columns), side) for rows, columns in zip(found["rows"][0], found["cols"][0], strict=True)
+        ]
+
+    def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
+        """int32 [1, P]: one after the other."""
+        return counted(tokens)
+
+    def _layout(self, rows: int, columns: int, side: int) -> Layout:
+        """`rows` x `columns` tiles, each row of them on a line, then the whole image; an image of one tile is the whole image alone."""
+        lines = [[f"{AROUND}<row_{row + 1}_col_{column + 1}>{self.image_token}" for column in range(columns)] for row in range(rows)]
+        text = "".join("".join(line) + "\n" for line in lines) + ("\n" if rows else "") + f"{AROUND}{WHOLE}{self.image_token}{AROUND}"
+        tiles = [
+            Tile((side, side), (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows))
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return Layout(text, (*tiles, Tile((side, side))))
