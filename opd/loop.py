@@ -55,8 +55,12 @@ class Trainer:
         """
         started = time.monotonic()
         done, seconds = self._restore()
-        before = self._before()
         steps = self.recipe.run.steps
+        if done == steps:
+            self.progress.note(f"all {steps} steps of this run are done; measuring again")
+        elif self.held_out and not self.recipe.measure.path and self.recipe.data.path != "tiny":
+            self.progress.note("before and after are measured on rows that are trained on too; --set measure.path=FILE names held-out ones")
+        before = self._before()
         self.progress.begin("train", steps, done)
         for step, batch in self._batches(done + 1, steps):
             metrics, samples = self.step(step, batch)
@@ -268,7 +272,8 @@ class Trainer:
             "examples": len(after),
             "steps_not_finite": sum(not row["taken"] and row["tokens"] > 0 for row in rows),
             **{f"completions_{what}": sum(row[what] for row in rows) for what in ("dropped", "truncated")},
-            "rows_skipped": sum(row["skipped"] for row in rows),
+            "rows_skipped": len(getattr(self.examples, "skipped", ())),
+            "prompts_skipped": sum(row["skipped"] for row in rows),
         }
         if after:
             summary |= {"before": measure.accuracies(before), "after": measure.accuracies(after), **measure.gap_closed(before, after)}

@@ -86,8 +86,12 @@ def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Pro
 def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
     """Agreement of full image and crop, and, over the rows with answers, both accuracies and the gap; all with 95 % intervals."""
     same = np.array([matches(one.full, one.crop) for one in answered], dtype=np.float64)
-    result: dict[str, Any] = {"rows": len(answered), **_with_interval("agreement", [same], lambda agreement: agreement)}
     full, crop = _right(answered)
+    result: dict[str, Any] = {
+        "rows": len(answered),
+        "rows_with_answer": len(full),
+        **_with_interval("agreement", [same], lambda agreement: agreement),
+    }
     if len(full):
         result |= _with_interval("full_accuracy", [full], lambda full: full)
         result |= _with_interval("crop_accuracy", [crop], lambda crop: crop)

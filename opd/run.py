@@ -77,7 +77,7 @@ def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress
             "packages": _versions(),
             "data": data,
         }
-        RunFolder.create(out, recipes.write(recipe, made_with), force)
+        RunFolder.create(out, recipes.write(_anywhere(recipe), made_with), force)
     return _trainer(session, RunFolder(out), progress)
 
 
@@ -114,6 +114,18 @@ def _trainer(session: Session, folder: RunFolder, progress: Progress | None) -> 
         session.name,
         progress or Quiet(),
     )
+
+
+def _anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: a run is resumed from any folder."""
+
+    def section(name: str) -> Any:
+        options = getattr(recipe, name)
+        path = Path(options.path).expanduser()
+        there = options.path not in ("", "tiny") and path.exists()
+        return options.model_copy(update={"path": str(path.resolve())}) if there else options
+
+    return recipe.model_copy(update={name: section(name) for name in ("model", "data", "measure")})
 
 
 def _versions() -> dict[str, Any]:

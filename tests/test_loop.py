@@ -254,7 +254,7 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
     questions = [example.question for example in coloured()]
     bad = sum(question == "what" or len(question) + 1 > 10 for question in questions)
     assert metrics(tmp_path / "run")[0]["skipped"] == bad
-    assert summary["rows_skipped"] == bad
+    assert summary["prompts_skipped"] == bad
     assert len(notes) == bad
     assert 0 < bad < 12
 

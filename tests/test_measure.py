@@ -30,7 +30,7 @@ def test_accuracies_agreement_and_gap():
 
 def test_rows_without_answers_have_agreement_alone():
     found = accuracies(answered("--", "--"))
-    assert found.keys() == {"rows", "agreement", "agreement_interval"}
+    assert found.keys() == {"rows", "rows_with_answer", "agreement", "agreement_interval"}
 
 
 def test_share_closed_is_of_the_gap_before():

@@ -30,7 +30,7 @@ def commands():
 
 def test_the_readme_has_the_commands():
     assert [command[:2] for command in commands()].count(["opd", "train"]) >= 3
-    assert {command[0] for command in commands()} == {"make", "opd"}
+    assert {command[0] for command in commands()} == {"make", "opd", "source"}
 
 
 def test_the_commands_of_opd(tmp_path, monkeypatch):

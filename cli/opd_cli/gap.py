@@ -39,4 +39,4 @@ def gap(
     if as_json:
         click.echo(json.dumps({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result}))
     else:
-        measured(result, f"{session.recipe.model.path}: {result['rows']} examples on {session.backend.device}")
+        measured(result, session.recipe.model.path, session.backend.device)

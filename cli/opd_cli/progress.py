@@ -55,7 +55,7 @@ class Shown:
             self._bars.reset(self._tasks[phase], total=total, detail="")
         self._task = self._tasks[phase]
         if not self._live and not done and phase != "read":  # mostly over at once
-            self._console.print(f"{self._phase}: {total} {UNITS.get(phase, 'prompts')}", highlight=False)
+            self._console.print(f"{self._phase}: {total} {UNITS.get(phase, 'answers')}", highlight=False)
 
     def advance(self, units: int) -> None:
         """Moves the bar; speaks from time to time when piped."""

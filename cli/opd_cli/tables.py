@@ -25,7 +25,7 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
     if "before" in summary:
         before, after = summary["before"], summary["after"]
         table = _table(
-            f"{before['rows']} examples, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}",
+            f"{_rows(before)}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}",
             "before",
             "after",
             "change",
@@ -39,14 +39,14 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
     console.print(f"model: {folder / 'model'}\nmetrics: {folder / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
 
 
-def measured(result: Mapping[str, Any], title: str) -> None:
-    """Accuracies in percent of one measurement."""
+def measured(result: Mapping[str, Any], model: str, device: str) -> None:
+    """Accuracies in percent of one measurement of `model`."""
     table = _table("", "% [95 % interval]")
     for key, name in ROWS:
         if key in result:
             table.add_row(name, _percent(result, key))
     console = Console()
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(Text(f"{model}: {_rows(result)}, on {device}", style="bold"), soft_wrap=True)
     console.print(table)
 
 
@@ -90,6 +90,12 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(Text(heading), justify="right", no_wrap=True)
     return table
+
+
+def _rows(result: Mapping[str, Any]) -> str:
+    """How many examples, and how many of them could be judged where that is fewer."""
+    judged = result["rows_with_answer"]
+    return f"{result['rows']} examples" + ("" if judged == result["rows"] else f", {judged} of them with an answer")
 
 
 def _judged(text: str, right: bool | None) -> Text:
