@@ -126,7 +126,7 @@ def plain_loss_and_gradients(case, groups, objective):
             ratio = (chosen - torch.from_numpy(completion.logprobs).double()).exp().clamp(max=objective.ratio_clip)
             loss = loss + (torch.from_numpy(weights).double() * ratio * plain_divergence(logits, wanted, objective)).sum()
     loss.backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters()}
+    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters() if parameter.grad is not None}
     return float(loss.detach()), gradients
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from opd.errors import FolderError, ModelError
 from opd.types import ModelOptions
-from opd_torch.families import Family, family
+from opd_torch.families import Family, family, rows
 from opd_torch.vision import KnownFeatures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -37,24 +38,36 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
     """
     path = Path(options.path)
     its = _family(path)
-    architecture = getattr(transformers, its.architecture)
+    if its is None and not options.tune_vision:
+        raise ModelError(f"{path}: this architecture has no family file that says what its vision tower is; set model.vision=true")
+    architecture = getattr(transformers, its.architecture if its else "AutoModelForImageTextToText")
     stored = {parameter_name(its, name): tensor for name, tensor in stored_tensors(path).items()}
     # A bar of transformers' own would cut through the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with torch.device("meta"):
-            _check(architecture(transformers.AutoConfig.from_pretrained(path)), stored, path)
+        if its:
+            with torch.device("meta"):
+                _check(architecture(transformers.AutoConfig.from_pretrained(path)), stored, path)
         dtype = torch.float64 if options.dtype == "float64" else torch.float32
-        model = architecture.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model, found = architecture.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
     model.family = its
-    for module in its.vision(model):
-        module.requires_grad_(options.tune_vision)
+    if its is None:
+        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+        if wrong:
+            raise ModelError(f"{path}: weights and config.json do not fit: {len(wrong)} tensors, the first is {wrong[0]}")
+        rows.check(model.eval(), str(path))
+        logging.getLogger(__name__).warning(
+            "%s: no family file for '%s', so a group's completions run as separate rows", path, model.config.model_type
+        )
+    else:
+        for module in its.vision(model):
+            module.requires_grad_(options.tune_vision)
     model.known = None if options.tune_vision else KnownFeatures()
     return model.to(device).eval()
 
@@ -75,9 +88,9 @@ def head_name(model: Any) -> str:
     return str(next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight))
 
 
-def parameter_name(family: Family, stored: str) -> str:
+def parameter_name(family: Family | None, stored: str) -> str:
     """What transformers calls a tensor of a published file."""
-    for start, new in family.older_names.items():
+    for start, new in family.older_names.items() if family else ():
         if stored.startswith(start):
             return new + stored[len(start) :]
     return stored
@@ -121,6 +134,16 @@ def write_model(model: Any, source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
+    if model.family is None:
+        # transformers' own way back to the published names; it writes a configuration too, which is the source's again afterwards.
+        precision = next(iter(stored.values()))[0]
+        own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied head has no name of its own
+        transformers.utils.logging.disable_progress_bar()
+        model.save_pretrained(folder, state_dict={name: value.to(precision) for name, value in model.state_dict().items() if name in own})
+        for name in ("config.json", "generation_config.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        return
     names = {parameter_name(model.family, name): name for name in stored}
     tensors = {names[name]: parameter.detach().to(stored[names[name]][0]) for name, parameter in model.named_parameters()}
     write_tensors(folder / "model.safetensors", tensors)
@@ -147,13 +170,16 @@ def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, 
     return tensors, metadata
 
 
-def _family(path: Path) -> Family:
+def _family(path: Path) -> Family | None:
+    """None for what transformers can load and no file here describes."""
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no such model folder" if not path.is_dir() else f"{path}: no config.json, so this is no model folder")
     kind = str(_json(path / "config.json").get("model_type"))
     try:
         return family(kind)
     except ModelError as error:
+        if kind in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return None
         raise ModelError(f"{path}: {error}") from None
 
 
