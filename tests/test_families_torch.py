@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import opd_torch
 from opd.objective import Objective
@@ -43,8 +44,11 @@ def plain_delta_rule(query, key, value, g, beta, initial_state=None, **options):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory):
+    """transformers computes a delta net in float32 whatever the model's precision; here it does so in float64."""
     root = tmp_path_factory.mktemp(request.param)
-    return make_case(root, random_models.FAMILIES[request.param](root / "model"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.models.qwen3_5.modeling_qwen3_5, "torch_chunk_gated_delta_rule", plain_delta_rule)
+        yield make_case(root, random_models.FAMILIES[request.param](root / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +56,8 @@ def double(case):
     return case.backend()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact(case):
-    """transformers computes a delta net in float32 whatever the model's precision."""
-    with pytest.MonkeyPatch.context() as patch:
-        if case.folder.parent.name.startswith("qwen3_5"):
-            patch.setattr(transformers.models.qwen3_5.modeling_qwen3_5, "torch_chunk_gated_delta_rule", plain_delta_rule)
-        yield
-
-
 @pytest.fixture(scope="module")
-def expected(case, exact):
+def expected(case):
     return plain_loss_and_gradients(case, case.groups, JSD)
 
 
@@ -200,6 +195,39 @@ def test_files(case, tmp_path):
     scored = backend.score([group], JSD)[0][0].student_logprobs
     np.testing.assert_allclose(scored, wanted[range(1), group.completions[0].tokens], rtol=1e-5)
     assert float((wanted - before).abs().max()) > 1e-2
+
+
+def test_smolvlm2(tmp_path):
+    """The same modules under another name; its processor needs torchvision, so the prompts are SmolVLM's."""
+    case = make_case(tmp_path, random_models.smolvlm(tmp_path / "model"))
+    config = json.loads((case.folder / "config.json").read_text())
+    config["vision_config"]["model_type"] = "smolvlm_vision"
+    (case.folder / "config.json").write_text(json.dumps(config | {"model_type": "smolvlm"}))
+    backend, groups = case.backend(), case.groups[:2]
+    assert type(backend._student).__name__ == "SmolVLMForConditionalGeneration"
+    loss, gradients = plain_loss_and_gradients(case, groups, JSD)
+    assert loss_of(groups, backend.accumulate(groups, JSD)) == pytest.approx(loss, rel=1e-6)
+    assert relative_error(gradients_of(backend), gradients) < 1e-6
+
+
+def test_delta_net_as_it_stands(tmp_path):
+    """Against transformers' own float32 delta net, within what float32 allows."""
+    case = make_case(tmp_path, random_models.qwen3_5(tmp_path / "model"))
+    backend = case.backend()
+    loss, gradients = plain_loss_and_gradients(case, case.groups[:2], JSD)
+    assert loss_of(case.groups[:2], backend.accumulate(case.groups[:2], JSD)) == pytest.approx(loss, rel=1e-5)
+    assert relative_error(gradients_of(backend), gradients) < 1e-4
+
+
+def test_heads_that_are_left_out_are_kept(tmp_path):
+    """Published Qwen3.5 files also hold heads for further tokens, which are neither loaded nor lost."""
+    folder = random_models.qwen3_5(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"mtp.fc.weight": np.arange(6, dtype=np.float32)}, folder / "model.safetensors", metadata={"format": "pt"})
+    opd_torch.load_cpu(ModelOptions(folder)).export(tmp_path / "out", "model")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == weights.keys() | {"mtp.fc.weight"}
+    np.testing.assert_array_equal(exported["mtp.fc.weight"], np.arange(6))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])

@@ -90,7 +90,7 @@ def stock_logits(model, prompt, tokens):
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         use_cache=False,
         **({named: torch.from_numpy(kinds)[None]} if named else {}),
-        **({name: value[None] for name, value in arrays.items()} if kind == "idefics3" else arrays),
+        **({name: value[None] for name, value in arrays.items()} if kind in ("idefics3", "smolvlm") else arrays),
     )
     return out.logits[0, len(prompt.tokens) - 1 : -1]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -26,6 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Precisions as safetensors names them."""
+
+Stored: TypeAlias = tuple[torch.dtype, tuple[int, ...], str]
+"""Precision and shape of a tensor, and the name of its file."""
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 """Files of a model folder that an export does not copy."""
@@ -96,11 +100,11 @@ def parameter_name(family: Family | None, stored: str) -> str:
     return stored
 
 
-def stored_tensors(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Precision and shape of every tensor in a model folder's weights. Raises ModelError where weights are missing or broken."""
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Precision, shape and file of every tensor in a model folder's weights. Raises ModelError where weights are missing or broken."""
     index = path / "model.safetensors.index.json"
     parts = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    stored: dict[str, Stored] = {}
     for part in parts:
         if not (path / part).is_file():
             raise ModelError(f"{path}: no {part}; a model folder holds config.json and its weights as safetensors")
@@ -108,17 +112,18 @@ def stored_tensors(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
             with safe_open(path / part, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(name)
-                    stored[name] = STORED.get(tensor.get_dtype(), torch.float32), tuple(tensor.get_shape())
+                    stored[name] = STORED.get(tensor.get_dtype(), torch.float32), tuple(tensor.get_shape()), part
         except SafetensorError as error:
             raise ModelError(f"{path / part} cannot be read as safetensors: {error}") from error
     return stored
 
 
-def _check(model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], path: Path) -> None:
+def _check(model: Any, stored: Mapping[str, Stored], path: Path) -> None:
     """Raises ModelError where the stored tensors are not those of `model`; transformers would invent what is missing."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     # Some writers store a tied head beside the embedding.
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys() - {"lm_head.weight"})
+    unknown = [name for name in unknown if not beside(model, name)]
     if missing or unknown:
         first = f"tensor {missing[0]} is missing" if missing else f"tensor {unknown[0]} is unknown"
         raise ModelError(f"{path}: weights and config.json do not fit: {first} ({len(missing)} missing, {len(unknown)} unknown)")
@@ -127,8 +132,16 @@ def _check(model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
             raise ModelError(f"{path}: weights and config.json do not fit: {name} is {stored[name][1]}, not {shape}")
 
 
+def beside(model: Any, name: str) -> bool:
+    """Whether a stored tensor belongs to what transformers leaves out of `model` (the heads that predict further tokens, of Qwen3.5)."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
 def write_model(model: Any, source: Path, folder: Path) -> None:
-    """Writes all weights, by the names and in the precision they had in `source`, and copies every other file of `source`."""
+    """Writes all weights, by the names and in the precision they had in `source`, and copies every other file of `source`.
+
+    Tensors that the model leaves out are written as they are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stored = stored_tensors(source)
     for file in source.iterdir():
@@ -138,14 +151,21 @@ def write_model(model: Any, source: Path, folder: Path) -> None:
         # transformers' own way back to the published names; it writes a configuration too, which is the source's again afterwards.
         precision = next(iter(stored.values()))[0]
         own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied head has no name of its own
+        bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(folder, state_dict={name: value.to(precision) for name, value in model.state_dict().items() if name in own})
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         return
     names = {parameter_name(model.family, name): name for name in stored}
     tensors = {names[name]: parameter.detach().to(stored[names[name]][0]) for name, parameter in model.named_parameters()}
+    for name in stored:
+        if beside(model, name):
+            with safe_open(source / stored[name][2], framework="pt") as file:
+                tensors[name] = file.get_tensor(name)
     write_tensors(folder / "model.safetensors", tensors)
 
 
