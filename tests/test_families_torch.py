@@ -249,3 +249,19 @@ def test_delta_rule_is_the_recurrence(chunk):
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_bfloat16_is_near(case):
+    """Statistics, the gradient as a whole, on float32 masters, and samples; of the delta net transformers' own autocast is 0.34 away."""
+    groups = case.groups[:2]
+    exact, rough = case.backend("float32"), case.backend("bfloat16")
+    wanted = loss_of(groups, exact.accumulate(groups, JSD))
+    assert loss_of(groups, rough.accumulate(groups, JSD)) == pytest.approx(wanted, rel=0.15)
+    ours, theirs = (np.concatenate([value.ravel() for value in one.tensors("gradient").values()]) for one in (rough, exact))
+    assert 1e-4 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < (0.4 if "qwen3_5" in case.folder.parent.name else 0.1)
+    assert {value.dtype for value in rough._gradient.values()} == {torch.float32}
+    prompt = groups[0].student
+    sampled = tuple(rough.sample([prompt], np.full((1, 2, 4), 0.5, np.float32), Sampling(1.0))[0])
+    scored = rough.score([Group(prompt, prompt, sampled, tuple(np.ones(4, np.float32) for _ in sampled))], JSD)[0]
+    for one, other in zip(sampled, scored, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.student_logprobs, atol=0.2)
