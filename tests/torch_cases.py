@@ -111,7 +111,7 @@ def plain_divergence(student, teacher, objective):
 
 
 def plain_loss_and_gradients(case, groups, objective):
-    """The step's loss and every gradient by name, in float64, from separate rows."""
+    """The step's loss and the gradient of all that is trained, by name, in float64, from separate rows."""
     student, teacher = case.stock(), case.stock("teacher")
     loss = torch.zeros((), dtype=torch.float64)
     for group in groups:
@@ -123,7 +123,7 @@ def plain_loss_and_gradients(case, groups, objective):
             ratio = (chosen - torch.from_numpy(completion.logprobs).double()).exp().clamp(max=objective.ratio_clip)
             loss = loss + (torch.from_numpy(weights).double() * ratio * plain_divergence(logits, wanted, objective)).sum()
     loss.backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters()}
+    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters() if parameter.requires_grad}
     return float(loss.detach()), gradients
 
 

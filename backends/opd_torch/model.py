@@ -15,8 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd import adapters
 from opd.errors import FolderError, ModelError, nearest
 from opd.types import ModelOptions
+from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
+from opd_torch.quantised import check_four_bits, four_bits
 from opd_torch.vision import KnownFeatures
 
 SUPPORTED = {"qwen3_vl": "Qwen3VLForConditionalGeneration"}
@@ -33,29 +36,56 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".g
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Any:
-    """The model of a folder with float32 parameters; `visual` is frozen unless `tune_vision`. Raises ModelError.
+    """The model of a folder, on `device`. Raises ModelError, RecipeError and BackendError.
 
-    Its attribute `known` holds image features where the vision tower is frozen, and is None where it is not.
+    What is trained is float32: all parameters, without the vision tower's unless `tune_vision`, or the adapters alone. Under adapters the
+    model's own weights stand in the compute dtype. Its attribute `known` holds image features where no part of the vision tower is
+    trained, and is None elsewhere.
     """
     path = Path(options.path)
-    architecture = getattr(transformers, SUPPORTED[_config(path)["model_type"]])
+    dtype, masters = DTYPES[options.dtype], master_dtype(options.dtype)
+    if options.four_bit:
+        check_four_bits(device)
+    model = read_model(path, dtype if options.adapters else masters, device if options.four_bit else None)
+    if options.adapters:
+        add_adapters(model, options, masters)
+    else:
+        if options.adapter:
+            adapter = adapters.read(options.adapter)
+            adapters.fit(adapter.tensors, linear_layers(model), options.adapter)
+            merge(model, adapter.tensors, adapter.alpha / adapter.rank)
+        model.model.visual.requires_grad_(options.tune_vision)
+    frozen = not any(parameter.requires_grad for parameter in model.model.visual.parameters())
+    model.known = KnownFeatures(model.model.visual) if frozen else None
+    return (model if options.four_bit else model.to(device)).eval()
+
+
+def master_dtype(dtype: str) -> torch.dtype:
+    """The type of what is trained, where computation is of `dtype`."""
+    return torch.float64 if dtype == "float64" else torch.float32
+
+
+def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = None) -> Any:
+    """The model of a folder in `dtype`; on the device `four_bit` with the language model's linear layers in 4 bits. Raises ModelError."""
+    config = _config(path)
+    if "quantization" in config:
+        raise ModelError(f"{path}: these weights are quantised for MLX; train them with --backend mlx, or take the original checkpoint")
+    architecture = getattr(transformers, SUPPORTED[config["model_type"]])
     stored = stored_tensors(path)
     # A bar of transformers' own would cut through the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         with torch.device("meta"):
-            _check(architecture(transformers.AutoConfig.from_pretrained(path)), stored, path)
-        dtype = torch.float64 if options.dtype == "float64" else torch.float32
-        model = architecture.from_pretrained(path, dtype=dtype, local_files_only=True)
+            empty = architecture(transformers.AutoConfig.from_pretrained(path))
+        _check(empty, stored, path)
+        more = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
+        return architecture.from_pretrained(path, dtype=dtype, local_files_only=True, **more)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    model.model.visual.requires_grad_(options.tune_vision)
-    model.known = None if options.tune_vision else KnownFeatures(model.model.visual)
-    return model.to(device).eval()
 
 
 def copy_model(model: Any) -> Any:
@@ -66,7 +96,7 @@ def copy_model(model: Any) -> Any:
 
 def trained_parameters(model: Any) -> dict[str, Tensor]:
     """Trained parameters by Hugging Face name; a tied head goes by the embedding's name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {hugging_face(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def head_name(model: Any) -> str:
