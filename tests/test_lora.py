@@ -8,15 +8,18 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from opd import adapters
 from opd import backend as backends
 from opd.adapters import TARGETS, AdapterOptions
 from opd.errors import ModelError, RecipeError
+from opd.models import ModelChoice
 from opd.objective import Objective
 from opd.testing import check, relative_error
 from opd.types import ModelOptions, Sampling, Update
+from opd_cli import main
 from tests.adapter_cases import OPTIONS, language_layers, logprobs_of, loss_of, make_case, peft_model, write_adapter
 from tests.conftest import BACKENDS, INSTALLED
 from tests.random_models import qwen3_vl
@@ -370,3 +373,51 @@ def test_an_adapter_that_cannot_be_used(case, backend_name, tmp_path, change, me
         )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def opd(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result
+
+
+def test_a_run_leaves_an_adapter_that_model_takes(backend_name, tmp_path):
+    """From the embedded model, on from its adapter, and measured with the adapter merged; the base is found from the adapter alone."""
+    fast = ["--set", "measure.count=4", "--set", "rollout.prompts=2", "--set", "rollout.max_tokens=4", "--set", "run.checkpoint_every=1"]
+    lora = ["--set", "model.tune=lora", "--set", "model.vision=false", "--set", "model.rank=4", "--backend", backend_name, *fast]
+    result = opd("train", *lora, "--steps", 2, "--out", tmp_path / "first")
+    assert f"adapter: {tmp_path / 'first/adapter'}" in result.stdout
+    assert not (tmp_path / "first/model").exists()
+    first = adapters.read(tmp_path / "first/adapter")
+    assert first.rank == 4
+    assert any(value.any() for name, value in first.tensors.items() if name.endswith("B.weight"))
+
+    more = [*lora, "--set", "model.rank=8", "--set", "optimizer.learning_rate=1e-9"]
+    opd("train", *more, "--model", tmp_path / "first", "--steps", 1, "--out", tmp_path / "second")
+    second = adapters.read(tmp_path / "second/adapter")
+    assert second.rank == 4  # the adapter's own
+    assert all(np.abs(value - first.tensors[name]).max() < 1e-7 for name, value in second.tensors.items())
+
+    before, after = (
+        [json.loads(line)["full"] for line in (tmp_path / "second/answers.jsonl").read_text().splitlines() if when in line]
+        for when in ('"before"', '"after"')
+    )
+    assert before == after
+    shutil.move(tmp_path / "second/adapter", tmp_path / "alone")
+    config = json.loads((tmp_path / "alone/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/elsewhere/opd/tiny/model"
+    (tmp_path / "alone/adapter_config.json").write_text(json.dumps(config))
+    for path in (tmp_path / "first", tmp_path / "alone"):
+        answered = json.loads(opd("sample", "--model", path, "--backend", backend_name, "--count", 4, "--json").stdout)["answers"]
+        assert [one["full"] for one in answered] == before
+
+
+def test_an_adapter_without_its_base(case, tmp_path):
+    folder = write_adapter(tmp_path / "adapter", tmp_path / "gone", language_layers())
+    with pytest.raises(ModelError, match=r"adapter' is an adapter, and its base is not here: model '.*gone': no such folder"):
+        ModelChoice(path=str(folder)).options()
+
+
+def test_the_seed_of_the_run_draws_the_adapters(case):
+    options = [ModelChoice(path=str(case.folder), tune="lora", rank=2, vision=False).options(seed).adapters for seed in (0, 7)]
+    assert options == [AdapterOptions(rank=2, alpha=64.0, seed=seed) for seed in (0, 7)]

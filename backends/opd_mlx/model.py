@@ -43,7 +43,7 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 @dataclass(frozen=True)
 class Model:
-    """`module` is mlx-vlm's, and keeps the frozen parameters; `names` maps MLX to Hugging Face names of what is trained.
+    """`module` is mlx-vlm's, and keeps the frozen parameters; `names` maps MLX to Hugging Face names.
 
     `known` holds image features where no part of the vision tower is trained; `frozen_head` is the head where it is not.
     """
@@ -113,7 +113,7 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
     parameters, trained = add_adapters(module, options, layers)
     visible = any(adapters.part(name) in ("vision", "projector") for name in trained.values())
     known = None if visible else KnownFeatures(module.vision_tower)
-    model = Model(folder, module, trained, tied, dtype, known, frozen[EMBEDDING if tied else HEAD])
+    model = Model(folder, module, {**names, **trained}, tied, dtype, known, frozen[EMBEDDING if tied else HEAD])
     with model.bound(parameters):
         pass
     mx.eval(parameters, module.parameters())
