@@ -59,7 +59,9 @@ def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     for source, reason in getattr(examples, "skipped", ()):
         progress.note(f"skipped {source}: {reason}")
     encoder = PromptEncoder(recipe.model.folder(), recipe.model.max_pixels or None)
-    return Session(recipe, name, backends.load(name, recipe.model.options()), encoder, examples, held_out(recipe, examples, progress))
+    return Session(
+        recipe, name, backends.load(name, recipe.model.options(recipe.run.seed)), encoder, examples, held_out(recipe, examples, progress)
+    )
 
 
 def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:

@@ -114,7 +114,7 @@ def plain_divergence(student, teacher, objective):
 
 
 def plain_loss_and_gradients(case, groups, objective):
-    """The step's loss and every gradient by name, in float64, from separate rows."""
+    """The step's loss and the gradient of all that is trained, by name, in float64, from separate rows."""
     student, teacher = case.stock(), case.stock("teacher")
     loss = torch.zeros((), dtype=torch.float64)
     for group in groups:

@@ -17,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd import adapters
 from opd.errors import FolderError, ModelError
 from opd.types import ModelOptions
+from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
 from opd_torch.families import Family, family, rows
+from opd_torch.quantised import check_four_bits, four_bits
 from opd_torch.vision import KnownFeatures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -36,44 +39,72 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".g
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Any:
-    """The model of a folder with float32 parameters; what makes image features is frozen unless `tune_vision`. Raises ModelError.
+    """The model of a folder, on `device`. Raises ModelError, RecipeError and BackendError.
 
-    Its attribute `family` is its family's; `known` holds image features where the vision tower is frozen, and is None where it is not.
+    What is trained is float32: all parameters, without those that make image features unless `tune_vision`, or the adapters alone. Under
+    adapters the model's own weights stand in the compute dtype. Its attribute `family` is its family's, or None; `known` holds image
+    features where nothing that makes them is trained, and is None elsewhere.
     """
     path = Path(options.path)
+    dtype, masters = DTYPES[options.dtype], master_dtype(options.dtype)
+    if options.four_bit:
+        check_four_bits(device)
+    model = read_model(path, dtype if options.adapters else masters, device if options.four_bit else None)
+    vision = model.family.vision(model) if model.family else []
+    if model.family is None:
+        if not (options.tune_vision or options.adapters):
+            raise ModelError(f"{path}: this architecture has no family file that says what its vision tower is; set model.vision=true")
+        rows.check(model.eval(), str(path))
+        logging.getLogger(__name__).warning(
+            "%s: no family file for '%s', so a group's completions run as separate rows", path, model.config.model_type
+        )
+    if options.adapters:
+        add_adapters(model, options, masters)
+    else:
+        if options.adapter:
+            adapter = adapters.read(options.adapter)
+            adapters.fit(adapter.tensors, linear_layers(model), options.adapter)
+            merge(model, adapter.tensors, adapter.alpha / adapter.rank)
+        for module in vision:
+            module.requires_grad_(options.tune_vision)
+    frozen = not any(parameter.requires_grad for module in vision for parameter in module.parameters())
+    model.known = KnownFeatures() if vision and frozen else None
+    return (model if options.four_bit else model.to(device)).eval()
+
+
+def master_dtype(dtype: str) -> torch.dtype:
+    """The type of what is trained, where computation is of `dtype`."""
+    return torch.float64 if dtype == "float64" else torch.float32
+
+
+def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = None) -> Any:
+    """The model of a folder in `dtype`; on the device `four_bit` with the language model's linear layers in 4 bits. Raises ModelError."""
     its = _family(path)
-    if its is None and not options.tune_vision:
-        raise ModelError(f"{path}: this architecture has no family file that says what its vision tower is; set model.vision=true")
+    if "quantization" in _json(path / "config.json"):
+        raise ModelError(f"{path}: these weights are quantised for MLX; train them with --backend mlx, or take the original checkpoint")
     architecture = getattr(transformers, its.architecture if its else "AutoModelForImageTextToText")
     stored = {parameter_name(its, name): tensor for name, tensor in stored_tensors(path).items()}
     # A bar of transformers' own would cut through the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            empty = architecture(config) if its else architecture.from_config(config)
         if its:
-            with torch.device("meta"):
-                _check(architecture(transformers.AutoConfig.from_pretrained(path)), stored, path)
-        dtype = torch.float64 if options.dtype == "float64" else torch.float32
-        model, found = architecture.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
+            _check(empty, stored, path)
+        more = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
+        model, found = architecture.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True, **more)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
+    wrong = [] if its else [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+    if wrong:
+        raise ModelError(f"{path}: weights and config.json do not fit: {len(wrong)} tensors, the first is {wrong[0]}")
     model.family = its
-    if its is None:
-        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
-        if wrong:
-            raise ModelError(f"{path}: weights and config.json do not fit: {len(wrong)} tensors, the first is {wrong[0]}")
-        rows.check(model.eval(), str(path))
-        logging.getLogger(__name__).warning(
-            "%s: no family file for '%s', so a group's completions run as separate rows", path, model.config.model_type
-        )
-    else:
-        for module in its.vision(model):
-            module.requires_grad_(options.tune_vision)
-    model.known = None if options.tune_vision else KnownFeatures()
-    return model.to(device).eval()
+    return model
 
 
 def copy_model(model: Any) -> Any:
@@ -84,7 +115,7 @@ def copy_model(model: Any) -> Any:
 
 def trained_parameters(model: Any) -> dict[str, Tensor]:
     """Trained parameters by Hugging Face name; a tied head goes by the embedding's name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {hugging_face(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def head_name(model: Any) -> str:
