@@ -1,6 +1,6 @@
 """The run folder: everything a run writes, each file whole or not at all.
 
-config.toml, metrics.jsonl, rollouts.jsonl, answers.jsonl, accuracy.jsonl, summary.json, model/, checkpoints/step-000040/
+config.toml, metrics.jsonl, rollouts.jsonl, answers.jsonl, accuracy.jsonl, summary.json, model/ or adapter/, checkpoints/step-000040/
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class Trainer:
             if self.progress.stopping and step < steps:
                 raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.folder.path}")
         if self.backend.rank == 0:
-            self.folder.fill(self.folder.model, lambda folder: self.backend.export(folder, "model"))
+            kind = self.recipe.model.result
+            self.folder.fill(self.folder.path / kind, lambda folder: self.backend.export(folder, kind))
         after = self._measure("after")
         self._keep("after", after)
         self._record(steps, after)

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     ROLLOUT = 1
     ORDER = 2
     BOOTSTRAP = 3
+    ADAPTER = 4
 
 
 def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:

@@ -5,6 +5,7 @@ Each section is the options of one module, declared there with default, range an
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -158,7 +159,8 @@ def reference() -> str:
         lines += [f"## [{name}]", "", (options.__doc__ or "").strip().splitlines()[0], "", "| key | default | |", "|---|---|---|"]
         for key, value in section.default.model_dump(mode="json").items():
             description = options.model_fields[key].description or ""
-            lines.append(f"| `{key}` | `{tomli_w.dumps({key: value}).partition(' = ')[2].strip()}` | {description} |")
+            default = json.dumps(value) if isinstance(value, list) else tomli_w.dumps({key: value}).partition(" = ")[2].strip()
+            lines.append(f"| `{key}` | `{default}` | {description} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -61,7 +61,8 @@ def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
         progress.note(f"skipped {source}: {reason}")
     encoder = PromptEncoder(recipe.model.folder(), recipe.model.max_pixels or None)
     name = backends.resolve(backend)
-    return Session(recipe, name, backends.load(name, recipe.model.options()), encoder, examples, held_out(recipe, examples, progress))
+    model = backends.load(name, recipe.model.options(recipe.run.seed))
+    return Session(recipe, name, model, encoder, examples, held_out(recipe, examples, progress))
 
 
 def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:

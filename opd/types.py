@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
+
+if TYPE_CHECKING:
+    from opd.adapters import AdapterOptions
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int32]
@@ -179,11 +182,19 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a backend loads a model: `path` is a folder in Hugging Face layout."""
+    """How a backend loads a model: `path` is a folder in Hugging Face layout.
+
+    With `adapters` only those are trained, over the model's frozen weights, which stand in 4 bits where `four_bit`; without, all
+    parameters are, the vision tower's where `tune_vision`. `adapter` is a folder in PEFT's format: what the adapters start from, or what
+    is added to the weights where there are none. See `opd.adapters`.
+    """
 
     path: Path
     dtype: str = "float32"
     tune_vision: bool = True
+    adapters: AdapterOptions | None = None
+    adapter: Path | None = None
+    four_bit: bool = False
 
 
 class Encoder(Protocol):

@@ -90,7 +90,7 @@ def stock_logits(model, prompt, tokens):
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         use_cache=False,
         **({named: torch.from_numpy(kinds)[None]} if named else {}),
-        **({name: value[None] for name, value in arrays.items()} if kind == "idefics3" else arrays),
+        **({name: value[None] for name, value in arrays.items()} if kind in ("idefics3", "smolvlm") else arrays),
     )
     return out.logits[0, len(prompt.tokens) - 1 : -1]
 
@@ -114,7 +114,7 @@ def plain_divergence(student, teacher, objective):
 
 
 def plain_loss_and_gradients(case, groups, objective):
-    """The step's loss and every gradient by name, in float64, from separate rows."""
+    """The step's loss and the gradient of all that is trained, by name, in float64, from separate rows."""
     student, teacher = case.stock(), case.stock("teacher")
     loss = torch.zeros((), dtype=torch.float64)
     for group in groups:
@@ -126,7 +126,7 @@ def plain_loss_and_gradients(case, groups, objective):
             ratio = (chosen - torch.from_numpy(completion.logprobs).double()).exp().clamp(max=objective.ratio_clip)
             loss = loss + (torch.from_numpy(weights).double() * ratio * plain_divergence(logits, wanted, objective)).sum()
     loss.backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters()}
+    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters() if parameter.grad is not None}
     return float(loss.detach()), gradients
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from opd import adapters
 from opd.errors import FolderError, RecipeError
 from opd.objective import Objective
 from opd.types import (
@@ -43,6 +44,7 @@ class MlxBackend:
     """
 
     def __init__(self, options: ModelOptions) -> None:
+        self._options = options
         self._model, self._student = load_model(options)
         self._teacher = dict(self._student)
         self._optimizer = Optimizer(self._student)
@@ -72,7 +74,7 @@ class MlxBackend:
         """Draws completions; see the protocol."""
         parameters = self._parameters(policy)
         with self._model.bound(parameters):
-            return rollout.sample(self._model, self._model.head(parameters), prompts, uniforms, sampling)
+            return rollout.sample(self._model, self._model.head(parameters).astype(mx.float32), prompts, uniforms, sampling)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""
@@ -135,10 +137,19 @@ class MlxBackend:
         self._gradient = {}
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
-        """Writes the student as a Hugging Face model folder."""
-        if kind != "model":
+        """Writes the student as a Hugging Face model folder, adapters merged, or its adapters in PEFT's format.
+
+        Adapters over weights in 4 bits are merged into the weights as they are stored.
+        """
+        options = self._options.adapters
+        if kind == "model":
+            write_model(self._model, self._options, self._student, folder)
+        elif options is None:
             raise RecipeError("there is no adapter to export: all weights were trained; export the model")
-        write_model(self._model, self._student, folder)
+        else:
+            tensors = self._model.to_hugging_face(self._student)
+            adapters.write_config(folder, options, tensors, self._model.folder)
+            write_tensors(folder / adapters.WEIGHTS, {f"{adapters.PREFIX}{name}": value for name, value in tensors.items()})
 
     def tensors(self, kind: Literal["student", "teacher", "gradient"]) -> dict[str, NDArray[np.float32]]:
         """Float32 copies by Hugging Face name."""
@@ -195,9 +206,9 @@ class MlxBackend:
         result = self._divergence(hidden, teacher, targets, objective, gradient=True, top=0)
         np.copyto(np.array(cotangent, copy=False), np.array(result.hidden_gradient))
         gradient = dict(zip(names, slopes, strict=True))
-        assert result.head_gradient is not None
-        head = self._model.head_name
-        gradient[head] = gradient[head] + result.head_gradient if head in gradient else result.head_gradient
+        if result.head_gradient is not None:
+            head = self._model.head_name
+            gradient[head] = gradient[head] + result.head_gradient if head in gradient else result.head_gradient
         return result, gradient
 
     def _divergence(
@@ -215,6 +226,7 @@ class MlxBackend:
             objective,
             chunk=default_chunk(len(student_head)),
             gradient=gradient,
+            train_head=self._model.frozen_head is None,
             top=top,
         )
 

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from opd.errors import FolderError, ModelError, nearest
+from opd import adapters
+from opd.errors import FolderError, ModelError, RecipeError, nearest
 from opd.types import ModelOptions
+from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
+from opd_mlx.quantised import dequantised, four_bits, quantisation, quantise_alike
 from opd_mlx.vision import KnownFeatures
 
 Parameters: TypeAlias = dict[str, mx.array]
@@ -41,7 +45,7 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 class Model:
     """`module` is mlx-vlm's, and keeps the frozen parameters; `names` maps MLX to Hugging Face names.
 
-    `known` holds image features where the vision tower is frozen.
+    `known` holds image features where no part of the vision tower is trained; `frozen_head` is the head where it is not.
     """
 
     folder: Path
@@ -50,6 +54,7 @@ class Model:
     tied: bool
     dtype: mx.Dtype
     known: KnownFeatures | None
+    frozen_head: mx.array | None = None
 
     @property
     def head_name(self) -> str:
@@ -57,8 +62,8 @@ class Model:
         return EMBEDDING if self.tied else HEAD
 
     def head(self, parameters: Parameters) -> mx.array:
-        """The float32 head [V, D]."""
-        return parameters[self.head_name]
+        """The head [V, D]: float32, or in the compute dtype where it is frozen."""
+        return parameters[self.head_name] if self.frozen_head is None else self.frozen_head
 
     @contextmanager
     def bound(self, parameters: Parameters) -> Iterator[None]:
@@ -72,36 +77,72 @@ class Model:
 
     def to_hugging_face(self, parameters: Parameters) -> dict[str, mx.array]:
         """Hugging Face names and layouts."""
-        return {self.names[name]: _channels_second(value) for name, value in parameters.items()}
+        return {self.names[name]: turned(self.names[name], _channels_second(value)) for name, value in parameters.items()}
 
     def _put(self, parameters: Parameters) -> None:
         self.module.update(tree_unflatten(list(parameters.items())))
 
 
 def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
-    """The model and its trained parameters as float32 masters. Raises ModelError."""
+    """The model, and what is trained as float32 masters: all parameters, or the adapters alone. Raises ModelError and RecipeError."""
     if options.dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
     dtype = DTYPES[options.dtype]
     folder = Path(options.path)
     config = _config(folder)
+    if config.get("quantization") and options.adapters is None:
+        raise RecipeError(f"{folder}: quantised weights cannot be trained themselves; train adapters over them: --set model.tune=lora")
     tied = bool(config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", False)))
-    tensors = stored_tensors(folder)
+    quantised = quantisation(config, _hugging_face)
+    found = dequantised(stored_tensors(folder), quantised, tables=True)
     if tied:
-        tensors.pop("lm_head.weight", None)  # a copy of the embedding, in files of some writers
+        found.pop("lm_head.weight", None)  # a copy of the embedding, in files of some writers
     module = _build(config, tied, folder)
+    quantise_alike(module, found, quantised, _hugging_face)
     shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
     names = {name: _hugging_face(name) for name in shapes}
-    found = {original: _channels_last(value) for original, value in tensors.items()}
-    _check({names[name]: shape for name, shape in shapes.items()}, found, folder)
-    parameters = {name: found[original].astype(mx.float32) for name, original in names.items()}
+    _check({names[name]: shape for name, shape in shapes.items()}, {name: _channels_last(value) for name, value in found.items()}, folder)
+    if options.adapters is None:
+        return _all_trained(options, module, names, tied, _merged(options, found, linear_layers(module, names)))
+    frozen = {name: _channels_last(found[original]) for name, original in names.items()}
+    frozen = {name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value for name, value in frozen.items()}
+    module.update(tree_unflatten(list(frozen.items())))
+    layers = linear_layers(module, names)
+    if options.four_bit:
+        four_bits(module, {path for name, (path, _) in layers.items() if adapters.part(name) == "language"})
+    parameters, trained = add_adapters(module, options, layers)
+    visible = any(adapters.part(name) in ("vision", "projector") for name in trained.values())
+    known = None if visible else KnownFeatures(module.vision_tower)
+    model = Model(folder, module, {**names, **trained}, tied, dtype, known, frozen[EMBEDDING if tied else HEAD])
+    with model.bound(parameters):
+        pass
+    mx.eval(parameters, module.parameters())
+    return model, parameters
+
+
+def _all_trained(
+    options: ModelOptions, module: Any, names: Mapping[str, str], tied: bool, found: Mapping[str, mx.array]
+) -> tuple[Model, Parameters]:
+    """A model whose parameters are all trained, the vision tower's where that is asked for."""
+    dtype = DTYPES[options.dtype]
+    parameters = {name: _channels_last(found[original]).astype(mx.float32) for name, original in names.items()}
     frozen = [] if options.tune_vision else [name for name in names if name.startswith(VISION)]
-    model = Model(folder, module, names, tied, dtype, KnownFeatures(module.vision_tower) if frozen else None)
+    model = Model(Path(options.path), module, names, tied, dtype, KnownFeatures(module.vision_tower) if frozen else None)
     model._put({name: parameters.pop(name).astype(dtype) for name in frozen})
     with model.bound(parameters):
         pass  # what stays in the module is not the random weights it was made with, which are never computed
     mx.eval(parameters, module.parameters())
     return model, parameters
+
+
+def _merged(options: ModelOptions, tensors: Mapping[str, mx.array], layers: Layers | None = None) -> Mapping[str, mx.array]:
+    """The stored tensors, with the adapter that the options name added to them; it must fit `layers`."""
+    if options.adapter is None:
+        return tensors
+    adapter = adapters.read(options.adapter)
+    if layers is not None:
+        adapters.fit(adapter.tensors, {name: shape for name, (_, shape) in layers.items()}, options.adapter)
+    return merge(tensors, adapter.tensors, adapter.alpha / adapter.rank)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -135,24 +176,38 @@ def stored_tensors(folder: Path) -> dict[str, mx.array]:
         for file in files:
             if not (folder / file).is_file():
                 raise ModelError(f"{folder}: no {file}; a model folder holds config.json and its weights as safetensors")
-            tensors |= cast("dict[str, mx.array]", mx.load(str(folder / file)))
+            loaded = mx.load(str(folder / file), return_metadata=True)
+            part, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
+            if metadata.get("format") == "mlx":  # names and layouts are MLX's
+                part = {_hugging_face(name): _channels_second(value) for name, value in part.items()}
+            tensors |= part
         return tensors
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: cannot be read as safetensors ({str(error).splitlines()[0]})") from error
 
 
-def write_model(model: Model, parameters: Parameters, folder: Path) -> None:
-    """A Hugging Face model folder: the source's files, with the trained parameters in the source's dtypes."""
+def write_model(model: Model, options: ModelOptions, parameters: Parameters, folder: Path) -> None:
+    """A Hugging Face model folder: the source's files, with what was trained in the source's dtypes.
+
+    Adapters are merged. Weights that were quantised are written plain; those that only stood in 4 bits, as they are stored.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for file in model.folder.iterdir():
         if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(".index.json"):
             shutil.copy(file, folder)
-    tensors = stored_tensors(model.folder)
+    config = _config(model.folder)
+    if config.get("quantization"):
+        plain = {name: value for name, value in config.items() if not name.startswith("quantization")}
+        (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    tensors = dequantised(stored_tensors(model.folder), quantisation(config, _hugging_face))
     if model.tied:
         tensors.pop("lm_head.weight", None)
-    for name, value in model.to_hugging_face(parameters).items():
-        tensors[name] = value.astype(tensors[name].dtype)
-    write_tensors(folder / "model.safetensors", tensors)
+    trained = model.to_hugging_face(parameters)
+    if options.adapters is not None:
+        changed = merge(tensors, {name: np.array(value) for name, value in trained.items()}, options.adapters.scale)
+    else:
+        changed = {**_merged(options, tensors), **trained}
+    write_tensors(folder / "model.safetensors", {name: changed[name].astype(value.dtype) for name, value in tensors.items()})
 
 
 def write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str) -> None:
@@ -171,7 +226,7 @@ def read_tensors(file: Path, model: Model, like: Parameters, prefixes: Sequence[
         raise FolderError(f"{file}: cannot be read as safetensors ({str(error).splitlines()[0]})") from error
     tensors, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
     expected = {prefix + model.names[name]: name for prefix in prefixes for name in like}
-    found = {name: _channels_last(value) for name, value in tensors.items()}
+    found = {name: turned(name, _channels_last(value)) for name, value in tensors.items()}
     wrong = [name for name, own in expected.items() if name not in found or found[name].shape != like[own].shape]
     if wrong or len(found) != len(expected):
         what = f"the first that differs is {wrong[0]}" if wrong else "it holds others too"
@@ -207,8 +262,8 @@ def _check(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array],
 
 
 def _hugging_face(name: str) -> str:
-    prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
-    return PREFIXES[prefix] + name.removeprefix(prefix)
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return PREFIXES.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _channels_last(value: mx.array) -> mx.array:

@@ -57,25 +57,29 @@ def divergence_head(
     *,
     chunk: int,
     gradient: bool = True,
+    train_head: bool = True,
     top: int = 0,
 ) -> HeadResult:
     """Statistics and gradients of N rows: hidden states [N, D], heads [V, D], `tokens`, `sampler_logprobs` and `weights` [N].
 
-    Everything after the hidden states is float32, or float64 where they are.
+    Everything after the hidden states is float32, or float64 where they are. Without `train_head` there is no gradient to the head.
     """
     dtype = mx.float64 if student_hidden.dtype == mx.float64 else mx.float32
-    heads = student_head.astype(dtype), teacher_head.astype(dtype)
+    shared = teacher_head is student_head
+    student_head = student_head.astype(dtype)
+    heads = student_head, student_head if shared else teacher_head.astype(dtype)
     parts: list[dict[str, mx.array]] = []
-    head_gradient = mx.zeros(student_head.shape, dtype) if gradient else None
+    head_gradient = mx.zeros(student_head.shape, dtype) if gradient and train_head else None
     for start in range(0, len(tokens), chunk):
         rows = slice(start, start + chunk)
         student, teacher = student_hidden[rows].astype(dtype), teacher_hidden[rows].astype(dtype)
         part, slope = _chunk(student @ heads[0].T, teacher @ heads[1].T, tokens[rows], sampler_logprobs[rows], objective, top)
-        if head_gradient is not None:
+        if gradient:
             slope = slope * (weights[rows] * part["ratio"] / objective.temperature)[:, None]
             part["hidden_gradient"] = slope @ heads[0]
-            head_gradient = mx.addmm(head_gradient, slope.T, student)
-            mx.eval(head_gradient)
+            if head_gradient is not None:
+                head_gradient = mx.addmm(head_gradient, slope.T, student)
+                mx.eval(head_gradient)
         del slope
         mx.eval(part)
         parts.append(part)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
+from opd import adapters
 from opd.errors import FolderError, ModelError, RecipeError, nearest
 from opd.objective import Objective
 from opd.types import (
@@ -30,9 +31,21 @@ from opd.types import (
     UpdateResult,
 )
 from opd_torch import sampling as rollout
+from opd_torch.adapters import merge
 from opd_torch.batch import Targets, lay_out, lay_out_targets
 from opd_torch.forward import CHECKPOINT_ABOVE, activation_bytes, hidden_states
-from opd_torch.model import DTYPES, copy_model, head_name, load_model, read_tensors, trained_parameters, write_model, write_tensors
+from opd_torch.model import (
+    DTYPES,
+    copy_model,
+    head_name,
+    load_model,
+    master_dtype,
+    read_model,
+    read_tensors,
+    trained_parameters,
+    write_model,
+    write_tensors,
+)
 from opd_torch.objective import STATISTICS, HeadResult, default_chunk, divergence_head
 from opd_torch.optimizer import Optimizer, move_teacher
 
@@ -90,12 +103,11 @@ class TorchBackend:
         student = self._hidden("student", groups, gradient=True)
         result = self._divergence(student.detach(), teacher, targets, objective, gradient=True, top=0)
         assert result.hidden_gradient is not None
-        assert result.head_gradient is not None
         found = torch.autograd.grad(student, list(self._parameters.values()), result.hidden_gradient.to(student.dtype), allow_unused=True)
         gradient = {name: value for name, value in zip(self._parameters, found, strict=True) if value is not None}
         if self._head in gradient:
             gradient[self._head] += result.head_gradient
-        else:
+        elif result.head_gradient is not None:
             gradient[self._head] = result.head_gradient
         statistics = _statistics(result, targets)
         for name, value in gradient.items():
@@ -150,10 +162,22 @@ class TorchBackend:
         self._gradient = {}
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
-        """Writes the student as a Hugging Face model folder."""
-        if kind != "model":
-            raise RecipeError("there is no adapter to export: all weights were trained; export the model")
-        write_model(self._student, Path(self._options.path), folder)
+        """Writes the student as a Hugging Face model folder, adapters merged, or its adapters in PEFT's format.
+
+        Adapters over weights in 4 bits are merged into the weights as they are stored.
+        """
+        source, options = Path(self._options.path), self._options.adapters
+        if kind == "adapter":
+            if options is None:
+                raise RecipeError("there is no adapter to export: all weights were trained; export the model")
+            adapters.write_config(folder, options, self._parameters, source)
+            write_tensors(folder / adapters.WEIGHTS, {f"{adapters.PREFIX}{name}": value for name, value in self._parameters.items()})
+        elif options is None:
+            write_model(self._student, source, folder)
+        else:
+            merged = read_model(source, master_dtype(self._options.dtype))
+            merge(merged, self.tensors("student"), options.scale)
+            write_model(merged, source, folder)
 
     def tensors(self, kind: Literal["student", "teacher", "gradient"]) -> dict[str, NDArray[np.float32]]:
         """Float32 copies by Hugging Face name."""
@@ -190,18 +214,21 @@ class TorchBackend:
             return hidden_states(model, batch, again)
 
     def _divergence(self, student: Tensor, teacher: Tensor, targets: Targets, objective: Objective, gradient: bool, top: int) -> HeadResult:
-        heads = [model.lm_head.weight.detach().to(self._dtype) for model in (self._student, self._teacher)]
+        student_head, teacher_head = (model.lm_head.weight for model in (self._student, self._teacher))
+        shared = teacher_head is student_head
+        student_head = student_head.detach().to(self._dtype)
         return divergence_head(
             student.to(self._dtype),
-            heads[0],
+            student_head,
             teacher.to(self._dtype),
-            heads[1],
+            student_head if shared else teacher_head.detach().to(self._dtype),
             targets.tokens,
             targets.logprobs,
             targets.weights,
             objective,
-            chunk=default_chunk(len(heads[0])),
+            chunk=default_chunk(len(student_head)),
             gradient=gradient,
+            train_head=self._head in self._parameters,
             top=top,
         )
 

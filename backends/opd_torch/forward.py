@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from opd_torch.batch import Batch, Prefixes
+from opd_torch.families import rows
 from opd_torch.vision import computed
 
 Memory: TypeAlias = tuple[Tensor, Tensor]
@@ -21,8 +22,10 @@ CHECKPOINT_ABOVE = 2 * 1024**3
 
 def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
-    memory = prefill(model, batch.prefixes, again)
     family = model.family
+    if family is None:
+        return rows.hidden_states(model, batch)
+    memory = prefill(model, batch.prefixes, again)
     text = family.language(model)
     hidden = text.embed_tokens(batch.tokens)
     angles = family.angles(text, batch.positions, hidden)
@@ -33,8 +36,10 @@ def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
 
 
 def prefill(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]:
-    """What every layer keeps of all prompts' prefixes."""
+    """What every layer keeps of all prompts' prefixes; without a family, the caches of the prompts."""
     family = model.family
+    if family is None:
+        return rows.prefill(model, prefixes)
     text = family.language(model)
     hidden = text.embed_tokens(prefixes.tokens)
     if model.known is not None:
@@ -60,6 +65,8 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], 
     `own` is what the layers keep of the completions themselves; an empty list before the first row.
     """
     family = model.family
+    if family is None:
+        return rows.decode(model, tokens, positions, memory, own)
     text = family.language(model)
     hidden = text.embed_tokens(tokens)
     angles = family.angles(text, positions, hidden)
@@ -71,12 +78,14 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], 
 
 
 def activation_bytes(model: Any, batch: Batch, itemsize: int) -> int:
-    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images."""
+    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images; rows by themselves see to it."""
+    if model.family is None:
+        return 0
     text, vision = model.config.text_config, model.config.vision_config
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     a_row = 12 * text.hidden_size + 4 * text.intermediate_size + 8 * heads
     a_patch = 16 * vision.hidden_size + 4 * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
     patches = sum(model.family.patches(prompt, model) for prompt in batch.prefixes.sources)
-    rows = len(batch.prefixes.tokens) + len(batch.tokens)
-    return int(itemsize * (text.num_hidden_layers * rows * a_row + depth * patches * a_patch))
+    tokens = len(batch.prefixes.tokens) + len(batch.tokens)
+    return int(itemsize * (text.num_hidden_layers * tokens * a_row + depth * patches * a_patch))

@@ -62,20 +62,23 @@ def divergence_head(
     *,
     chunk: int,
     gradient: bool = True,
+    train_head: bool = True,
     top: int = 0,
 ) -> HeadResult:
     """Divergence of every row, from hidden states [N, D] and heads [V, D] of both policies.
 
     `tokens` [N] ids, `sampler_logprobs` [N] as recorded, `weights` [N]. Logits and all that follows are float32 (float64 where the
-    hidden states are), whatever the inputs.
+    hidden states are), whatever the inputs. Without `train_head` there is no gradient to the head.
     """
     count, vocabulary = len(tokens), student_head.shape[0]
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-    student_head, teacher_head = operand(student_head.detach()), operand(teacher_head.detach())
+    shared = teacher_head is student_head
+    student_head = operand(student_head.detach())
+    teacher_head = student_head if shared else operand(teacher_head.detach())
     sampler_logprobs, weights = sampler_logprobs.to(dtype), weights.to(dtype)
     statistics = student_hidden.new_empty(6, count, dtype=dtype)
     hidden_gradient = student_hidden.new_empty(student_hidden.shape, dtype=dtype) if gradient else None
-    head_gradient = student_hidden.new_zeros(student_head.shape, dtype=dtype) if gradient else None
+    head_gradient = student_hidden.new_zeros(student_head.shape, dtype=dtype) if gradient and train_head else None
     tops: list[list[tuple[Tensor, Tensor]]] = [[], []]
     with torch.no_grad():
         for start in range(0, count, chunk):
@@ -89,9 +92,10 @@ def divergence_head(
             for number in range(2 if top else 0):
                 tops[number].append(policies[number].topk(min(top, vocabulary)))
             outer = _chunk(policies, tokens[rows, None], sampler_logprobs[rows], weights[rows], objective, statistics[:, rows], gradient)
-            if outer is not None and hidden_gradient is not None and head_gradient is not None:
+            if outer is not None and hidden_gradient is not None:
                 hidden_gradient[rows] = _product(outer.to(h.dtype), student_head)
-                head_gradient.addmm_(outer.T, h.to(dtype))
+                if head_gradient is not None:
+                    head_gradient.addmm_(outer.T, h.to(dtype))
             del outer  # or it would live on through the next chunk
     student_top, teacher_top = (_joined(policy) for policy in tops)
     columns = dict(zip(STATISTICS, statistics, strict=True))

@@ -36,7 +36,8 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
         console.print(table)
         if "gap_closed" in summary:
             console.print(f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)", highlight=False)
-    console.print(f"model: {folder / 'model'}\nmetrics: {folder / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
+    kind = "adapter" if (folder / "adapter").is_dir() else "model"
+    console.print(f"{kind}: {folder / kind}\nmetrics: {folder / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
 
 
 def measured(result: Mapping[str, Any], model: str, device: str) -> None:

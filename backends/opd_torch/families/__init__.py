@@ -18,7 +18,7 @@ from opd.types import Prompt
 from opd_torch.attention import Angles, KeysValues
 from opd_torch.batch import Reach
 from opd_torch.families.gemma3 import Gemma3
-from opd_torch.families.idefics3 import Idefics3
+from opd_torch.families.idefics3 import Idefics3, SmolVLM
 from opd_torch.families.qwen2_5_vl import Qwen25VL
 from opd_torch.families.qwen3_5 import Qwen35
 from opd_torch.families.qwen3_vl import Qwen3VL
@@ -73,7 +73,7 @@ class Family(Protocol):
         """The layer's rows from what attention found, [N, H * d] in any cut, and the rows that came in."""
 
 
-FAMILIES: tuple[Family, ...] = (Qwen3VL(), Qwen25VL(), Qwen35(), Gemma3(), Idefics3())
+FAMILIES: tuple[Family, ...] = (Qwen3VL(), Qwen25VL(), Qwen35(), Gemma3(), Idefics3(), SmolVLM())
 
 MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_types}
 

@@ -52,6 +52,13 @@ class Idefics3(Decoder):
         return visual_features(prompts, tiles, lambda found, _: run(found), weight.device)
 
 
+class SmolVLM(Idefics3):
+    """SmolVLM 2, whose modules are Idefics3's under another name."""
+
+    model_types = ("smolvlm",)
+    architecture = "SmolVLMForConditionalGeneration"
+
+
 def tiles(prompt: Prompt) -> Frames:
     """Size in pixels of each tile, and its values [4, H, W]: colours, and where they are no padding."""
     masked = np.concatenate([prompt.images["pixel_values"], prompt.images["pixel_attention_mask"][:, None].astype(np.float32)], 1)

@@ -1,0 +1,53 @@
+"""Low-rank adapters as peft's layers, injected into transformers' modules; and adapters merged into weights. See `opd.adapters`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd import adapters
+from opd.types import FloatArray, ModelOptions
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer by Hugging Face name."""
+    return {name: (layer.out_features, layer.in_features) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+
+
+def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
+    """Puts adapters of type `dtype` into the model, where they begin; nothing but them is trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    assert options.adapters is not None
+    values = adapters.initial(options, linear_layers(model))
+    config = LoraConfig(
+        r=options.adapters.rank,
+        lora_alpha=options.adapters.alpha,
+        target_modules=adapters.pairs(values),
+        lora_dropout=0.0,
+        bias="none",
+    )
+    model.requires_grad_(False)
+    inject_adapter_in_model(config, model)
+    for layer in model.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.cast_input_dtype_enabled = False  # autocast does it, to the compute dtype instead of the adapter's float32
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.from_numpy(values[hugging_face(name)]).to(parameter.device, dtype)
+
+
+def hugging_face(name: str) -> str:
+    """A parameter's name without peft's own words in it."""
+    return name.replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def merge(model: Any, tensors: Mapping[str, FloatArray], scale: float) -> None:
+    """Adds scale * B A to the weights of a model without adapter layers."""
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, change in adapters.changes(tensors, scale):
+            weights[name].add_(torch.from_numpy(change).to(weights[name].device))

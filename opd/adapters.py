@@ -1,0 +1,213 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): where they go, what they start from, and their files in PEFT's format.
+
+A linear layer W [out, in] becomes W + scale * B A with A [r, in], B [out, r] and scale = alpha / r. Tensors are named after the layer, as
+Hugging Face names it: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`; PEFT's files put PREFIX before these names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from opd import randomness
+from opd.errors import ModelError, RecipeError, nearest
+from opd.types import FloatArray, ModelOptions
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The language model's linear layers, by the last word of their names."""
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+PARTS = {
+    "projector": (".merger.", ".deepstack_merger_list.", ".multi_modal_projector.", ".connector."),
+    "vision": (".visual.", ".vision_tower.", ".vision_model."),
+    "language": (".language_model.", ".text_model."),
+}
+"""What a layer's name holds, by the part of a model that it belongs to; the first that fits. The head belongs to none."""
+
+PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+"""Settings of PEFT that change what an adapter computes, at the values that this product computes."""
+
+Tensors: TypeAlias = dict[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Adapters of `rank` on the language model's `targets` (by the last word of a name), and on every linear layer of vision tower
+    and projector where those are asked for."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = TARGETS
+    vision: bool = False
+    projector: bool = False
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was read: `tensors` by name, float32."""
+
+    rank: int
+    alpha: float
+    tensors: Mapping[str, FloatArray]
+
+
+def part(layer: str) -> Literal["language", "vision", "projector", "head"]:
+    """The part of the model that a layer belongs to, by its Hugging Face name."""
+    for name, marks in PARTS.items():
+        if any(mark in f".{layer}." for mark in marks):
+            return name  # type: ignore[return-value]
+    return "head"
+
+
+def initial(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Tensors:
+    """What the adapters of student and teacher start from: those of `options.adapter`, else fresh ones.
+
+    `layers`: (out, in) of every linear layer of the model, by Hugging Face name. Raises RecipeError for a target that no layer has,
+    and ModelError where `options.adapter` does not fit the model.
+    """
+    assert options.adapters is not None
+    if options.adapter is None:
+        return _fresh(options.adapters, layers)
+    tensors = dict(read(options.adapter).tensors)
+    fit(tensors, layers, options.adapter)
+    return tensors
+
+
+def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Tensors:
+    """A uniform in +-1/sqrt(in), as PEFT draws it, from the seed and the tensor's name; B zero, so that nothing changes at first."""
+    tensors: Tensors = {}
+    for name in _chosen(options, layers):
+        out, width = layers[name]
+        place = np.frombuffer(hashlib.sha256(f"{name}{A}".encode()).digest()[:24], np.uint64)
+        drawn = randomness.generator(options.seed, randomness.Purpose.ADAPTER, *place).random((options.rank, width), np.float32)
+        tensors[f"{name}{A}"] = (2 * drawn - 1) / np.float32(np.sqrt(width))
+        tensors[f"{name}{B}"] = np.zeros((out, options.rank), np.float32)
+    return tensors
+
+
+def _chosen(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The layers that get an adapter."""
+    language = {name: name.rpartition(".")[2] for name in layers if part(name) == "language"}
+    known = set(language.values())
+    for target in options.targets:
+        if target not in known:
+            raise RecipeError(f"model.targets: the language model has no linear layer '{target}'; {nearest(target, known)}")
+    wanted = {"vision": options.vision, "projector": options.projector}
+    return [name for name in layers if wanted.get(part(name)) or language.get(name) in options.targets]
+
+
+def fit(tensors: Mapping[str, FloatArray], layers: Mapping[str, tuple[int, int]], folder: Path) -> None:
+    """Raises ModelError where an adapter's tensors do not fit the model's layers."""
+    for name in pairs(tensors):
+        if name not in layers:
+            raise ModelError(f"{folder}: this adapter is of another model: the model has no linear layer {name}")
+        out, width = layers[name]
+        a, b = tensors[f"{name}{A}"].shape, tensors[f"{name}{B}"].shape
+        if (b[0], a[1]) != (out, width):
+            raise ModelError(f"{folder}: this adapter is of another model: {name} is [{out}, {width}] there and [{b[0]}, {a[1]}] here")
+
+
+def pairs(tensors: Mapping[str, Any]) -> list[str]:
+    """The layers that have an adapter among `tensors`."""
+    return [name.removesuffix(A) for name in tensors if name.endswith(A)]
+
+
+def changes(tensors: Mapping[str, FloatArray], scale: float) -> Iterator[tuple[str, FloatArray]]:
+    """The weight's name and scale * B A [out, in], float32, of every layer that has an adapter."""
+    for name in pairs(tensors):
+        yield f"{name}.weight", np.float32(scale) * (tensors[f"{name}{B}"] @ tensors[f"{name}{A}"])
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format, and no model beside it."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base(folder: Path) -> str:
+    """The model that an adapter was trained on, as its file names it. Raises ModelError."""
+    found = _config(folder).get("base_model_name_or_path")
+    if not isinstance(found, str) or not found:
+        raise ModelError(f"{folder / CONFIG}: names no base_model_name_or_path")
+    return found
+
+
+def options_of(folder: Path) -> AdapterOptions:
+    """Rank and alpha of an adapter on disk; its layers are those of its tensors. Raises ModelError."""
+    config = _config(folder)
+    for name, plain in PLAIN.items():
+        if (config.get(name) or plain) != plain:
+            raise ModelError(f"{folder / CONFIG}: {name} = {json.dumps(config[name])} is not supported; only plain LoRA is")
+    try:
+        return AdapterOptions(int(config["r"]), float(config["lora_alpha"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder / CONFIG}: r and lora_alpha are not both numbers") from error
+
+
+def read(folder: Path) -> Adapter:
+    """An adapter in PEFT's format. Raises ModelError."""
+    options, file = options_of(folder), folder / WEIGHTS
+    try:
+        stored = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
+        tensors = {name.removeprefix(PREFIX): _float32(**tensor) for name, tensor in stored}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelError(f"{file}: cannot be read as an adapter's tensors ({error})") from error
+    names = pairs(tensors)
+    if tensors.keys() != {f"{name}{side}" for name in names for side in (A, B)} or not names:
+        raise ModelError(f"{file}: holds other tensors than lora_A and lora_B of linear layers")
+    if any(tensors[f"{name}{A}"].shape[:1] + tensors[f"{name}{B}"].shape[1:] != (options.rank, options.rank) for name in names):
+        raise ModelError(f"{file}: its tensors are not of rank {options.rank}, as {CONFIG} says")
+    return Adapter(options.rank, options.alpha, tensors)
+
+
+def write_config(folder: Path, options: AdapterOptions, tensors: Mapping[str, Any], model: Path) -> None:
+    """Writes PEFT's description of an adapter on the model in `model`, beside the tensors, which the backend writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": str(model.resolve()),
+        "inference_mode": True,
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        # Whole names: a last word alone would also meet layers of the vision tower in some families.
+        "target_modules": sorted(pairs(tensors)),
+        **PLAIN,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _float32(dtype: str, shape: list[int], data: bytes) -> FloatArray:
+    if dtype == "BF16":  # the upper half of a float32, which numpy has no name for
+        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(data, {"F32": np.float32, "F16": np.float16, "F64": np.float64}[dtype]).astype(np.float32)
+    return values.reshape(shape)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder / CONFIG}: describes no LoRA adapter")
+    return config
