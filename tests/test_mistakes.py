@@ -166,7 +166,7 @@ def test_recipes(here, text, message):
         (lambda model: (model / "tokenizer.json").unlink(), "is not a complete model folder: tokenizer.json or vocab.json is missing"),
         (lambda model: (model / "preprocessor_config.json").unlink(), "is not a complete model folder: preprocessor_config.json"),
         (lambda model: (model / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda model: set_model_type(model, "llama"), "model_type 'llama' is not supported; supported: qwen3_vl"),
+        (lambda model: set_model_type(model, "llama"), "model_type 'llama' is not supported; supported: gemma3, idefics3,"),
     ],
 )
 def test_models(here, backend_name, spoil, message):
