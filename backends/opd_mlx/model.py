@@ -1,8 +1,8 @@
-"""A Qwen3-VL in Hugging Face layout, as mlx-vlm's modules: reading the folder, writing one back, and the names between.
+"""Model folders in Hugging Face layout, as mlx-vlm's modules: reading the folder, writing one back, and the names between.
 
 The modules hold no state of ours: parameters live in flat dictionaries by MLX name, and are put into the modules for the time of a
-computation (`Model.bound`). Tensor names and layouts of files are Hugging Face's; they differ from MLX's in a prefix, and in the patch
-embedding, whose channels MLX keeps last.
+computation (`Model.bound`). Tensor names and layouts of files are Hugging Face's; they differ from MLX's in a prefix, and in the kernels
+of convolutions, whose channels MLX keeps last.
 """
 
 from __future__ import annotations
@@ -16,23 +16,19 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
+from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
 from opd.errors import FolderError, ModelError, nearest
 from opd.types import ModelOptions
+from opd_mlx.attention import Layer
+from opd_mlx.families import Family, family
 from opd_mlx.vision import KnownFeatures
 
 Parameters: TypeAlias = dict[str, mx.array]
 """Arrays by MLX name."""
 
-SUPPORTED = ("qwen3_vl",)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
-VISION = "vision_tower."
-PREFIXES = {"language_model.model.": "model.language_model.", VISION: "model.visual.", "language_model.lm_head.": "lm_head."}
-"""Where MLX and Hugging Face names differ; they end alike."""
-
-EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 """Files of a model folder that hold weights; an export copies all others beside its own weights."""
 
@@ -41,11 +37,14 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 class Model:
     """`module` is mlx-vlm's, and keeps the frozen parameters; `names` maps MLX to Hugging Face names.
 
-    `known` holds image features where the vision tower is frozen.
+    `config` is config.json as transformers completes it; `known` holds image features where the vision tower is frozen.
     """
 
     folder: Path
+    family: Family
+    config: Mapping[str, Any]
     module: Any
+    layers: Sequence[Layer]
     names: Mapping[str, str]
     tied: bool
     dtype: mx.Dtype
@@ -54,7 +53,7 @@ class Model:
     @property
     def head_name(self) -> str:
         """Name of the parameter that is the head: the embedding's where they are tied."""
-        return EMBEDDING if self.tied else HEAD
+        return next(name for name in self.names if name.endswith("embed_tokens.weight" if self.tied else "lm_head.weight"))
 
     def head(self, parameters: Parameters) -> mx.array:
         """The float32 head [V, D]."""
@@ -84,19 +83,24 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
         raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
     dtype = DTYPES[options.dtype]
     folder = Path(options.path)
-    config = _config(folder)
-    tied = bool(config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", False)))
-    tensors = stored_tensors(folder)
+    config = read_config(folder)
+    of = family(config["model_type"])
+    tied = bool(config["tie_word_embeddings"])
+    tensors = {_today(of, name): value for name, value in stored_tensors(folder).items()}
     if tied:
         tensors.pop("lm_head.weight", None)  # a copy of the embedding, in files of some writers
-    module = _build(config, tied, folder)
+    try:
+        module = of.build(config, tied)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {error}") from error
     shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
-    names = {name: _hugging_face(name) for name in shapes}
+    names = {name: _hugging_face(of, name) for name in shapes}
     found = {original: _channels_last(value) for original, value in tensors.items()}
     _check({names[name]: shape for name, shape in shapes.items()}, found, folder)
     parameters = {name: found[original].astype(mx.float32) for name, original in names.items()}
-    frozen = [] if options.tune_vision else [name for name in names if name.startswith(VISION)]
-    model = Model(folder, module, names, tied, dtype, KnownFeatures(module.vision_tower) if frozen else None)
+    frozen = [] if options.tune_vision else [name for name in names if name.startswith(of.vision)]
+    known = KnownFeatures(lambda prompts: of.features(module, prompts)) if frozen else None
+    model = Model(folder, of, config, module, of.layers(module, config), names, tied, dtype, known)
     model._put({name: parameters.pop(name).astype(dtype) for name in frozen})
     with model.bound(parameters):
         pass  # what stays in the module is not the random weights it was made with, which are never computed
@@ -104,8 +108,8 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
     return model, parameters
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The config.json of a supported architecture. Raises ModelError."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a supported architecture, as transformers completes it: with every default, in today's form. Raises ModelError."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
@@ -117,13 +121,18 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: holds no JSON object")
-    if config.get("model_type") not in SUPPORTED:
-        kind = str(config.get("model_type"))
-        raise ModelError(f"{path}: architecture '{kind}' is not supported by the mlx backend; {nearest(kind, SUPPORTED)}")
-    missing = [section for section in ("text_config", "vision_config") if not isinstance(config.get(section), dict)]
-    if missing:
-        raise ModelError(f"{path}: no {missing[0]}")
-    return config
+    try:
+        family(str(config.get("model_type")))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(config.get("vision_config"), dict):
+        raise ModelError(f"{path}: no vision_config")
+    from transformers import AutoConfig
+
+    try:
+        return cast("dict[str, Any]", AutoConfig.for_model(**config).to_dict())
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def stored_tensors(folder: Path) -> dict[str, mx.array]:
@@ -149,9 +158,10 @@ def write_model(model: Model, parameters: Parameters, folder: Path) -> None:
             shutil.copy(file, folder)
     tensors = stored_tensors(model.folder)
     if model.tied:
-        tensors.pop("lm_head.weight", None)
+        tensors = {name: value for name, value in tensors.items() if _today(model.family, name) != "lm_head.weight"}
+    older = {_today(model.family, name): name for name in tensors}
     for name, value in model.to_hugging_face(parameters).items():
-        tensors[name] = value.astype(tensors[name].dtype)
+        tensors[older[name]] = value.astype(tensors[older[name]].dtype)
     write_tensors(folder / "model.safetensors", tensors)
 
 
@@ -179,23 +189,6 @@ def read_tensors(file: Path, model: Model, like: Parameters, prefixes: Sequence[
     return {prefix: {name: found[prefix + model.names[name]] for name in like} for prefix in prefixes}, metadata
 
 
-def _build(config: dict[str, Any], tied: bool, folder: Path) -> Any:
-    """mlx-vlm's module. Rotary settings of transformers 5 (`rope_parameters`) are given under the names mlx-vlm reads."""
-    from mlx_vlm.models.qwen3_vl import Model as Module
-    from mlx_vlm.models.qwen3_vl import ModelConfig
-
-    text, vision = dict(config["text_config"]), {**config["vision_config"], "model_type": "qwen3_vl"}
-    rope = text.get("rope_parameters") or {}
-    text.setdefault("rope_theta", rope.get("rope_theta"))
-    text["rope_scaling"] = {"rope_type": "default", **rope, **(text.get("rope_scaling") or {})}
-    text["tie_word_embeddings"] = tied
-    try:
-        text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
-        return Module(ModelConfig.from_dict({**config, "text_config": text, "vision_config": vision}))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be used: {error}") from error
-
-
 def _check(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array], folder: Path) -> None:
     missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or unknown:
@@ -206,18 +199,27 @@ def _check(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array],
             raise ModelError(f"{folder}: weights and config.json do not fit: {name} is {found[name].shape}, not {shape}")
 
 
-def _hugging_face(name: str) -> str:
-    prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
-    return PREFIXES[prefix] + name.removeprefix(prefix)
+def _hugging_face(of: Family, name: str) -> str:
+    return _renamed(of.names, name)
+
+
+def _today(of: Family, name: str) -> str:
+    """The name of a file's tensor in transformers' module."""
+    return _renamed(of.renamed, name)
+
+
+def _renamed(prefixes: Mapping[str, str], name: str) -> str:
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _channels_last(value: mx.array) -> mx.array:
-    """The patch embedding [out, channel, time, height, width], the only tensor of five axes, as MLX convolves.
+    """The kernel of a convolution [out, channel, ...], of which there is no other tensor of more than two axes, as MLX convolves.
 
     Contiguous, as a step leaves it: so that a restored run computes what the run would have, to the bit.
     """
-    return mx.contiguous(value.transpose(0, 2, 3, 4, 1)) if value.ndim == 5 else value
+    return mx.contiguous(mx.moveaxis(value, 1, -1)) if value.ndim > 2 else value
 
 
 def _channels_second(value: mx.array) -> mx.array:
-    return mx.contiguous(value.transpose(0, 4, 1, 2, 3)) if value.ndim == 5 else value
+    return mx.contiguous(mx.moveaxis(value, -1, 1)) if value.ndim > 2 else value
