@@ -163,6 +163,13 @@ class AttentionLayer:
         return rotate(query, *angles), rotate(self.key(rows), *angles), value, beside
 
 
+def angles_at(positions: mx.array, base: float, width: int, dtype: mx.Dtype, factor: float = 1.0) -> KeysValues:
+    """Cosines and sines [rows, 1, width] of rotary `positions` [rows], divided by `factor` (linear scaling)."""
+    frequencies = 1.0 / base ** (mx.arange(0, width, 2, dtype=mx.float32) / width) / factor
+    turns = positions[:, None, None].astype(mx.float32) * mx.concatenate([frequencies, frequencies])
+    return mx.cos(turns).astype(dtype), mx.sin(turns).astype(dtype)
+
+
 def rotate(heads: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     """Rotates the first of the heads' widths, as many as there are angles."""
     turned, rest = mx.split(heads, [cosines.shape[-1]], axis=-1) if cosines.shape[-1] < heads.shape[-1] else (heads, None)

@@ -16,6 +16,8 @@ import mlx.core as mx
 from opd.errors import ModelError, nearest
 from opd.types import Prompt
 from opd_mlx.attention import KeysValues, Layer
+from opd_mlx.families.gemma3 import Gemma3
+from opd_mlx.families.idefics3 import Idefics3
 from opd_mlx.families.qwen2_5_vl import Qwen25VL
 from opd_mlx.families.qwen3_5 import Qwen35
 from opd_mlx.families.qwen3_vl import Qwen3VL
@@ -65,7 +67,7 @@ class Family(Protocol):
         """Bytes that a backward through the vision tower holds for a prompt's images, roughly."""
 
 
-FAMILIES: tuple[Family, ...] = (Qwen3VL(), Qwen25VL(), Qwen35())
+FAMILIES: tuple[Family, ...] = (Qwen3VL(), Qwen25VL(), Qwen35(), Gemma3(), Idefics3())
 
 MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_types}
 

@@ -97,7 +97,7 @@ class Qwen3VL(QwenVL):
 
             def run(hidden: mx.array, block: Any = block) -> mx.array:
                 hidden = hidden + image_attention(block.attn, block.norm1(hidden), rotary)
-                out: mx.array = hidden + block.mlp.linear_fc2(_gelu(block.mlp.linear_fc1(block.norm2(hidden))))
+                out: mx.array = hidden + block.mlp.linear_fc2(gelu(block.mlp.linear_fc1(block.norm2(hidden))))
                 return out
 
             hidden = (checkpoint(block, run) if again else run)(hidden)
@@ -144,7 +144,7 @@ def image_attention(attention: Any, hidden: mx.array, rotary: tuple[mx.array, mx
     return out
 
 
-def _gelu(x: mx.array) -> mx.array:
+def gelu(x: mx.array) -> mx.array:
     """The tanh form of GELU as x * sigmoid: the same function, without the power and the hyperbolic cosine of MLX's own."""
     return x * mx.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * mx.square(x)))
 
