@@ -82,11 +82,11 @@ def test_prompts_of_one_length(case, double):
 
 
 def test_layers_computed_again_in_the_backward(case, double, expected, monkeypatch):
-    from opd_torch import forward
+    from opd_torch import vision
 
     calls = []
-    real = forward.checkpoint
-    monkeypatch.setattr(forward, "checkpoint", lambda *arguments, **options: calls.append(1) or real(*arguments, **options))
+    real = vision.checkpoint
+    monkeypatch.setattr(vision, "checkpoint", lambda *arguments, **options: calls.append(1) or real(*arguments, **options))
     monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
     backend = clone(double)
     backend.accumulate(case.groups, JSD)
@@ -200,12 +200,12 @@ def test_text_without_images(case, double):
 
 def test_an_image_is_seen_once_in_a_call(case, double, monkeypatch):
     """Prompts of equal key share their features; images of one size run together."""
-    from opd_torch import vision
+    from opd_torch.families import qwen3_vl
 
     seen = []
-    real = vision._tower
+    real = qwen3_vl._tower
     monkeypatch.setattr(
-        vision, "_tower", lambda visual, patches, size, again: seen.append(patches.shape[:2]) or real(visual, patches, size, again)
+        qwen3_vl, "_tower", lambda visual, patches, size, again: seen.append(patches.shape[:2]) or real(visual, patches, size, again)
     )
     prompts = [group.student for group in case.groups]
     assert prompts[0].key == prompts[4].key
@@ -217,10 +217,11 @@ def test_an_image_is_seen_once_in_a_call(case, double, monkeypatch):
 def test_frozen_vision_tower(case, tmp_path, monkeypatch):
     """The same gradient but for the tower's parameters, which are neither trained nor copied for the teacher; images are seen once."""
     from opd_torch import vision
+    from opd_torch.families import qwen3_vl as module
 
     seen = []
-    real = vision._tower
-    monkeypatch.setattr(vision, "_tower", lambda visual, patches, *rest: seen.append(len(patches)) or real(visual, patches, *rest))
+    real = module._tower
+    monkeypatch.setattr(module, "_tower", lambda visual, patches, *rest: seen.append(len(patches)) or real(visual, patches, *rest))
     backend = case.backend("float64", tune_vision=False)
     assert not any(".visual." in name for name in backend.tensors("student"))
     for ours, theirs in zip(backend._student.model.visual.parameters(), backend._teacher.model.visual.parameters(), strict=True):

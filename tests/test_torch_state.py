@@ -232,7 +232,7 @@ def drop_tensor(folder):
 
 def other_kind(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_v"}))
 
 
 def other_shape(folder):
@@ -249,7 +249,7 @@ def other_shape(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"half a file"), "safetensors"),
-        (other_kind, "architecture 'qwen2_vl' is not supported by the torch backend; did you mean 'qwen3_vl'"),
+        (other_kind, "architecture 'qwen3_v' is not supported by the torch backend; did you mean 'qwen3_vl'"),
         (drop_tensor, "tensor model.language_model.layers.1.mlp.up_proj.weight is missing (1 missing, 0 unknown)"),
         (other_shape, "model.language_model.norm.weight is (5,), not (48,)"),
     ],

@@ -41,7 +41,7 @@ class Case:
 
     def stock(self, policy: str = "student") -> torch.nn.Module:
         """The policy as transformers has it, in float64."""
-        model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float64, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float64, attn_implementation="sdpa")
         weights = {name: torch.from_numpy(value).double() for name, value in load_file(self.state / f"{policy}.safetensors").items()}
         assert not model.load_state_dict(weights, strict=False).unexpected_keys
         return model
@@ -58,10 +58,10 @@ def make_case(root: Path, folder: Path, questions: tuple[str, ...] = ("What digi
         for index, sizes in enumerate(SIZES)
     ]
     prompts[4] = prompts[0]  # one image under two groups: its features are computed once
-    groups = []
+    groups, allowed = [], np.setdiff1d(np.arange(250), encoder.banned)
     for index, lengths in enumerate(LENGTHS):
         completions = tuple(
-            Completion(rng.integers(0, 250, size=length).astype(np.int32), rng.normal(-5, 1.5, size=length).astype(np.float32), False)
+            Completion(rng.choice(allowed, size=length).astype(np.int32), rng.normal(-5, 1.5, size=length).astype(np.float32), False)
             for length in lengths
         )
         weights = [rng.uniform(0.01, 0.1, size=length).astype(np.float32) for length in lengths]
@@ -81,13 +81,16 @@ def stock_logits(model, prompt, tokens):
     ids = np.concatenate([prompt.tokens, tokens]).astype(np.int64)
     kinds = np.zeros_like(ids)
     kinds[prompt.visual.index] = 1
+    kind = model.config.model_type
+    named = {"gemma3": "token_type_ids"}.get(kind, "mm_token_type_ids" if kind.startswith("qwen") else None)
+    arrays = {name: torch.from_numpy(value) for name, value in prompt.images.items()}
+    arrays = {name: value.double() if value.is_floating_point() else value.long() for name, value in arrays.items()}
     out = model(
         input_ids=torch.from_numpy(ids)[None],
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        mm_token_type_ids=torch.from_numpy(kinds)[None],
-        pixel_values=torch.from_numpy(prompt.images["pixel_values"]).double(),
-        image_grid_thw=torch.from_numpy(prompt.images["image_grid_thw"]).long(),
         use_cache=False,
+        **({named: torch.from_numpy(kinds)[None]} if named else {}),
+        **({name: value[None] for name, value in arrays.items()} if kind in ("idefics3", "smolvlm") else arrays),
     )
     return out.logits[0, len(prompt.tokens) - 1 : -1]
 
@@ -123,7 +126,7 @@ def plain_loss_and_gradients(case, groups, objective):
             ratio = (chosen - torch.from_numpy(completion.logprobs).double()).exp().clamp(max=objective.ratio_clip)
             loss = loss + (torch.from_numpy(weights).double() * ratio * plain_divergence(logits, wanted, objective)).sum()
     loss.backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters()}
+    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters() if parameter.grad is not None}
     return float(loss.detach()), gradients
 
 

@@ -11,7 +11,7 @@ completion, S visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,18 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from opd.types import Group, IntArray, Prompt
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which keys a row of an attention layer may attend to: those of tokens before it, and its own.
+
+    `window`: only the last so many, itself included; None for all. `blocks`: the tokens of an image in a prompt also attend to those
+    after them in the same image.
+    """
+
+    window: int | None = None
+    blocks: bool = False
 
 
 class Ragged:
@@ -92,9 +104,9 @@ class Owner:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prompts without their last tokens: `tokens` [N], `positions` [3, N], and how they are cut (`ragged`).
+    """Prompts without their last tokens: `tokens` [N], `positions` [axes, N], and how they are cut (`ragged`).
 
-    `visual_rows` [S] are the packed image tokens, in the order of `sources`.
+    `visual_rows` [S] are the packed image tokens, in the order of `sources`. Masks are made when a layer first asks for them.
     """
 
     sources: Sequence[Prompt]
@@ -102,14 +114,48 @@ class Prefixes:
     positions: Tensor
     ragged: Ragged
     visual_rows: Tensor
+    _masks: dict[Reach, Tensor | None] = field(default_factory=dict)
+    _seen: dict[Reach, tuple[tuple[int, int], Tensor | None]] = field(default_factory=dict)
+
+    def mask(self, reach: Reach) -> Tensor | None:
+        """Where a prompt's rows may attend, [B or 1, 1, P, P]; None where that is every earlier key."""
+        if reach not in self._masks:
+            place = torch.arange(self.ragged.longest, device=self.tokens.device)
+            behind = place[:, None] - place
+            images = _images(self.sources, self.ragged.longest) if reach.blocks else None
+            window = reach.window if reach.window is not None and reach.window < self.ragged.longest else None
+            allowed = (behind >= 0)[None, None]
+            if images is not None:
+                its = torch.from_numpy(images).to(place.device)[:, None]
+                allowed = allowed | ((its[..., :, None] == its[..., None, :]) & (its >= 0)[..., None])
+            if window is not None:
+                allowed = allowed & (behind < window)
+            # Padding stands at the end, where causality alone keeps it from every real row.
+            self._masks[reach] = None if window is None and images is None else allowed
+        return self._masks[reach]
+
+    def seen(self, reach: Reach, first: int, count: int) -> Tensor | None:
+        """Which keys of its prompt the rows `first` to `first + count` of a completion attend to [B, 1, count or 1, P]; None for all."""
+        window = reach.window if reach.window is not None and reach.window < self.ragged.longest + first + count else None
+        rows = (0, 0) if window is None else (first, count)
+        if reach not in self._seen or self._seen[reach][0] != rows:
+            self._seen[reach] = rows, None if self.ragged.even and window is None else self._real(window, first, count)
+        return self._seen[reach][1]
+
+    def _real(self, window: int | None, first: int, count: int) -> Tensor:
+        device = self.tokens.device
+        lengths = torch.from_numpy(self.ragged.lengths).to(device)[:, None, None, None]
+        place = torch.arange(self.ragged.longest, device=device)
+        # The first row of a completion stands right behind its prompt's prefix.
+        rows = torch.arange(first, first + count, device=device)[:, None]
+        return place < lengths if window is None else (place < lengths) & (lengths + rows - place < window)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [3, M], and how they are cut (`ragged`).
+    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [axes, M], and how they are cut (`ragged`).
 
-    Every completion row has a target; rows are in order of group, completion and token. `mask` [R or 1, 1, T, P + T] is True where a
-    completion row may attend to [prefix | own].
+    Every completion row has a target; rows are in order of group, completion and token. Masks are made when a layer first asks.
     """
 
     prefixes: Prefixes
@@ -117,7 +163,22 @@ class Batch:
     positions: Tensor
     ragged: Ragged
     owner: Owner
-    mask: Tensor
+    _masks: dict[Reach, Tensor] = field(default_factory=dict)
+
+    def mask(self, reach: Reach) -> Tensor:
+        """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
+        if reach not in self._masks:
+            length = self.ragged.longest
+            place = torch.arange(length, device=self.tokens.device)
+            behind = place[:, None] - place
+            own = ((behind >= 0) if reach.window is None else (behind >= 0) & (behind < reach.window))[None, None]
+            seen = self.prefixes.seen(reach, 0, length)
+            if seen is None:
+                self._masks[reach] = torch.cat([own.new_ones(1, 1, length, self.prefixes.ragged.longest), own], -1)
+            else:
+                spread = self.owner.spread(seen).expand(-1, -1, length, -1)
+                self._masks[reach] = torch.cat([spread, own.expand(len(spread), -1, -1, -1)], -1)
+        return self._masks[reach]
 
 
 @dataclass(frozen=True)
@@ -166,14 +227,13 @@ def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
         positions=_index(np.concatenate(positions, axis=1), device),
         ragged=ragged,
         owner=owner,
-        mask=_mask(prefixes.ragged, ragged, owner, device),
     )
 
 
 def row_positions(prompt: Prompt, length: int) -> IntArray:
-    """Rotary positions [3, length] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
+    """Rotary positions [axes, length] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
     later = np.arange(prompt.start, prompt.start + length - 1, dtype=np.int32)
-    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (3, 1))], axis=1)
+    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (len(prompt.positions), 1))], axis=1)
 
 
 def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
@@ -189,21 +249,18 @@ def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
     )
 
 
-def prefix_mask(prefixes: Ragged, device: torch.device) -> Tensor | None:
-    """True at real tokens [B, 1, 1, P], or None where nothing is padded."""
-    if prefixes.even:
+def _images(prompts: Sequence[Prompt], longest: int) -> NDArray[np.int64] | None:
+    """Of each token [B, P] of the prompts the image it belongs to, -1 for text; None where there is no image.
+
+    Image tokens that stand without a gap are one image, as transformers has it.
+    """
+    if not any(len(prompt.visual.index) for prompt in prompts):
         return None
-    return torch.from_numpy(np.arange(prefixes.longest) < prefixes.lengths[:, None]).to(device)[:, None, None]
-
-
-def _mask(prefixes: Ragged, completions: Ragged, owner: Owner, device: torch.device) -> Tensor:
-    """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
-    length = completions.longest
-    own = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
-    real = prefix_mask(prefixes, device)
-    if real is None:
-        return torch.cat([own.new_ones(1, 1, length, prefixes.longest), own], -1)
-    return torch.cat([owner.spread(real).expand(-1, -1, length, -1), own.expand(len(owner.index), -1, -1, -1)], -1)
+    images = np.full((len(prompts), longest), -1, dtype=np.int64)
+    for row, prompt in zip(images, prompts, strict=True):
+        index = np.sort(prompt.visual.index)
+        row[index] = np.cumsum(np.diff(index, prepend=-2) > 1)
+    return images
 
 
 def _index(values: ArrayLike, device: torch.device) -> Tensor:

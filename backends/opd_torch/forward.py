@@ -5,16 +5,16 @@ Legend: see `batch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from opd_torch.attention import KeysValues, Own, completion_layer, decode_layer, prefix_layer, rotary
 from opd_torch.batch import Batch, Prefixes
-from opd_torch.vision import visual_features
+from opd_torch.families import rows
+from opd_torch.vision import computed
+
+Memory: TypeAlias = tuple[Tensor, Tensor]
+"""What a layer keeps of the prompts: keys and values, or what another kind of layer hands on; [B, ...] each."""
 
 CHECKPOINT_ABOVE = 2 * 1024**3
 """Bytes of activations that a backward may hold; where a call is estimated above it, each layer is computed again instead."""
@@ -22,58 +22,70 @@ CHECKPOINT_ABOVE = 2 * 1024**3
 
 def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
-    prefix = prefill(model, batch.prefixes, again)
-    text = model.model.language_model
+    family = model.family
+    if family is None:
+        return rows.hidden_states(model, batch)
+    memory = prefill(model, batch.prefixes, again)
+    text = family.language(model)
     hidden = text.embed_tokens(batch.tokens)
-    angles = rotary(text, batch.positions, hidden)
-    for layer, (key, value) in zip(text.layers, prefix, strict=True):
-        hidden = _run(again, completion_layer, layer, hidden, angles, key, value, batch.ragged, batch.owner, batch.mask)
+    angles = family.angles(text, batch.positions, hidden)
+    for layer, its_angles, prefix in zip(text.layers, angles, memory, strict=True):
+        hidden = computed(again, family.mixer(layer).completion_layer, family, layer, hidden, its_angles, prefix, batch)
     out: Tensor = text.norm(hidden)
     return out
 
 
-def prefill(model: Any, prefixes: Prefixes, again: bool = False) -> list[KeysValues]:
-    """Keys and values of all prompts' prefixes, for every layer."""
-    text = model.model.language_model
+def prefill(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]:
+    """What every layer keeps of all prompts' prefixes; without a family, the caches of the prompts."""
+    family = model.family
+    if family is None:
+        return rows.prefill(model, prefixes)
+    text = family.language(model)
     hidden = text.embed_tokens(prefixes.tokens)
     if model.known is not None:
-        features = model.known.features(prefixes.sources)
+        features = model.known.features(prefixes.sources, lambda prompts: family.features(model, prompts, False))
     else:
-        features = visual_features(model.model.visual, prefixes.sources, again)
+        features = family.features(model, prefixes.sources, again)
     if features:
         hidden = hidden.index_copy(0, prefixes.visual_rows, features[0].to(hidden.dtype))
-    angles = rotary(text, prefixes.positions, hidden)
+    angles = family.angles(text, prefixes.positions, hidden)
     found = []
     for number, layer in enumerate(text.layers):
         last = number + 1 == len(text.layers)
-        hidden, key, value = _run(again, prefix_layer, layer, hidden, angles, prefixes.ragged, last)
-        found.append((key, value))
+        hidden, memory = computed(again, family.mixer(layer).prefix_layer, family, layer, hidden, angles[number], prefixes, last)
+        found.append(memory)
         if number + 1 < len(features) and not last:
             hidden = hidden.index_add(0, prefixes.visual_rows, features[number + 1].to(hidden.dtype))
     return found
 
 
-def decode(model: Any, tokens: Tensor, positions: Tensor, prefix: list[KeysValues], mask: Tensor | None, own: list[Own]) -> Tensor:
-    """Final hidden states [R, D] of one more row of every completion: `tokens` [R] at `positions` [3, R], after those in `own`."""
-    text = model.model.language_model
+def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], prefixes: Prefixes, own: list[Any]) -> Tensor:
+    """Final hidden states [R, D] of one more row of every completion: `tokens` [R] at `positions` [axes, R], after those in `own`.
+
+    `own` is what the layers keep of the completions themselves; an empty list before the first row.
+    """
+    family = model.family
+    if family is None:
+        return rows.decode(model, tokens, positions, memory, own)
+    text = family.language(model)
     hidden = text.embed_tokens(tokens)
-    angles = rotary(text, positions, hidden)
-    for layer, keys_values, mine in zip(text.layers, prefix, own, strict=True):
-        hidden = decode_layer(layer, hidden, angles, keys_values, mask, mine)
+    angles = family.angles(text, positions, hidden)
+    own += [family.mixer(layer).Own() for layer in text.layers[len(own) :]]
+    for layer, its_angles, prefix, mine in zip(text.layers, angles, memory, own, strict=True):
+        hidden = family.mixer(layer).decode_layer(family, layer, hidden, its_angles, prefix, prefixes, mine)
     out: Tensor = text.norm(hidden)
     return out
 
 
 def activation_bytes(model: Any, batch: Batch, itemsize: int) -> int:
-    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images."""
+    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images; rows by themselves see to it."""
+    if model.family is None:
+        return 0
     text, vision = model.config.text_config, model.config.vision_config
-    a_row = 12 * text.hidden_size + 4 * text.intermediate_size + 8 * text.num_attention_heads * text.head_dim
+    heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    a_row = 12 * text.hidden_size + 4 * text.intermediate_size + 8 * heads
     a_patch = 16 * vision.hidden_size + 4 * vision.intermediate_size
-    patches = sum(len(prompt.images["pixel_values"]) for prompt in batch.prefixes.sources if prompt.images)
-    rows = len(batch.prefixes.tokens) + len(batch.tokens)
-    return int(itemsize * (text.num_hidden_layers * rows * a_row + vision.depth * patches * a_patch))
-
-
-def _run(again: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls `function`, and in the backward once more instead of keeping its activations, if `again`."""
-    return checkpoint(function, *arguments, use_reentrant=False) if again and torch.is_grad_enabled() else function(*arguments)
+    depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
+    patches = sum(model.family.patches(prompt, model) for prompt in batch.prefixes.sources)
+    tokens = len(batch.prefixes.tokens) + len(batch.tokens)
+    return int(itemsize * (text.num_hidden_layers * tokens * a_row + depth * patches * a_patch))

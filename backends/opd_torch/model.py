@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -15,12 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd.errors import FolderError, ModelError, nearest
+from opd.errors import FolderError, ModelError
 from opd.types import ModelOptions
+from opd_torch.families import Family, family, rows
 from opd_torch.vision import KnownFeatures
-
-SUPPORTED = {"qwen3_vl": "Qwen3VLForConditionalGeneration"}
-"""Architectures this backend can train, by `model_type`, and the transformers class of each."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """Compute precisions; parameters are float32, and float64 (for tests) is float64 throughout."""
@@ -28,33 +28,51 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Precisions as safetensors names them."""
 
+Stored: TypeAlias = tuple[torch.dtype, tuple[int, ...], str]
+"""Precision and shape of a tensor, and the name of its file."""
+
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 """Files of a model folder that an export does not copy."""
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Any:
-    """The model of a folder with float32 parameters; `visual` is frozen unless `tune_vision`. Raises ModelError.
+    """The model of a folder with float32 parameters; what makes image features is frozen unless `tune_vision`. Raises ModelError.
 
-    Its attribute `known` holds image features where the vision tower is frozen, and is None where it is not.
+    Its attribute `family` is its family's; `known` holds image features where the vision tower is frozen, and is None where it is not.
     """
     path = Path(options.path)
-    architecture = getattr(transformers, SUPPORTED[_config(path)["model_type"]])
-    stored = stored_tensors(path)
+    its = _family(path)
+    if its is None and not options.tune_vision:
+        raise ModelError(f"{path}: this architecture has no family file that says what its vision tower is; set model.vision=true")
+    architecture = getattr(transformers, its.architecture if its else "AutoModelForImageTextToText")
+    stored = {parameter_name(its, name): tensor for name, tensor in stored_tensors(path).items()}
     # A bar of transformers' own would cut through the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with torch.device("meta"):
-            _check(architecture(transformers.AutoConfig.from_pretrained(path)), stored, path)
+        if its:
+            with torch.device("meta"):
+                _check(architecture(transformers.AutoConfig.from_pretrained(path)), stored, path)
         dtype = torch.float64 if options.dtype == "float64" else torch.float32
-        model = architecture.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model, found = architecture.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    model.model.visual.requires_grad_(options.tune_vision)
-    model.known = None if options.tune_vision else KnownFeatures(model.model.visual)
+    model.family = its
+    if its is None:
+        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+        if wrong:
+            raise ModelError(f"{path}: weights and config.json do not fit: {len(wrong)} tensors, the first is {wrong[0]}")
+        rows.check(model.eval(), str(path))
+        logging.getLogger(__name__).warning(
+            "%s: no family file for '%s', so a group's completions run as separate rows", path, model.config.model_type
+        )
+    else:
+        for module in its.vision(model):
+            module.requires_grad_(options.tune_vision)
+    model.known = None if options.tune_vision else KnownFeatures()
     return model.to(device).eval()
 
 
@@ -74,11 +92,19 @@ def head_name(model: Any) -> str:
     return str(next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight))
 
 
-def stored_tensors(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Precision and shape of every tensor in a model folder's weights. Raises ModelError where weights are missing or broken."""
+def parameter_name(family: Family | None, stored: str) -> str:
+    """What transformers calls a tensor of a published file."""
+    for start, new in family.older_names.items() if family else ():
+        if stored.startswith(start):
+            return new + stored[len(start) :]
+    return stored
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Precision, shape and file of every tensor in a model folder's weights. Raises ModelError where weights are missing or broken."""
     index = path / "model.safetensors.index.json"
     parts = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    stored: dict[str, Stored] = {}
     for part in parts:
         if not (path / part).is_file():
             raise ModelError(f"{path}: no {part}; a model folder holds config.json and its weights as safetensors")
@@ -86,17 +112,18 @@ def stored_tensors(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
             with safe_open(path / part, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(name)
-                    stored[name] = STORED.get(tensor.get_dtype(), torch.float32), tuple(tensor.get_shape())
+                    stored[name] = STORED.get(tensor.get_dtype(), torch.float32), tuple(tensor.get_shape()), part
         except SafetensorError as error:
             raise ModelError(f"{path / part} cannot be read as safetensors: {error}") from error
     return stored
 
 
-def _check(model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], path: Path) -> None:
+def _check(model: Any, stored: Mapping[str, Stored], path: Path) -> None:
     """Raises ModelError where the stored tensors are not those of `model`; transformers would invent what is missing."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     # Some writers store a tied head beside the embedding.
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys() - {"lm_head.weight"})
+    unknown = [name for name in unknown if not beside(model, name)]
     if missing or unknown:
         first = f"tensor {missing[0]} is missing" if missing else f"tensor {unknown[0]} is unknown"
         raise ModelError(f"{path}: weights and config.json do not fit: {first} ({len(missing)} missing, {len(unknown)} unknown)")
@@ -105,14 +132,40 @@ def _check(model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
             raise ModelError(f"{path}: weights and config.json do not fit: {name} is {stored[name][1]}, not {shape}")
 
 
+def beside(model: Any, name: str) -> bool:
+    """Whether a stored tensor belongs to what transformers leaves out of `model` (the heads that predict further tokens, of Qwen3.5)."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
 def write_model(model: Any, source: Path, folder: Path) -> None:
-    """Writes all weights, in the precision they had in `source`, and copies every other file of `source`."""
+    """Writes all weights, by the names and in the precision they had in `source`, and copies every other file of `source`.
+
+    Tensors that the model leaves out are written as they are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stored = stored_tensors(source)
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
-    tensors = {name: parameter.detach().to(stored[name][0]) for name, parameter in model.named_parameters()}
+    if model.family is None:
+        # transformers' own way back to the published names; it writes a configuration too, which is the source's again afterwards.
+        precision = next(iter(stored.values()))[0]
+        own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied head has no name of its own
+        bars = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+        model.save_pretrained(folder, state_dict={name: value.to(precision) for name, value in model.state_dict().items() if name in own})
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        for name in ("config.json", "generation_config.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        return
+    names = {parameter_name(model.family, name): name for name in stored}
+    tensors = {names[name]: parameter.detach().to(stored[names[name]][0]) for name, parameter in model.named_parameters()}
+    for name in stored:
+        if beside(model, name):
+            with safe_open(source / stored[name][2], framework="pt") as file:
+                tensors[name] = file.get_tensor(name)
     write_tensors(folder / "model.safetensors", tensors)
 
 
@@ -137,14 +190,17 @@ def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, 
     return tensors, metadata
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _family(path: Path) -> Family | None:
+    """None for what transformers can load and no file here describes."""
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no such model folder" if not path.is_dir() else f"{path}: no config.json, so this is no model folder")
-    config = _json(path / "config.json")
-    kind = str(config.get("model_type"))
-    if kind not in SUPPORTED:
-        raise ModelError(f"{path}: architecture '{kind}' is not supported by the torch backend; {nearest(kind, SUPPORTED)}")
-    return config
+    kind = str(_json(path / "config.json").get("model_type"))
+    try:
+        return family(kind)
+    except ModelError as error:
+        if kind in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return None
+        raise ModelError(f"{path}: {error}") from None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.types import Completion, FloatArray, Prompt, Sampling
-from opd_torch.attention import Own
-from opd_torch.batch import lay_out_prefixes, prefix_mask, row_positions
+from opd_torch.batch import lay_out_prefixes, row_positions
 from opd_torch.forward import decode, prefill
 from opd_torch.objective import default_chunk, head_logits, operand
 
@@ -41,14 +40,13 @@ def _lockstep(
     draws = torch.from_numpy(uniforms).to(device)
     banned, stop = (torch.tensor(ids, dtype=torch.int64, device=device) for ids in (sampling.banned, sampling.stop))
     prefixes = lay_out_prefixes(prompts, device)
-    prefix, mask = prefill(model, prefixes), prefix_mask(prefixes.ragged, device)
-    own = [Own() for _ in prefix]
-    # [3, R, limit]; the first row is the prompt's last token.
+    memory, own = prefill(model, prefixes), list[Any]()
+    # [axes, R, limit]; the first row is the prompt's last token.
     positions = torch.from_numpy(np.stack([row_positions(prompt, limit) for prompt in prompts], 1)).to(device).repeat_interleave(n, 1)
     token = torch.tensor([prompt.tokens[-1] for prompt in prompts], device=device).repeat_interleave(n)
     tokens, logprobs, ended = [], [], torch.zeros(len(uniforms), dtype=torch.bool, device=device)
     for step in range(limit):
-        hidden = decode(model, token, positions[:, :, step], prefix, mask, own)
+        hidden = decode(model, token, positions[:, :, step], memory, prefixes, own)
         token, logprob = draw(hidden.to(dtype), head, draws[:, step], sampling.temperature, banned)
         tokens.append(token)
         logprobs.append(logprob)

@@ -1,0 +1,88 @@
+"""What most language trunks have in common: rotary positions, grouped queries, norms before attention and feed-forward.
+
+Legend: see `opd_torch.families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_torch import attention
+from opd_torch.attention import Angles, KeysValues
+from opd_torch.batch import Reach
+
+
+class Decoder:
+    """The text half of `opd_torch.families.Family`, as Llama and Qwen have it; biases are the projections' own."""
+
+    older_names: Mapping[str, str] = {}
+
+    def language(self, model: Any) -> Any:
+        """The language trunk."""
+        return model.model.language_model
+
+    def angles(self, text: Any, positions: Tensor, hidden: Tensor) -> list[Angles]:
+        """One rotation for all layers."""
+        cosines, sines = text.rotary_emb(hidden[None], positions if len(positions) == 1 else positions[:, None])
+        return [(cosines[0, :, None], sines[0, :, None])] * len(text.layers)
+
+    def mixer(self, layer: Any) -> Any:
+        """Attention."""
+        return attention
+
+    def reach(self, layer: Any) -> Reach:
+        """Causal, within the layer's window where it has one."""
+        return Reach(getattr(layer.self_attn, "sliding_window", None))
+
+    def keys_values(self, layer: Any, normed: Tensor, angles: Angles) -> KeysValues:
+        """Keys [N, G, d], with positions rotated in, and values."""
+        module = layer.self_attn
+        key, value = (project(normed).unflatten(-1, (-1, module.head_dim)) for project in (module.k_proj, module.v_proj))
+        # Under autocast norms and rotations come out in float32.
+        return rotate(self.norm_key(layer, key), angles).to(value.dtype), value
+
+    def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
+        """Queries [N, H, d], with positions rotated in; no gate."""
+        query = layer.self_attn.q_proj(normed).unflatten(-1, (-1, layer.self_attn.head_dim))
+        return rotate(self.norm_query(layer, query), angles), None
+
+    def norm_key(self, layer: Any, key: Tensor) -> Tensor:
+        """Keys before their rotation."""
+        return key
+
+    def norm_query(self, layer: Any, query: Tensor) -> Tensor:
+        """Queries before their rotation."""
+        return query
+
+    def finish(self, layer: Any, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """Output projection and feed-forward, both added to the rows."""
+        hidden = hidden + layer.self_attn.o_proj(mixed.reshape(len(hidden), -1))
+        out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return out
+
+
+class NormedDecoder(Decoder):
+    """With a norm over each head's keys and queries."""
+
+    def norm_key(self, layer: Any, key: Tensor) -> Tensor:
+        """Keys before their rotation."""
+        out: Tensor = layer.self_attn.k_norm(key)
+        return out
+
+    def norm_query(self, layer: Any, query: Tensor) -> Tensor:
+        """Queries before their rotation."""
+        out: Tensor = layer.self_attn.q_norm(query)
+        return out
+
+
+def rotate(heads: Tensor, angles: Angles) -> Tensor:
+    """Heads [N, H, d] turned by their positions; where the angles are narrower than a head, its end stays as it is."""
+    width = angles[0].shape[-1]
+    turned = heads if width == heads.shape[-1] else heads[..., :width]
+    first, second = turned.chunk(2, -1)
+    turned = torch.addcmul(turned * angles[0], torch.cat([-second, first], -1), angles[1])
+    return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)

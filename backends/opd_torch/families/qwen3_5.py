@@ -1,0 +1,40 @@
+"""Qwen3.5: layers of gated delta net between layers of gated attention that turn only a part of each head; Qwen3-VL's tower.
+
+Source: `modeling_qwen3_5.py` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_torch import attention
+from opd_torch.attention import Angles
+from opd_torch.families import gated_delta
+from opd_torch.families.decoder import rotate
+from opd_torch.families.qwen3_vl import Qwen3VL
+
+
+class Qwen35(Qwen3VL):
+    """See `opd_torch.families.Family`; its tower has no deepstack layers."""
+
+    model_types = ("qwen3_5",)
+    architecture = "Qwen3_5ForConditionalGeneration"
+
+    def mixer(self, layer: Any) -> Any:
+        """A recurrence or attention."""
+        return gated_delta if hasattr(layer, "linear_attn") else attention
+
+    def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
+        """Queries and their gate, head by head from one projection."""
+        query, gate = layer.self_attn.q_proj(normed).unflatten(-1, (-1, 2 * layer.self_attn.head_dim)).chunk(2, -1)
+        return rotate(self.norm_query(layer, query), angles), gate.flatten(1)
+
+    def finish(self, layer: Any, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """As everywhere, from what the gate lets through."""
+        assert gate is not None
+        mixed = mixed.reshape(len(hidden), -1) * torch.sigmoid(gate)
+        hidden = hidden + layer.self_attn.o_proj(mixed)
+        return gated_delta.feed_forward(layer, hidden)
