@@ -5,7 +5,7 @@ mlx-vlm's own forwards are no reference: Gemma 3's masks and Idefics3's padding 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +253,22 @@ def test_conformance(case):
     pairs = [(group.student, group.teacher) for group in case.groups]
     results = check(lambda: opd_mlx.load(ModelOptions(case.folder)), pairs, case.encoder.stop, case.encoder.banned)
     assert [str(result) for result in results if not result.passed] == []
+
+
+def test_tiles_with_padding(tmp_path):
+    """What a tile lacks is not attended to, and what it has is spread over all positions."""
+    loaded = opd_mlx.load(ModelOptions(random_models.smolvlm(tmp_path)))
+    pixels = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    mask = np.ones((3, 32, 32), bool)
+    mask[0, 24:] = mask[0, :, 16:] = mask[2, :, 8:] = False
+    image = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
+    prompt = replace(
+        PromptEncoder(tmp_path).encode([image], "What?"), images={"pixel_values": pixels, "pixel_attention_mask": mask}, key="padded"
+    )
+    with loaded._model.bound(loaded._student):
+        (found,) = loaded._model.family.features(loaded._model.module, [prompt])
+        found = np.array(found)
+    model = transformers.Idefics3ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        out = model.model.get_image_features(torch.from_numpy(pixels).double()[None], torch.from_numpy(mask)[None])
+    np.testing.assert_allclose(found, torch.cat(list(out.pooler_output)), atol=1e-5)
