@@ -207,20 +207,16 @@ def test_the_policies_share_the_base_on_mlx(case):
 def test_a_frozen_towers_features_are_computed_once(case, backend_name, tmp_path, monkeypatch, vision):
     """For rollout, both policies and scoring together; with an adapter in the tower they are not kept."""
     folder = write_adapter(tmp_path / "adapter", case.folder, {**language_layers(), **(VISION if vision else {})})
+    counted = []
+    family = importlib.import_module(f"{BACKENDS[backend_name]}.families.qwen3_vl").Qwen3VL
+    compute = family.features
+
+    def count(self, model, prompts, *arguments):
+        counted.extend(prompt.key for prompt in prompts)
+        return compute(self, model, prompts, *arguments)
+
+    monkeypatch.setattr(family, "features", count)
     backend = backends.load(backend_name, case.options(adapter=folder))
-    counted, package = [], BACKENDS[backend_name]
-    if package == "opd_torch":
-        places = [(importlib.import_module("opd_torch.families.qwen3_vl").Qwen3VL, "features")]
-    else:
-        places = [(importlib.import_module(f"{package}.{name}"), "visual_features") for name in ("vision", "forward")]
-    for place, name in places:
-        real = getattr(place, name)
-
-        def count(*arguments, compute=real):
-            counted.extend(prompt.key for one in arguments if isinstance(one, list) for prompt in one)
-            return compute(*arguments)
-
-        monkeypatch.setattr(place, name, count)
     backend.sample([group.student for group in case.groups], np.full((3, 1, 2), 0.5, np.float32), Sampling())
     backend.accumulate(case.groups, JSD)
     backend.score(case.groups, JSD)

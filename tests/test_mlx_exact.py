@@ -67,15 +67,16 @@ def test_prompts_of_one_length(case, loaded):
 
 def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypatch):
     from opd_mlx import forward
+    from opd_mlx.families import qwen3_vl
 
     calls = []
-    for module in (forward, vision):
+    for module in (forward, qwen3_vl):
         real = module.checkpoint
         monkeypatch.setattr(module, "checkpoint", lambda *arguments, real=real, name=module: calls.append(name) or real(*arguments))
     monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
     backend = clone(loaded)
     backend.accumulate(case.groups, JSD)
-    assert {forward, vision} == set(calls)
+    assert {forward, qwen3_vl} == set(calls)
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
 
 
@@ -105,8 +106,14 @@ def test_another_thread(case, loaded, expected):
 
 def test_an_image_under_two_groups_is_computed_once(case, loaded, monkeypatch):
     patches = []
-    real = vision._tower
-    monkeypatch.setattr(vision, "_tower", lambda visual, pixels, *rest: patches.append(len(pixels)) or real(visual, pixels, *rest))
+    family = loaded._model.family
+    real = family.tower
+
+    def tower(visual, pixels, *rest):
+        patches.append(pixels.shape[0] * pixels.shape[1])
+        return real(visual, pixels, *rest)
+
+    monkeypatch.setattr(family, "tower", tower)
     clone(loaded).sample([group.student for group in case.groups], np.full((5, 1, 1), 0.5, np.float32), Sampling())
     distinct = {group.student.key: group.student for group in case.groups}
     assert len(distinct) == 4
@@ -246,12 +253,11 @@ def test_text_without_images(case, loaded):
 def test_frozen_vision_tower(case, monkeypatch, room):
     """The same numbers; and every image goes through the tower once for rollout, student and teacher, while there is room."""
     encoded = []
-    real = vision.visual_features
-    monkeypatch.setattr(
-        vision, "visual_features", lambda visual, prompts: encoded.extend(one.key for one in prompts) or real(visual, prompts)
-    )
     monkeypatch.setattr(vision, "KNOWN_BYTES", room)
     backend, whole = case.backend(tune_vision=False), case.backend()
+    known = backend._model.known
+    real = known._compute
+    monkeypatch.setattr(known, "_compute", lambda prompts: encoded.extend(one.key for one in prompts) or real(prompts))
     whole._teacher = dict(whole._student)
     assert not any(".visual." in name for name in backend.tensors("student"))
     for group in case.groups[:3]:

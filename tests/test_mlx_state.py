@@ -268,7 +268,7 @@ def drop_tensor(folder):
 
 def other_kind(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vi"}))
 
 
 def other_shape(folder):
@@ -283,10 +283,10 @@ def other_shape(folder):
         (lambda folder: shutil.rmtree(folder), "no such model folder"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen3_vl"}'), "no text_config"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen3_vl"}'), "no vision_config"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"half a file"), "safetensors"),
-        (other_kind, "architecture 'qwen2_vl' is not supported by the mlx backend; did you mean 'qwen3_vl'"),
+        (other_kind, "architecture 'qwen3_vi' is not supported by the mlx backend; did you mean 'qwen3_vl'"),
         (drop_tensor, "tensor model.language_model.layers.1.mlp.up_proj.weight is missing (1 missing, 0 unknown)"),
         (other_shape, "model.language_model.norm.weight is (5,), not (48,)"),
     ],

@@ -1,6 +1,6 @@
 """Two-stream attention: a prompt's tokens run once, and its n completions share their keys and values.
 
-`prefix_layer` runs prompt tokens and gives their keys and values; `completion_layer` runs completion tokens over
+A layer's `prefix` runs prompt tokens and gives their keys and values; its `completion` runs completion tokens over
 `[prompt keys | own keys]`. Training runs the one and then the other; sampling keeps what the first gave and runs the second a
 token at a time. Norms, projections and feed-forward are mlx-vlm's modules, on flat rows, so that each is one matrix product.
 
@@ -13,12 +13,17 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import mlx.core as mx
 
+from opd_mlx.batch import Masks, Prefixes, Rule
+
 KeysValues: TypeAlias = tuple[mx.array, mx.array]
-"""Keys, with positions rotated in, and values: [B, H / G, P, E] of prompts, [B, H / G, n, T, E] of completions."""
+"""Keys, with positions rotated in, and values: [B, H / G, P, E] of prompts, [B, H / G, n, T, E] of completions.
+
+In a recurrent layer, which keeps no keys: whatever two arrays its completions start from.
+"""
 
 SLOW_EXPONENTIAL = platform.machine() == "x86_64" and mx.default_device() == mx.cpu
 """There MLX's exp takes 12 ns a number, which is most of an attention's time, and its power takes 5."""
@@ -38,13 +43,56 @@ def attend(query: mx.array, key: mx.array, value: mx.array, scale: float) -> mx.
     return cast("mx.array", ensure_fused_sdpa(query, key, value, scale))
 
 
+class Own(Protocol):
+    """What a layer has kept of the tokens decoded so far."""
+
+    @property
+    def arrays(self) -> KeysValues:
+        """All of it, to be evaluated."""
+
+
+class Layer(Protocol):
+    """One layer of the trunk, as the two streams run it.
+
+    `module` is mlx-vlm's; `rotary` says which of the family's angles it takes, and `rule` which of the masks.
+    """
+
+    module: Any
+    rotary: int
+    rule: Rule
+
+    def prefix(
+        self, hidden: mx.array, angles: KeysValues, prefixes: Prefixes, mask: mx.array | None, last: bool
+    ) -> tuple[mx.array, KeysValues]:
+        """Prompt rows [B * P, D] through the layer: the rows after it, and what completions need of them.
+
+        After the `last` layer nobody reads a prompt's rows, so they are not computed there. `mask` is `Prefixes.mask` of its rule.
+        """
+
+    def completion(
+        self, hidden: mx.array, angles: KeysValues, shape: tuple[int, int, int], prefix: KeysValues, masks: Masks, own: Any
+    ) -> mx.array:
+        """Completion rows [B * n * T, D] through the layer. `shape` is (B, n, T); `prefix` is what `prefix` gave.
+
+        With `own`, which `begin` made, earlier tokens come from there, and T is 1; without, it is None.
+        """
+
+    def begin(self, prefix: KeysValues, n: int, limit: int) -> Own:
+        """For decoding: what n completions of each prompt start with, and room for `limit` tokens of each."""
+
+
 @dataclass
-class Own:
+class OwnKeys:
     """A completion layer's own keys and values in decoding: buffers [B, H / G, n, max tokens, E], filled up to `length`."""
 
     keys: mx.array
     values: mx.array
     length: int = 0
+
+    @property
+    def arrays(self) -> KeysValues:
+        """See `Own`."""
+        return self.keys, self.values
 
     def append(self, keys: mx.array, values: mx.array) -> KeysValues:
         """Adds one token's keys and values [B, H / G, n, 1, E]; returns all so far."""
@@ -54,64 +102,92 @@ class Own:
         return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
 
-def rotary(language: Any, positions: mx.array, dtype: mx.Dtype) -> KeysValues:
-    """Cosines and sines [rows, 1, E] of rotary positions [3, 1, rows]."""
-    cosines, sines = language.layers[0].self_attn.rotary_emb(mx.zeros((), dtype), positions)
-    return cosines[0, :, None], sines[0, :, None]
+class AttentionLayer:
+    """See `Layer`. A family with other norms, gates or masks overrides what is below."""
+
+    def __init__(self, module: Any, heads: int, keys: int, scale: float, rule: Rule, rotary: int = 0) -> None:
+        self.module, self.rule, self.rotary = module, rule, rotary
+        self._heads, self._keys, self._scale = heads, keys, scale
+
+    def normalised(self, hidden: mx.array) -> mx.array:
+        """Rows as the projections take them."""
+        return cast("mx.array", self.module.input_layernorm(hidden))
+
+    def query(self, rows: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Queries [rows, H, E] of normalised rows, without positions, and what `finish` needs beside them."""
+        return self.module.self_attn.q_proj(rows).reshape(len(rows), self._heads, -1), None
+
+    def key(self, rows: mx.array) -> mx.array:
+        """Keys [rows, H / G, E] of normalised rows, without positions."""
+        return cast("mx.array", self.module.self_attn.k_proj(rows).reshape(len(rows), self._keys, -1))
+
+    def finish(self, hidden: mx.array, mixed: mx.array, beside: mx.array | None) -> mx.array:
+        """Output projection of `mixed` [rows, H * E] and feed-forward, both added to the rows."""
+        hidden = hidden + self.module.self_attn.o_proj(mixed)
+        out: mx.array = hidden + self.module.mlp(self.module.post_attention_layernorm(hidden))
+        return out
+
+    def prefix(
+        self, hidden: mx.array, angles: KeysValues, prefixes: Prefixes, mask: mx.array | None, last: bool
+    ) -> tuple[mx.array, KeysValues]:
+        """See `Layer`."""
+        query, key, value, beside = self._project(self.normalised(hidden), angles)
+        query, key, value = (rows.reshape(*prefixes.shape, *rows.shape[1:]).transpose(0, 2, 1, 3) for rows in (query, key, value))
+        if last:
+            return hidden, (key, value)
+        mixed = mx.fast.scaled_dot_product_attention(query, key, value, scale=self._scale, mask="causal" if mask is None else mask)
+        return self.finish(hidden, mixed.transpose(0, 2, 1, 3).reshape(len(hidden), -1), beside), (key, value)
+
+    def completion(
+        self, hidden: mx.array, angles: KeysValues, shape: tuple[int, int, int], prefix: KeysValues, masks: Masks, own: OwnKeys | None
+    ) -> mx.array:
+        """See `Layer`."""
+        query, key, value, beside = self._project(self.normalised(hidden), angles)
+        key, value = (rows.reshape(*shape, *rows.shape[1:]).transpose(0, 3, 1, 2, 4) for rows in (key, value))
+        # [B, H / G, n, G, T, E]: so n, G and T fold into the queries of the prompt's keys, which are then read once.
+        query = query.reshape(*shape, self._keys, self._heads // self._keys, -1).transpose(0, 3, 1, 4, 2, 5)
+        if own is not None:
+            key, value = own.append(key, value)
+        mixed = _over_both(query * self._scale, prefix, (key, value), masks)
+        return self.finish(hidden, mixed.transpose(0, 2, 4, 1, 3, 5).reshape(len(hidden), -1), beside)
+
+    def begin(self, prefix: KeysValues, n: int, limit: int) -> OwnKeys:
+        """See `Layer`."""
+        keys, values = (mx.zeros((*part.shape[:2], n, limit, part.shape[-1]), part.dtype) for part in prefix)
+        return OwnKeys(keys, values)
+
+    def _project(self, rows: mx.array, angles: KeysValues) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+        """Queries [rows, H, E], keys and values [rows, H / G, E] of normalised rows [rows, D], positions in; and what is beside."""
+        query, beside = self.query(rows)
+        value = self.module.self_attn.v_proj(rows).reshape(len(rows), self._keys, -1)
+        return rotate(query, *angles), rotate(self.key(rows), *angles), value, beside
 
 
-def prefix_layer(layer: Any, hidden: mx.array, angles: KeysValues, shape: tuple[int, int], last: bool) -> tuple[mx.array, KeysValues]:
-    """Prompt rows [B * P, D] through one layer, causally; the rows after it, and its keys and values.
-
-    After the last layer nobody reads a prompt's rows, so they are not computed there. `shape` is (B, P).
-    """
-    attention = layer.self_attn
-    query, key, value = (
-        rows.reshape(*shape, *rows.shape[1:]).transpose(0, 2, 1, 3) for rows in _project(attention, layer.input_layernorm(hidden), angles)
-    )
-    if last:
-        return hidden, (key, value)
-    mixed = mx.fast.scaled_dot_product_attention(query, key, value, scale=attention.scale, mask="causal")
-    return _finish(layer, hidden, mixed.transpose(0, 2, 1, 3)), (key, value)
+def angles_at(positions: mx.array, base: float, width: int, dtype: mx.Dtype, factor: float = 1.0) -> KeysValues:
+    """Cosines and sines [rows, 1, width] of rotary `positions` [rows], divided by `factor` (linear scaling)."""
+    frequencies = 1.0 / base ** (mx.arange(0, width, 2, dtype=mx.float32) / width) / factor
+    turns = positions[:, None, None].astype(mx.float32) * mx.concatenate([frequencies, frequencies])
+    return mx.cos(turns).astype(dtype), mx.sin(turns).astype(dtype)
 
 
-def completion_layer(
-    layer: Any,
-    hidden: mx.array,
-    angles: KeysValues,
-    shape: tuple[int, int, int],
-    prefix: KeysValues,
-    mask: mx.array | None,
-    own: Own | None = None,
-) -> mx.array:
-    """Completion rows [B * n * T, D] through one layer. `shape` is (B, n, T).
-
-    `prefix` and `mask` [B, 1, 1, 1, P] are the prompts' keys and values, and -inf where a prompt has ended. With `own`, earlier keys and
-    values come from there and T is 1.
-    """
-    attention = layer.self_attn
-    query, key, value = _project(attention, layer.input_layernorm(hidden), angles)
-    key, value = (rows.reshape(*shape, *rows.shape[1:]).transpose(0, 3, 1, 2, 4) for rows in (key, value))
-    groups, width = attention.n_heads // attention.n_kv_heads, attention.head_dim
-    # [B, H / G, n, G, T, E]: so n, G and T fold into the queries of the prompt's keys, which are then read once.
-    query = query.reshape(*shape, attention.n_kv_heads, groups, width).transpose(0, 3, 1, 4, 2, 5)
-    if own is not None:
-        key, value = own.append(key, value)
-    mixed = _over_both(query * attention.scale, prefix, (key, value), mask)
-    return _finish(layer, hidden, mixed.transpose(0, 2, 4, 1, 3, 5))
+def rotate(heads: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    """Rotates the first of the heads' widths, as many as there are angles."""
+    turned, rest = mx.split(heads, [cosines.shape[-1]], axis=-1) if cosines.shape[-1] < heads.shape[-1] else (heads, None)
+    first, second = mx.split(turned, 2, axis=-1)
+    turned = turned * cosines + mx.concatenate([-second, first], axis=-1) * sines
+    return turned if rest is None else mx.concatenate([turned, rest], axis=-1)
 
 
-def _over_both(query: mx.array, prefix: KeysValues, own: KeysValues, mask: mx.array | None) -> mx.array:
+def _over_both(query: mx.array, prefix: KeysValues, own: KeysValues, masks: Masks) -> mx.array:
     """Attention of queries [B, H / G, n, G, T, E] over the shared prefix and, causally, each completion's own keys: one softmax."""
     batch, heads, count, groups, length, width = query.shape
     rows = groups * length
     shared = (query.reshape(batch, heads, -1, width) @ prefix[0].swapaxes(-1, -2)).reshape(batch, heads, count, rows, -1)
-    if mask is not None:
-        shared = shared + mask.astype(shared.dtype)
+    if masks.prefix is not None:
+        shared = shared + mx.tile(masks.prefix, (1, 1, 1, groups if masks.prefix.shape[3] > 1 else 1, 1)).astype(shared.dtype)
     alone = query.reshape(batch, heads, count, rows, width) @ own[0].swapaxes(-1, -2)
-    if length > 1:
-        future = mx.arange(length)[:, None] < mx.arange(length)
-        alone = mx.where(mx.tile(future, (groups, 1)), mx.array(-mx.inf, alone.dtype), alone)
+    if masks.own is not None:
+        alone = mx.where(mx.tile(masks.own, (groups, 1)), mx.array(-mx.inf, alone.dtype), alone)
     weights = softmax(mx.concatenate([shared, alone], axis=-1))
     shared, alone = mx.split(weights, [shared.shape[-1]], axis=-1)
     mixed = (shared.reshape(batch, heads, count * rows, -1) @ prefix[1]).reshape(batch, heads, count, rows, width) + alone @ own[1]
@@ -128,23 +204,3 @@ def _softmax_by_power(scores: mx.array) -> mx.array:
 def _softmax_slope(scores: mx.array, slope: mx.array, weights: mx.array) -> mx.array:
     weighted = slope * weights
     return weighted - weights * weighted.sum(-1, keepdims=True)
-
-
-def _project(attention: Any, rows: mx.array, angles: KeysValues) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries [rows, H, E], keys and values [rows, H / G, E] of normalised rows [rows, D]; norms and positions in."""
-    query = attention.q_norm(attention.q_proj(rows).reshape(len(rows), attention.n_heads, -1))
-    key = attention.k_norm(attention.k_proj(rows).reshape(len(rows), attention.n_kv_heads, -1))
-    value = attention.v_proj(rows).reshape(len(rows), attention.n_kv_heads, -1)
-    return _rotate(query, *angles), _rotate(key, *angles), value
-
-
-def _rotate(heads: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
-    first, second = mx.split(heads, 2, axis=-1)
-    return heads * cosines + mx.concatenate([-second, first], axis=-1) * sines
-
-
-def _finish(layer: Any, hidden: mx.array, mixed: mx.array) -> mx.array:
-    """Output projection and feed-forward, both added to the rows."""
-    hidden = hidden + layer.self_attn.o_proj(mixed.reshape(len(hidden), -1))
-    out: mx.array = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return out

@@ -22,24 +22,81 @@ from opd.types import Group, IntArray, Prompt
 
 
 @dataclass(frozen=True)
-class Prefixes:
-    """Prompts without their last tokens: `tokens` [B * P], `positions` [3, 1, B * P], `shape` (B, P).
+class Rule:
+    """Which earlier tokens a layer's rows attend to: the last `window`, the row's own included, or all.
 
-    `mask` [B, 1, 1, 1, P] is 0, or -inf where a prompt has ended; None where all are of one length. `visual_rows` [S] are the rows of
-    image tokens in the order of `sources`.
+    With `blocks`, tokens of one image in a prompt see each other in both directions.
+    """
+
+    window: int | None = None
+    blocks: bool = False
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What completion rows do not see: of the prefix -inf in [B, 1, 1, T or 1, P], of their own keys True in [T, keys]; None: nothing."""
+
+    prefix: mx.array | None
+    own: mx.array | None
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Prompts without their last tokens: `tokens` [B * P], `positions` [axes, B * P], `shape` (B, P), `lengths` [B] of each.
+
+    `visual_rows` [S] are the rows of image tokens in the order of `sources`; `images` [B, P] tells the images of a prompt apart, and is
+    -1 at text.
     """
 
     sources: Sequence[Prompt]
     tokens: mx.array
     positions: mx.array
     shape: tuple[int, int]
-    mask: mx.array | None
+    lengths: mx.array
+    even: bool
     visual_rows: mx.array
+    images: mx.array
+
+    @property
+    def real(self) -> mx.array | None:
+        """[B, P], False where a prompt has ended; None where all are of one length."""
+        return None if self.even else mx.arange(self.shape[1]) < self.lengths[:, None]
+
+    def mask(self, rule: Rule) -> mx.array | None:
+        """What a prompt's rows see of it: [B or 1, 1, P, P], True; None where that is causality alone.
+
+        Padding stands on the right, where no real row looks.
+        """
+        blocks = rule.blocks and len(self.visual_rows) > 0
+        window = rule.window if rule.window is not None and rule.window < self.shape[1] else None
+        if not blocks and window is None:
+            return None
+        row, key = mx.arange(self.shape[1])[:, None], mx.arange(self.shape[1])
+        seen = (key <= row)[None]
+        if blocks:
+            seen = seen | ((self.images[:, :, None] == self.images[:, None]) & (self.images >= 0)[:, None])
+        if window is not None:
+            seen = seen & (row - key < window)
+        return seen[:, None]
+
+    def masks(self, rule: Rule, first: int, length: int) -> Masks:
+        """What rows `first`, ... of completions, `length` of them, see of the prefix and of all own keys up to the last row."""
+        row, key = mx.arange(first, first + length)[:, None], mx.arange(first + length)
+        own = key > row if length > 1 else None
+        real, prefix = self.real, None
+        if real is not None:
+            prefix = mx.where(real, 0.0, -mx.inf)[:, None, None, None]
+        if rule.window is not None and rule.window < self.shape[1] + first + length:
+            distance = self.lengths[:, None, None] + row - mx.arange(self.shape[1])
+            far = mx.where(distance < rule.window, 0.0, -mx.inf)[:, None, None]
+            prefix = far if prefix is None else prefix + far
+            own = (key > row) | (row - key >= rule.window)
+        return Masks(prefix, own)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [B * n * T], `positions` [3, 1, B * n * T], `shape` (B, n, T).
+    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [B * n * T], `positions` [axes, B * n * T], `shape` (B, n, T).
 
     `rows` [M] are the completion rows that have a target, in order of group, completion and token.
     """
@@ -70,23 +127,25 @@ class Targets:
 def lay_out_prefixes(prompts: Sequence[Prompt]) -> Prefixes:
     """Pads `prompts`, without their last tokens, to one length."""
     lengths = [len(prompt) - 1 for prompt in prompts]
-    count, width = len(prompts), max(1, *lengths)
+    count, width, axes = len(prompts), max(1, *lengths), len(prompts[0].positions)
     tokens = np.zeros((count, width), np.int32)
-    positions = np.zeros((3, count, width), np.int32)
-    mask = np.zeros((count, 1, 1, 1, width), np.float32)
+    positions = np.zeros((axes, count, width), np.int32)
+    images = np.full((count, width), -1, np.int32)
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         if length in prompt.visual.index:
             raise ValueError("a prompt must not end with an image token")
         tokens[row, :length] = prompt.tokens[:-1]
         positions[:, row, :length] = prompt.positions[:, :-1]
-        mask[row, ..., length:] = -np.inf
+        images[row, prompt.visual.index] = prompt.visual.image
     return Prefixes(
         sources=prompts,
         tokens=mx.array(tokens.reshape(-1)),
-        positions=mx.array(positions.reshape(3, 1, -1)),
+        positions=mx.array(positions.reshape(axes, -1)),
         shape=(count, width),
-        mask=mx.array(mask) if min(lengths) < width else None,
+        lengths=mx.array(np.array(lengths, np.int32)),
+        even=min(lengths) == width,
         visual_rows=mx.array(np.concatenate([row * width + prompt.visual.index for row, prompt in enumerate(prompts)]).astype(np.int32)),
+        images=mx.array(images),
     )
 
 
@@ -95,7 +154,7 @@ def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
     shape = len(prompts), max(map(len, completions)), max(len(tokens) for members in completions for tokens in members)
     inputs = np.zeros(shape, np.int32)
     real = np.zeros(shape, bool)
-    positions = np.zeros((3, *shape), np.int32)
+    positions = np.zeros((len(prompts[0].positions), *shape), np.int32)
     for row, (prompt, members) in enumerate(zip(prompts, completions, strict=True)):
         inputs[row, :, 0] = prompt.tokens[-1]
         positions[:, row] = row_positions(prompt, shape[2])[:, None]
@@ -105,7 +164,7 @@ def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
     return Batch(
         prefixes=lay_out_prefixes(prompts),
         tokens=mx.array(inputs.reshape(-1)),
-        positions=mx.array(positions.reshape(3, 1, -1)),
+        positions=mx.array(positions.reshape(len(positions), -1)),
         shape=shape,
         rows=mx.array(np.flatnonzero(real).astype(np.int32)),
     )
@@ -125,6 +184,6 @@ def lay_out_targets(groups: Sequence[Group]) -> Targets:
 
 
 def row_positions(prompt: Prompt, length: int) -> IntArray:
-    """Rotary positions [3, T] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
+    """Rotary positions [axes, T] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
     later = np.arange(prompt.start, prompt.start + length - 1, dtype=np.int32)
-    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (3, 1))], axis=1)
+    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (len(prompt.positions), 1))], axis=1)

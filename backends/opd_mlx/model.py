@@ -1,8 +1,8 @@
-"""A Qwen3-VL in Hugging Face layout, as mlx-vlm's modules: reading the folder, writing one back, and the names between.
+"""Model folders in Hugging Face layout, as mlx-vlm's modules: reading the folder, writing one back, and the names between.
 
 The modules hold no state of ours: parameters live in flat dictionaries by MLX name, and are put into the modules for the time of a
-computation (`Model.bound`). Tensor names and layouts of files are Hugging Face's; they differ from MLX's in a prefix, and in the patch
-embedding, whose channels MLX keeps last.
+computation (`Model.bound`). Tensor names and layouts of files are Hugging Face's; they differ from MLX's in a prefix, and in the kernels
+of convolutions, whose channels MLX keeps last.
 """
 
 from __future__ import annotations
@@ -11,32 +11,29 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
 from opd import adapters
 from opd.errors import FolderError, ModelError, RecipeError, nearest
 from opd.types import ModelOptions
 from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
+from opd_mlx.attention import Layer
+from opd_mlx.families import Family, family
 from opd_mlx.quantised import dequantised, four_bits, quantisation, quantise_alike
 from opd_mlx.vision import KnownFeatures
 
 Parameters: TypeAlias = dict[str, mx.array]
 """Arrays by MLX name."""
 
-SUPPORTED = ("qwen3_vl",)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
-VISION = "vision_tower."
-PREFIXES = {"language_model.model.": "model.language_model.", VISION: "model.visual.", "language_model.lm_head.": "lm_head."}
-"""Where MLX and Hugging Face names differ; they end alike."""
-
-EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 """Files of a model folder that hold weights; an export copies all others beside its own weights."""
 
@@ -45,11 +42,15 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 class Model:
     """`module` is mlx-vlm's, and keeps the frozen parameters; `names` maps MLX to Hugging Face names.
 
-    `known` holds image features where no part of the vision tower is trained; `frozen_head` is the head where it is not.
+    `config` is config.json as transformers completes it; `known` holds image features where nothing that makes them is trained;
+    `frozen_head` is the head where it is not trained.
     """
 
     folder: Path
+    family: Family
+    config: Mapping[str, Any]
     module: Any
+    layers: Sequence[Layer]
     names: Mapping[str, str]
     tied: bool
     dtype: mx.Dtype
@@ -59,7 +60,7 @@ class Model:
     @property
     def head_name(self) -> str:
         """Name of the parameter that is the head: the embedding's where they are tied."""
-        return EMBEDDING if self.tied else HEAD
+        return next(name for name in self.names if name.endswith("embed_tokens.weight" if self.tied else "lm_head.weight"))
 
     def head(self, parameters: Parameters) -> mx.array:
         """The head [V, D]: float32, or in the compute dtype where it is frozen."""
@@ -89,21 +90,24 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
         raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
     dtype = DTYPES[options.dtype]
     folder = Path(options.path)
-    config = _config(folder)
+    config = read_config(folder)
     if config.get("quantization") and options.adapters is None:
         raise RecipeError(f"{folder}: quantised weights cannot be trained themselves; train adapters over them: --set model.tune=lora")
-    tied = bool(config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", False)))
-    quantised = quantisation(config, _hugging_face)
-    found = dequantised(stored_tensors(folder), quantised, tables=True)
-    if tied:
-        found.pop("lm_head.weight", None)  # a copy of the embedding, in files of some writers
-    module = _build(config, tied, folder)
-    quantise_alike(module, found, quantised, _hugging_face)
+    of = family(config["model_type"])
+    tied = bool(config["tie_word_embeddings"])
+    try:
+        module = of.build(config, tied)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    quantised = quantisation(config, partial(_hugging_face, of))
+    found = dequantised(_used(of, stored_tensors(folder, of), tied), quantised, tables=True)
+    quantise_alike(module, found, quantised, partial(_hugging_face, of))
     shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
-    names = {name: _hugging_face(name) for name in shapes}
+    names = {name: _hugging_face(of, name) for name in shapes}
     _check({names[name]: shape for name, shape in shapes.items()}, {name: _channels_last(value) for name, value in found.items()}, folder)
+    base = Model(folder, of, config, module, of.layers(module, config), names, tied, dtype, None)
     if options.adapters is None:
-        return _all_trained(options, module, names, tied, _merged(options, found, linear_layers(module, names)))
+        return _all_trained(base, options, _merged(options, found, linear_layers(module, names)))
     frozen = {name: _channels_last(found[original]) for name, original in names.items()}
     frozen = {name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value for name, value in frozen.items()}
     module.update(tree_unflatten(list(frozen.items())))
@@ -112,22 +116,25 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
         four_bits(module, {path for name, (path, _) in layers.items() if adapters.part(name) == "language"})
     parameters, trained = add_adapters(module, options, layers)
     visible = any(adapters.part(name) in ("vision", "projector") for name in trained.values())
-    known = None if visible else KnownFeatures(module.vision_tower)
-    model = Model(folder, module, {**names, **trained}, tied, dtype, known, frozen[EMBEDDING if tied else HEAD])
+    model = replace(
+        base,
+        layers=of.layers(module, config),  # anew: quantised and adapted modules took the place of those that were there
+        names={**names, **trained},
+        known=None if visible else KnownFeatures(partial(of.features, module)),
+        frozen_head=frozen[base.head_name],
+    )
     with model.bound(parameters):
         pass
     mx.eval(parameters, module.parameters())
     return model, parameters
 
 
-def _all_trained(
-    options: ModelOptions, module: Any, names: Mapping[str, str], tied: bool, found: Mapping[str, mx.array]
-) -> tuple[Model, Parameters]:
+def _all_trained(base: Model, options: ModelOptions, found: Mapping[str, mx.array]) -> tuple[Model, Parameters]:
     """A model whose parameters are all trained, the vision tower's where that is asked for."""
-    dtype = DTYPES[options.dtype]
-    parameters = {name: _channels_last(found[original]).astype(mx.float32) for name, original in names.items()}
-    frozen = [] if options.tune_vision else [name for name in names if name.startswith(VISION)]
-    model = Model(Path(options.path), module, names, tied, dtype, KnownFeatures(module.vision_tower) if frozen else None)
+    parameters = {name: _channels_last(found[original]).astype(mx.float32) for name, original in base.names.items()}
+    frozen = [] if options.tune_vision else [name for name in base.names if name.startswith(base.family.vision)]
+    known = KnownFeatures(partial(base.family.features, base.module)) if frozen else None
+    model, dtype, module = replace(base, known=known), base.dtype, base.module
     model._put({name: parameters.pop(name).astype(dtype) for name in frozen})
     with model.bound(parameters):
         pass  # what stays in the module is not the random weights it was made with, which are never computed
@@ -145,8 +152,8 @@ def _merged(options: ModelOptions, tensors: Mapping[str, mx.array], layers: Laye
     return merge(tensors, adapter.tensors, adapter.alpha / adapter.rank)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The config.json of a supported architecture. Raises ModelError."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a supported architecture, as transformers completes it: with every default, in today's form. Raises ModelError."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
@@ -158,16 +165,24 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: holds no JSON object")
-    if config.get("model_type") not in SUPPORTED:
-        kind = str(config.get("model_type"))
-        raise ModelError(f"{path}: architecture '{kind}' is not supported by the mlx backend; {nearest(kind, SUPPORTED)}")
-    missing = [section for section in ("text_config", "vision_config") if not isinstance(config.get(section), dict)]
-    if missing:
-        raise ModelError(f"{path}: no {missing[0]}")
-    return config
+    try:
+        family(str(config.get("model_type")))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(config.get("vision_config"), dict):
+        raise ModelError(f"{path}: no vision_config")
+    from transformers import AutoConfig
+
+    # transformers would take the settings of MLX's quantisation for some of its own.
+    known = {name: value for name, value in config.items() if not name.startswith("quantization")}
+    try:
+        completed = cast("dict[str, Any]", AutoConfig.for_model(**known).to_dict())
+        return {**completed, "quantization": config.get("quantization")}
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def stored_tensors(folder: Path) -> dict[str, mx.array]:
+def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:
     """All tensors of the folder's safetensors files by Hugging Face name, not yet read from disk. Raises ModelError."""
     index = folder / "model.safetensors.index.json"
     try:
@@ -179,7 +194,7 @@ def stored_tensors(folder: Path) -> dict[str, mx.array]:
             loaded = mx.load(str(folder / file), return_metadata=True)
             part, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
             if metadata.get("format") == "mlx":  # names and layouts are MLX's
-                part = {_hugging_face(name): _channels_second(value) for name, value in part.items()}
+                part = {_hugging_face(of, name): _channels_second(value) for name, value in part.items()}
             tensors |= part
         return tensors
     except (RuntimeError, ValueError, KeyError) as error:
@@ -195,11 +210,15 @@ def write_model(model: Model, options: ModelOptions, parameters: Parameters, fol
     for file in model.folder.iterdir():
         if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(".index.json"):
             shutil.copy(file, folder)
-    config = _config(model.folder)
-    if config.get("quantization"):
+    of = model.family
+    if model.config.get("quantization"):
+        config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
         plain = {name: value for name, value in config.items() if not name.startswith("quantization")}
         (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
-    tensors = dequantised(stored_tensors(model.folder), quantisation(config, _hugging_face))
+    stored = stored_tensors(model.folder, of)
+    older = {_today(of, name): name for name in stored}
+    quantised = quantisation(model.config, partial(_hugging_face, of))
+    tensors = dequantised({_today(of, name): value for name, value in stored.items()}, quantised)
     if model.tied:
         tensors.pop("lm_head.weight", None)
     trained = model.to_hugging_face(parameters)
@@ -207,7 +226,7 @@ def write_model(model: Model, options: ModelOptions, parameters: Parameters, fol
         changed = merge(tensors, {name: np.array(value) for name, value in trained.items()}, options.adapters.scale)
     else:
         changed = {**_merged(options, tensors), **trained}
-    write_tensors(folder / "model.safetensors", {name: changed[name].astype(value.dtype) for name, value in tensors.items()})
+    write_tensors(folder / "model.safetensors", {older[name]: changed[name].astype(value.dtype) for name, value in tensors.items()})
 
 
 def write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str) -> None:
@@ -234,23 +253,6 @@ def read_tensors(file: Path, model: Model, like: Parameters, prefixes: Sequence[
     return {prefix: {name: found[prefix + model.names[name]] for name in like} for prefix in prefixes}, metadata
 
 
-def _build(config: dict[str, Any], tied: bool, folder: Path) -> Any:
-    """mlx-vlm's module. Rotary settings of transformers 5 (`rope_parameters`) are given under the names mlx-vlm reads."""
-    from mlx_vlm.models.qwen3_vl import Model as Module
-    from mlx_vlm.models.qwen3_vl import ModelConfig
-
-    text, vision = dict(config["text_config"]), {**config["vision_config"], "model_type": "qwen3_vl"}
-    rope = text.get("rope_parameters") or {}
-    text.setdefault("rope_theta", rope.get("rope_theta"))
-    text["rope_scaling"] = {"rope_type": "default", **rope, **(text.get("rope_scaling") or {})}
-    text["tie_word_embeddings"] = tied
-    try:
-        text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
-        return Module(ModelConfig.from_dict({**config, "text_config": text, "vision_config": vision}))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be used: {error}") from error
-
-
 def _check(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array], folder: Path) -> None:
     missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or unknown:
@@ -261,18 +263,35 @@ def _check(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array],
             raise ModelError(f"{folder}: weights and config.json do not fit: {name} is {found[name].shape}, not {shape}")
 
 
-def _hugging_face(name: str) -> str:
-    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    return PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+def _used(of: Family, tensors: Mapping[str, mx.array], tied: bool) -> dict[str, mx.array]:
+    """Tensors by their names in transformers' module, without those that no forward uses."""
+    named = {_today(of, name): value for name, value in tensors.items() if not name.startswith(of.left_out)}
+    if tied:
+        named.pop("lm_head.weight", None)  # a copy of the embedding, in files of some writers
+    return named
+
+
+def _hugging_face(of: Family, name: str) -> str:
+    return _renamed(of.names, name)
+
+
+def _today(of: Family, name: str) -> str:
+    """The name of a file's tensor in transformers' module; such a name itself stays."""
+    return _renamed(of.renamed, name)
+
+
+def _renamed(prefixes: Mapping[str, str], name: str) -> str:
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _channels_last(value: mx.array) -> mx.array:
-    """The patch embedding [out, channel, time, height, width], the only tensor of five axes, as MLX convolves.
+    """The kernel of a convolution [out, channel, ...], of which there is no other tensor of more than two axes, as MLX convolves.
 
     Contiguous, as a step leaves it: so that a restored run computes what the run would have, to the bit.
     """
-    return mx.contiguous(value.transpose(0, 2, 3, 4, 1)) if value.ndim == 5 else value
+    return mx.contiguous(mx.moveaxis(value, 1, -1)) if value.ndim > 2 else value
 
 
 def _channels_second(value: mx.array) -> mx.array:
-    return mx.contiguous(value.transpose(0, 4, 1, 2, 3)) if value.ndim == 5 else value
+    return mx.contiguous(mx.moveaxis(value, -1, 1)) if value.ndim > 2 else value

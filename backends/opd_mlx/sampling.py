@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd.types import Completion, FloatArray, Prompt, Sampling
-from opd_mlx.attention import Own
 from opd_mlx.batch import lay_out_prefixes, row_positions
 from opd_mlx.forward import decode, prefill
 from opd_mlx.model import Model
@@ -27,16 +26,16 @@ def sample(model: Model, head: mx.array, prompts: Sequence[Prompt], uniforms: Fl
     prefixes = lay_out_prefixes(prompts)
     prefix = prefill(model, prefixes)
     mx.eval(prefix)
-    own = [Own(_room(keys, n, limit), _room(values, n, limit)) for keys, values in prefix]
+    own = [layer.begin(state, n, limit) for layer, state in zip(model.layers, prefix, strict=True)]
     positions = np.stack([row_positions(prompt, limit) for prompt in prompts], axis=1)
     banned = _banned(sampling, len(head))
     last = np.repeat(np.array([prompt.tokens[-1] for prompt in prompts], np.int32), n)
     tokens, logprobs, ended = [], [], np.zeros(count * n, bool)
     for step in range(limit):
-        at = mx.array(np.repeat(positions[:, None, :, step], n, axis=-1))
-        hidden = decode(model, mx.array(last), at, (count, n, 1), prefix, prefixes.mask, own)
+        at = mx.array(np.repeat(positions[:, :, step], n, axis=-1))
+        hidden = decode(model, mx.array(last), at, (count, n, 1), prefix, prefixes, own, step)
         token, logprob = draw(hidden, head, mx.array(uniforms[:, :, step].reshape(-1)), sampling.temperature, banned)
-        mx.eval(token, logprob, [(layer.keys, layer.values) for layer in own])
+        mx.eval(token, logprob, [layer.arrays for layer in own])
         last = np.array(token)
         tokens.append(last)
         logprobs.append(np.array(logprob))
@@ -75,11 +74,6 @@ def _draw(logits: mx.array, uniforms: mx.array, temperature: float, banned: mx.a
         total = mx.where(possible, cumulative, 0.0).max(-1, keepdims=True)
         token = mx.argmax(possible & ((cumulative > uniforms[:, None]) | (cumulative >= total)), axis=-1, keepdims=True)
     return token[:, 0].astype(mx.int32), mx.take_along_axis(s, token, axis=-1)[:, 0]
-
-
-def _room(prefix: mx.array, n: int, limit: int) -> mx.array:
-    """A buffer [B, heads, n, limit, width] for completions, to a prefix's keys or values [B, heads, P, width]."""
-    return mx.zeros((*prefix.shape[:2], n, limit, prefix.shape[-1]), prefix.dtype)
 
 
 def _banned(sampling: Sampling, vocabulary: int) -> mx.array | None:

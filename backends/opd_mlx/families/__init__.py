@@ -1,0 +1,83 @@
+"""What differs between families of vision-language models once a prompt is encoded; one module per family.
+
+mlx-vlm's modules hold the parameters, and `Layer`s of `opd_mlx.attention` say how one of them computes. Everything else of this package
+is one code for all families. Twin of `opd_torch.families`; `opd.families` is the part of the prompt's encoding.
+
+Legend: S visual tokens, D text width, B prompts, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from opd.errors import ModelError, nearest
+from opd.types import Prompt
+from opd_mlx.attention import KeysValues, Layer
+from opd_mlx.families.gemma3 import Gemma3
+from opd_mlx.families.idefics3 import Idefics3
+from opd_mlx.families.qwen2_5_vl import Qwen25VL
+from opd_mlx.families.qwen3_5 import Qwen35
+from opd_mlx.families.qwen3_vl import Qwen3VL
+
+
+class Family(Protocol):
+    """What the trunk needs to know of a family. `config` is config.json as transformers completes it (`opd_mlx.model.read_config`)."""
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Values of `model_type` in config.json."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Prefixes of the parameters' names in mlx-vlm's module, and what stands for each in transformers' module; they end alike."""
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """Prefixes of tensors' names in published files, and what stands for each in transformers' module today."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Prefixes of tensors in published files that no forward uses; an export keeps them."""
+
+    @property
+    def vision(self) -> tuple[str, ...]:
+        """Prefixes, in mlx-vlm's module, of what makes image features: the tower, and the projector behind it."""
+
+    def build(self, config: Mapping[str, Any], tied: bool) -> Any:
+        """mlx-vlm's module, with random parameters that are not computed; without a head of its own if `tied`."""
+
+    def text(self, module: Any) -> Any:
+        """The module that has `embed_tokens`, `layers` and `norm`."""
+
+    def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
+        """The layers of the language trunk."""
+
+    def embed(self, module: Any, tokens: mx.array) -> mx.array:
+        """Embeddings [..., D] of `tokens`, as the first layer takes them."""
+
+    def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
+        """Cosines and sines [rows, 1, E] at `positions` [axes, rows], one pair for each `Layer.rotary` there is."""
+
+    def features(self, module: Any, prompts: Sequence[Prompt], again: bool = False) -> list[mx.array]:
+        """Features [S, D] of all visual tokens in the order of `prompts`: for the embeddings, then for what follows the first layers.
+
+        Prompts of equal key are computed once; without any image there are none. `again` computes blocks again in a backward.
+        """
+
+    def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
+        """Bytes that a backward through the vision tower holds for a prompt's images, roughly."""
+
+
+FAMILIES: tuple[Family, ...] = (Qwen3VL(), Qwen25VL(), Qwen35(), Gemma3(), Idefics3())
+
+MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_types}
+
+
+def family(model_type: str) -> Family:
+    """The family of a `model_type`. Raises ModelError."""
+    if model_type not in MODEL_TYPES:
+        raise ModelError(f"architecture '{model_type}' is not supported by the mlx backend; {nearest(model_type, MODEL_TYPES)}")
+    return MODEL_TYPES[model_type]

@@ -1,0 +1,164 @@
+"""Qwen3.5: most layers are gated delta nets, which keep a state instead of keys; the others attend, with a gate on what they find.
+
+The state after a prompt, and the last inputs of the short convolution, are what n completions start from.
+
+Source: `modeling_qwen3_5.py` of transformers 5; the delta rule in chunks is mlx-vlm's.
+
+Legend: B prompts, P prompt tokens, n completions of each, T completion tokens, K kernel of the convolution, C its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from opd_mlx.attention import KeysValues, Layer
+from opd_mlx.batch import Masks, Prefixes, Rule
+from opd_mlx.families.qwen3_vl import NormedHeads, Qwen3VL, head_counts
+
+CHUNK = 64
+"""Tokens of which the delta rule is one solve."""
+
+
+class Qwen35(Qwen3VL):
+    """See `opd_mlx.families.Family`. The tower is Qwen3-VL's, without features for further layers."""
+
+    model_types = ("qwen3_5",)
+    left_out = ("mtp.",)
+
+    def build(self, config: Mapping[str, Any], tied: bool) -> Any:
+        """See `opd_mlx.families.Family`."""
+        from mlx_vlm.models.gemma3.language import RMSNorm
+        from mlx_vlm.models.qwen3_5 import Model, ModelConfig
+
+        kinds = config["text_config"]["layer_types"]
+        text = {**config["text_config"], "tie_word_embeddings": tied, "full_attention_interval": 1}
+        text["rope_parameters"] = {**text["rope_parameters"], "type": "default"}
+        vision = {**config["vision_config"], "model_type": "qwen3_5", "deepstack_visual_indexes": []}
+        module = Model(ModelConfig.from_dict({**config, "text_config": text, "vision_config": vision}))
+        args, model = module.language_model.args, module.language_model.model
+
+        def centred(width: int) -> Any:
+            """The model's norms multiply by 1 + weight, which mlx-vlm adds to the weight; a decay would pull that to another point."""
+            norm = RMSNorm(width, args.rms_norm_eps)
+            norm.weight = mx.zeros(width)
+            return norm
+
+        model.norm = centred(args.hidden_size)
+        for layer, kind in zip(model.layers, kinds, strict=True):
+            layer.input_layernorm, layer.post_attention_layernorm = centred(args.hidden_size), centred(args.hidden_size)
+            if kind == "full_attention":
+                layer.self_attn.q_norm, layer.self_attn.k_norm = centred(args.head_dim), centred(args.head_dim)
+            else:
+                from mlx_vlm.models.qwen3_5.language import Qwen3_5GatedDeltaNet
+
+                layer.pop("self_attn")
+                layer.linear_attn = Qwen3_5GatedDeltaNet(args)
+        return module
+
+    def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
+        """See `opd_mlx.families.Family`."""
+        return [
+            GatedHeads(layer, *head_counts(config), layer.self_attn.scale, Rule()) if "self_attn" in layer else GatedDelta(layer)
+            for layer in self.text(module).layers
+        ]
+
+
+class GatedHeads(NormedHeads):
+    """What attention finds is multiplied by a gate, which the projection of queries gives beside them."""
+
+    def query(self, rows: mx.array) -> tuple[mx.array, mx.array | None]:
+        """See `AttentionLayer`."""
+        query, gate = mx.split(self.module.self_attn.q_proj(rows).reshape(len(rows), self._heads, -1), 2, axis=-1)
+        return self.module.self_attn.q_norm(query), gate.reshape(len(rows), -1)
+
+    def finish(self, hidden: mx.array, mixed: mx.array, beside: mx.array | None) -> mx.array:
+        """See `AttentionLayer`."""
+        assert beside is not None
+        return super().finish(hidden, mixed * mx.sigmoid(beside), None)
+
+
+@dataclass
+class State:
+    """In decoding: the state [B * n, heads, value width, key width] in float32, and the convolution's last inputs [B * n, K - 1, C]."""
+
+    memory: mx.array
+    window: mx.array
+
+    @property
+    def arrays(self) -> KeysValues:
+        """See `Own`."""
+        return self.memory, self.window
+
+
+class GatedDelta:
+    """See `Layer`. Its "keys and values" are the state and the convolution's window after each prompt, [B, ...]."""
+
+    rotary = 0
+    rule = Rule()
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def prefix(
+        self, hidden: mx.array, angles: KeysValues, prefixes: Prefixes, mask: mx.array | None, last: bool
+    ) -> tuple[mx.array, KeysValues]:
+        """See `Layer`. Padding changes no state: it neither decays nor writes, and the window ends where the prompt does."""
+        net, (count, width) = self.module.linear_attn, prefixes.shape
+        rows = self.module.input_layernorm(hidden).reshape(count, width, -1)
+        memory = mx.zeros((count, net.num_v_heads, net.head_v_dim, net.head_k_dim), mx.float32)
+        before = mx.zeros((count, net.conv_kernel_size - 1, net.conv_dim), rows.dtype)
+        mixed, memory, inputs = _mix(net, rows, memory, before, prefixes.real)
+        # Inputs stand K - 1 places later than their rows.
+        places = prefixes.lengths[:, None] + mx.arange(net.conv_kernel_size - 1)
+        window = mx.take_along_axis(inputs, places[..., None], axis=1)
+        return (hidden if last else self._finish(hidden, mixed)), (memory, window)
+
+    def completion(
+        self, hidden: mx.array, angles: KeysValues, shape: tuple[int, int, int], prefix: KeysValues, masks: Masks, own: State | None
+    ) -> mx.array:
+        """See `Layer`. Padded rows stand behind all real ones, which do not see them."""
+        net, (batch, n, length) = self.module.linear_attn, shape
+        rows = self.module.input_layernorm(hidden).reshape(batch * n, length, -1)
+        memory, window = (own if own is not None else self.begin(prefix, n, length)).arrays
+        mixed, memory, inputs = _mix(net, rows, memory, window, None)
+        if own is not None:
+            own.memory, own.window = memory, inputs[:, length:]
+        return self._finish(hidden, mixed)
+
+    def begin(self, prefix: KeysValues, n: int, limit: int) -> State:
+        """See `Layer`: the prompt's state, forked."""
+        memory, window = (mx.repeat(part, n, axis=0) for part in prefix)
+        return State(memory, window)
+
+    def _finish(self, hidden: mx.array, mixed: mx.array) -> mx.array:
+        hidden = hidden + self.module.linear_attn.out_proj(mixed.reshape(len(hidden), -1))
+        out: mx.array = hidden + self.module.mlp(self.module.post_attention_layernorm(hidden))
+        return out
+
+
+def _mix(net: Any, rows: mx.array, memory: mx.array, window: mx.array, real: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+    """The delta net over `rows` [rows, T, D] behind `memory` and `window`: its output before the projection, the memory after it, and all
+    inputs [rows, K - 1 + T, C] of the convolution. `real` [rows, T] is False at padding."""
+    from mlx_vlm.models.qwen3_5.gated_delta import gated_delta_chunked, gated_delta_ops
+
+    batch, length = rows.shape[:2]
+    inputs = mx.concatenate([window, net.in_proj_qkv(rows)], axis=1)
+    kernel = net.conv1d.weight[..., 0]
+    # As a sum of shifted inputs, whose gradient is cheap on every device.
+    convolved = nn.silu(sum(inputs[:, shift : shift + length] * kernel[:, shift] for shift in range(net.conv_kernel_size)))
+    query, key, value = mx.split(convolved, [net.key_dim, 2 * net.key_dim], axis=-1)
+    query, key = net._normalize_qk(*(part.reshape(batch, length, net.num_k_heads, -1) for part in (query, key)))
+    value = value.reshape(batch, length, net.num_v_heads, -1)
+    decay = mx.exp(-mx.exp(net.A_log.astype(mx.float32)) * nn.softplus(net.in_proj_a(rows).astype(mx.float32) + net.dt_bias))
+    beta = mx.sigmoid(net.in_proj_b(rows)).astype(mx.float32)
+    if length == 1:
+        mixed, memory = gated_delta_ops(query, key, value, decay, beta, memory, real)
+    else:
+        mixed, memory = gated_delta_chunked(query, key, value, decay, beta, memory, real, C=min(CHUNK, length))
+    gate = net.in_proj_z(rows).reshape(mixed.shape)
+    return cast("mx.array", net.norm(mixed, gate)), memory, inputs
