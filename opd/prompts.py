@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from opd import families
 from opd.errors import DataError, ModelError
-from opd.types import Prompt, VisualTokens
+from opd.types import Policy, Prompt, VisualTokens
 
 IMAGE_MARKER = "<image>"
 """Where an image stands in a question, in the formats that say so (Vision-OPD-6K, ms-swift, LLaVA)."""
@@ -37,24 +37,38 @@ class PromptEncoder:
     stop: tuple[int, ...]
     banned: tuple[int, ...]
 
-    def __init__(self, model: Path, max_pixels: int | None = None, min_pixels: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        max_pixels: int | None = None,
+        min_pixels: int | None = None,
+        teacher_max_pixels: int | None = None,
+        teacher_min_pixels: int | None = None,
+    ) -> None:
         """Loads tokenizer, chat template and image processor from a folder in Hugging Face layout; nothing is downloaded.
 
-        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves the model's own.
+        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves the model's own. The teacher's
+        follow the student's where they are None.
         Raises ModelError with one line that says what is missing.
         """
         model = Path(model)
         config = _config(model)
         self._family = families.family(str(config.get("model_type")))
         self._tokenizer, self._processor = _load(model)
-        self._sizes = self._family.sizes(self._processor, min_pixels, max_pixels)
+        teacher = teacher_min_pixels or min_pixels, teacher_max_pixels or max_pixels
+        self._sizes = {
+            "student": self._family.sizes(self._processor, min_pixels, max_pixels),
+            "teacher": self._family.sizes(self._processor, *teacher),
+        }
         self._image_token = self._token(model, self._family.image_token)
         self.banned = tuple(self._token(model, token) for token in self._family.banned)
         self.stop = self._stops(model)
-        settings = {**self._processor.to_dict(), **self._sizes}
-        self._settings = json.dumps(settings, sort_keys=True, default=str).encode()
+        self._settings = {
+            policy: json.dumps({**self._processor.to_dict(), **sizes}, sort_keys=True, default=str).encode()
+            for policy, sizes in self._sizes.items()
+        }
 
-    def encode(self, images: Sequence[Image], question: str) -> Prompt:
+    def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
         """One user turn, thinking off: the images, then the question; or the images where `<image>` stands in the question.
 
         `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
@@ -70,7 +84,7 @@ class PromptEncoder:
         places = np.flatnonzero(compact == self._image_token)
         if len(places) != len(images):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.image_token}'; remove it")
-        arrays = self._process(images)
+        arrays = self._process(images, self._sizes[policy])
         grids = self._family.grids(arrays, self._processor) if images else []
         counts = [rows * columns for rows, columns in grids]
         copies = np.ones(len(compact), dtype=np.int64)
@@ -81,7 +95,7 @@ class PromptEncoder:
             tokens=tokens,
             positions=self._family.positions(tokens, self._image_token, grids),
             images=arrays,
-            key=self._key(images),
+            key=self._key(images, self._settings[policy]),
             visual=VisualTokens(
                 index=np.flatnonzero(tokens == self._image_token).astype(np.int32),
                 image=np.repeat(np.arange(len(images), dtype=np.int32), counts),
@@ -93,22 +107,22 @@ class PromptEncoder:
         """The text of a completion, without special tokens."""
         return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _process(self, images: Sequence[Image]) -> dict[str, NDArray[np.generic]]:
+    def _process(self, images: Sequence[Image], sizes: dict[str, Any]) -> dict[str, NDArray[np.generic]]:
         if not images:
             return {}
         try:
-            found = self._processor(images=list(images), return_tensors="np", **self._sizes)
+            found = self._processor(images=list(images), return_tensors="np", **sizes)
         except ValueError as error:
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise DataError(f"images of {sizes} pixels cannot be encoded: {_line(error)}") from error
+            given = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise DataError(f"images of {given} pixels cannot be encoded: {_line(error)}") from error
         # Floats are features and integers are shapes in every family; backends get one width of each.
         return {
             name: np.ascontiguousarray(array, dtype=np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32)
             for name, array in found.items()
         }
 
-    def _key(self, images: Sequence[Image]) -> str:
-        digest = hashlib.sha256(self._settings)
+    def _key(self, images: Sequence[Image], settings: bytes) -> str:
+        digest = hashlib.sha256(settings)
         for image in images:
             digest.update(f"{image.mode} {image.width} {image.height};".encode())
             digest.update(image.tobytes())

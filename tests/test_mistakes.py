@@ -80,6 +80,12 @@ def refused(here, *arguments):
         (["train", "--model", "full"], "full is not a complete model folder: config.json is missing"),
         (["train", "--model", "old"], "model 'old': this run has no model/ yet; finish it with: opd train --resume old"),
         (["sample", "--model", "nowhere"], "model 'nowhere': no such folder"),
+        (["sample", "--model", "runs/nowhere"], "model 'runs/nowhere': neither a folder here nor in the cache"),
+        (["train", "--model", "old", "--set", "model.revision=v1"], "model.revision = 'v1': 'old' is a folder, which has no revisions"),
+        (
+            ["train", "--set", "model.min_pixels=2000", "--set", "model.teacher_max_pixels=1000"],
+            "recipe 'tiny': model: the teacher's min_pixels, 2000, is above its max_pixels, 1000",
+        ),
         (["train", "--data", "nowhere.jsonl"], "data file not found: nowhere.jsonl"),
         (["train", "--data", "full"], "full is a folder; name the data file in it"),
         (["train", "--data", "file"], "file: the file is empty"),
@@ -244,4 +250,7 @@ def test_no_traceback_reaches_a_terminal(here):
     arguments = [sys.executable, "-m", "opd_cli", "train", "--model", "nowhere"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "opd: model 'nowhere': no such folder; give a folder in Hugging Face layout, a run folder, or 'tiny'\n"
+    assert (
+        done.stderr
+        == "opd: model 'nowhere': no such folder; give a folder in Hugging Face layout, a run folder, a Hugging Face id, or 'tiny'\n"
+    )

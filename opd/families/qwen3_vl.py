@@ -31,6 +31,7 @@ class Qwen3VL:
             size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
         if min_pixels is not None:
             size["shortest_edge"] = min_pixels
+            size["longest_edge"] = max(size["longest_edge"], min_pixels)
         return {"size": size}
 
     def grids(self, images: Mapping[str, NDArray[np.generic]], processor: Any) -> list[tuple[int, int]]:
