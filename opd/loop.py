@@ -73,7 +73,7 @@ class Trainer:
             if self.progress.stopping and step < steps:
                 raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.folder.path}")
         if self.backend.rank == 0:
-            self.folder.fill(self.folder.model, lambda folder: self.backend.export(folder, "model"))
+            self.folder.fill(self.folder.model, self._export)
         after = self._measure("after")
         self._keep("after", after)
         self._record(steps, after)
@@ -230,6 +230,10 @@ class Trainer:
         if answered and self.backend.rank == 0:
             earlier = [row for row in self.folder.rows("accuracy.jsonl") if row["step"] < step]
             self.folder.rewrite("accuracy.jsonl", [*earlier, {"step": step, **measure.accuracies(answered)}])
+
+    def _export(self, folder: Path) -> None:
+        self.backend.export(folder, "model")
+        self.encoder.save(folder)
 
     def _checkpoint(self, step: int, seconds: float) -> None:
         def fill(folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd import families
+from opd import families, templates
 from opd.errors import DataError, ModelError
 from opd.types import Policy, Prompt, VisualTokens
 
@@ -29,6 +30,20 @@ NEEDED = (
     ("preprocessor_config.json", "processor_config.json"),
 )
 """Files of a model folder without which no prompt can be encoded, with the names that each may have."""
+
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a model folder that make its tokenizer and chat template."""
 
 
 class PromptEncoder:
@@ -54,7 +69,9 @@ class PromptEncoder:
         model = Path(model)
         config = _config(model)
         self._family = families.family(str(config.get("model_type")))
+        self._model = model
         self._tokenizer, self._processor = _load(model)
+        self._tokenizer.chat_template = templates.every(self._tokenizer.chat_template, self._probe)
         teacher = teacher_min_pixels or min_pixels, teacher_max_pixels or max_pixels
         self._sizes = {
             "student": self._family.sizes(self._processor, min_pixels, max_pixels),
@@ -74,12 +91,7 @@ class PromptEncoder:
         `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
         Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
         """
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": _content(question, len(images))}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
+        text = self._render(_content(question, len(images)))
         compact = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         places = np.flatnonzero(compact == self._image_token)
         if len(places) != len(images):
@@ -106,6 +118,24 @@ class PromptEncoder:
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion, without special tokens."""
         return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer and chat template into an exported folder: its template alone, without an argument, gives these prompts."""
+        for file in self._model.iterdir():
+            if file.name in TOKENIZER and not (folder / file.name).exists():  # an adapter is exported without
+                shutil.copyfile(file, folder / file.name)
+        templates.rewrite(folder, self._probe)
+
+    def _render(self, content: list[dict[str, str]], template: str | None = None) -> str:
+        turn = [{"role": "user", "content": content}]
+        return str(self._tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True))
+
+    def _probe(self, template: str) -> str:
+        """The generation prompt of a template. Raises ModelError where it cannot be rendered."""
+        try:
+            return self._render([{"type": "text", "text": "?"}], template)
+        except Exception as error:  # whatever a template does
+            raise ModelError(f"{self._model}: the chat template cannot be rendered: {_line(error)}") from error
 
     def _process(self, images: Sequence[Image], sizes: dict[str, Any]) -> dict[str, NDArray[np.generic]]:
         if not images:

@@ -64,6 +64,9 @@ class ToyEncoder:
         """The tokens as letters, without the stop token."""
         return "".join(chr(ord("a") + token) for token in tokens if token != STOP)
 
+    def save(self, folder: Path) -> None:
+        """A toy has no tokenizer."""
+
 
 class ToyBackend:
     """A backend of one process, in float64."""

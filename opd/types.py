@@ -202,3 +202,6 @@ class Encoder(Protocol):
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion, without special tokens."""
+
+    def save(self, folder: Path) -> None:
+        """Writes into an exported folder what turns a conversation into the prompt that was trained."""
