@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -68,3 +71,29 @@ class ModelChoice(Options):
         if self.tune == "lora":
             raise RecipeError("model.tune = 'lora': adapters are not in this version yet; use --set model.tune=full")
         return ModelOptions(self.folder(), self.dtype, self.vision)
+
+
+def is_tiny(path: str) -> bool:
+    """Whether a model is the embedded one, or was made of it: by a run, an adapter or an export. False where there is nothing."""
+    from opd.tiny import MODEL
+
+    if path == "tiny":
+        return True
+    folder = Path(path).expanduser()
+    if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
+        base = _read(folder / "config.toml", tomllib.loads).get("model", {})
+        return is_tiny(str(base.get("path", "tiny")))
+    if (folder / "adapter_config.json").is_file():
+        name = str(_read(folder / "adapter_config.json", json.loads).get("base_model_name_or_path", ""))
+        return name != path and (Path(name).parts[-3:] == MODEL.parts[-3:] or is_tiny(name))
+    embedded, found = (_read(place / "config.json", json.loads) for place in (MODEL, folder))
+    return all(found.get(key) == value for key, value in embedded.items())
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file's values; none where it is missing or broken, which is told where it is needed."""
+    try:
+        values = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
