@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from opd import randomness
+from opd import hub, randomness
 from opd.errors import ModelError, RecipeError, nearest
 from opd.types import FloatArray, ModelOptions
 
@@ -147,6 +147,11 @@ def base(folder: Path) -> str:
     return found
 
 
+def revision(folder: Path) -> str:
+    """The commit of the base that an adapter was trained on; empty where it is a folder. Raises ModelError."""
+    return str(_config(folder).get("revision") or "")
+
+
 def options_of(folder: Path) -> AdapterOptions:
     """Rank and alpha of an adapter on disk; its layers are those of its tensors. Raises ModelError."""
     config = _config(folder)
@@ -181,7 +186,8 @@ def write_config(folder: Path, options: AdapterOptions, tensors: Mapping[str, An
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": str(model.resolve()),
+        "base_model_name_or_path": hub.name(model) or str(model.resolve()),
+        "revision": hub.commit(model) or None,
         "inference_mode": True,
         "r": options.rank,
         "lora_alpha": options.alpha,

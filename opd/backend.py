@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +106,9 @@ BUILT_IN = {
     "cpu": Entry("opd_torch:load_cpu", "torch", "cuda"),
 }
 
+QUANTIZE = "opd_mlx:quantize"
+"""Called with a model's folder, a folder to write, and bits per weight."""
+
 GROUP = "opd.backends"
 """Entry point group in which other distributions offer backends: a callable from ModelOptions to a Backend."""
 
@@ -173,8 +176,19 @@ def load(name: str, options: ModelOptions) -> Backend:
     """Loads the model on the named backend (`auto` picks one). Raises BackendError or ModelError."""
     chosen = resolve(name)
     if chosen in BUILT_IN:
-        module, function = BUILT_IN[chosen].target.split(":")
-        found = getattr(importlib.import_module(module), function)
+        found = _function(BUILT_IN[chosen].target)
     else:
         found = next(entry for entry in entry_points(group=GROUP) if entry.name == chosen).load()
     return cast("Callable[[ModelOptions], Backend]", found)(options)
+
+
+def quantizer() -> Callable[[Path, Path, int], None]:
+    """Writes a quantised copy of a model folder, in the layout of mlx-community. Raises BackendError where MLX is not installed."""
+    resolve("mlx")
+    return cast("Callable[[Path, Path, int], None]", _function(QUANTIZE))
+
+
+def _function(target: str) -> Callable[..., Any]:
+    module, name = target.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found

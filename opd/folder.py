@@ -125,6 +125,15 @@ class RunFolder:
         return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def check_empty(path: Path) -> None:
+    """Raises FolderError where `path` is not a folder that is empty, or can be made."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if path.is_dir() and any(path.iterdir()):
+        raise FolderError(f"folder '{path}' is not empty; name another with --out")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise FolderError(f"folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with --out")
+
+
 def _free(path: Path) -> Path:
     number = 1
     while path.with_name(f"{path.name}~{number}").exists():

@@ -77,8 +77,7 @@ class Trainer:
             if self.progress.stopping and step < steps:
                 raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.folder.path}")
         if self.backend.rank == 0:
-            kind = self.recipe.model.result
-            self.folder.fill(self.folder.path / kind, lambda folder: self.backend.export(folder, kind))
+            self.folder.fill(self.folder.path / self.recipe.model.result, self._export)
         after = self._measure("after")
         self._keep("after", after)
         self._record(steps, after)
@@ -235,6 +234,10 @@ class Trainer:
         if answered and self.backend.rank == 0:
             earlier = [row for row in self.folder.rows("accuracy.jsonl") if row["step"] < step]
             self.folder.rewrite("accuracy.jsonl", [*earlier, {"step": step, **measure.accuracies(answered)}])
+
+    def _export(self, folder: Path) -> None:
+        self.backend.export(folder, self.recipe.model.result)
+        self.encoder.save(folder)
 
     def _checkpoint(self, step: int, seconds: float) -> None:
         def fill(folder: Path) -> None:

@@ -80,7 +80,7 @@ def encode_student(encoder: Encoder, example: Example) -> Prompt:
 def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
     """The same prompt with the images swapped for the teacher's, and the question where the example gives another one."""
     question = example.question if example.teacher_question is None else example.teacher_question
-    return encoder.encode(teacher_images(example, view), question)
+    return encoder.encode(teacher_images(example, view), question, "teacher")
 
 
 def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from opd import adapters
+from opd import adapters, hub
 from opd.adapters import AdapterOptions
-from opd.errors import ModelError
+from opd.errors import ModelError, RecipeError
 from opd.options import Options
 from opd.types import ModelOptions
 
@@ -17,7 +20,8 @@ from opd.types import ModelOptions
 class ModelChoice(Options):
     """The model section of a recipe."""
 
-    path: str = Field("tiny", description="'tiny' (embedded), a folder in Hugging Face layout, or a run folder.")
+    path: str = Field("tiny", description="'tiny' (embedded), a folder in Hugging Face layout, a run folder, or a Hugging Face id.")
+    revision: str = Field("", description="Branch, tag or commit of a Hugging Face id; empty: its default branch.")
     tune: Literal["full", "lora", "qlora"] = Field(
         "full", description="What is trained: all parameters, or low-rank adapters (qlora: over weights in 4 bits)."
     )
@@ -31,11 +35,30 @@ class ModelChoice(Options):
         min_length=1,
         description="Linear layers of the language model that get an adapter, by their names' last words.",
     )
-    max_pixels: int = Field(0, ge=0, description="Largest image the student's and teacher's encoder keeps, in pixels; 0: the model's own.")
+    max_pixels: int = Field(0, ge=0, description="Pixels above which an image is made smaller; 0: the model's own bound.")
+    min_pixels: int = Field(0, ge=0, description="Pixels below which an image is made larger; 0: the model's own bound.")
+    teacher_max_pixels: int = Field(0, ge=0, description="The same for what the teacher sees; 0: as the student's.")
+    teacher_min_pixels: int = Field(0, ge=0, description="The same for what the teacher sees; 0: as the student's.")
 
-    def folder(self) -> Path:
-        """The model's folder; of an adapter, that of its base. Raises ModelError where there is none."""
-        return self._found()[0]
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        teacher = self.teacher_max_pixels or self.max_pixels, self.teacher_min_pixels or self.min_pixels
+        for policy, (largest, smallest) in (("student", (self.max_pixels, self.min_pixels)), ("teacher", teacher)):
+            if largest and smallest > largest:
+                raise ValueError(f"the {policy}'s min_pixels, {smallest}, is above its max_pixels, {largest}")
+        return self
+
+    def pixels(self) -> dict[str, int | None]:
+        """The bounds on images as `PromptEncoder` takes them."""
+        names = ("max_pixels", "min_pixels", "teacher_max_pixels", "teacher_min_pixels")
+        return {name: getattr(self, name) or None for name in names}
+
+    def folder(self, weights: bool = True) -> Path:
+        """The model's folder; of an adapter, that of its base. Raises ModelError where there is none.
+
+        Fetched where it is a Hugging Face id; without `weights` its small files do.
+        """
+        return self._found(weights)[0]
 
     @property
     def result(self) -> Literal["model", "adapter"]:
@@ -58,7 +81,7 @@ class ModelChoice(Options):
             self.tune == "qlora",
         )
 
-    def _found(self) -> tuple[Path, Path | None]:
+    def _found(self, weights: bool = True) -> tuple[Path, Path | None]:
         """The model's folder, and that of an adapter on it where `path` names one."""
         if self.path == "tiny":
             from opd.tiny import MODEL
@@ -66,20 +89,57 @@ class ModelChoice(Options):
             return MODEL, None
         path = Path(self.path).expanduser()
         if not path.is_dir():
-            raise ModelError(f"model '{self.path}': no such folder; give a folder in Hugging Face layout, a run folder, or 'tiny'")
+            if hub.is_id(self.path):
+                folder = hub.fetch(self.path, self.revision, weights)
+                hub.refuse_remote_code(folder, self.path)
+                return folder, None
+            raise ModelError(
+                f"model '{self.path}': no such folder; give a folder in Hugging Face layout, a run folder, a Hugging Face id, or 'tiny'"
+            )
+        if self.revision:
+            raise RecipeError(f"model.revision = '{self.revision}': '{self.path}' is a folder, which has no revisions")
         if (path / "config.toml").is_file() and not (path / "config.json").is_file():
             results = [path / name for name in ("model", "adapter") if (path / name).is_dir()]
             if not results:
                 raise ModelError(f"model '{self.path}': this run has no model/ yet; finish it with: opd train --resume {self.path}")
             path = results[0]
-        return (self._base(path), path) if adapters.is_adapter(path) else (path, None)
+        if adapters.is_adapter(path):
+            return self._base(path, weights), path
+        hub.refuse_remote_code(path, self.path)
+        return path, None
 
-    def _base(self, adapter: Path) -> Path:
+    def _base(self, adapter: Path, weights: bool) -> Path:
         """The folder of the model that an adapter was trained on."""
         name = adapters.base(adapter)
         if not Path(name).is_dir() and Path(name).parts[-3:] == ("opd", "tiny", "model"):
             name = "tiny"  # of another installation
         try:
-            return ModelChoice(path=name)._found()[0]
+            return ModelChoice(path=name, revision=adapters.revision(adapter))._found(weights)[0]
         except ModelError as error:
             raise ModelError(f"model '{self.path}' is an adapter, and its base is not here: {error}") from error
+
+
+def is_tiny(path: str) -> bool:
+    """Whether a model is the embedded one, or was made of it: by a run, an adapter or an export. False where there is nothing."""
+    from opd.tiny import MODEL
+
+    if path == "tiny":
+        return True
+    folder = Path(path).expanduser()
+    if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
+        base = _read(folder / "config.toml", tomllib.loads).get("model", {})
+        return is_tiny(str(base.get("path", "tiny")))
+    if (folder / "adapter_config.json").is_file():
+        name = str(_read(folder / "adapter_config.json", json.loads).get("base_model_name_or_path", ""))
+        return name != path and (Path(name).parts[-3:] == MODEL.parts[-3:] or is_tiny(name))
+    embedded, found = (_read(place / "config.json", json.loads) for place in (MODEL, folder))
+    return all(found.get(key) == value for key, value in embedded.items())
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file's values; none where it is missing or broken, which is told where it is needed."""
+    try:
+        values = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

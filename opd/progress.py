@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 
@@ -23,6 +24,9 @@ class Progress(Protocol):
 
     def note(self, message: str) -> None:
         """Something a person should know."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Leaves the screen to somebody else's bars while the block runs."""
 
     @property
     def stopping(self) -> bool:
@@ -45,3 +49,7 @@ class Quiet:
 
     def note(self, message: str) -> None:
         """See `Progress`."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """See `Progress`."""
+        return nullcontext()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd import families
+from opd import families, templates
 from opd.errors import DataError, ModelError
 from opd.families.layout import Layout, tokens_of
-from opd.types import Prompt, VisualTokens
+from opd.types import Policy, Prompt, VisualTokens
 
 IMAGE_MARKER = "<image>"
 """Where an image stands in a question, in the formats that say so (Vision-OPD-6K, ms-swift, LLaVA)."""
@@ -32,42 +33,67 @@ NEEDED = (
 """Files of a model folder without which no prompt can be encoded, with the names that each may have."""
 
 
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a model folder that make its tokenizer and chat template."""
+
+
 class PromptEncoder:
     """Encodes prompts as the model's own processor does. `stop`: ids that end a completion; `banned`: ids that never appear in one."""
 
     stop: tuple[int, ...]
     banned: tuple[int, ...]
 
-    def __init__(self, model: Path, max_pixels: int | None = None, min_pixels: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        max_pixels: int | None = None,
+        min_pixels: int | None = None,
+        teacher_max_pixels: int | None = None,
+        teacher_min_pixels: int | None = None,
+    ) -> None:
         """Loads tokenizer, chat template and image processor from a folder in Hugging Face layout; nothing is downloaded.
 
-        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves the model's own.
+        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves the model's own. The teacher's
+        follow the student's where they are None.
         Raises ModelError with one line that says what is missing.
         """
         model = Path(model)
         self._config = _config(model)
         self._family = families.family(str(self._config.get("model_type")))
+        self._model = model
         self._tokenizer, self._processor = _load(model)
-        self._sizes = self._family.sizes(self._processor, min_pixels, max_pixels)
+        self._tokenizer.chat_template = templates.every(self._tokenizer.chat_template, self._probe)
+        teacher = teacher_min_pixels or min_pixels, teacher_max_pixels or max_pixels
+        self._sizes = {
+            "student": self._family.sizes(self._processor, min_pixels, max_pixels),
+            "teacher": self._family.sizes(self._processor, *teacher),
+        }
         self._image_token = self._token(model, self._family.image_token)
         self.banned = tuple(self._token(model, token) for token in self._family.banned)
         self.stop = self._stops(model)
-        settings = {**self._processor.to_dict(), **self._sizes}
-        self._settings = json.dumps(settings, sort_keys=True, default=str).encode()
+        self._settings = {
+            policy: json.dumps({**self._processor.to_dict(), **sizes}, sort_keys=True, default=str).encode()
+            for policy, sizes in self._sizes.items()
+        }
 
-    def encode(self, images: Sequence[Image], question: str) -> Prompt:
+    def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
         """One user turn, thinking off: the images, then the question; or the images where `<image>` stands in the question.
 
         `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
         Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
         """
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": _content(question, len(images))}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        arrays, layouts = self._lay_out(images)
+        text = self._render(_content(question, len(images)))
+        arrays, layouts = self._lay_out(images, self._sizes[policy])
         before, *parts = text.split(self._family.placeholder)
         if len(parts) != len(images):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.placeholder}'; remove it")
@@ -87,7 +113,7 @@ class PromptEncoder:
             tokens=tokens,
             positions=self._family.positions(tokens, self._image_token, grids),
             images=arrays,
-            key=self._key(images),
+            key=self._key(images, self._settings[policy]),
             visual=VisualTokens(
                 index=np.flatnonzero(tokens == self._image_token).astype(np.int32),
                 image=np.repeat(np.arange(len(images), dtype=np.int32), [sum(tile.tokens for tile in layout.tiles) for layout in layouts]),
@@ -99,17 +125,35 @@ class PromptEncoder:
         """The text of a completion, without special tokens."""
         return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _lay_out(self, images: Sequence[Image]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer and chat template into an exported folder: its template alone, without an argument, gives these prompts."""
+        for file in self._model.iterdir():
+            if file.name in TOKENIZER and not (folder / file.name).exists():  # an adapter is exported without
+                shutil.copyfile(file, folder / file.name)
+        templates.rewrite(folder, self._probe)
+
+    def _render(self, content: list[dict[str, str]], template: str | None = None) -> str:
+        turn = [{"role": "user", "content": content}]
+        return str(self._tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True))
+
+    def _probe(self, template: str) -> str:
+        """The generation prompt of a template. Raises ModelError where it cannot be rendered."""
+        try:
+            return self._render([{"type": "text", "text": "?"}], template)
+        except Exception as error:  # whatever a template does
+            raise ModelError(f"{self._model}: the chat template cannot be rendered: {_line(error)}") from error
+
+    def _lay_out(self, images: Sequence[Image], sizes: dict[str, Any]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         if not images:
             return {}, []
         try:
-            return self._family.lay_out(self._processor, images, self._sizes, self._config)
+            return self._family.lay_out(self._processor, images, sizes, self._config)
         except ValueError as error:
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise DataError(f"images of {sizes} pixels cannot be encoded: {_line(error)}") from error
+            given = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise DataError(f"images of {given} pixels cannot be encoded: {_line(error)}") from error
 
-    def _key(self, images: Sequence[Image]) -> str:
-        digest = hashlib.sha256(self._settings)
+    def _key(self, images: Sequence[Image], settings: bytes) -> str:
+        digest = hashlib.sha256(settings)
         for image in images:
             digest.update(f"{image.mode} {image.width} {image.height};".encode())
             digest.update(image.tobytes())

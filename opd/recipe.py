@@ -131,6 +131,8 @@ def validate(values: Mapping[str, Any], source: str) -> Recipe:
             if section:
                 known = known[section[0]].default.__class__.model_fields
             raise RecipeError(f"recipe '{source}': unknown key {where}; {nearest(name, known)}") from failure
+        if error["type"] == "value_error":  # a check of several keys together, in its section's own words
+            raise RecipeError(f"recipe '{source}': {where}: {error['ctx']['error']}") from failure
         given = error["input"] if not isinstance(error["input"], dict) else "this section"
         raise RecipeError(f"recipe '{source}': {where} = {given!r}: {_plain(error['msg'])}") from failure
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import opd
 from opd import backend as backends
-from opd import measure
+from opd import hub, measure
 from opd import recipe as recipes
 from opd.backend import Backend
 from opd.data import open_data
@@ -59,9 +59,14 @@ def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress)
     for source, reason in getattr(examples, "skipped", ()):
         progress.note(f"skipped {source}: {reason}")
-    encoder = PromptEncoder(recipe.model.folder(), recipe.model.max_pixels or None)
+    with progress.pause():  # a download shows its own bars
+        folder = recipe.model.folder(weights=False)
+    recipe = _pinned(recipe, folder)
+    encoder = PromptEncoder(folder, **recipe.model.pixels())
     name = backends.resolve(backend)
-    model = backends.load(name, recipe.model.options(recipe.run.seed))
+    with progress.pause():
+        options = recipe.model.options(recipe.run.seed)
+    model = backends.load(name, options)
     return Session(recipe, name, model, encoder, examples, held_out(recipe, examples, progress))
 
 
@@ -78,7 +83,7 @@ def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress
             "packages": _versions(),
             "data": data,
         }
-        RunFolder.create(out, recipes.write(_anywhere(recipe), made_with), force)
+        RunFolder.create(out, recipes.write(_anywhere(session.recipe), made_with), force)
     return _trainer(session, RunFolder(out), progress)
 
 
@@ -102,6 +107,12 @@ def held_out(recipe: Recipe, examples: Sequence[Example], progress: Progress | N
     rows = open_data(options.path, strict=recipe.data.strict, progress=progress) if options.path else examples
     count = min(options.count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _pinned(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the commit of a Hugging Face id: a run that is resumed must find the model that it began with."""
+    commit = hub.commit(folder) if hub.is_id(recipe.model.path) and not Path(recipe.model.path).is_dir() else ""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})}) if commit else recipe
 
 
 def _trainer(session: Session, folder: RunFolder, progress: Progress | None) -> Trainer:

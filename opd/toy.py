@@ -48,7 +48,7 @@ class ToyEncoder:
     stop = (STOP,)
     banned = (IMAGE,)
 
-    def encode(self, images: Sequence[Image], question: str) -> Prompt:
+    def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
         """A prompt of one visual token for each image and one token for each letter; pixels are its mean colours in 0..1."""
         letters = [2 + ord(letter) % (VOCABULARY - 2) for letter in question]
         tokens = np.array([IMAGE] * len(images) + letters, np.int32)
@@ -63,6 +63,9 @@ class ToyEncoder:
     def decode(self, tokens: Sequence[int]) -> str:
         """The tokens as letters, without the stop token."""
         return "".join(chr(ord("a") + token) for token in tokens if token != STOP)
+
+    def save(self, folder: Path) -> None:
+        """A toy has no tokenizer."""
 
 
 class ToyBackend:

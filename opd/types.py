@@ -208,8 +208,11 @@ class Encoder(Protocol):
     def banned(self) -> tuple[int, ...]:
         """Ids that never appear in a completion."""
 
-    def encode(self, images: Sequence[Image], question: str) -> Prompt:
-        """One user turn, ready for the model's answer."""
+    def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
+        """One user turn, ready for the model's answer; the two policies may look at images of different sizes."""
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion, without special tokens."""
+
+    def save(self, folder: Path) -> None:
+        """Writes into an exported folder what turns a conversation into the prompt that was trained."""

@@ -241,10 +241,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
 
 def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
     class Narrow(ToyEncoder):
-        def encode(self, images, question):
+        def encode(self, images, question, policy="student"):
             if question == "what":
                 raise DataError("too narrow")
-            return super().encode(images, question)
+            return super().encode(images, question, policy)
 
     one = trainer(tmp_path / "run", "measure.count=0", "data.max_prompt_tokens=10", "rollout.prompts=12", "run.steps=1")
     one.encoder = Narrow()

@@ -81,6 +81,12 @@ def refused(here, *arguments):
         (["train", "--model", "full"], "full is not a complete model folder: config.json is missing"),
         (["train", "--model", "old"], "model 'old': this run has no model/ yet; finish it with: opd train --resume old"),
         (["sample", "--model", "nowhere"], "model 'nowhere': no such folder"),
+        (["sample", "--model", "runs/nowhere"], "model 'runs/nowhere': neither a folder here nor in the cache"),
+        (["train", "--model", "old", "--set", "model.revision=v1"], "model.revision = 'v1': 'old' is a folder, which has no revisions"),
+        (
+            ["train", "--set", "model.min_pixels=2000", "--set", "model.teacher_max_pixels=1000"],
+            "recipe 'tiny': model: the teacher's min_pixels, 2000, is above its max_pixels, 1000",
+        ),
         (["train", "--data", "nowhere.jsonl"], "data file not found: nowhere.jsonl"),
         (["train", "--data", "full"], "full is a folder; name the data file in it"),
         (["train", "--data", "file"], "file: the file is empty"),
@@ -181,6 +187,45 @@ def set_model_type(model, name):
     (model / "config.json").write_text(json.dumps({**config, "model_type": name}))
 
 
+@pytest.fixture
+def runs(here):
+    """Runs that are new, finished, of an adapter, and with a checkpoint that is damaged."""
+    for name, recipe in {"new": "[run]\nsteps = 3\n", "lora": '[model]\ntune = "lora"\n', "done": ""}.items():
+        Path(name).mkdir()
+        Path(name, "config.toml").write_text(recipe)
+    shutil.copytree(MODEL, "done/model")
+    Path("cut/checkpoints/step-000001").mkdir(parents=True)
+    Path("cut/config.toml").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--out", "out"], "'nowhere' is no run folder: it has no config.toml"),
+        (["done"], "Missing option '--out'"),
+        (["done", "--out", "full"], "folder 'full' is not empty; name another with --out"),
+        (["done", "--out", "file"], "folder 'file' cannot be written: file is not a folder; name another with --out"),
+        (["done", "--out", "file/out"], "folder 'file/out' cannot be written: "),
+        (["new", "--out", "out"], "run 'new' has neither model/ nor a checkpoint yet; go on with it: opd train --resume new"),
+        (["done", "--out", "out", "--as", "adapter"], "run 'done' trained all weights, so it has no adapter; export it with --as model"),
+        (["lora", "--out", "out", "--as", "adapter", "--quantize", "4"], "--quantize is for --as model"),
+        (["lora", "--out", "out", "--as", "adapter"], "run 'lora' has neither adapter/ nor a checkpoint yet"),
+        (["done", "--out", "out", "--quantize", "5"], "'5' is not one of '4', '8'"),
+        (["done", "--out", "out", "--as", "gguf"], "'gguf' is not one of 'model', 'adapter'"),
+        (["cut", "--out", "out", "--backend", "cpu"], "so there is nothing to resume from"),
+        (["cut", "--out", "out", "--backend", "gpu"], "unknown backend 'gpu'; did you mean 'cpu'?"),
+    ],
+)
+def test_exports(here, runs, arguments, message):
+    assert message in refused(here, "export", *arguments)
+
+
+def test_quantising_needs_mlx(here, runs, monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    said = refused(here, "export", "done", "--out", "out", "--quantize", 4)
+    assert said == "opd: backend 'mlx' needs mlx, which is not installed: pip install \"vision-opd[mlx]\""
+
+
 @pytest.mark.parametrize(("name", "package", "extra"), [("mlx", "mlx", "mlx"), ("cpu", "torch", "cuda"), ("cuda", "torch", "cuda")])
 def test_a_backend_that_is_not_installed_names_its_extra(here, monkeypatch, name, package, extra):
     monkeypatch.setattr(backends, "find_spec", lambda wanted: None if wanted == package else util.find_spec(wanted))
@@ -247,4 +292,7 @@ def test_no_traceback_reaches_a_terminal(here):
     arguments = [sys.executable, "-m", "opd_cli", "train", "--model", "nowhere"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "opd: model 'nowhere': no such folder; give a folder in Hugging Face layout, a run folder, or 'tiny'\n"
+    assert (
+        done.stderr
+        == "opd: model 'nowhere': no such folder; give a folder in Hugging Face layout, a run folder, a Hugging Face id, or 'tiny'\n"
+    )

@@ -282,6 +282,55 @@ def test_pixel_limits_bound_the_number_of_visual_tokens(folder: Path) -> None:
     assert counts == {(None, None): 64, (64 * 64, None): 16, (None, 256 * 256): 256, (128, None): 1}
 
 
+BOUNDS = {"student": (96 * 96, 64 * 64), "teacher": (300 * 300, 160 * 160)}
+ASPECTS = [(96, 96), (97, 95), (288, 32), (24, 384), (300, 300), (301, 299), (900, 100), (640, 480), (64, 64), (5, 3), (1, 90), (700, 9)]
+
+
+@pytest.mark.parametrize("policy", ["student", "teacher"])
+def test_bounds_give_what_the_models_own_processor_gives_with_them(folder: Path, tmp_path: Path, policy: Any) -> None:
+    """Against the real processor of a model that has these bounds of its own: up to the limits, at them, and beyond."""
+    (largest, smallest), (teacher_largest, teacher_smallest) = BOUNDS.values()
+    ours = PromptEncoder(folder, largest, smallest, teacher_largest, teacher_smallest)
+    path = write_model(tmp_path) / "preprocessor_config.json"
+    size = dict(zip(("longest_edge", "shortest_edge"), BOUNDS[policy], strict=True))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": size}))
+    counts = {}
+    for seed, aspect in enumerate(ASPECTS):
+        image = noise(aspect, seed)
+        prompt, real = ours.encode([image], "What?", policy), expected(tmp_path, [image], "What?")
+        np.testing.assert_array_equal(prompt.tokens, real["input_ids"][0])
+        np.testing.assert_array_equal(prompt.images["image_grid_thw"], real["image_grid_thw"])
+        np.testing.assert_array_equal(prompt.images["pixel_values"], real["pixel_values"])
+        counts[aspect] = len(prompt.visual.index)
+    # A visual token is 16 x 16 pixels.
+    assert (counts[5, 3], counts[640, 480]) == {"student": (24, 30), "teacher": (104, 336)}[policy]
+
+
+def test_the_teacher_follows_the_student_where_it_has_no_bounds_of_its_own(folder: Path) -> None:
+    image = [noise((128, 128))]
+
+    def counts(**bounds: int) -> tuple[int, ...]:
+        encoder = PromptEncoder(folder, **bounds)
+        return tuple(len(encoder.encode(image, "What?", policy).visual.index) for policy in ("student", "teacher"))
+
+    assert counts() == (64, 64)
+    assert counts(max_pixels=64 * 64) == (16, 16)
+    assert counts(max_pixels=64 * 64, teacher_max_pixels=32 * 32) == (16, 4)
+    assert counts(teacher_max_pixels=32 * 32) == (64, 4)
+    assert counts(teacher_min_pixels=256 * 256) == (64, 256)
+    assert counts(min_pixels=320 * 320) == (400, 400)  # above the model's own maximum
+
+
+def test_keys_of_the_policies_differ_where_their_bounds_do(folder: Path) -> None:
+    image = [noise((32, 48))]  # within all bounds: the arrays are equal, the settings are not
+    keys = {}
+    for name, bounds in {"one": {}, "two": {"teacher_max_pixels": 4096}, "three": {"max_pixels": 4096}}.items():
+        encoder = PromptEncoder(folder, **bounds)
+        keys[name] = [encoder.encode(image, "What?", policy).key for policy in ("student", "teacher")]
+    assert keys["one"][0] == keys["one"][1] == keys["two"][0] != keys["two"][1]
+    assert keys["three"] == [keys["two"][1]] * 2
+
+
 def test_a_limit_below_the_models_own_minimum_holds(tmp_path: Path) -> None:
     path = write_model(tmp_path) / "preprocessor_config.json"
     path.write_text(path.read_text().replace('"shortest_edge": 256', '"shortest_edge": 4096'))

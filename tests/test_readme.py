@@ -47,7 +47,7 @@ def test_the_commands_of_opd(tmp_path, monkeypatch):
         arguments = command[1:]
         if "--check" not in arguments:
             arguments += ["--backend", "cpu"]
-            if "--resume" not in arguments:
+            if "--resume" not in arguments and arguments[0] != "export":
                 arguments += SHORT if arguments[0] == "train" else SHORT[:2]
         if arguments[0] == "train" and "--resume" not in arguments:
             arguments += ["--steps", "5"]

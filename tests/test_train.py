@@ -230,3 +230,33 @@ def test_backends_are_checked_against_committed_numbers(backend_name):
     assert [check for check in result["backends"][backend_name]["checks"] if not check["passed"]] == []
     assert len(result["backends"][backend_name]["checks"]) == 15
     assert "did you mean 'mlx'?" in opd("backends", "mlxx", code=2).stderr
+
+
+def test_the_preset_follows_the_model(tmp_path, monkeypatch):
+    """`tiny` for the embedded model and whatever was made of it; any other model takes `lora`."""
+    from opd.models import is_tiny
+    from opd.tiny import MODEL
+    from tests.random_models import qwen3_vl
+
+    monkeypatch.chdir(tmp_path)
+    said = opd("train", "--backend", "cpu", "--steps", 1, "--out", "one", *FAST, "--set", "measure.count=0").stderr
+    assert "preset tiny: no recipe was named" in said
+    assert (
+        "preset" not in opd("train", "tiny", "--backend", "cpu", "--steps", 1, "--out", "named", *FAST, "--set", "measure.count=0").stderr
+    )
+    opd("export", "one", "--out", "exported")
+    for name, base in {"adapter": "/elsewhere/opd/tiny/model", "other": "org/model"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/config.toml").write_text('[model]\npath = "one"\n')
+    assert all(is_tiny(path) for path in ("tiny", str(MODEL), "one", "one/model", "exported", "second", "adapter"))
+    random = qwen3_vl(tmp_path / "random")
+    assert not any(is_tiny(str(path)) for path in (random, "org/model", "nowhere", "other"))
+    for command in ("gap", "sample"):
+        assert "preset tiny: no recipe was named" in opd(command, "--model", "exported", "--backend", "cpu", "--count", 1).stderr
+        assert "preset" not in opd(command, "tiny", "--model", random, "--backend", "cpu", "--count", 1).stderr
+    monkeypatch.setattr("opd.run.start", lambda recipe, *rest: pytest.fail(f"{recipe.model.tune} {recipe.optimizer.learning_rate}"))
+    for arguments in (["--model", random], ["--set", f"model.path={random}"]):
+        with pytest.raises(pytest.fail.Exception, match="lora 5e-05"):
+            CliRunner().invoke(main, ["train", *map(str, arguments)], catch_exceptions=False)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from opd.types import ModelOptions
     from opd_mlx.backend import MlxBackend
 
-__all__ = ["load"]
+__all__ = ["load", "quantize"]
+
+GROUP = 64
+"""Weights that share a scale, as in mlx-community."""
 
 
 def load(options: ModelOptions) -> MlxBackend:
@@ -16,3 +21,25 @@ def load(options: ModelOptions) -> MlxBackend:
     from opd_mlx.backend import MlxBackend
 
     return MlxBackend(options)
+
+
+def quantize(source: Path, folder: Path, bits: int) -> None:
+    """Writes `source`, a model folder, with its language model in `bits` per weight: mlx-vlm's own quantisation and layout."""
+    import contextlib
+    import io
+    import shutil
+
+    from mlx_vlm import utils
+    from mlx_vlm.quant_utils import quantize_model
+
+    model, config = utils.load_model(source, lazy=True), utils.load_config(source)
+    own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints, and our stdout is for results
+        model, config = quantize_model(
+            model, config, GROUP, bits, quant_predicate=lambda path, module: not utils.skip_multimodal_module(path) and own(path, module)
+        )
+    utils.save_weights(folder, model)
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+            shutil.copyfile(file, folder / file.name)
+    utils.save_config(config, folder / "config.json")

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "Train a model with Vision-OPD, and measure the gap before and after.",
     "gap": "Measure accuracy on the crop and on the full image.",
     "sample": "Show what a model answers on the full image and on the crop.",
+    "export": "Write a trained model or adapter for other programs.",
     "backends": "Show which backends are installed, and check them on this device.",
 }
 

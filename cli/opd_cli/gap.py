@@ -6,18 +6,26 @@ import json
 
 import click
 
-from opd_cli.options import resolve, shared
+from opd_cli.options import PRESET, preset, resolve, shared
 
 
 @click.command()
 @shared
 @click.option("--count", type=int, help="Rows that are measured.")
 def gap(
-    recipe: str, backend: str | None, model: str | None, data: str | None, overrides: tuple[str, ...], as_json: bool, count: int | None
+    recipe: str | None,
+    backend: str | None,
+    model: str | None,
+    data: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    count: int | None,
 ) -> None:
     """Measures the gap of a model: its accuracy on the evidence crop less that on the full image, with 95 % intervals.
 
     Where rows have no answers, agreement of full image and crop is measured alone.
+
+    With no RECIPE the preset is tiny, and lora where --model names any other model than the embedded one.
 
     \b
     Examples:
@@ -29,12 +37,15 @@ def gap(
     from opd_cli.progress import show
     from opd_cli.tables import measured
 
+    chosen = recipe or preset(model, overrides)
     with show() as progress:
         session = run.open_session(
-            resolve(recipe, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
+            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
         )
         if not session.held_out:
             raise click.UsageError("nothing to measure: measure.count is 0")
+        if recipe is None:
+            progress.note(PRESET.format(chosen))
         result = measure.accuracies(session.answer(progress))
     if as_json:
         click.echo(json.dumps({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result}))

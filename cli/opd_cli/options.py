@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+PRESET = "preset {}: no recipe was named"
+"""What is told where the preset was chosen by the model."""
+
 SHARED = (
-    click.argument("recipe", default="tiny"),
+    click.argument("recipe", required=False),
     click.option("--backend", help="auto, mlx, cuda, cpu, or another installed backend.  [default: auto]"),
-    click.option("--model", help="A folder in Hugging Face layout, a run folder, or 'tiny'."),
+    click.option("--model", help="A folder in Hugging Face layout, a run folder, a Hugging Face id, or 'tiny'."),
     click.option("--data", help="A .jsonl file of images, questions and evidence boxes, or 'tiny'."),
     click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Any other option of the recipe; may be repeated."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a table."),
@@ -28,6 +31,17 @@ def shared(command: Command) -> Command:
     for decorate in reversed(SHARED):
         command = decorate(command)
     return command
+
+
+def preset(model: str | None, overrides: tuple[str, ...]) -> str:
+    """The preset where no recipe is named: `tiny` for the embedded model and what was made of it, `lora` for any other."""
+    from opd.models import is_tiny
+    from opd.recipe import assign
+
+    values: dict[str, Any] = {"model": {"path": model or "tiny"}}
+    for override in overrides:
+        assign(values, override)
+    return "tiny" if is_tiny(str(values["model"]["path"])) else "lora"
 
 
 def resolve(recipe: str, shortcuts: Mapping[str, Any], overrides: tuple[str, ...]) -> Recipe:

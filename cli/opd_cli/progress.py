@@ -82,6 +82,15 @@ class Shown:
         """A line above the bar."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Takes the bars off the screen while the block runs."""
+        self._bars.stop()
+        try:
+            yield
+        finally:
+            self._bars.start()
+
     def stop(self) -> None:
         """Asks the run to stop after this step; a second time, or where no step is under way, stops it now."""
         if self.stopping or self._phase not in ("train", "measure"):

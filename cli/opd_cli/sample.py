@@ -7,16 +7,18 @@ from dataclasses import asdict
 
 import click
 
-from opd_cli.options import resolve, shared
+from opd_cli.options import PRESET, preset, resolve, shared
 
 
 @click.command()
 @shared
 @click.option("--count", type=click.IntRange(min=1), default=8, show_default=True, help="Examples that are shown.")
 def sample(
-    recipe: str, backend: str | None, model: str | None, data: str | None, overrides: tuple[str, ...], as_json: bool, count: int
+    recipe: str | None, backend: str | None, model: str | None, data: str | None, overrides: tuple[str, ...], as_json: bool, count: int
 ) -> None:
     """Shows what a model answers on the full image and on the evidence crop, for a few examples.
+
+    With no RECIPE the preset is tiny, and lora where --model names any other model than the embedded one.
 
     \b
     Examples:
@@ -28,10 +30,13 @@ def sample(
     from opd_cli.progress import show
     from opd_cli.tables import answers
 
+    chosen = recipe or preset(model, overrides)
     with show() as progress:
         session = run.open_session(
-            resolve(recipe, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
+            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
         )
+        if recipe is None:
+            progress.note(PRESET.format(chosen))
         answered = session.answer(progress)
     if as_json:
         click.echo(json.dumps({"model": session.recipe.model.path, "answers": [asdict(one) for one in answered]}, ensure_ascii=False))

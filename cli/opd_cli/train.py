@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from opd_cli.options import resolve, shared
+from opd_cli.options import PRESET, preset, resolve, shared
 
 
 @click.command()
@@ -20,7 +20,7 @@ from opd_cli.options import resolve, shared
 @click.pass_context
 def train(
     ctx: click.Context,
-    recipe: str,
+    recipe: str | None,
     backend: str | None,
     model: str | None,
     data: str | None,
@@ -34,8 +34,9 @@ def train(
 ) -> None:
     """Trains a model with Vision-OPD, and prints accuracy on crop and full image before and after.
 
-    RECIPE is a preset (tiny, paper, lora) or a TOML file; with nothing given it is tiny, which trains an embedded model of 0.6M
-    parameters on a synthetic task. Every key that --set takes, with its default: docs/recipe.md.
+    RECIPE is a preset (tiny, paper, lora) or a TOML file. With none given it is tiny, which trains an embedded model of 0.6M
+    parameters on a synthetic task, and lora where --model names any other model. Every key that --set takes, with its default:
+    docs/recipe.md.
 
     \b
     Examples:
@@ -53,14 +54,17 @@ def train(
     with show() as progress:
         if resume is not None:
             given = [name for name, value in ctx.params.items() if value and name not in ("recipe", "backend", "as_json", "resume")]
-            if given or ctx.get_parameter_source("recipe") == click.core.ParameterSource.COMMANDLINE:
+            if given or recipe is not None:
                 raise click.UsageError("--resume goes on with the run's own recipe: give it with --backend and --json at most", ctx)
             trainer = run.resume(resume, backend, progress)
         else:
             shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
-            named_after = data if data and ctx.get_parameter_source("recipe") == click.core.ParameterSource.DEFAULT else recipe
+            chosen = recipe or preset(model, overrides)
+            named_after = data if data and recipe is None else chosen
             folder = out or _free(Path("runs") / Path(named_after).stem)
-            trainer = run.start(resolve(recipe, shortcuts, overrides), backend or "auto", folder, force, progress)
+            trainer = run.start(resolve(chosen, shortcuts, overrides), backend or "auto", folder, force, progress)
+            if recipe is None:
+                progress.note(PRESET.format(chosen))
         try:
             summary = trainer.train()
         except KeyboardInterrupt:

@@ -33,6 +33,7 @@ class QwenVL:
             size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
         if min_pixels is not None:
             size["shortest_edge"] = min_pixels
+            size["longest_edge"] = max(size["longest_edge"], min_pixels)
         return {"size": size}
 
     def lay_out(

@@ -1,0 +1,34 @@
+"""`opd export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--as", "kind", type=click.Choice(["model", "adapter"]), default="model", show_default=True, help="All weights, or LoRA's.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write; it must be empty or new.")
+@click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits per weight, in the layout of mlx-community; needs MLX.")
+@click.option("--backend", help="Where an unfinished run's checkpoint is loaded.  [default: the run's own]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a line.")
+def export(run: Path, kind: str, out: Path, quantize: str | None, backend: str | None, as_json: bool) -> None:
+    """Writes the trained model of RUN as a folder that transformers and mlx-vlm load, or its adapter as one that PEFT loads.
+
+    A run that is not finished gives its newest checkpoint. The chat template in the folder is the one that was trained: thinking off.
+
+    \b
+    Examples:
+      opd export runs/tiny --out my-model
+      opd export runs/tiny --out my-model-4bit --quantize 4
+      opd export runs/lora --as adapter --out my-adapter
+    """
+    from opd.export import export as write
+    from opd_cli.progress import show
+
+    with show() as progress:
+        done = write(run, "adapter" if kind == "adapter" else "model", out, int(quantize) if quantize else None, backend, progress)
+    click.echo(json.dumps(done) if as_json else f"{kind}: {out}")

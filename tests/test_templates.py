@@ -1,0 +1,125 @@
+"""A model that thinks: the prompt's bytes in rollout, teacher and exported template, which says it without any argument."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from transformers import AutoTokenizer
+
+from opd import templates
+from opd.measure import encode_student, encode_teacher
+from opd.prompts import PromptEncoder
+from opd.tiny import MODEL, Scenes
+from opd.view import ViewOptions
+from opd_cli import main
+
+HEAD = """{%- set image = '<|vision_start|><|image_pad|><|vision_end|>' %}
+{%- macro text(content) %}{% if content is string %}{{ content }}{% else %}
+{%- for part in content %}{{ image if part.type == 'image' else part.text }}{% endfor %}{% endif %}{% endmacro %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + text(message.content) + '<|im_end|>\\n' }}
+{%- endfor %}
+"""
+PLAIN = HEAD + "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
+# As Qwen3's, which thinks unless it is told not to.
+QWEN3 = PLAIN.removesuffix("{%- endif %}\n") + (
+    "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
+    "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}\n"
+)
+# As Qwen3.5's small models, which do not think unless they are told to.
+OPT_IN = PLAIN.removesuffix("{%- endif %}\n") + (
+    "    {%- if enable_thinking is defined and enable_thinking is true %}\n        {{- '<think>\\n' }}\n"
+    "    {%- else %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}\n"
+)
+# Qwen3-VL's Thinking models always open the block.
+ALWAYS = PLAIN.replace("assistant\\n'", "assistant\\n<think>\\n'")
+CLOSED = "<think>\n\n</think>\n\n"
+TEMPLATES = {"plain": (PLAIN, ""), "qwen3": (QWEN3, CLOSED), "opt in": (OPT_IN, CLOSED), "always": (ALWAYS, CLOSED), "embedded": (None, "")}
+FEW = ["--backend", "cpu", "--steps", "1", "--set", "measure.count=0", "--set", "rollout.prompts=2"]
+
+
+@pytest.fixture(params=TEMPLATES)
+def thinking(request, tmp_path):
+    """A model folder with each template, and the end of its prompt, written out."""
+    template, end = TEMPLATES[request.param]
+    shutil.copytree(MODEL, tmp_path / "model")
+    if template is not None:
+        write(tmp_path / "model", template)
+    return tmp_path / "model", end
+
+
+def write(folder, template):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(template)
+
+
+def expected(question, end):
+    return f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n{end}"
+
+
+def served(folder, question, **arguments):
+    """The prompt of somebody who knows nothing of the training."""
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    return AutoTokenizer.from_pretrained(folder).apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
+
+
+def compact(encoder, prompt):
+    """The text of an encoded prompt, with an image's tokens as one."""
+    tokens = prompt.tokens.tolist()
+    image = prompt.visual.index.tolist()
+    kept = [token for place, token in enumerate(tokens) if place not in image[1:]]
+    return encoder._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+
+def test_rollout_teacher_and_export_have_the_same_bytes(thinking, tmp_path):
+    folder, end = thinking
+    scene = Scenes("train", 1)[0]
+    prompt = expected(scene.question, end)
+    encoder = PromptEncoder(folder)
+    assert compact(encoder, encode_student(encoder, scene)) == prompt
+    assert compact(encoder, encode_teacher(encoder, scene, ViewOptions())) == prompt
+    run = tmp_path / "run"
+    done = CliRunner().invoke(main, ["train", "tiny", "--model", str(folder), "--out", str(run), *FEW])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["export", str(run), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    for place in (run / "model", tmp_path / "out"):
+        assert served(place, scene.question) == prompt
+        assert served(place, scene.question, enable_thinking=True) == prompt
+        again = PromptEncoder(place)
+        assert compact(again, encode_student(again, scene)) == prompt
+    for name in ("tokenizer_config.json", "chat_template.jinja"):  # written once: what is trained again is not wrapped again
+        if (run / "model" / name).exists():
+            assert (tmp_path / "out" / name).read_bytes() == (run / "model" / name).read_bytes()
+    if not end:
+        assert served(folder, scene.question) == prompt
+
+
+def test_a_template_is_found_wherever_it_stands(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    several = [{"name": "default", "template": QWEN3}, {"name": "tools", "template": ALWAYS}]
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": several}))
+    (tmp_path / "model/chat_template.json").write_text(json.dumps({"chat_template": QWEN3}))
+    encoder = PromptEncoder(tmp_path / "model")
+    (tmp_path / "adapter").mkdir()  # an adapter is written without a tokenizer
+    for folder in (tmp_path / "adapter", tmp_path / "model"):
+        for _ in range(2):
+            encoder.save(folder)
+            assert served(folder, "What?") == expected("What?", CLOSED)
+            assert served(folder, "What?", chat_template="tools") == expected("What?", CLOSED)
+            assert json.loads((folder / "chat_template.json").read_text()) == {"chat_template": templates.OFF + QWEN3}
+    assert not (tmp_path / "adapter/config.json").exists()
+
+
+def test_a_template_that_cannot_be_rendered_is_one_line(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    write(tmp_path / "model", "{{ raise_exception('tools only') }}")
+    done = CliRunner().invoke(main, ["train", "tiny", "--model", str(tmp_path / "model"), *FEW])
+    assert done.exit_code == 2
+    assert done.stderr == f"opd: {tmp_path / 'model'}: the chat template cannot be rendered: tools only\n"
