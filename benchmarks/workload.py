@@ -119,6 +119,8 @@ def prompt(config: Any, length: int, seed: int = 0) -> Prompt:
     merge = vision.spatial_merge_size
     low = min(value for key, value in config.to_dict().items() if key.endswith("_token_id") and isinstance(value, int))
     words = rng.integers(0, min(low, config.text_config.vocab_size), size=text).astype(np.int32)
+    # mlx-vlm finds images by the token before them.
+    words[text // 2 - 1 : text // 2 + 1] = config.vision_start_token_id, config.vision_end_token_id
     image = np.full(rows * columns, config.image_token_id, np.int32)
     tokens = np.concatenate([words[: text // 2], image, words[text // 2 :]])
     patches = rows * columns * merge**2
