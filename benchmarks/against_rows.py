@@ -1,6 +1,6 @@
 """What is the group form worth against n separate rows: FLOPs, wall time, peak memory above the resident state?
 
-    python -m benchmarks.against_rows [--backend torch|mlx] [--prompt 1536 --completion 256 --n 8] [--json] [--quick]
+    python -m benchmarks.against_rows [--backend torch|mlx] [--prompt 768 --completion 128 --n 8] [--json] [--quick]
 
 One training stage (student forward and backward, teacher forward on a crop, divergence, gradients of all parameters) of one group, against
   own rows          our code on n groups of one completion in one call: the text n times, the image once, which prompts of one key share
@@ -32,9 +32,9 @@ QUICK_SIZES = {**SIZES, "hidden": 128, "layers": 3, "heads": 4, "head_dim": 32, 
 
 def shape_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is measured; the default shape is P = 6 R."""
-    parser.add_argument("--prompt", type=int, default=1536, help="tokens of the student's prompt")
-    parser.add_argument("--completion", type=int, default=256, help="tokens of a completion")
-    parser.add_argument("--crop", type=int, default=384, help="tokens of the teacher's prompt; 0: the student's")
+    parser.add_argument("--prompt", type=int, default=768, help="tokens of the student's prompt")
+    parser.add_argument("--completion", type=int, default=128, help="tokens of a completion")
+    parser.add_argument("--crop", type=int, default=192, help="tokens of the teacher's prompt; 0: the student's")
     parser.add_argument("--n", type=int, default=8, help="completions")
     parser.add_argument("--vocabulary", type=int, default=16384)
 

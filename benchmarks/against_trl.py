@@ -1,10 +1,11 @@
 """What does our training stage cost against TRL's `DistillationTrainer`, on the same weights, prompts and completions?
 
-    python -m benchmarks.against_trl [--prompt 1536 --completion 256 --n 8 --crop 0] [--again] [--json] [--quick]
+    python -m benchmarks.against_trl [--prompt 768 --completion 128 --n 8 --crop 0] [--again] [--json] [--quick]
 
-The stage: student forward and backward, teacher forward, divergence, gradients of all parameters; no rollout, no optimizer. TRL runs its
-own `training_step` on batches that are given to it instead of generated: beta 0.5, temperature 1, full vocabulary, which is our alpha 0.5
-and no top_k. With `--crop 0` the teacher reads the student's prompt, as TRL has it; with `--crop C` a subclass gives the teacher the crop's prompt.
+The stage: student forward and backward, teacher forward, divergence, gradients of all parameters; no rollout, no optimizer. TRL runs
+its own `training_step` on batches that are given to it instead of generated: beta 0.5, temperature 1, full vocabulary, which is our
+alpha 0.5 and no top_k. With `--crop 0` the teacher reads the student's prompt, as TRL has it; with `--crop C` a subclass gives the
+teacher the crop's prompt.
   TRL, n rows   all n rows in one forward: as many rows of the group as ours computes in one
   TRL, 1 row    micro-batches of one row: TRL's least memory; against it stands ours with the completions split, row by row
 `--again` has both sides compute layers again in the backward (TRL's default; ours above an estimate of 2 GiB).
