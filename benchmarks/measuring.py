@@ -118,10 +118,19 @@ def _added(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
+def _convolved_back(gradient: Any, inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    wanted = rest[7]
+    return int(2 * gradient[0] * np.prod(gradient[2:]) * np.prod(weight)) * (int(wanted[0]) + int(wanted[1]))
+
+
+CORRECTED = {torch.ops.aten.addmm_: _added, torch.ops.aten.convolution_backward: _convolved_back}
+"""What the counter of torch 2.13 has wrong: products added in place, of which a head's gradient is made (ours and TRL's), count 0, and the
+backward of a convolution in groups counts as if there were none."""
+
+
 def flops(run: Callable[[], Any], own: int | None = None) -> int:
     """FLOPs of `run`, forward, backward and what is computed again; see the module."""
-    # The counter of torch 2.13 misses the products that add in place, of which a head's gradient is made, ours and TRL's.
-    attention, products = AttentionCount(own), FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added})
+    attention, products = AttentionCount(own), FlopCounterMode(display=False, custom_mapping=CORRECTED)
     with products, attention:
         run()
     return int(products.get_total_flops()) + attention.total
