@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -261,13 +260,3 @@ def show(value: Any) -> str:
         scale = next(scale for scale in (1e15, 1e12, 1e9, 1e6, 1e3) if abs(value) >= scale)
         return f"{value / scale:.3g} {dict(zip((1e15, 1e12, 1e9, 1e6, 1e3), 'PTGMk', strict=True))[scale]}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def all_of(*contexts: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
-    """Several contexts as one."""
-    from contextlib import ExitStack
-
-    stack = ExitStack()
-    for context in contexts:
-        stack.enter_context(context)
-    return stack
