@@ -1,0 +1,262 @@
+"""What all benchmarks share: FLOPs, peak memory, interleaved times, and a table or one line of JSON.
+
+FLOPs are those of matrix products and convolutions as torch's counter has them, plus attention by one formula for all sides: per head, 4 d
+for each pair of a query and a key that it may see (scores and mixture) in the forward, 8 d in the backward. A kernel may do more
+(full scores under a causal mask); that is the kernel's business and equal on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
+
+Row = dict[str, Any]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one object on one line instead of a table")
+    parser.add_argument("--quick", action="store_true", help="a small shape, once: for seeing that it runs")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side, after one that is not timed")
+    parser.add_argument("--no-wall", action="store_true", help="no times: FLOPs and memory do not depend on who else uses the machine")
+    return parser
+
+
+def peer(name: str) -> None:
+    """Leaves with one line where a peer is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        sys.exit(f"{name} is not installed; this benchmark needs it: pip install 'vision-opd[bench]'")
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as it is, hidden from the counter of products, with its needed products counted in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, count: AttentionCount, products: int, options: dict[str, Any], *inputs: Tensor) -> Tensor:
+        count.total += 4 * products
+        ctx.count, ctx.products, ctx.options = count, products, options
+        ctx.save_for_backward(*inputs)
+        query, key, value = inputs
+        if query.is_meta:
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        with _disable_current_modes():
+            return scaled_dot_product_attention(query, key, value, **options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        ctx.count.total += 8 * ctx.products
+        inputs = ctx.saved_tensors
+        if gradient.is_meta:
+            return None, None, None, *(torch.empty_like(x) for x in inputs)
+        with _disable_current_modes(), torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            found = torch.autograd.grad(scaled_dot_product_attention(*inputs, **ctx.options), inputs, gradient)
+        return None, None, None, *found
+
+
+class AttentionCount:
+    """Stands for torch's attention while it is entered; `own`: rows of a completion, for masks on the meta device, which have no values.
+
+    It is put in the place of the function itself: a mode of torch's would not see what a backward computes again.
+    """
+
+    def __init__(self, own: int | None = None) -> None:
+        self.own, self.total = own, 0
+        self._places: list[Any] = []
+
+    def __enter__(self) -> AttentionCount:
+        name = "scaled_dot_product_attention"
+        modules = [
+            module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is scaled_dot_product_attention
+        ]
+        self._places = [module for module in modules if module.__name__ != __name__]
+        for module in self._places:
+            setattr(module, name, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._places:
+            module.scaled_dot_product_attention = scaled_dot_product_attention
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Attention, counted."""
+        pairs = self._pairs(query, key, attn_mask, options.get("is_causal", False))
+        return _Attention.apply(self, pairs * query.shape[-1], {"attn_mask": attn_mask, **options}, query, key, value)
+
+    def _pairs(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> int:
+        rows, heads, length = query.shape[:3]
+        keys = key.shape[2]
+        if mask is None:
+            return rows * heads * (length * (length + 1) // 2 if causal else length * keys)
+        if mask.is_meta:  # queries that share a key are folded into `length`
+            assert self.own is not None, "a mask without values"
+            return rows * heads * (length // self.own) * (self.own * (keys - self.own) + self.own * (self.own + 1) // 2)
+        seen = mask if mask.dtype == torch.bool else mask > -1e30
+        seen = seen.reshape(*(1,) * (4 - seen.ndim), *seen.shape)
+        return int(seen.expand(*seen.shape[:2], length, keys).sum()) * rows * heads // (seen.shape[0] * seen.shape[1])
+
+
+def _added(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def _convolved_back(gradient: Any, inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    wanted = rest[7]
+    return int(2 * gradient[0] * np.prod(gradient[2:]) * np.prod(weight)) * (int(wanted[0]) + int(wanted[1]))
+
+
+CORRECTED = {torch.ops.aten.addmm_: _added, torch.ops.aten.convolution_backward: _convolved_back}
+"""What the counter of torch 2.13 has wrong: products added in place, of which a head's gradient is made (ours and TRL's), count 0, and the
+backward of a convolution in groups counts as if there were none."""
+
+
+def flops(run: Callable[[], Any], own: int | None = None) -> int:
+    """FLOPs of `run`, forward, backward and what is computed again; see the module."""
+    attention, products = AttentionCount(own), FlopCounterMode(display=False, custom_mapping=CORRECTED)
+    with products, attention:
+        run()
+    return int(products.get_total_flops()) + attention.total
+
+
+def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
+    """Most bytes that `run` held above what was held before it: on the CPU every tensor allocation, freed or not, is counted."""
+    if device == "mlx":
+        import mlx.core as mx
+
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        run()
+        return int(mx.get_peak_memory() - before)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(sizes).max(initial=0))
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of every run by name, `repeats` each after one that is not timed: the sides take turns, and in turns who begins."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(repeats + 1):
+        names = list(runs)
+        names = names[number % len(names) :] + names[: number % len(names)]
+        for name in names:
+            _wait(device)
+            begin = time.perf_counter()
+            runs[name]()
+            _wait(device)
+            if number:
+                found[name].append(time.perf_counter() - begin)
+    return found
+
+
+def seconds(runs: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Medians of `interleaved`."""
+    return {name: statistics.median(values) for name, values in interleaved(runs, repeats, device).items()}
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def relative_error(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """Largest ||a - b|| / max(||b||, 1e-3 * global norm) over tensors of equal names."""
+    assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())[:4]
+    theirs = {name: np.asarray(value, np.float64) for name, value in theirs.items()}
+    everything = np.sqrt(sum(float((value**2).sum()) for value in theirs.values()))
+    return max(
+        float(np.linalg.norm(np.asarray(ours[name], np.float64) - value) / max(np.linalg.norm(value), 1e-3 * everything))
+        for name, value in theirs.items()
+    )
+
+
+def same(loss: tuple[float, float], gradient: float, most: float = 1e-3) -> Row:
+    """The errors of loss and gradient; raises where the two sides do not compute the same, so that no figure of them counts."""
+    error = abs(loss[0] - loss[1]) / abs(loss[1])
+    assert max(error, gradient) < most, f"the sides differ: loss {loss[0]} and {loss[1]}, gradient {gradient:.1e}"
+    return {"loss_error": error, "gradient_error": gradient}
+
+
+def ratios(ours: Row, theirs: Row, least: float | None = None) -> Row:
+    """Peer divided by ours, for FLOPs, times and bytes that both have; `bound`: the peer's FLOPs over the `least` a group needs."""
+    names = {"flops": "flop_ratio", "seconds": "wall_ratio", "bytes": "memory_ratio"}
+    found: Row = {ratio: theirs[name] / ours[name] for name, ratio in names.items() if ours.get(name) and theirs.get(name)}
+    if least and theirs.get("flops"):
+        found |= {"bound": theirs["flops"] / least, "reached": least / ours["flops"]}
+    return found
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Versions of what is installed of `names`, and of what every benchmark uses."""
+    found = {"python": platform.python_version()}
+    for name in ("vision-opd", "numpy", "torch", "transformers", *names):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str = "cpu") -> str:
+    """The device in words."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name())
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} torch thread(s)"
+
+
+def report(options: argparse.Namespace, name: str, rows: Sequence[Row], **about: Any) -> Row:
+    """Prints the rows as a table, or everything as one object on one line; returns that object."""
+    result = {"benchmark": name, **about, "rows": list(rows)}
+    if options.json:
+        print(json.dumps(result))
+        return result
+    for key, value in about.items():
+        print(f"{key}: {', '.join(f'{k} {show(v)}' for k, v in value.items()) if isinstance(value, dict) else show(value)}")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([show(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print(
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        )
+    return result
+
+
+def show(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, float) and abs(value) < 1e-2 and value:
+        return f"{value:.1e}"
+    if abs(value) >= 1e5:
+        scale = next(scale for scale in (1e15, 1e12, 1e9, 1e6, 1e3) if abs(value) >= scale)
+        return f"{value / scale:.3g} {dict(zip((1e15, 1e12, 1e9, 1e6, 1e3), 'PTGMk', strict=True))[scale]}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,92 @@
+"""The benchmarks' own code, in short, and the claims that their committed results have to bear."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import tiny_controls
+
+RESULTS = Path(tiny_controls.RESULTS)
+
+
+@pytest.fixture(scope="module")
+def controls():
+    return json.loads((RESULTS / "tiny_controls.json").read_text())["runs"]
+
+
+def test_the_committed_controls_bear_the_claim(controls):
+    """Three seeds of each; the evidence closes the gap, the same image does not, another part of it makes it worse."""
+    assert controls.keys() == tiny_controls.CONTROLS.keys()
+    assert all(sorted(runs) == ["0", "1", "2"] for runs in controls.values())
+    rows = {name: tiny_controls.table_row(runs) for name, runs in controls.items()}
+    assert min(rows["crop teacher"]["gap_closed_each"]) > 0.7
+    assert rows["teacher sees the full image"]["upper_end_of_interval"] < 0.10
+    assert rows["teacher sees a wrong crop"]["upper_end_of_interval"] <= 0
+    assert rows["supervised on the labels"]["gap_closed"] > rows["crop teacher"]["gap_closed"] - 0.1
+
+
+def test_the_readme_shows_the_committed_controls(controls):
+    readme = (RESULTS.parent.parent / "README.md").read_text()
+    for name, runs in controls.items():
+        row = tiny_controls.table_row(runs)
+        ends = [f"{100 * row[f'{view}_before']:.1f} → {100 * row[f'{view}_after']:.1f}" for view in ("full", "crop")]
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {name}")]
+        assert [cell.strip() for cell in line.split("|")[2:5]] == [*ends, f"{100 * row['gap_closed']:.0f} %"]
+
+
+@pytest.mark.parametrize("name", ["crop teacher", "teacher sees a wrong crop", "supervised on the labels"])
+def test_a_control_runs(name, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setitem(tiny_controls.CONTROLS, name, [*tiny_controls.CONTROLS[name], "measure.count=4", "rollout.prompts=4"])
+    summary = tiny_controls.run(name, 0, steps=2)
+    assert summary["steps_not_finite"] == 0
+    assert [row[0] for row in summary["curve"]] == [0, 2]
+    if name.startswith("supervised"):
+        assert summary["completions_truncated"] == 0
+
+
+def test_supervised_training_is_the_cross_entropy_of_the_labels():
+    """Its gradient against finite differences of the labels' log-probabilities."""
+    pytest.importorskip("torch")
+    from opd import recipe as recipes
+    from opd import rollout
+    from opd.loop import Trainer
+    from opd.progress import Quiet
+    from opd.run import open_session
+
+    session = open_session(recipes.load("tiny", ["rollout.prompts=2", "measure.count=0"]), "cpu", Quiet())
+    trainer = Trainer(session.recipe, session.backend, session.encoder, session.examples, (), Path("unused"))
+    backend = tiny_controls.supervised(trainer)
+    batch = trainer._encode(1)
+    from opd.types import Sampling
+
+    uniforms = np.zeros((2, 1, 16), np.float32)
+    sampled = backend.sample([pair.student for pair in batch.pairs], uniforms, Sampling(1.0, trainer.encoder.stop, trainer.encoder.banned))
+    kept = rollout.keep(batch.pairs, sampled, trainer.encoder.banned)
+    tokens = sum(len(one) for group in kept.completions for one in group)
+    groups = rollout.groups(kept, tokens)
+    objective = trainer.recipe.objective.objective(1.0)
+
+    def loss():
+        rows = backend.score(groups, objective)
+        return -sum(
+            float((weight * row.student_logprobs).sum())
+            for group, found in zip(groups, rows, strict=True)
+            for weight, row in zip(group.weights, found, strict=True)
+        )
+
+    backend.accumulate(groups, objective)
+    gradient = backend.tensors("gradient")
+    name = max(gradient, key=lambda key: np.abs(gradient[key]).max())
+    place = np.unravel_index(np.abs(gradient[name]).argmax(), gradient[name].shape)
+    parameter = backend._parameters[name].data
+    slope = 0.0
+    for sign in (1, -1):
+        parameter[place] += sign * 1e-3
+        slope += sign * loss() / 2e-3
+        parameter[place] -= sign * 1e-3
+    assert slope == pytest.approx(gradient[name][place], rel=0.02)
