@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.errors import BackendError, nearest
+from opd.errors import BackendError
 from opd.objective import Objective
 from opd.types import Completion, FloatArray, Group, ModelOptions, Policy, Prompt, Sampling, TokenStatistics, Update, UpdateResult
 
@@ -134,7 +134,7 @@ def resolve(name: str) -> str:
     """The name of an installed backend; `auto` picks this machine's. Raises BackendError where it is unknown or not installed."""
     chosen = automatic() if name == "auto" else name
     if chosen not in names():
-        raise BackendError(f"unknown backend '{chosen}'; {nearest(chosen, ['auto', *names()])}")
+        raise BackendError(f"unknown backend '{chosen}'; known: {', '.join(['auto', *names()])}")
     entry = BUILT_IN.get(chosen)
     if entry and find_spec(entry.package) is None:
         raise BackendError(f"backend '{chosen}' needs {entry.package}, which is not installed: pip install \"vision-opd[{entry.extra}]\"")

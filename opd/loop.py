@@ -74,7 +74,7 @@ class Trainer:
             every = self.recipe.run.checkpoint_every
             if self.progress.stopping or step == steps or (every and step % every == 0):
                 self._checkpoint(step, seconds + time.monotonic() - started)
-            if self.progress.stopping and step < steps:
+            if self.progress.stopping:
                 raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.folder.path}")
         if self.backend.rank == 0:
             self.folder.fill(self.folder.path / self.recipe.model.result, self._export)
@@ -275,6 +275,7 @@ class Trainer:
             "seconds": round(seconds, 1),
             "examples": len(after),
             "steps_not_finite": sum(not row["taken"] and row["tokens"] > 0 for row in rows),
+            "completions": sum(row["completions"] for row in rows),
             **{f"completions_{what}": sum(row[what] for row in rows) for what in ("dropped", "truncated")},
             "rows_skipped": len(getattr(self.examples, "skipped", ())),
             "prompts_skipped": sum(row["skipped"] for row in rows),

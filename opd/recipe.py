@@ -91,6 +91,8 @@ def read(source: str) -> dict[str, Any]:
         text = (files("opd") / "presets" / f"{source}.toml").read_text(encoding="utf-8")
     else:
         path = Path(source)
+        if (path / "config.toml").is_file():
+            raise RecipeError(f"'{source}' is a run folder, no recipe; a model is given with --model {source}")
         if not path.is_file():
             raise RecipeError(f"recipe '{source}': neither a file nor a preset; {nearest(source, PRESETS)}")
         try:

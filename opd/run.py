@@ -15,6 +15,7 @@ from opd import hub, measure
 from opd import recipe as recipes
 from opd.backend import Backend
 from opd.data import open_data
+from opd.errors import DataError
 from opd.folder import CONFIG, RunFolder
 from opd.loop import Trainer
 from opd.progress import Progress, Quiet
@@ -67,6 +68,8 @@ def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     with progress.pause():
         options = recipe.model.options(recipe.run.seed)
     model = backends.load(name, options)
+    if recipe.model.path == "tiny" != recipe.data.path:
+        progress.note("the embedded tiny model knows nothing but its own scenes; a model for your images is named with --model")
     return Session(recipe, name, model, encoder, examples, held_out(recipe, examples, progress))
 
 
@@ -91,8 +94,13 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
     """A trainer that goes on with the run in `path`, on its own backend or another one."""
     folder = RunFolder.open(path)
     values = recipes.read(str(path / CONFIG))
-    made_with = values.get("made_with", {}).get("backend", "auto")
-    return _trainer(open_session(recipes.reread(path / CONFIG), backend or made_with, progress or Quiet()), folder, progress)
+    made_with = values.get("made_with", {})
+    session = open_session(recipes.reread(path / CONFIG), backend or made_with.get("backend", "auto"), progress or Quiet())
+    began_with = made_with.get("data", {}).get("fingerprint")
+    if began_with not in (None, getattr(session.examples, "fingerprint", "generated")):
+        data = session.recipe.data.path
+        raise DataError(f"{data} is not what this run began with; restore it, or start a new run from this one's model with --model")
+    return _trainer(session, folder, progress)
 
 
 def held_out(recipe: Recipe, examples: Sequence[Example], progress: Progress | None = None) -> Sequence[Example]:

@@ -59,8 +59,8 @@ def refused(here, *arguments):
     ("arguments", "message"),
     [
         (["trian"], "no such command 'trian'; did you mean 'train'?"),
-        (["train", "--backend", "gpu"], "unknown backend 'gpu'; did you mean 'cpu'?"),
-        (["gap", "--backend", "mxl"], "unknown backend 'mxl'; did you mean 'mlx'?"),
+        (["train", "--backend", "gpu"], "unknown backend 'gpu'; known: auto, mlx, cuda, cpu"),
+        (["gap", "--backend", "mxl"], "unknown backend 'mxl'; known: auto, mlx, cuda, cpu"),
         (["backends", "torch"], "unknown backend 'torch'; known: cpu, cuda, mlx"),
         (["train", "--backend", "cuda"], "backend 'cuda': torch sees no GPU on this machine; use the backend 'cpu'"),
         (["train", "--step", "3"], "No such option '--step'. (Did you mean one of: '--seed', '--set', '--steps'?)"),
@@ -69,7 +69,8 @@ def refused(here, *arguments):
         (["train", "--seed", "-1"], "run.seed = -1: input should be greater than or equal to 0"),
         (["train", "tiny", "extra"], "Got unexpected extra argument (extra)"),
         (["train", "tinny"], "recipe 'tinny': neither a file nor a preset; did you mean 'tiny'?"),
-        (["train", "old"], "recipe 'old': neither a file nor a preset"),
+        (["train", "full"], "recipe 'full': neither a file nor a preset"),
+        (["sample", "old"], "'old' is a run folder, no recipe; a model is given with --model old"),
         (["train", "--set", "rollout.promts=3"], "unknown key rollout.promts; did you mean 'prompts'?"),
         (["train", "--set", "rolout.prompts=3"], "unknown key rolout; did you mean 'rollout'?"),
         (["train", "--set", "steps=3"], "--set steps=3: write it as section.key=value"),
@@ -213,7 +214,7 @@ def runs(here):
         (["done", "--out", "out", "--quantize", "5"], "'5' is not one of '4', '8'"),
         (["done", "--out", "out", "--as", "gguf"], "'gguf' is not one of 'model', 'adapter'"),
         (["cut", "--out", "out", "--backend", "cpu"], "so there is nothing to resume from"),
-        (["cut", "--out", "out", "--backend", "gpu"], "unknown backend 'gpu'; did you mean 'cpu'?"),
+        (["cut", "--out", "out", "--backend", "gpu"], "unknown backend 'gpu'; known: auto, mlx, cuda, cpu"),
     ],
 )
 def test_exports(here, runs, arguments, message):

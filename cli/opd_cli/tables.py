@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from opd.measure import Answered
     from opd.testing import Result
 
+MANY_CUT = 0.05
+"""Share of completions cut off at their longest from which a person is told; a good run has 1-2 %."""
+
 ROWS = (("full_accuracy", "full image"), ("crop_accuracy", "evidence crop"), ("gap", "gap"), ("agreement", "agreement"))
 
 
@@ -36,6 +39,9 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
         console.print(table)
         if "gap_closed" in summary:
             console.print(f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)", highlight=False)
+    cut, drawn = summary["completions_truncated"], summary["completions"]
+    if cut > MANY_CUT * drawn:
+        console.print(f"{cut} of {drawn} completions were cut off at rollout.max_tokens", highlight=False)
     kind = "adapter" if (folder / "adapter").is_dir() else "model"
     console.print(f"{kind}: {folder / kind}\nmetrics: {folder / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
 
