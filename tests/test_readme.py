@@ -15,7 +15,9 @@ from opd_cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHORT = ["--set", "measure.count=8", "--set", "rollout.prompts=4"]
+FEW = ["--set", "measure.count=8", "--set", "measure.max_tokens=8"]
+SHORT = [*FEW, "--set", "rollout.prompts=4", "--set", "rollout.completions=2", "--set", "rollout.max_tokens=8"]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IMAGES = {"street.jpg": (1280, 960), "a.png": (200, 150), "b.png": (200, 150), "menu.jpg": (640, 480), "menu-soup.jpg": (120, 60)}
 
 
@@ -33,7 +35,22 @@ def test_the_readme_has_the_commands():
     assert {command[0] for command in commands()} == {"make", "opd", "source"}
 
 
-def test_the_commands_of_opd(tmp_path, monkeypatch):
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The model that the README names, as if it had been downloaded: a random one of its architecture."""
+    from huggingface_hub import constants
+
+    from tests.random_models import qwen3_vl
+
+    repository = tmp_path / "cache/models--Qwen--Qwen3-VL-2B-Instruct"
+    qwen3_vl(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_commands_of_opd(tmp_path, monkeypatch, cached):
     monkeypatch.chdir(tmp_path)
     for name, size in IMAGES.items():
         Image.linear_gradient("L").resize(size).convert("RGB").save(name)
@@ -48,7 +65,7 @@ def test_the_commands_of_opd(tmp_path, monkeypatch):
         if "--check" not in arguments:
             arguments += ["--backend", "cpu"]
             if "--resume" not in arguments and arguments[0] != "export":
-                arguments += SHORT if arguments[0] == "train" else SHORT[:2]
+                arguments += SHORT if arguments[0] == "train" else FEW
         if arguments[0] == "train" and "--resume" not in arguments:
             arguments += ["--steps", "5"]
         result = CliRunner().invoke(main, arguments)
