@@ -165,7 +165,8 @@ def state(name: str) -> State:
         import torch
 
         if name == "cpu":
-            return State(True, f"CPU, {torch.get_num_threads()} threads")
+            threads = torch.get_num_threads()
+            return State(True, f"CPU, {threads} thread{'s' if threads > 1 else ''}")
         if not torch.cuda.is_available():
             return State(False, "", "torch sees no CUDA GPU on this machine")
         return State(True, torch.cuda.get_device_name())

@@ -107,7 +107,10 @@ def refused(here, *arguments):
         (["train", "--resume", "old", "--steps", "5"], "--resume goes on with the run's own recipe"),
     ],
 )
-def test_arguments(here, arguments, message):
+def test_arguments(here, arguments, message, monkeypatch):
+    if "cuda" in arguments:
+        torch = pytest.importorskip("torch")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message in refused(here, *arguments)
 
 

@@ -198,7 +198,7 @@ class TorchBackend:
     @property
     def device(self) -> str:
         """The device in words."""
-        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else cpu()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
@@ -235,6 +235,12 @@ class TorchBackend:
     def _moments(self) -> dict[str, Tensor]:
         first = {f"first.{name}": value for name, value in self._optimizer.first.items()}
         return first | {f"second.{name}": value for name, value in self._optimizer.second.items()}
+
+
+def cpu() -> str:
+    """The CPU in words."""
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _predicted(groups: Sequence[Group]) -> int:
