@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from opd.data import DataOptions
 from opd.errors import RecipeError, nearest
 from opd.measure import MeasureOptions
-from opd.models import ModelChoice
+from opd.models import ModelChoice, is_tiny
 from opd.objective import Objective
 from opd.options import Options
 from opd.rollout import RolloutOptions
@@ -68,8 +68,9 @@ class Recipe(Options):
 
 REFERENCE = """# A recipe
 
-One TOML file; `--set section.key=value` takes the same names. The defaults below hold for what neither a preset nor a file sets; the
-presets are in [opd/presets](../opd/presets). Made by `python -m opd.recipe > docs/recipe.md`.
+One TOML file; `--set section.key=value` takes the same names. A file says what differs from a preset: the one it names with a first line
+`preset = "paper"`, else `tiny` for the embedded model and `lora` for any other. The defaults below hold for what the preset does not set;
+the presets are in [opd/presets](../opd/presets). Made by `python -m opd.recipe > docs/recipe.md`.
 """
 
 
@@ -78,11 +79,32 @@ DATA = {".jsonl", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line."""
+    """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line.
+
+    A file says what differs from a preset: the one it names at its top (`preset = "paper"`), else `preset` of its model.
+    """
     values = read(source)
+    values.pop("made_with", None)  # of a run's config.toml
     for override in overrides:
         assign(values, override)
+    if source not in PRESETS:
+        section = values.get("model")
+        named = values.pop("preset", None) or preset(str(section.get("path", "tiny") if isinstance(section, dict) else "tiny"))
+        if named not in PRESETS:
+            raise RecipeError(f"recipe '{source}': unknown preset {named!r}; {nearest(str(named), PRESETS)}")
+        values = _over(read(named), values)
     return validate(values, source)
+
+
+def preset(model: str) -> str:
+    """The preset where none is named: `tiny` for the embedded model and what was made of it, `lora` for any other."""
+    return "tiny" if is_tiny(model) else "lora"
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `above`, and those of `below` that it does not give."""
+    both = {name: {**below[name], **above[name]} for name in below.keys() & above.keys() if isinstance(above[name], Mapping)}
+    return {**below, **above, **both}
 
 
 def read(source: str) -> dict[str, Any]:

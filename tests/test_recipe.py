@@ -79,6 +79,28 @@ def test_a_broken_file_is_one_line(text, message, tmp_path):
     assert "\n" not in str(failure.value)
 
 
+def test_a_file_says_what_differs_from_a_preset(tmp_path):
+    """Of its model, or the one that it names; a run's config.toml is a recipe too."""
+    file = tmp_path / "my.toml"
+    file.write_text("[run]\nsteps = 7\n[optimizer]\nlearning_rate = 1e-4\n")
+    tiny = recipes.load("tiny")
+    mine = recipes.load(str(file), ["run.seed=3"])
+    assert mine == tiny.model_copy(
+        update={
+            "run": tiny.run.model_copy(update={"steps": 7, "seed": 3}),
+            "optimizer": tiny.optimizer.model_copy(update={"learning_rate": 1e-4}),
+        }
+    )
+    assert recipes.load(str(file), ["model.path=some/model"]).model.tune == "lora"
+    file.write_text('preset = "paper"\n[run]\nsteps = 7\n')
+    assert recipes.load(str(file)) == recipes.load("paper", ["run.steps=7"])
+    file.write_text(recipes.write(mine, {"opd": "0"}))
+    assert recipes.load(str(file)) == mine
+    file.write_text('preset = "papre"\n')
+    with pytest.raises(RecipeError, match="unknown preset 'papre'; did you mean 'paper'"):
+        recipes.load(str(file))
+
+
 def test_a_missing_recipe_names_the_presets():
     with pytest.raises(RecipeError, match=r"recipe 'tinny': neither a file nor a preset; did you mean 'tiny'\?"):
         recipes.load("tinny")

@@ -34,14 +34,13 @@ def shared(command: Command) -> Command:
 
 
 def preset(model: str | None, overrides: tuple[str, ...]) -> str:
-    """The preset where no recipe is named: `tiny` for the embedded model and what was made of it, `lora` for any other."""
-    from opd.models import is_tiny
-    from opd.recipe import assign
+    """The preset where no recipe is named."""
+    from opd import recipe as recipes
 
     values: dict[str, Any] = {"model": {"path": model or "tiny"}}
     for override in overrides:
-        assign(values, override)
-    return "tiny" if is_tiny(str(values["model"]["path"])) else "lora"
+        recipes.assign(values, override)
+    return recipes.preset(str(values["model"]["path"]))
 
 
 def resolve(recipe: str, shortcuts: Mapping[str, Any], overrides: tuple[str, ...]) -> Recipe:
