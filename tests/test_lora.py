@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import shutil
@@ -191,6 +192,7 @@ def test_the_policies_share_the_base_on_torch(case):
 def test_the_policies_share_the_base_on_mlx(case):
     """What is allocated beside the base in its compute dtype is four copies of the adapter (student, teacher, two moments)."""
     mx = pytest.importorskip("mlx.core")
+    gc.collect()  # of other tests
     before = mx.get_active_memory()
     backend = backends.load("mlx", case.options("bfloat16"))
     backend.accumulate(case.groups, JSD)
@@ -200,7 +202,7 @@ def test_the_policies_share_the_base_on_mlx(case):
     base = 2 * sum(value.size for value in load_file(case.folder / "model.safetensors").values())
     adapter = 4 * sum(value.size for value in backend.tensors("student").values())
     features = sum(level.nbytes for levels in backend._model.known._levels.values() for level in levels)
-    assert base + 4 * adapter <= held < 1.1 * (base + 4 * adapter + features)
+    assert base + 4 * adapter <= held < 1.3 * (base + 4 * adapter + features) < 2 * base + 4 * adapter
 
 
 @pytest.mark.parametrize("vision", [False, True])
