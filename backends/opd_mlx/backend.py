@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,8 +83,10 @@ class MlxBackend:
         targets = lay_out_targets(groups)
         teacher = self._hidden("teacher", groups)
         result, gradient = self._student_gradient(groups, teacher, targets, objective)
-        added = {name: self._gradient[name] + value for name, value in gradient.items()} if self._gradient else gradient
-        mx.eval(added)
+        # Each sum takes its gradient's place, and none waits for another: so what is done with is freed on the way.
+        added = {name: self._gradient[name] + gradient.pop(name) for name in list(gradient)} if self._gradient else gradient
+        for name in _from_the_end(added):
+            mx.eval(added[name])
         statistics = _statistics(result, targets)
         self._gradient = added
         return statistics
@@ -229,6 +231,16 @@ class MlxBackend:
             train_head=self._model.frozen_head is None,
             top=top,
         )
+
+
+def _from_the_end(names: Iterable[str]) -> list[str]:
+    """Names in the order in which a backward meets them: the language model from its last layer down, then what makes image features."""
+
+    def place(name: str) -> tuple[bool, int]:
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        return not name.startswith("language_model."), -numbers[0] if numbers else 1
+
+    return sorted(names, key=place)
 
 
 def _predicted(groups: Sequence[Group]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,77 @@ def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
         verdict = Text("passed", style="green") if check.passed else Text("FAILED", style="bold red")
         table.add_row(check.name, f"{check.error:.1e}", f"{check.bound:.0e}", verdict)
     Console().print(table)
+
+
+def planned(result: Mapping[str, Any]) -> None:
+    """Parameters, memory, stages and devices of a plan, and the largest step that fits."""
+    console, assumed, found = Console(), result["assumed"], result["memory"]
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    device, batch = result["device"]["name"], result["microbatch"]
+    say(Text(f"{result['model']} on {device}, {result['backend']}, {result['dtype']}", style="bold"))
+    width, height = assumed["image"]
+    across, down = assumed["crop"]
+    say(f"image {width}x{height}: prompt of {assumed['prompt_tokens']} tokens, {assumed['text_tokens']} of them text")
+    say(f"crop {across}x{down}: prompt of {assumed['crop_prompt_tokens']} tokens")
+    say(f"step: {assumed['prompts']} prompts x {assumed['completions']} completions of {assumed['completion_tokens']} tokens")
+    say(f"micro-batches: {batch['count']} of {batch['groups']} prompts, {batch['tokens']} tokens each\n")
+
+    table = _table("parameters", "all", "trained")
+    for part, count in result["parameters"].items():
+        table.add_row(part, _count(count["all"]), _count(count["trained"]))
+    table.add_row("sum", *(_count(sum(count[key] for count in result["parameters"].values())) for key in ("all", "trained")))
+    console.print(table)
+
+    table = _table("memory", "bytes", "")
+    for part, size in found["held"].items():
+        table.add_row(part, _bytes(size), "always")
+    for part, size in found["parts"].items():
+        table.add_row(part, _bytes(size), "at times")
+    table.add_section()
+    for phase, size in found["phases"].items():
+        table.add_row(f"peak of {phase}", _bytes(size), "")
+    table.add_row("peak", _bytes(found["peak"]), f"of {_bytes(found['usable'])} usable")
+    table.add_row("checkpoint on disk", _bytes(found["disk"]), "")
+    console.print(table)
+    if found["checkpointed"]:
+        say("activations: each layer is computed again in the backward\n")
+
+    table = _table(f"one step on {device}", "TFLOP", "seconds")
+    for name, stage in result["stages"].items():
+        table.add_row(name, _number(stage["operations"] / 1e12), _number(stage["seconds"]))
+    table.add_row("sum", _number(sum(stage["operations"] for stage in result["stages"].values()) / 1e12), _number(result["seconds"]))
+    console.print(table)
+
+    table = _table("devices", "TFLOP/s", "GB/s", "GB", "s a step", "peak", "")
+    for one in result["devices"]:
+        speed = _number(one["matmul"][result["dtype"]] / 1e12)
+        row = speed, _number(one["bandwidth"] / 1e9), f"{one['memory'] / 1e9:.0f}", _number(one["seconds"]), _bytes(one["peak"])
+        table.add_row(one["name"], *row, Text("fits", style="green") if one["fits"] else Text("too large", style="red"))
+    console.print(table)
+    say(f"taken: {assumed['matmul_share']:.0%} of peak TFLOP/s, {assumed['bandwidth_share']:.0%} of peak GB/s")
+    for one in result["devices"]:
+        say(f"{one['name']}: {one['source']}")
+    if batch["largest"]:
+        say(f"\nlargest step that fits on {device}: --set rollout.microbatch_tokens={batch['largest']}")
+        return
+    say(f"\nnot even one prompt fits on {device}; one change each, and its peak:")
+    for change, peak in sorted(result["smaller"].items(), key=lambda pair: int(pair[1])):
+        say(f"  {_bytes(peak):>8}  --set {change}" + ("  fits" if peak <= found["usable"] else ""))
+
+
+def _bytes(size: float) -> str:
+    """A size in GB, or in MB where it is small."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _count(count: float) -> str:
+    """A number of parameters in millions."""
+    return f"{count / 1e6:,.2f} M"
+
+
+def _number(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 0.001 else f"{value:.0e}" if value else "0"
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -1,0 +1,108 @@
+"""Devices: how fast they multiply matrices, read memory, and how much they hold; published figures, or measured here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd.errors import RecipeError, nearest
+
+HERE = "this machine"
+
+MATMUL_SHARE = 0.4
+"""Share of a device's peak that a step's matrix products are taken to reach; 0.3 to 0.5 is usual for training of models this size."""
+
+BANDWIDTH_SHARE = 0.7
+"""Share of a device's bandwidth that decoding and the optimizer are taken to reach."""
+
+MEASURE_SECONDS = 0.4
+"""For each of the two measurements."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """`matmul` FLOP/s by type of numbers, dense; `bandwidth` bytes a second; `memory` bytes, of which a run may take the share `usable`;
+    the `backend` that runs on it."""
+
+    name: str
+    matmul: dict[str, float]
+    bandwidth: float
+    memory: float
+    usable: float
+    backend: str
+    source: str
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(
+            "M4 Max",
+            # 40 cores of 128 lanes at 1.8 GHz, two operations each; half precision is no faster.
+            {"float32": 18.4e12, "bfloat16": 18.4e12},
+            546e9,
+            128e9,
+            0.75,  # what macOS lets the GPU have
+            "mlx",
+            "Apple, 2024-10-30 (40 cores); TFLOP/s from lanes and clock",
+        ),
+        Device(
+            "RTX 4090",
+            {"float32": 82.6e12, "bfloat16": 165.2e12},
+            1008e9,
+            24 * 2**30,
+            0.95,  # the rest is CUDA's own
+            "cuda",
+            "NVIDIA Ada whitepaper, dense, float32 sums",
+        ),
+        Device(
+            "H200",
+            {"float32": 67e12, "bfloat16": 989e12},
+            4.8e12,
+            141e9,
+            0.95,
+            "cuda",
+            "NVIDIA H200 datasheet, SXM, dense",
+        ),
+    )
+}
+
+
+def device(name: str) -> Device:
+    """The device of that name, whatever its case; `this machine` is measured. Raises RecipeError, which names the nearest."""
+    known = {one.casefold(): one for one in (*DEVICES, HERE)}
+    if name.casefold() not in known:
+        wanted = nearest(name.casefold(), known)
+        for folded, one in known.items():
+            wanted = wanted.replace(folded, one)
+        raise RecipeError(f"--device '{name}': no such device; {wanted}")
+    found = known[name.casefold()]
+    return this_machine() if found == HERE else DEVICES[found]
+
+
+def this_machine() -> Device:
+    """This machine's processor, by a matrix product and a copy in numpy, which take less than a second together."""
+    size = 512
+    a = np.ones((size, size), np.float32)
+    speed = 2.0 * size**3 * _per_second(lambda: a @ a)
+    source = np.ones(2**22, np.float32)
+    target = np.empty_like(source)
+    # A copy reads and writes.
+    bandwidth = 2.0 * source.nbytes * _per_second(lambda: np.copyto(target, source))
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    rates = {"float32": speed, "bfloat16": speed}
+    return Device(HERE, rates, bandwidth, memory, 0.9, "cpu", "its processor, measured now with numpy in float32")
+
+
+def _per_second(run: Callable[[], object]) -> float:
+    """Calls a second, at the fastest call within MEASURE_SECONDS; the first, which warms up, does not count."""
+    run()
+    fastest, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
+    while (started := time.perf_counter()) < end:
+        run()
+        fastest = min(fastest, time.perf_counter() - started)
+    return 1.0 / fastest
