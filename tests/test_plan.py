@@ -260,8 +260,10 @@ def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
 def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
     """Activations are most of it here."""
     measured = Measured(backend_name, middle, text=80, side=12, crop=4, n=4, length=32, adapters=adapters)
+    # MLX decides by itself in what order it computes, torch does not.
+    alone = {"cpu": 0.1, "mlx": 0.3}[backend_name]
     for checkpointed in (False, True):
-        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate")
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
 
 
 def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
