@@ -34,7 +34,7 @@ PUBLISHED = {
 
 PATCH = 8
 BIG = {"hidden": 1024, "layers": 8, "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp": 3072, "vision_hidden": 256, "vision_mlp": 1024}
-MIDDLE = {**BIG, "hidden": 384, "layers": 6, "heads": 6, "kv_heads": 3, "mlp": 1152, "vision_heads": 4}
+MIDDLE = {**BIG, "hidden": 256, "layers": 6, "heads": 4, "kv_heads": 2, "mlp": 768, "vision_hidden": 128, "vision_mlp": 512}
 
 
 def config(shape):
@@ -193,6 +193,7 @@ class Measured:
         completion = [Completion(rng.integers(0, 250, length).astype(np.int32), np.full(length, -5, np.float32), False) for _ in range(n)]
         weights = tuple(np.full(length, 0.01, np.float32) for _ in range(n))
         self.group = Group(prompt(text, side, 0), prompt(text, crop, 1), tuple(completion), weights)
+        self.short = prompt(4, 4, 2)
         self.uniforms = np.full((1, n, length), 0.5, np.float32)
 
     def plan(self, checkpointed):
@@ -223,7 +224,9 @@ class Measured:
         """Above what is held: the second micro-batch, and the gradient of the first."""
         monkeypatch.setattr(self.module, "CHECKPOINT_ABOVE", 0 if checkpointed else 2**60)
         self.backend._gradient = {}
-        self.backend.accumulate([self.group], Objective(top_k=100))
+        # Whatever the first micro-batch was, its gradient is as large; so it is a short one.
+        first = Group(self.short, self.short, self.group.completions[:1], self.group.weights[:1])
+        self.backend.accumulate([first], Objective(top_k=100))
         gradient = 4 * sum(self.tune.trained(self.shape).values())
         return gradient + self.peak(lambda: self.backend.accumulate([self.group], Objective(top_k=100)))
 
@@ -246,7 +249,7 @@ def middle(tmp_path_factory):
 
 
 def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
-    measured = Measured(backend_name, big, text=12, side=8, crop=8, n=2, length=16)
+    measured = Measured(backend_name, big, text=8, side=4, crop=4, n=2, length=6)
     assert sum(measured.shape.parameters.values()) > 1e8
     agree(measured.rollout(), measured.plan(False), "rollout", alone=0.5)
     for checkpointed in (False, True):
@@ -256,13 +259,15 @@ def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
 @pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
 def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
     """Activations are most of it here."""
-    measured = Measured(backend_name, middle, text=120, side=16, crop=8, n=4, length=64, adapters=adapters)
+    measured = Measured(backend_name, middle, text=80, side=12, crop=4, n=4, length=32, adapters=adapters)
+    # MLX decides by itself in what order it computes, torch does not.
+    alone = {"cpu": 0.1, "mlx": 0.3}[backend_name]
     for checkpointed in (False, True):
-        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate")
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
 
 
 def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
-    measured = Measured(backend_name, middle, text=60, side=16, crop=8, n=2, length=32, dtype="bfloat16")
+    measured = Measured(backend_name, middle, text=60, side=12, crop=4, n=2, length=32, dtype="bfloat16")
     agree(measured.rollout(), measured.plan(False), "rollout")
     agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate")
 
