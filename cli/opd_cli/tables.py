@@ -28,12 +28,9 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
     console = Console()
     if "before" in summary:
         before, after = summary["before"], summary["after"]
-        table = _table(
-            f"{_rows(before)}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}",
-            "before",
-            "after",
-            "change",
-        )
+        title = f"{_rows(before)}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}"
+        console.print(Text(title, style="bold"), soft_wrap=True)  # a table would fold it to its own width
+        table = _table("", "before", "after", "change")
         for key, title in ROWS:
             if key in before:
                 table.add_row(title, _percent(before, key), _percent(after, key), f"{100 * (after[key] - before[key]):+.1f}")
