@@ -153,6 +153,20 @@ def test_resume_goes_on_to_the_same_numbers(backend_name, tmp_path):
     assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
 
 
+def test_a_run_is_resumed_from_any_folder_but_not_on_other_data(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", photos.name, "--steps", 1, "--out", "run", *FAST, "--set", "measure.count=2"]
+    said = opd("train", "--backend", "cpu", *arguments).stderr
+    assert "measured on rows that are trained on too" in said
+    assert "the embedded tiny model knows nothing but its own scenes" in said
+    assert json.loads(Path("run/summary.json").read_text())["rows_skipped"] == 1
+    monkeypatch.chdir("/")
+    assert "all 1 steps of this run are done" in opd("train", "--resume", tmp_path / "run").stderr
+    photos.write_text("".join(photos.read_text().splitlines(keepends=True)[1:]))
+    said = opd("train", "--resume", tmp_path / "run", code=2).stderr
+    assert said.splitlines()[-1].startswith(f"opd: {photos} is not what this run began with")
+
+
 def test_ctrl_c_saves_and_resumes(tmp_path):
     """The first Ctrl-C ends the run after its step, with exit code 130 and a checkpoint."""
     run = tmp_path / "run"
