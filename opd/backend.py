@@ -49,9 +49,11 @@ class Backend(Protocol):
         uniforms[b, j, t]; banned ids have probability 0. A completion ends with a stop token (kept) or at max_tokens.
         """
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
+    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of sum(weight * ratio * divergence) to the student's; statistics of every completion of every group.
 
+        With `split`, only so many completions of each group run at once, to hold less: prompts run once all the same, and their
+        backward once, on the sum of what all completions ask of their keys and values. It changes no result.
         All or nothing: where it raises (out of memory), no gradient was added.
         """
 

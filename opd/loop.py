@@ -93,8 +93,8 @@ class Trainer:
         sampling = Sampling(recipe.rollout.temperature, self.encoder.stop, self.encoder.banned)
         indices = [pair.index for pair in batch.pairs]
         uniforms = randomness.uniforms(recipe.run.seed, step, indices, recipe.rollout.completions, recipe.rollout.max_tokens)
-        budget = recipe.rollout.microbatch_tokens
-        sampled = rollout.sample(backend, [pair.student for pair in batch.pairs], uniforms, sampling, budget)
+        room = recipe.rollout.sample_tokens
+        sampled = rollout.sample(backend, [pair.student for pair in batch.pairs], uniforms, sampling, room)
         kept = rollout.keep(batch.pairs, sampled, self.encoder.banned)
         clock.lap("rollout")
 
@@ -110,11 +110,14 @@ class Trainer:
         tokens, *rest = (int(count) for count in backend.total(np.array(counts, np.float64)))
         groups = rollout.groups(kept, tokens)
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
+        budget = recipe.rollout.microbatch_tokens
         cut = rollout.cut(groups, budget)
         padding = rollout.most(backend, len(cut)) - len(cut)  # every process makes the same number of calls
         for part in cut:
-            for index, rows in zip(part, backend.accumulate([groups[index] for index in part], objective), strict=True):
-                statistics[index] = rows
+            together = [groups[index] for index in part]
+            rows = backend.accumulate(together, objective, rollout.split(together, budget))
+            for index, its in zip(part, rows, strict=True):
+                statistics[index] = its
         for _ in range(padding):
             backend.accumulate([rollout.spare(batch.pairs[0], self.encoder.stop)], objective)
         clock.lap("accumulate")
@@ -218,7 +221,7 @@ class Trainer:
         if not self.held_out:
             return []
         self.progress.begin(phase, 2 * len(self.held_out))
-        options, budget = self.recipe.measure, self.recipe.rollout.microbatch_tokens
+        options, budget = self.recipe.measure, self.recipe.rollout.sample_tokens
         return measure.answer(
             self.backend, self.encoder, self.held_out, self.recipe.view, options.max_tokens, budget, progress=self.progress.advance
         )

@@ -25,7 +25,12 @@ class RolloutOptions(Options):
     max_tokens: int = Field(1024, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(1.0, gt=0, le=10, description="Sampling temperature; the objective reads both policies at it.")
     microbatch_tokens: int = Field(
-        16384, ge=1, description="Padded tokens that run together; a longer group runs alone. Changes no result."
+        16384,
+        ge=1,
+        description="Padded tokens that are differentiated together; of a longer group, fewer completions at a time. Changes no result.",
+    )
+    sample_tokens: int = Field(
+        65536, ge=1, description="Padded tokens that are sampled together, where only keys and values are held. Changes no result."
     )
 
 
@@ -122,6 +127,16 @@ def cut(step: Sequence[Group], budget: int) -> list[list[int]]:
     costs = [(max(len(group.student), len(group.teacher)), max(map(len, group.completions))) for group in step]
     completions = max((len(group.completions) for group in step), default=0)
     return microbatches(costs, completions, budget)
+
+
+def split(groups: Sequence[Group], budget: int) -> int:
+    """Completions of a micro-batch's group that run at once: 0 for all, fewer where a group that is alone is above the budget."""
+    if len(groups) != 1:
+        return 0
+    (group,) = groups
+    room = budget - max(len(group.student), len(group.teacher))
+    together = max(1, room // max(map(len, group.completions)))
+    return together if together < len(group.completions) else 0
 
 
 def spare(pair: Pair, stop: Sequence[int]) -> Group:

@@ -48,7 +48,7 @@ class Session:
             self.held_out,
             self.recipe.view,
             options.max_tokens,
-            self.recipe.rollout.microbatch_tokens,
+            self.recipe.rollout.sample_tokens,
             progress.advance,
         )
 

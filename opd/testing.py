@@ -117,6 +117,17 @@ def rows_equal_groups(material: Material) -> float:
     return max(relative_error(gradient, other.tensors("gradient")), statistics * GRADIENT / VALUE)
 
 
+def split_groups_are_whole(material: Material) -> float:
+    """Completions of a group that run a few at a time have the statistics and gradient of all together."""
+    backend, other = material.make(), material.make()
+    groups = material.groups(backend)
+    whole = statistics_error(backend.accumulate(groups, OBJECTIVE), other.accumulate(groups, OBJECTIVE, split=1))
+    gradient = relative_error(other.tensors("gradient"), backend.tensors("gradient"))
+    backend.accumulate(groups, OBJECTIVE, split=2)  # on top of what is there
+    twice = {name: 2 * value for name, value in other.tensors("gradient").items()}
+    return max(gradient, relative_error(backend.tensors("gradient"), twice), whole * GRADIENT / VALUE)
+
+
 def calls_add_up(material: Material) -> float:
     """Any cut of a step into calls accumulates the same gradient, in any order."""
     backend, other = material.make(), material.make()
@@ -294,6 +305,7 @@ OBJECTIVE = Objective(alpha=0.5, top_k=7, temperature=1.3)
 
 CHECKS: tuple[tuple[str, Callable[[Material], float], float], ...] = (
     ("a group equals its rows", rows_equal_groups, GRADIENT),
+    ("split groups are whole", split_groups_are_whole, GRADIENT),
     ("calls add up", calls_add_up, GRADIENT),
     ("score is accumulate without gradient", score_is_accumulate_without_gradient, VALUE),
     ("on-policy ratio is one", on_policy_ratio_is_one, 5 * VALUE),

@@ -98,8 +98,8 @@ class ToyBackend:
             [self._completion(parameters, prompt, row, sampling) for row in rows] for prompt, rows in zip(prompts, uniforms, strict=True)
         ]
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
-        """See `Backend.accumulate`."""
+    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
+        """See `Backend.accumulate`; a toy holds next to nothing, so there is nothing to split."""
         evaluations = self._evaluate(groups, objective)
         for group, row in zip(groups, evaluations, strict=True):
             for completion, weights, evaluation in zip(group.completions, group.weights, row, strict=True):
@@ -247,10 +247,10 @@ class Together(ToyBackend):
         self.total(SAMPLE)
         return super().sample(prompts, uniforms, sampling, policy)
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
+    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Accumulates, together with the others."""
         self.total(ACCUMULATE)
-        return super().accumulate(groups, objective)
+        return super().accumulate(groups, objective, split)
 
     @staticmethod
     def start(size: int, run: Callable[[ToyBackend], None]) -> None:

@@ -41,11 +41,24 @@ def test_backends(backend_name, random_model):
 class Mean(ToyBackend):
     """Averages per call, as the official code does."""
 
-    def accumulate(self, groups, objective):
+    def accumulate(self, groups, objective, split=0):
         before = {name: value.copy() for name, value in self.gradient.items()}
-        statistics = super().accumulate(groups, objective)
+        statistics = super().accumulate(groups, objective, split)
         for name, value in self.gradient.items():
             value[...] = before[name] + (value - before[name]) / len(groups)
+        return statistics
+
+
+class LosesTheRest(ToyBackend):
+    """Only the first completions of a split group teach."""
+
+    def accumulate(self, groups, objective, split=0):
+        before = {name: value.copy() for name, value in self.gradient.items()}
+        statistics = super().accumulate(groups, objective, split)
+        if split:
+            first = [replace(one, completions=one.completions[:split], weights=one.weights[:split]) for one in groups]
+            self.gradient = before
+            super().accumulate(first, objective)
         return statistics
 
 
@@ -73,8 +86,8 @@ class Forgets(ToyBackend):
 class TeacherSeesStudent(ToyBackend):
     """The gradient goes through the teacher's side too, and with the wrong sign."""
 
-    def accumulate(self, groups, objective):
-        statistics = super().accumulate(groups, objective)
+    def accumulate(self, groups, objective, split=0):
+        statistics = super().accumulate(groups, objective, split)
         self.gradient["vision"] *= -1
         return statistics
 
@@ -110,6 +123,7 @@ class Leaks(ToyBackend):
 @pytest.mark.parametrize(
     ("broken", "check_name"),
     [
+        (LosesTheRest, "split groups are whole"),
         (Mean, "calls add up"),
         (Unclipped, "a step is AdamW"),
         (NoBias, "a step is AdamW"),

@@ -77,9 +77,9 @@ class Spy(ToyBackend):
         self.temperatures.append(sampling.temperature)
         return super().sample(prompts, uniforms, sampling, policy)
 
-    def accumulate(self, groups, objective):
+    def accumulate(self, groups, objective, split=0):
         self.temperatures.append(objective.temperature)
-        return super().accumulate(groups, objective)
+        return super().accumulate(groups, objective, split)
 
 
 def test_metrics_add_up(tmp_path):
@@ -149,7 +149,7 @@ def test_labels_are_never_read(tmp_path):
 
 
 def test_micro_batches_change_nothing(tmp_path):
-    whole, cut = trainer(tmp_path / "whole"), trainer(tmp_path / "cut", "rollout.microbatch_tokens=1")
+    whole, cut = trainer(tmp_path / "whole"), trainer(tmp_path / "cut", "rollout.microbatch_tokens=1", "rollout.sample_tokens=1")
     whole.train()
     cut.train()
     for ours, theirs in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True):
@@ -164,7 +164,7 @@ def test_processes_change_nothing(tmp_path, processes):
     together = {}
 
     def run(backend):
-        one = trainer(tmp_path / "together", "rollout.microbatch_tokens=1", backend=backend)
+        one = trainer(tmp_path / "together", "rollout.microbatch_tokens=1", "rollout.sample_tokens=1", backend=backend)
         together[backend.rank] = (one.train(), backend)
 
     recipe = recipes.load("paper", OPTIONS)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd import measure
-from opd.rollout import Pair, cut, groups, keep, microbatches, most, sample, spare
+from opd.rollout import Pair, cut, groups, keep, microbatches, most, sample, spare, split
 from opd.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.view import ViewOptions
@@ -89,3 +89,15 @@ def test_a_spare_group_adds_nothing():
 
     backend.accumulate([spare(pairs(1)[0], (0,))], Objective())
     assert all((value == 0).all() for value in backend.tensors("gradient").values())
+
+
+def test_a_group_above_the_budget_is_split():
+    short, long = completion(*range(3)), completion(*range(10))
+    (one, other) = pairs(2)
+    prompt = len(one.student)
+    group = groups(keep([one], [[long, short, long, short]], banned=()), 26)
+    assert split(group, prompt + 40) == 0
+    assert split(group, prompt + 39) == 3
+    assert split(group, prompt + 20) == 2
+    assert split(group, 1) == 1
+    assert split([*group, *groups(keep([other], [[long]], banned=()), 10)], 1) == 0

@@ -76,7 +76,7 @@ class MlxBackend:
         with self._model.bound(parameters):
             return rollout.sample(self._model, self._model.head(parameters).astype(mx.float32), prompts, uniforms, sampling)
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
+    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""
         if not _predicted(groups):
             return _nothing(groups)

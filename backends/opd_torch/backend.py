@@ -94,7 +94,7 @@ class TorchBackend:
         with self._autocast():
             return rollout.sample(model, prompts, uniforms, sampling, self._dtype)
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective) -> list[list[TokenStatistics]]:
+    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""
         if not _predicted(groups):
             return _nothing(groups)
