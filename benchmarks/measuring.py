@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -43,6 +43,14 @@ def peer(name: str) -> None:
 
     if find_spec(name) is None:
         sys.exit(f"{name} is not installed; this benchmark needs it: pip install 'vision-opd[bench]'")
+
+
+def track(work: Sequence[Any], what: str) -> Iterable[Any]:
+    """The items of `work` one by one, with a bar on stderr that says how long the rest will take."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(work, what, console=Console(stderr=True), transient=True)
 
 
 class _Attention(torch.autograd.Function):

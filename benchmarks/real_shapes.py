@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     config = workload.CONFIGS[options.model]()
     backend = workload.backend(workload.model(config, "meta"))
-    rows = [measured(config, backend, shape) for shape in (QUICK if options.quick else SHAPES)]
+    rows = [measured(config, backend, shape) for shape in measuring.track(QUICK if options.quick else SHAPES, "shapes")]
     growth = {} if options.quick else grown(options.model)
     about = {"device": "meta (counts, no data)", "model": options.model, "versions": measuring.versions(), "growth": growth}
     if not options.json:

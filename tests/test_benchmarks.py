@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import against_rows, arithmetic, head, measuring, real_shapes, workload
+from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, real_shapes, workload
 from benchmarks.workload import Shape
 
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
@@ -81,3 +81,27 @@ def test_head():
     units = {side: row["flops"] / (2 * 64 * 32 * 2048) for side, row in rows.items()}
     assert 4 <= units["ours"] < 4.2
     assert max(row["gradient_error"] for row in rows.values()) < 1e-4
+
+
+def test_a_token_step_reads_weights_and_prompts_once(case):
+    """Whatever the number of completions and groups; transformers' own batch reads a prompt's keys once a row."""
+    transformers = pytest.importorskip("transformers")
+    path, config, group = case
+    _, backend = against_rows.of_torch(path, group)
+    stock = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    text, long = config.text_config, len(group.student) - 1
+    for prompts, n in ((1, 1), (1, 4), (3, 4)):
+        given = [workload.prompt(config, len(group.student), seed) for seed in range(prompts)]
+        weights, keys = decode.of_a_step(decode.ours(backend, given, n, (config.image_token_id,)), backend._student, long, text.head_dim)
+        assert weights == decode.step_weights(stock)
+        assert keys == decode.keys_values(config, prompts, long)
+        theirs, copied = decode.of_a_step(decode.transformers_rows(stock, given, n), stock, long, text.head_dim)
+        assert theirs == weights
+        assert copied == pytest.approx(n * keys, rel=0.05)  # with the row's own few tokens
+
+
+def test_growth_is_relative_to_the_arithmetic():
+    before = {"size": 2, "needed": 100, "bytes": 10, "seconds": 1.0}
+    assert growth.growth(before, {"size": 4, "needed": 300, "bytes": 15, "seconds": 3.3}) == pytest.approx(
+        {"byte_growth": 0.75, "time_growth": 1.1}
+    )
