@@ -22,10 +22,19 @@ CHECKPOINT_ABOVE = 2 * 1024**3
 
 def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
+    return complete(model, batch, remember(model, batch.prefixes, again), again)
+
+
+def remember(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]:
+    """`prefill` for `complete`; nothing without a family, where every completion reads its prompt by itself."""
+    return [] if model.family is None else prefill(model, prefixes, again)
+
+
+def complete(model: Any, batch: Batch, memory: list[Memory], again: bool = False) -> Tensor:
+    """Final hidden states [M, D] of completion rows over what their prompts left."""
     family = model.family
     if family is None:
         return rows.hidden_states(model, batch)
-    memory = prefill(model, batch.prefixes, again)
     text = family.language(model)
     hidden = text.embed_tokens(batch.tokens)
     angles = family.angles(text, batch.positions, hidden)
