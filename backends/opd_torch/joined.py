@@ -64,7 +64,8 @@ class _Joined(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
             ctx.kept.append(kept)
         before, sums = (x[0] if len(x) == 1 else torch.cat(x) for x in (found, totals))
         joint = torch.logaddexp(total, sums)
-        mixed = (before * (sums - joint).exp()[..., None]).add_(own * (total - joint).exp()[..., None]).to(query.dtype)
+        share = torch.sigmoid(sums - total)[..., None]
+        mixed = torch.lerp(own.to(share.dtype), before.to(share.dtype), share).to(query.dtype)
         ctx.batch, ctx.scale = batch, scale
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, mixed, joint)
         return mixed
