@@ -94,8 +94,11 @@ class TorchBackend:
     ) -> list[list[Completion]]:
         """Draws completions; see the protocol."""
         model = self._student if policy == "student" else self._teacher
-        with self._autocast():
-            return rollout.sample(model, prompts, uniforms, sampling, self._dtype)
+        if not uniforms.size:
+            return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in row] for row in uniforms]
+        with torch.no_grad(), self._autocast():
+            prefixes, memory = rollout.read(model, prompts, self._device)
+            return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""

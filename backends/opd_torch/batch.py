@@ -11,7 +11,7 @@ completion, S visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,13 @@ class Reach:
 class Ragged:
     """Rows of unequal `lengths`: packed [total, ...] to padded [rows, longest, ...] and back, both differentiable.
 
-    Padding repeats the first packed entry; what it becomes is never read, and its gradient is dropped.
+    `longest` may be more than any length. Padding repeats the first packed entry; what it becomes is never read, and its gradient is
+    dropped.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
+    def __init__(self, lengths: NDArray[np.int64], device: torch.device, longest: int = 0) -> None:
         self.lengths = lengths
-        self.rows, self.longest, self.total = len(lengths), int(lengths.max()), int(lengths.sum())
+        self.rows, self.longest, self.total = len(lengths), max(longest, int(lengths.max())), int(lengths.sum())
         self.even = self.rows * self.longest == self.total
         if not self.even:
             valid = np.arange(self.longest) < lengths[:, None]
@@ -156,6 +157,11 @@ class Prefixes:
             real = None if self.ragged.even else self._real(None, 0, 1)
             self._bias[dtype] = None if real is None else torch.zeros_like(real, dtype=dtype).masked_fill_(~real, float("-inf"))
         return self._bias[dtype]
+
+    def select(self, prompts: NDArray[np.int64]) -> Prefixes:
+        """Some of the prompts, as wide as all were, since that is how layers keep them."""
+        its = lay_out_prefixes([self.sources[prompt] for prompt in prompts], self.tokens.device)
+        return replace(its, ragged=Ragged(its.ragged.lengths, self.tokens.device, self.ragged.longest))
 
     def _real(self, window: int | None, first: int, count: int) -> Tensor:
         device = self.tokens.device

@@ -5,8 +5,13 @@ Legend: see `batch`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_torch.batch import Batch, Prefixes
@@ -84,6 +89,36 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], 
         hidden = family.mixer(layer).decode_layer(family, layer, hidden, its_angles, prefix, prefixes, mine)
     out: Tensor = text.norm(hidden)
     return out
+
+
+def joined_memory(model: Any, parts: list[list[Memory]]) -> list[Memory]:
+    """The memory of several runs of prompts as one. Takes `parts` apart, so that no more than one layer is held twice."""
+    if model.family is None:
+        return list(chain.from_iterable(parts))
+    if len(parts) == 1:
+        return parts[0]
+    return [tuple(map(_stacked, zip(*(part.pop(0) for part in parts), strict=True))) for _ in range(len(parts[0]))]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """[B, ...] of all parts' [b, ...], with zeros behind what is shorter than the longest."""
+    sizes = [tensor.shape for tensor in tensors]
+    out = tensors[0].new_zeros(sum(size[0] for size in sizes), *map(max, zip(*(size[1:] for size in sizes), strict=True)))
+    for tensor, place in zip(tensors, out.split([size[0] for size in sizes]), strict=True):
+        place[tuple(map(slice, tensor.shape))] = tensor
+    return out
+
+
+def narrowed(model: Any, memory: list[Memory], own: list[Any], prompts: NDArray[np.int64], rows: Tensor) -> tuple[list[Memory], list[Any]]:
+    """Memory and `own` (see `decode`) of some prompts and of some completions, as many of each prompt."""
+    if model.family is None:
+        return [memory[prompt] for prompt in prompts], [own[row] for row in rows.tolist()]
+    if len(prompts) < len(memory[0][0]):
+        index = torch.from_numpy(prompts).to(rows.device)
+        memory = [(first.index_select(0, index), second.index_select(0, index)) for first, second in memory]
+    for mine in own:
+        mine.select(rows)
+    return memory, own
 
 
 def activation_bytes(model: Any, batch: Batch, itemsize: int) -> int:
