@@ -36,7 +36,7 @@ from opd.types import (
 from opd_torch import sampling as rollout
 from opd_torch.adapters import merge
 from opd_torch.batch import Targets, lay_out_completions, lay_out_prefixes, lay_out_targets
-from opd_torch.forward import CHECKPOINT_ABOVE, activation_bytes, complete, remember
+from opd_torch.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, prompt_bytes, remember, reordered
 from opd_torch.model import (
     DTYPES,
     copy_model,
@@ -70,6 +70,8 @@ class TorchBackend:
         self._head = head_name(self._student)
         self._optimizer = Optimizer(self._parameters)
         self._gradient: dict[str, Tensor] = {}
+        # The student's pass over the prompts of the last rollout, graph included: `accumulate` needs the very same one.
+        self._kept: tuple[Sequence[Prompt], list[Memory]] | None = None
 
     @property
     def rank(self) -> int:
@@ -96,8 +98,15 @@ class TorchBackend:
         model = self._student if policy == "student" else self._teacher
         if not uniforms.size:
             return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in row] for row in uniforms]
+        self._kept = None
+        if policy == "student" and sampling.temperature > 0 and self._keeps(prompts):
+            prefixes = lay_out_prefixes(prompts, self._device)
+            memory = remember(model, prefixes)
+            self._kept = prompts, memory
+        else:
+            with torch.no_grad(), self._autocast():
+                prefixes, memory = rollout.read(model, prompts, self._device)
         with torch.no_grad(), self._autocast():
-            prefixes, memory = rollout.read(model, prompts, self._device)
             return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
@@ -130,6 +139,7 @@ class TorchBackend:
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
+        self._kept = None
         # Every process sums every parameter, whether or not a gradient reached it here.
         gradient = {name: self._gradient.pop(name, None) for name in self._parameters}
         whole = {name: torch.zeros_like(self._parameters[name]) if value is None else value for name, value in gradient.items()}
@@ -156,6 +166,7 @@ class TorchBackend:
         for name in FILES:
             if not (folder / name).is_file():
                 raise FolderError(f"{folder}: no {name}, so there is nothing to resume from")
+        self._kept = None
         read = [read_tensors(folder / name, tensors) for name, tensors in zip(FILES, expected, strict=True)]
         with torch.no_grad():
             for tensors, (values, _) in zip(expected, read, strict=True):
@@ -225,15 +236,15 @@ class TorchBackend:
 
         The parts' backward ends at what the prompts left in memory; their sum there is where the prompts' backward begins.
         """
-        model = self._student
-        prefixes = lay_out_prefixes([group.student for group in groups], self._device)
+        model, prompts = self._student, [group.student for group in groups]
+        prefixes = lay_out_prefixes(prompts, self._device)
         batches = [lay_out_completions(prefixes, _tokens(part)) for part in parts]
         again = max(activation_bytes(model, batch, self._dtype.itemsize) for batch in batches) > CHECKPOINT_ABOVE
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
         # Graphs that hold casts of weights share them; where layers are computed again none does, and each part's are freed with it.
         with nullcontext() if again else torch.autocast(self._device.type, enabled=False):
             with self._autocast():
-                memory = remember(model, prefixes, again)
+                memory = self._recalled(prompts) or remember(model, prefixes, again)
             leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in layer) for layer in memory]
             for part, its_teacher in zip(parts, teacher, strict=True):
                 with self._autocast():
@@ -253,6 +264,22 @@ class TorchBackend:
         if ends:
             torch.autograd.backward(*zip(*ends, strict=True))
         return statistics
+
+    def _keeps(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether a rollout's pass over its prompts is kept for `accumulate`: where it is small, and holds no casts of all weights."""
+        if self._student.family is None or self._dtype != master_dtype(self._options.dtype):
+            return False
+        tokens = sum(map(len, prompts))
+        return tokens <= rollout.PREFILL_TOKENS and prompt_bytes(self._student, prompts, tokens, self._dtype.itemsize) <= CHECKPOINT_ABOVE
+
+    def _recalled(self, prompts: Sequence[Prompt]) -> list[Memory] | None:
+        """What was kept of just these prompts, in their order; it serves once."""
+        kept, self._kept = self._kept, None
+        places = {id(prompt): place for place, prompt in enumerate(kept[0])} if kept else {}
+        order = [places.get(id(prompt), -1) for prompt in prompts]
+        if kept is None or sorted(order) != list(range(len(kept[0]))):
+            return None
+        return kept[1] if order == sorted(order) else reordered(kept[1], order)
 
     def _divergence(
         self, student: Tensor, teacher: Tensor, targets: Targets, objective: Objective, gradient: bool = False, top: int = 0

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opd.types import Prompt
 from opd_torch.batch import Batch, Prefixes
 from opd_torch.families import rows
 from opd_torch.vision import computed
@@ -114,22 +115,30 @@ def narrowed(model: Any, memory: list[Memory], own: list[Any], prompts: NDArray[
     if model.family is None:
         return [memory[prompt] for prompt in prompts], [own[row] for row in rows.tolist()]
     if len(prompts) < len(memory[0][0]):
-        index = torch.from_numpy(prompts).to(rows.device)
-        memory = [(first.index_select(0, index), second.index_select(0, index)) for first, second in memory]
+        memory = reordered(memory, prompts.tolist())
     for mine in own:
         mine.select(rows)
     return memory, own
 
 
+def reordered(memory: list[Memory], prompts: Sequence[int]) -> list[Memory]:
+    """Memory of prompts in another order, or of some of them."""
+    index = torch.tensor(prompts, device=memory[0][0].device)
+    return [(first.index_select(0, index), second.index_select(0, index)) for first, second in memory]
+
+
 def activation_bytes(model: Any, batch: Batch, itemsize: int) -> int:
-    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images; rows by themselves see to it."""
-    if model.family is None:
-        return 0
+    """Bytes that a backward holds, roughly; rows by themselves see to it."""
+    sources = batch.prefixes.sources
+    return 0 if model.family is None else prompt_bytes(model, sources, len(batch.prefixes.tokens) + len(batch.tokens), itemsize)
+
+
+def prompt_bytes(model: Any, prompts: Sequence[Prompt], tokens: int, itemsize: int) -> int:
+    """Bytes that a backward holds of prompts' images and of `tokens`, roughly: what each layer's products keep."""
     text, vision = model.config.text_config, model.config.vision_config
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     a_row = 12 * text.hidden_size + 4 * text.intermediate_size + 8 * heads
     a_patch = 16 * vision.hidden_size + 4 * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
-    patches = sum(model.family.patches(prompt, model) for prompt in batch.prefixes.sources)
-    tokens = len(batch.prefixes.tokens) + len(batch.tokens)
+    patches = sum(model.family.patches(prompt, model) for prompt in prompts)
     return int(itemsize * (text.num_hidden_layers * tokens * a_row + depth * patches * a_patch))
