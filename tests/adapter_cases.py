@@ -107,12 +107,18 @@ def make_case(root: Path, folder: Path, layers: dict[str, tuple[int, int]] | Non
 
 def peft_model(folder: Path, adapter: Path, dtype: str = "float64"):
     """The stock transformers model under peft's own layers."""
-    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     kind = getattr(torch, dtype)
-    model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=kind, attn_implementation="sdpa")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=kind, attn_implementation="sdpa")
+    return under_peft(model, adapter).to(kind)
+
+
+def under_peft(model, adapter: Path):
+    """A transformers model under peft's own layers."""
+    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks transformers for it
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).to(kind)
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
 
 
 def logprobs_of(backend, groups, objective) -> np.ndarray:

@@ -264,6 +264,31 @@ def smolvlm(folder: Path, seed: int = 0) -> Path:
     return _write(folder, Idefics3ForConditionalGeneration, config, seed, text={"rope_theta": 10000.0})
 
 
+def llava(folder: Path, seed: int = 0) -> Path:
+    """A random LLaVA, which has no family file: CLIP's last layer but one, without its class token, and a Llama; an image is 16 tokens."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    _copy_texts(folder, LLAVA_TOKENS, LLAVA_TEMPLATE, "<s>", "</s>")
+    text = {**TEXT, "model_type": "llama", "head_dim": 12, "vocab_size": _size(folder)}
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "projection_dim": 32,
+    }  # fmt: skip
+    ids = _ids(folder, image_token_index="<image>")
+    config = LlavaConfig(text_config=text, vision_config=vision, image_seq_length=16, **ids)
+    images = {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+    }  # fmt: skip
+    both = {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 8, "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").write_text(json.dumps(both))
+    return _write(folder, LlavaForConditionalGeneration, config, seed)
+
+
 FAMILIES = {"qwen3_vl": qwen3_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_5": qwen3_5, "gemma3": gemma3, "smolvlm": smolvlm}
 """A random model of every family, by a short name."""
 
@@ -288,6 +313,11 @@ SMOL_TEMPLATE = (
     "<|im_start|>{%- for message in messages -%}{{ message.role | capitalize }}{{ ':' if message.content[0].type == 'image' else ': ' }}"
     "{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}"
     "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+)
+LLAVA_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
+LLAVA_TEMPLATE = (
+    "<s>{%- for message in messages -%}USER: {%- for part in message.content -%}"
+    "{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}{%- endfor -%}{{ ' ASSISTANT:' }}"
 )
 
 
