@@ -169,14 +169,14 @@ def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
     """A random Qwen2.5-VL: windows of 2 x 2 merged patches in all vision blocks but the last, mRoPE in chunks, biased projections."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    rope = {"rope_type": "default", "mrope_section": [2, 2, 2]}
+    rope = {"rope_type": "default", "mrope_section": [TEXT["hidden_size"] // 8 - 4, 2, 2]}
     text = {**TEXT, "rope_parameters": {**rope, "rope_theta": 10000.0}}
     vision = {
         "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": 48, "fullatt_block_indexes": [2],
+        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": TEXT["hidden_size"], "fullatt_block_indexes": [2],
     }  # fmt: skip
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
-    extra = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]}}
+    extra = {"rope_theta": 10000.0, "rope_scaling": {**rope, "type": "mrope"}}
     return _write(folder, Qwen2_5_VLForConditionalGeneration, config, seed, text=extra, vision={"in_chans": 3, "spatial_patch_size": 8})
 
 
@@ -198,7 +198,7 @@ def qwen3_5(folder: Path, seed: int = 0) -> Path:
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 64,
+        "temporal_patch_size": 2, "out_hidden_size": TEXT["hidden_size"], "num_position_embeddings": 64,
     }  # fmt: skip
     config = Qwen3_5Config(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
     return _write(folder, Qwen3_5ForConditionalGeneration, config, seed)
@@ -242,7 +242,7 @@ def smolvlm(folder: Path, seed: int = 0) -> Path:
     text = {
         **TEXT,
         "model_type": "llama",
-        "head_dim": 12,
+        "head_dim": TEXT["hidden_size"] // 4,
         "vocab_size": _size(folder),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
