@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from opd import adapters
 from opd import backend as backends
 from opd.adapters import AdapterOptions
-from opd.prompts import PromptEncoder
+from opd.processor import open_encoder
 from opd.types import Completion, Group, ModelOptions
 
 SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)]]
@@ -28,7 +28,7 @@ OPTIONS = AdapterOptions(rank=3, alpha=9.0)
 
 def groups_of(folder: Path) -> list[Group]:
     """Groups of unequal prompts and completions, whose weights sum to one."""
-    rng, encoder = np.random.default_rng(0), PromptEncoder(folder)
+    rng, encoder = np.random.default_rng(0), open_encoder(folder)
     prompts = [
         encoder.encode([Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes], question)
         for sizes, question in zip(SIZES, ("What digit is on the red tile?", "digit?", "What?"), strict=True)

@@ -289,6 +289,17 @@ def llava(folder: Path, seed: int = 0) -> Path:
     return _write(folder, LlavaForConditionalGeneration, config, seed)
 
 
+def raise_norms(folder: Path) -> Path:
+    """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so that logits are of order one."""
+    weights = load_file(folder / "model.safetensors")
+    if json.loads((folder / "config.json").read_text())["model_type"] in ("qwen2_5_vl", "idefics3", "llava"):
+        for name in weights:
+            if "norm" in name and not any(part in name for part in ("vis", "connector")):
+                weights[name] = weights[name] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 FAMILIES = {"qwen3_vl": qwen3_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_5": qwen3_5, "gemma3": gemma3, "smolvlm": smolvlm}
 """A random model of every family, by a short name."""
 

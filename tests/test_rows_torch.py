@@ -27,24 +27,11 @@ from opd.testing import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_cli import main
 from tests.adapter_cases import under_peft
+from tests.prompt_cases import QUESTION, expected
 from tests.random_models import llava
 from tests.torch_cases import Case, clone, gradients_of, loss_of, plain_loss_and_gradients, relative_error, stock_logits
 
 JSD = Objective(alpha=0.5, top_k=20)
-
-
-def own_prompt(folder, images, question):
-    """Tokens and pixels by the stock processor, put together from its parts."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    size = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
-    processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(**size), tokenizer, patch_size=8, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )  # fmt: skip
-    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    found = processor(text=[text], images=images or None, add_special_tokens=False, return_tensors="np")
-    return np.asarray(found["input_ids"][0]), found.get("pixel_values")
 
 
 def noise(*sizes):
@@ -54,18 +41,18 @@ def noise(*sizes):
 
 @pytest.mark.parametrize("sizes", [[(64, 40)], [(32, 32)], [(7, 90)], [(33, 31), (200, 40)], [(40, 64)] * 3, []])
 def test_prompts_are_its_own_processors(case, sizes):
-    images, question = noise(*sizes), "What digit is on the red tile?"
-    tokens, pixels = own_prompt(case.folder, images, question)
-    prompt = case.encoder.encode(images, question)
+    images = noise(*sizes)
+    theirs = expected("llava", case.folder, images)
+    tokens, prompt = theirs["input_ids"][0], case.encoder.encode(images, QUESTION)
     np.testing.assert_array_equal(prompt.tokens, tokens)
     np.testing.assert_array_equal(prompt.positions, np.arange(len(tokens))[None])
     assert prompt.images.keys() == ({"pixel_values"} if sizes else set())
     if sizes:
-        np.testing.assert_array_equal(prompt.images["pixel_values"], pixels)
+        np.testing.assert_array_equal(prompt.images["pixel_values"], theirs["pixel_values"])
     np.testing.assert_array_equal(prompt.visual.index, np.flatnonzero(tokens == 3))
     np.testing.assert_array_equal(prompt.visual.image, np.repeat(np.arange(len(sizes)), 16))
     np.testing.assert_array_equal(prompt.visual.boxes, np.repeat([(0, 0, *size) for size in sizes] or np.zeros((0, 4)), 16, axis=0))
-    assert case.encoder.encode([*images[:-1], Image.new("RGB", (64, 40))], question).key != prompt.key
+    assert case.encoder.encode([*images[:-1], Image.new("RGB", (64, 40))], QUESTION).key != prompt.key
 
 
 def test_prompts_of_images_between_texts(case):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import opd_torch
+from opd.processor import open_encoder
 from opd.prompts import PromptEncoder
 from opd.types import Completion, Group, ModelOptions
 from opd_torch.backend import TorchBackend
@@ -50,7 +51,7 @@ class Case:
 
 def make_case(root: Path, folder: Path, questions: tuple[str, ...] = ("What digit is on the red tile?", "digit?", "What?")) -> Case:
     rng = np.random.default_rng(0)
-    encoder = PromptEncoder(folder)
+    encoder = open_encoder(folder)
     prompts = [
         encoder.encode(
             [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes],
