@@ -105,3 +105,26 @@ def test_growth_is_relative_to_the_arithmetic():
     assert growth.growth(before, {"size": 4, "needed": 300, "bytes": 15, "seconds": 3.3}) == pytest.approx(
         {"byte_growth": 0.75, "time_growth": 1.1}
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+def test_parity(tmp_path, name):
+    """A family on both backends, and a model by rows; the figures are errors that a wrong term could not reach."""
+    pytest.importorskip("mlx.core")
+    pytest.importorskip("peft")
+    from benchmarks import parity
+
+    rows = parity.rows_of(name, tmp_path)
+    assert [row["backend"] for row in rows] == (["torch", "mlx"] if name == "qwen3_vl" else ["torch"])
+    for row in rows:
+        assert row["prompts"] == 0
+        most = {"logprobs": 1e-6, "loss": 1e-4, "gradient": 1e-4, "steps": 1e-4, "adapter": 1e-5, "export": 1e-5}
+        assert {column: row[column] for column in most if not 0 < row[column] < most[column]} == {}
+
+
+def test_parity_sees_a_difference():
+    from benchmarks import parity
+
+    rng = np.random.default_rng(0)
+    true = [rng.standard_normal((3, 7))]
+    assert parity.apart([true[0] * (1 + 1e-3)], true) == pytest.approx(1e-3)

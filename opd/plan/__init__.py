@@ -16,7 +16,7 @@ from opd.errors import BackendError, DataError, ModelError, RecipeError, nearest
 from opd.models import ModelChoice
 from opd.plan.devices import BANDWIDTH_SHARE, HERE, MATMUL_SHARE, Device
 from opd.plan.memory import Memory, Setting, memory
-from opd.plan.shape import Shape, Tune, read_json, read_shape
+from opd.plan.shape import PROJECTIONS, Shape, Tune, read_json, read_shape
 from opd.plan.work import Stage, View, Work, stages
 from opd.recipe import Recipe
 
@@ -137,7 +137,7 @@ def on(plan: Plan, device: Device) -> Plan:
 
 def tuning(choice: ModelChoice) -> Tune:
     """What a recipe's model section trains."""
-    return Tune(choice.tune, choice.vision, choice.projector, choice.rank, choice.targets)
+    return Tune(choice.tune, choice.vision, choice.projector, choice.rank, choice.targets or PROJECTIONS)
 
 
 def report(plans: Sequence[Plan], model: str) -> dict[str, Any]:

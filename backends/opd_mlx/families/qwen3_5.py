@@ -29,6 +29,14 @@ class Qwen35(Qwen3VL):
 
     model_types = ("qwen3_5",)
     left_out = ("mtp.",)
+    # As `sanitize` of mlx-vlm does; the norm in a delta net multiplies by its weight alone.
+    raised = (
+        ".input_layernorm.weight",
+        ".post_attention_layernorm.weight",
+        ".q_norm.weight",
+        ".k_norm.weight",
+        "language_model.norm.weight",
+    )
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
         """See `opd_mlx.families.Family`."""
