@@ -302,7 +302,10 @@ SMOL_TEMPLATE = (
 def _sized(text: dict[str, Any], vision: dict[str, Any], more: Sizes) -> dict[str, Any]:
     """Arguments of a configuration; a tower speaks to the text in its width."""
     text, vision = text | more.get("text", {}), vision | more.get("vision", {})
-    return {"text_config": text, "vision_config": vision | ({"out_hidden_size": text["hidden_size"]} if "out_hidden_size" in vision else {})}
+    return {
+        "text_config": text,
+        "vision_config": vision | ({"out_hidden_size": text["hidden_size"]} if "out_hidden_size" in vision else {}),
+    }
 
 
 def _special_ids() -> dict[str, int]:

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from opd import backend as backends
 from opd.adapters import AdapterOptions, part
-from opd.errors import ModelError
 from opd.plan import Assumed, devices, plan, view
 from opd.plan.families import read_config, read_shape, shape_of
 from opd.plan.shape import PARTS, Tune
@@ -21,7 +20,7 @@ from opd.prompts import PromptEncoder
 from opd.recipe import load
 from opd.types import ModelOptions
 from opd_cli import main
-from tests.random_models import FAMILIES, SOURCE, qwen3_vl
+from tests.random_models import FAMILIES, SOURCE
 
 SMALL_TOWER = {
     "hidden_size": 1024,
@@ -239,7 +238,9 @@ def group(work):
     from opd.types import Completion, Group, Prompt, VisualTokens
 
     nothing = VisualTokens(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
-    prompts = [Prompt(np.zeros(view.tokens, np.int32), np.zeros((1, 1), np.int32), {}, "", nothing) for view in (work.student, work.teacher)]
+    prompts = [
+        Prompt(np.zeros(view.tokens, np.int32), np.zeros((1, 1), np.int32), {}, "", nothing) for view in (work.student, work.teacher)
+    ]
     one = Completion(np.zeros(work.tokens, np.int32), np.zeros(work.tokens, np.float32), False)
     return Group(*prompts, (one,) * work.completions, ())
 

@@ -67,12 +67,17 @@ def activations(shape: Shape, tune: Tune, work: Work, setting: Setting, again: b
     passing = _passing(shape, tune, work, setting, count)
     if not again:
         # The last layer gives of a prompt what it hands to completions alone.
-        last = shape.layers[-1]
+        last, first = shape.layers[-1], shape.layers[0]
         kept = handed[last] * 2 if isinstance(last, Attention) else prompt[last]
+        idle = [first] if isinstance(first, Delta) and not _reached(shape, tune) else []
         return Activations(
             v.whole * seen + v.windowed * windowed + merged,
-            sum(prompt[layer] for layer in shape.layers[:-1]) + kept,
-            sum(completion[layer] for layer in shape.layers) + final,
+            sum(prompt[layer] for layer in shape.layers[:-1])
+            + kept
+            - sum(prompts * delta_bytes(tune, layer, view.before, setting) for layer in idle),
+            sum(completion[layer] for layer in shape.layers)
+            + final
+            - sum(count * delta_bytes(tune, layer, work.tokens, setting) for layer in idle),
             passing,
         )
     rows = len(shape.layers) * shape.hidden * setting.stream
@@ -85,6 +90,11 @@ def activations(shape: Shape, tune: Tune, work: Work, setting: Setting, again: b
     )
 
 
+def _reached(shape: Shape, tune: Tune) -> bool:
+    """Whether a backward goes through what mixes tokens in the first layer: something is trained there or before it."""
+    return tune.full or tune.sees or any(name in tune.targets for name in shape.layers[0].linears(shape.hidden))
+
+
 def _passing(shape: Shape, tune: Tune, work: Work, setting: Setting, count: int) -> tuple[int, int, int]:
     """What one layer's backward needs beside what was held: the largest of the tower's, the prompts' and the completions' layers."""
     v, view, prompts, item = shape.vision, work.student, work.together, setting.item
@@ -94,7 +104,7 @@ def _passing(shape: Shape, tune: Tune, work: Work, setting: Setting, count: int)
         # The gradients of three feed-forward arrays, or of a quarter of what the delta rule keeps.
         deltas = [layer for layer in shape.kinds if isinstance(layer, Delta)]
         solved = [
-            max((times * delta_bytes(layer, length, setting) // 4 for layer in deltas), default=0)
+            max((times * delta_bytes(tune, layer, length, setting) // 4 for layer in deltas), default=0)
             for times, length in ((prompts, view.before), (count, work.tokens))
         ]
         found = [3 * item * width * many for width, many in zip(wide, rows, strict=True)]
@@ -115,7 +125,7 @@ def _prompt(shape: Shape, tune: Tune, layer: Layer, view: View, setting: Setting
     item, rows = setting.item, view.before
     found = rows * _row(shape, tune, layer, setting)
     if isinstance(layer, Delta):
-        return found + delta_bytes(layer, rows, setting)
+        return found + delta_bytes(tune, layer, rows, setting)
     if setting.mlx:
         # Queries once more, keys and values twice; and the attention weights.
         return found + item * rows * (2 * layer.query + 3 * layer.key) + _scores(layer, rows, 0, setting)
@@ -131,7 +141,7 @@ def _completion(shape: Shape, tune: Tune, layer: Layer, view: View, length: int,
     if isinstance(layer, Delta):
         # Every completion starts from a copy of its prompt's state and window.
         forked = handed_bytes(layer, 0, setting)
-        return found + count * (delta_bytes(layer, length, setting) + forked)
+        return found + count * (delta_bytes(tune, layer, length, setting) + forked)
     if setting.mlx:
         return found + item * rows * (3 * layer.query + layer.key) + count * _scores(layer, length, view.before, setting)
     # Queries in groups, what attention gives, and its copy for the output product; every completion has the prompt's keys and values
@@ -153,7 +163,7 @@ def _row(shape: Shape, tune: Tune, layer: Layer, setting: Setting) -> int:
     if setting.mlx:
         # Two residuals, two sums, a norm's result each; gate, sigmoid, its product, up, their product; queries and keys twice.
         attended = 2 * (layer.query + layer.key) if isinstance(layer, Attention) else 0
-        return item * ((2 + 2 * shape.norms) * shape.hidden + 5 * wide + attended + gate)
+        return item * ((2 + 2 * shape.norms) * shape.hidden + (4 + tune.full) * wide + attended + gate)
     if not tune.full:
         # Norms that are not trained keep their input alone, nothing is cast, and each adapter keeps its narrow row.
         narrow = tune.rank * len(tune.adapted(shape, layer)) * item
@@ -174,18 +184,24 @@ def handed_bytes(layer: Layer, before: int, setting: Setting) -> int:
     return setting.item * 2 * layer.key * before
 
 
-def delta_bytes(layer: Delta, length: int, setting: Setting) -> int:
-    """Bytes of `length` tokens that run one after the other in a delta net, beside `_row`; what the rule solves is float32."""
+def delta_bytes(tune: Tune, layer: Delta, length: int, setting: Setting) -> int:
+    """Bytes of `length` tokens that run one after the other in a delta net, beside `_row`.
+
+    Of each token inputs and outputs of convolution and activation, and five or six arrays of values for norm and gate; without a trained
+    convolution, norm and output projection some of them are not needed. What the rule solves is float32, in whole chunks.
+    """
     chunk = min(CHUNK, length)
     chunks = -(-length // chunk)
     keys, square = layer.value_heads * layer.key_dim, layer.value_heads * chunk
     states = FLOAT * 2 * layer.state * chunks
+    channels, values = (3, 6) if tune.full else (2, 3 + ("out_proj" in tune.targets))
     if setting.mlx:
         # Its inverse of a triangle keeps all rows before each row.
-        solved = 6 * keys + 7 * layer.values + 8 * square + square * chunk // 2
-        return states + length * FLOAT * 4 * layer.channels + chunks * chunk * FLOAT * solved
+        solved = 6 * keys + 3 * layer.values + 8 * square + square * chunk // 2
+        each = (channels + 1) * layer.channels + (values - 2) * layer.values
+        return states + FLOAT * (length * each + chunks * chunk * solved)
     solved = 9 * keys + 3 * layer.values + 6 * square
-    return states + length * (setting.item * 3 * layer.channels + FLOAT * 6 * layer.values) + chunks * chunk * FLOAT * solved
+    return states + length * (setting.item * channels * layer.channels + FLOAT * values * layer.values) + chunks * chunk * FLOAT * solved
 
 
 def _block(vision: Vision, view: View, window: int, setting: Setting) -> int:

@@ -194,7 +194,7 @@ def _forward(shape: Shape, layer: Layer, before: int, setting: Setting) -> int:
     """A layer passing by without a backward: rows, three feed-forward arrays, and scores; or what the delta rule solves."""
     if isinstance(layer, Delta):
         # As counted; MLX frees its triangle's rows as it goes, torch little before the layer ends.
-        return delta_bytes(layer, before, setting) // 4 * (2 if setting.mlx else 3)
+        return delta_bytes(Tune(), layer, before, setting) // 4 * (2 if setting.mlx else 3)
     row = 3 * shape.intermediate * setting.item + 3 * shape.hidden * FLOAT
     scores = 4 * setting.item * setting.mlx * (not setting.gpu) * before
     return before * (row + scores * layer.heads)
