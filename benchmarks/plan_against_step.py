@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.plan_against_step [--only cpu-lora] [--json] [--quick]
 
-A random Qwen3-VL of half a billion parameters in float32, through each backend with full fine-tuning, LoRA, and on MLX LoRA over 4 bits: one
-step of two micro-batches, verb by verb. Every side runs in a process of its own; each verb once to be timed, and once more to count
+A random Qwen3-VL of half a billion parameters in float32, through each backend with full fine-tuning, LoRA, and on MLX LoRA over 4 bits:
+one step of two micro-batches, verb by verb. Every side runs in a process of its own; each verb once to be timed, and once more to count
 allocated bytes, with all that is held. The plan is that of `this machine`. It takes 12 GB, and writes
 results/plan_against_step.json.
 """
@@ -26,7 +26,7 @@ SIDES = ("cpu-full", "cpu-lora", "mlx-full", "mlx-lora", "mlx-qlora")
 
 MODEL = {
     "hidden": 1024, "layers": 24, "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp": 3072, "vision_hidden": 512, "vision_layers": 8,
-    "vision_heads": 8, "vision_mlp": 2048, "positions": 576, "patch": 16, "deepstack": 3,
+    "vision_heads": 8, "vision_mlp": 2048, "positions": 576,
 }  # fmt: skip
 QUICK = {**MODEL, "hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 768, "vision_hidden": 128, "vision_layers": 3,
          "vision_heads": 2, "vision_mlp": 512}  # fmt: skip
@@ -53,7 +53,9 @@ def main() -> None:
         for name in options.only or SIDES:
             with context.Pool(1) as fresh:
                 rows += fresh.apply(side, (name, folder, options.quick))
-    result = measuring.report(options, "plan_against_step", rows, device=measuring.device_name(), versions=measuring.versions("mlx", "peft"))
+    result = measuring.report(
+        options, "plan_against_step", rows, device=measuring.device_name(), versions=measuring.versions("mlx", "peft")
+    )
     if not options.quick and not options.only:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "plan_against_step.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -79,8 +81,7 @@ def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
     planned = planning.plan(recipe, device, backend_name, assumed)
     step = Step(recipe, backend_name, planned)
     seconds = {verb: clocked(run) for verb, run in step.verbs.items()}
-    held = step.held()
-    peaks = {verb: held + measuring.peak_bytes(run, backend_name) for verb, run in step.verbs.items()}
+    peaks = {verb: step.held() + measuring.peak_bytes(run, backend_name) for verb, run in step.verbs.items()}
     phases = planned.memory.phases
     rows = []
     for verb, stages in STAGES.items():
@@ -127,7 +128,7 @@ class Step:
 
         groups = [group() for _ in range(work.prompts)]
         uniforms = rng.random((1, work.completions, work.tokens), dtype=np.float32)
-        backend, objective = self.backend, recipe.objective
+        backend, objective = self.backend, recipe.objective.objective(recipe.rollout.temperature)
         self.verbs = {
             # Nothing ends a completion, so all are of full length.
             "rollout": lambda: [backend.sample([one.student], uniforms, Sampling(banned=encoder.banned)) for one in groups],
@@ -138,14 +139,14 @@ class Step:
         self.verbs["move_teacher"]()  # MLX's teacher is the student's own arrays until it moves
 
     def held(self) -> int:
-        """Bytes that live from step to step."""
+        """Bytes that are allocated between two verbs."""
         if hasattr(self.backend, "_model"):
             import mlx.core as mx
 
             return int(mx.get_active_memory())
         models = (self.backend._student, self.backend._teacher)
         tensors = [*(one for model in models for one in (*model.parameters(), *model.buffers()))]
-        tensors += [*self.backend._optimizer.first.values(), *self.backend._optimizer.second.values()]
+        tensors += [*self.backend._optimizer.first.values(), *self.backend._optimizer.second.values(), *self.backend._gradient.values()]
         return sum({one.data_ptr(): one.nbytes for one in tensors}.values())
 
 

@@ -16,7 +16,7 @@ from PIL.Image import new
 from opd.errors import BackendError, DataError, UserError, nearest
 from opd.models import ModelChoice
 from opd.plan.activations import Setting
-from opd.plan.devices import BANDWIDTH_SHARE, HERE, MATMUL_SHARE, Device
+from opd.plan.devices import HERE, Device
 from opd.plan.families import read_config, shape_of
 from opd.plan.memory import Memory, memory
 from opd.plan.shape import Shape, Tune
@@ -53,6 +53,7 @@ class Plan:
     device: Device
     dtype: str
     top_k: int
+    text: int
     image: tuple[int, int]
     crop: tuple[int, int]
     smaller_images: tuple[int, View, View] | None
@@ -71,7 +72,8 @@ class Plan:
     @property
     def seconds(self) -> dict[str, float]:
         """Each stage's time: computing or moving, whichever is longer, at the assumed shares of the device's peaks."""
-        rate, bandwidth = MATMUL_SHARE * self.device.matmul[self.dtype], BANDWIDTH_SHARE * self.device.bandwidth
+        rate = self.device.matmul_share * self.device.matmul[self.dtype]
+        bandwidth = self.device.bandwidth_share * self.device.bandwidth
         return {name: max(stage.operations / rate, stage.moved / bandwidth) for name, stage in self.stages.items()}
 
     @property
@@ -149,7 +151,7 @@ def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: As
         smaller = None
     top_k = 0 if recipe.objective.form == "divergence" and not recipe.objective.top_k else recipe.objective.top_k or 1
     setting = _setting(device, backend, choice.dtype)
-    return Plan(shape, tuning(choice), work, setting, device, choice.dtype, top_k, image, crop, smaller)
+    return Plan(shape, tuning(choice), work, setting, device, choice.dtype, top_k, text, image, crop, smaller)
 
 
 def view(encoder: PromptEncoder, shape: Shape, patch: int, size: tuple[int, int], text: int, policy: Policy) -> View:
@@ -189,12 +191,12 @@ def report(plans: Sequence[Plan], model: str) -> dict[str, Any]:
             "crop": list(first.crop),
             "prompt_tokens": first.work.student.tokens,
             "crop_prompt_tokens": first.work.teacher.tokens,
-            "text_tokens": first.work.student.text,
+            "text_tokens": first.text,
             "completion_tokens": first.work.tokens,
             "prompts": first.work.prompts,
             "completions": first.work.completions,
-            "matmul_share": MATMUL_SHARE,
-            "bandwidth_share": BANDWIDTH_SHARE,
+            "matmul_share": first.device.matmul_share,
+            "bandwidth_share": first.device.bandwidth_share,
         },
         "parameters": {part: {"all": count, "trained": trained[part]} for part, count in first.shape.parameters.items()},
         "memory": {**asdict(found), "peak": found.peak, "usable": int(first.usable)},

@@ -92,7 +92,7 @@ def activations(shape: Shape, tune: Tune, work: Work, setting: Setting, again: b
 
 def _reached(shape: Shape, tune: Tune) -> bool:
     """Whether a backward goes through what mixes tokens in the first layer: something is trained there or before it."""
-    return tune.full or tune.sees or any(name in tune.targets for name in shape.layers[0].linears(shape.hidden))
+    return tune.full or tune.sees or any(tune.adapts(name) for name in shape.layers[0].linears(shape.hidden))
 
 
 def _passing(shape: Shape, tune: Tune, work: Work, setting: Setting, count: int) -> tuple[int, int, int]:
@@ -194,7 +194,7 @@ def delta_bytes(tune: Tune, layer: Delta, length: int, setting: Setting) -> int:
     chunks = -(-length // chunk)
     keys, square = layer.value_heads * layer.key_dim, layer.value_heads * chunk
     states = FLOAT * 2 * layer.state * chunks
-    channels, values = (3, 6) if tune.full else (2, 3 + ("out_proj" in tune.targets))
+    channels, values = (3, 6) if tune.full else (2, 3 + tune.adapts("out_proj"))
     if setting.mlx:
         # Its inverse of a triangle keeps all rows before each row.
         solved = 6 * keys + 3 * layer.values + 8 * square + square * chunk // 2

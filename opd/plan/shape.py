@@ -243,8 +243,8 @@ class Shape:
 class Tune:
     """What is trained: `kind` full (without tower and projector unless `vision`), lora or qlora.
 
-    Adapters of `rank` stand on the language model's `targets`, by the last words of their names, and on tower and projector where
-    `vision` and `projector` say so.
+    Adapters of `rank` stand on the language model's `targets`, by the last words of their names or "all", and on tower and projector
+    where `vision` and `projector` say so.
     """
 
     kind: str = "full"
@@ -263,9 +263,13 @@ class Tune:
         """Whether image features change, so that they have a backward and cannot be kept."""
         return self.vision or (self.projector and not self.full)
 
+    def adapts(self, name: str) -> bool:
+        """Whether a language layer's linear layer of that name gets an adapter."""
+        return not self.full and (name in self.targets or "all" in self.targets)
+
     def adapted(self, shape: Shape, layer: Layer) -> list[tuple[int, int]]:
         """Inputs and outputs of a language layer's linear layers that get an adapter."""
-        return [size for name, size in shape.linears(layer).items() if name in self.targets]
+        return [size for name, size in shape.linears(layer).items() if self.adapts(name)]
 
     def trained(self, shape: Shape) -> dict[str, int]:
         """Trained parameters by part; an adapter of a matrix [out, in] has rank * (in + out)."""
