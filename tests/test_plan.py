@@ -358,13 +358,25 @@ def test_this_machine_is_measured_within_a_second():
     assert 1e9 < found.bandwidth < 1e13
 
 
-def test_seconds_are_of_the_slower_of_computing_and_moving():
-    fast = devices.Device("x", {"float32": 1e12}, 1e9, 1e12, 1.0, "cpu", "")
+def test_seconds_are_of_the_slower_of_computing_and_moving_and_of_the_passes_between():
+    fast = devices.Device("x", {"float32": 1e12}, 1e9, 1e12, 1.0, "cpu", "", 0.4, 0.7)
     found = plan(load("tiny"), fast)
     stage, seconds = found.stages["rollout decode"], found.seconds["rollout decode"]
-    assert seconds == pytest.approx(max(stage.operations / 0.4e12, stage.moved / 0.7e9))
+    assert seconds == pytest.approx(max(stage.operations / 0.4e12, stage.moved / 0.7e9) + stage.passed / 0.7e9)
     moved = replace(fast, bandwidth=1e6)
-    assert replace(found, device=moved).seconds["rollout decode"] == pytest.approx(stage.moved / 0.7e6)
+    assert replace(found, device=moved).seconds["rollout decode"] == pytest.approx((stage.moved + stage.passed) / 0.7e6)
+
+
+def test_passes_follow_what_is_kept_and_trained():
+    found = plan(load("tiny"), devices.DEVICES["H200"])
+    twice = replace(found, work=replace(found.work, prompts=2 * found.work.prompts)).stages
+    for name, stage in found.stages.items():
+        assert twice[name].passed == stage.passed * (1 if name in ("optimizer", "teacher's average") else 2)
+    trained = sum(found.tune.trained(found.shape).values())
+    assert found.stages["teacher's average"].passed == 3 * 4 * trained  # two are read, one is written
+    assert found.stages["recomputation"].passed == 0
+    frozen = replace(found, tune=Tune("full", vision=False)).stages
+    assert frozen["student backward"].passed < found.stages["student backward"].passed
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What a run will take, before it and before any weights are there: parameters, memory and time, from config.json alone.
 
-`families` reads a model's sizes into a `shape`, `work` counts operations, `activations` and `memory` bytes, `devices` knows how fast and
-how large devices are; this module puts them together for a recipe.
+`families` reads a model's sizes into a `shape`, `work` counts operations, `passes` what is moved between them, `activations` and `memory`
+what is held, `devices` knows how fast and how large devices are; this module puts them together for a recipe.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from opd.plan.activations import Setting
 from opd.plan.devices import HERE, Device
 from opd.plan.families import read_config, shape_of
 from opd.plan.memory import Memory, memory
+from opd.plan.passes import passed
 from opd.plan.shape import Shape, Tune
 from opd.plan.work import Stage, View, Work, stages
 from opd.prompts import PromptEncoder
@@ -67,14 +68,20 @@ class Plan:
     @property
     def stages(self) -> dict[str, Stage]:
         """Work of the step by stage."""
-        return stages(self.shape, self.tune, self.work, self.setting.item, self.memory.checkpointed)
+        again = self.memory.checkpointed
+        beside = passed(self.shape, self.tune, self.work, self.setting, again)
+        found = stages(self.shape, self.tune, self.work, self.setting.item, again)
+        return {name: replace(stage, passed=beside[name]) for name, stage in found.items()}
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Each stage's time: computing or moving, whichever is longer, at the assumed shares of the device's peaks."""
+        """Each stage's time at the assumed shares of the device's peaks: products or what they read, whichever is longer, and the passes
+        between them."""
         rate = self.device.matmul_share * self.device.matmul[self.dtype]
         bandwidth = self.device.bandwidth_share * self.device.bandwidth
-        return {name: max(stage.operations / rate, stage.moved / bandwidth) for name, stage in self.stages.items()}
+        return {
+            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth for name, stage in self.stages.items()
+        }
 
     @property
     def usable(self) -> float:

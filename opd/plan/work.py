@@ -149,10 +149,14 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of a step computes and moves: `operations` at matrix-product speed, `moved` bytes at memory bandwidth."""
+    """What one stage of a step computes and moves: `operations` at matrix-product speed, which read `moved` bytes meanwhile.
+
+    `passed` bytes are those of elementwise work between the products: norms, activations, softmax; they take time of their own.
+    """
 
     operations: float
     moved: float = 0.0
+    passed: float = 0.0
 
 
 def tower(vision: Vision, view: View) -> Cost:
@@ -215,10 +219,9 @@ def stages(shape: Shape, tune: Tune, work: Work, item: int, checkpointed: bool) 
     }
     found = {name: Stage(work.prompts * operations) for name, operations in each.items()}
     found["rollout decode"] = replace(found["rollout decode"], moved=_decoded(shape, work, item))
-    # AdamW reads and writes parameter and both moments, and reads the gradient twice; the teacher is read and written, the student read.
     count = sum(trained.values())
-    found["optimizer"] = Stage(15.0 * count, 8 * 4.0 * count)
-    found["teacher's average"] = Stage(3.0 * count, 3 * 4.0 * count)
+    found["optimizer"] = Stage(15.0 * count)
+    found["teacher's average"] = Stage(3.0 * count)
     return found
 
 
