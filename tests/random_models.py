@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,11 @@ SOURCE = Path(opd.__file__).parent / "tiny" / "model"
 """Tokenizer, chat template, preprocessor and special tokens come from here."""
 
 WEIGHTS = {".safetensors", ".bin", ".md"}
+
+Sizes: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Other sizes of a model that transformers writes: "text" and "vision", by the names of its configuration."""
+
+NONE: Sizes = {}
 
 
 def qwen3_vl(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
@@ -165,22 +171,24 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
     return values.astype(np.float32)
 
 
-def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
+def qwen2_5_vl(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random Qwen2.5-VL: windows of 2 x 2 merged patches in all vision blocks but the last, mRoPE in chunks, biased projections."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    rope = {"rope_type": "default", "mrope_section": [TEXT["hidden_size"] // 8 - 4, 2, 2]}
+    sizes = {**TEXT, **more.get("text", {})}
+    width = sizes["hidden_size"] // sizes["num_attention_heads"]
+    rope = {"rope_type": "default", "mrope_section": [width // 2 - 2 * (width // 6), width // 6, width // 6]}
     text = {**TEXT, "rope_parameters": {**rope, "rope_theta": 10000.0}}
     vision = {
         "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": TEXT["hidden_size"], "fullatt_block_indexes": [2],
     }  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
-    extra = {"rope_theta": 10000.0, "rope_scaling": {**rope, "type": "mrope"}}
+    config = Qwen2_5_VLConfig(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
+    extra = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", **rope}}
     return _write(folder, Qwen2_5_VLForConditionalGeneration, config, seed, text=extra, vision={"in_chans": 3, "spatial_patch_size": 8})
 
 
-def qwen3_5(folder: Path, seed: int = 0) -> Path:
+def qwen3_5(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random Qwen3.5: two layers of gated delta net, one of gated attention with a quarter of the width rotated, one of delta net."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
@@ -200,11 +208,11 @@ def qwen3_5(folder: Path, seed: int = 0) -> Path:
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "out_hidden_size": TEXT["hidden_size"], "num_position_embeddings": 64,
     }  # fmt: skip
-    config = Qwen3_5Config(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
+    config = Qwen3_5Config(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
     return _write(folder, Qwen3_5ForConditionalGeneration, config, seed)
 
 
-def gemma3(folder: Path, seed: int = 0) -> Path:
+def gemma3(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random Gemma 3: two layers with a window of 16 tokens and one without; an image alone is 16 tokens."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -224,7 +232,7 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
         "patch_size": 8,
     }
     ids = _ids(folder, **{key.replace("_token", "_token_index"): token for key, token in named.items()})
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, **ids)
+    config = Gemma3Config(**_sized(text, vision, more), mm_tokens_per_image=16, **ids)
     processor = {
         "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 64, "width": 64},
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
@@ -234,7 +242,7 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
     return _write(folder, Gemma3ForConditionalGeneration, config, seed, text=extra, rename=("vision_tower.", "vision_tower.vision_model."))
 
 
-def smolvlm(folder: Path, seed: int = 0) -> Path:
+def smolvlm(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random SmolVLM (Idefics3): tiles of 32 x 32 pixels, 4 tokens each, after a shuffle of 2 x 2 patches; a tied head."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
@@ -255,7 +263,7 @@ def smolvlm(folder: Path, seed: int = 0) -> Path:
         "patch_size": 8,
     }
     ids = _ids(folder, image_token_id="<image>")
-    config = Idefics3Config(text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=True, **ids)
+    config = Idefics3Config(**_sized(text, vision, more), scale_factor=2, tie_word_embeddings=True, **ids)
     processor = {
         "image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32},
         "do_image_splitting": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
@@ -330,6 +338,15 @@ LLAVA_TEMPLATE = (
     "<s>{%- for message in messages -%}USER: {%- for part in message.content -%}"
     "{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}{%- endfor -%}{{ ' ASSISTANT:' }}"
 )
+
+
+def _sized(text: dict[str, Any], vision: dict[str, Any], more: Sizes) -> dict[str, Any]:
+    """Arguments of a configuration; a tower speaks to the text in its width."""
+    text, vision = text | more.get("text", {}), vision | more.get("vision", {})
+    return {
+        "text_config": text,
+        "vision_config": vision | ({"out_hidden_size": text["hidden_size"]} if "out_hidden_size" in vision else {}),
+    }
 
 
 def _special_ids() -> dict[str, int]:

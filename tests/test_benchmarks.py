@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, real_shapes, workload
+from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, plan_against_step, real_shapes, workload
 from benchmarks.workload import Shape
 
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
@@ -128,3 +128,14 @@ def test_parity_sees_a_difference():
     rng = np.random.default_rng(0)
     true = [rng.standard_normal((3, 7))]
     assert parity.apart([true[0] * (1 + 1e-3)], true) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", ["cpu-full", "mlx-qlora"])
+def test_plan_against_step(name, tmp_path):
+    pytest.importorskip("mlx" if name.startswith("mlx") else "torch")
+    folder = workload.folder(tmp_path / "model", plan_against_step.QUICK_VOCABULARY, **plan_against_step.QUICK)
+    rows = {row["verb"]: row for row in plan_against_step.side(name, folder, quick=True)}
+    for verb in ("rollout", "accumulate", "step"):
+        assert 0.8 < rows[verb]["bytes_ratio"] < 1.2, verb
+    assert rows["step"]["seconds"] == pytest.approx(sum(rows[verb]["seconds"] for verb in plan_against_step.STAGES))
+    assert all(row["planned_seconds"] > 0 for row in rows.values())
