@@ -297,6 +297,21 @@ def llava(folder: Path, seed: int = 0) -> Path:
     return _write(folder, LlavaForConditionalGeneration, config, seed)
 
 
+def llava_next(folder: Path, seed: int = 0) -> Path:
+    """A random LLaVA-NeXT: as LLaVA, and an image stands as a whole and in tiles of 32 x 32, without their padding."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    llava(folder, seed)
+    shapes = [[32, 64], [64, 32], [64, 64]]
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llava_next", "image_grid_pinpoints": shapes}
+    for name, change in (
+        ("preprocessor_config.json", {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": shapes}),
+        ("processor_config.json", {"processor_class": "LlavaNextProcessor"}),
+    ):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+    return _write(folder, LlavaNextForConditionalGeneration, LlavaNextConfig.from_dict(config), seed)
+
+
 def raise_norms(folder: Path) -> Path:
     """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so that logits are of order one."""
     weights = load_file(folder / "model.safetensors")

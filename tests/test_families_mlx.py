@@ -24,6 +24,7 @@ from opd.prompts import PromptEncoder
 from opd.testing import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_mlx import backend as backend_module
+from opd_mlx.families import qwen3_5
 from tests import random_models
 from tests.mlx_cases import clone, loss_of, relative_error
 
@@ -143,10 +144,14 @@ def expected(case):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_loss_and_every_gradient(case, expected, monkeypatch, again):
-    """Prompts of unequal lengths, images of unequal sizes and completions of unequal numbers in one call."""
+    """Prompts of unequal lengths, images of unequal sizes and completions of unequal numbers in one call.
+
+    Computed again in the backward: layers, and the segments of a delta net.
+    """
     assert len({len(group.student) for group in case.groups}) == 3
     if again:
         monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
+        monkeypatch.setattr(qwen3_5, "SEGMENT", 5)
     backend = clone(case.loaded)
     loss, gradients = expected
     assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(loss, rel=1e-5)

@@ -28,8 +28,8 @@ from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_cli import main
 from tests.adapter_cases import under_peft
 from tests.prompt_cases import QUESTION, expected
-from tests.random_models import llava
-from tests.torch_cases import Case, clone, gradients_of, loss_of, plain_loss_and_gradients, relative_error, stock_logits
+from tests.random_models import llava, llava_next, raise_norms
+from tests.torch_cases import Case, clone, gradients_of, loss_of, make_case, plain_loss_and_gradients, relative_error, stock_logits
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -268,6 +268,29 @@ def test_models_with_positions_of_several_axes_are_refused(case, monkeypatch):
     monkeypatch.setattr(transformers.LlavaModel, "get_rope_index", lambda self: None, raising=False)
     with pytest.raises(ModelError, match="its positions have several axes"):
         opd_torch.load_cpu(ModelOptions(case.folder))
+
+
+def test_llava_next(tmp_path):
+    """Whose images are tiles of many sizes: its own prompts, and its own distributions, with one image and with two."""
+    case = make_case(tmp_path, raise_norms(llava_next(tmp_path / "model")))
+    processor = transformers.LlavaNextProcessor(
+        transformers.AutoImageProcessor.from_pretrained(case.folder, backend="pil"), case.encoder._tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=case.encoder._tokenizer.chat_template,
+    )  # fmt: skip
+    images = noise((64, 40), (120, 48))
+    turn = [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": QUESTION}]}]
+    theirs = processor.apply_chat_template([turn], tokenize=True, return_dict=True, return_tensors="np")
+    prompt = case.encoder.encode(images, QUESTION)
+    np.testing.assert_array_equal(prompt.tokens, theirs["input_ids"][0])
+    assert prompt.images.keys() == {"pixel_values", "image_sizes"}
+    assert all(np.array_equal(value, theirs[name]) for name, value in prompt.images.items())
+    assert all(count > 16 for count in np.bincount(prompt.visual.image))
+    backend = case.backend()
+    loss, gradients = plain_loss_and_gradients(case, case.groups, JSD)
+    assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(loss, rel=1e-6)
+    assert relative_error(gradients_of(backend), gradients) < 1e-6
+    frozen = opd_torch.load_cpu(ModelOptions(case.folder, tune_vision=False))
+    assert not any("image_newline" in name or "vision" in name for name in frozen.tensors("student"))
 
 
 @pytest.fixture
