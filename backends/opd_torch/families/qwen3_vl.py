@@ -17,6 +17,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from opd.types import Prompt
 from opd_torch.families.decoder import NormedDecoder
+from opd_torch.rotary import rotated_heads
 from opd_torch.vision import Frames, Size, computed, visual_features
 
 
@@ -79,12 +80,9 @@ def block(layer: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, windows: S
     Attention is within each image, or within each of its `windows`: so many, of so many patches, standing one after the other.
     """
     attention = layer.attn
-    rotated, value = attention.qkv(layer.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1)).split([2, 1], 2)
-    # Queries and keys in one go; in float32 and in this order of operations, as transformers rotates and rounds them.
-    wide = rotated.float()
-    first, second = wide.chunk(2, -1)
-    rotated = (wide * cosines + torch.cat([-second, first], -1) * sines).to(value.dtype)
-    heads = (*rotated.unbind(2), value[:, :, 0])
+    packed = attention.qkv(layer.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
+    # Queries and keys are turned in float32 and rounded then, as transformers does it.
+    heads = rotated_heads(packed, cosines, sines)
     if windows:
         parts = zip(*(x.split([count * length for count, length in windows], 1) for x in heads), strict=True)
         cut = [[x.unflatten(1, window).flatten(0, 1) for x in part] for part, window in zip(parts, windows, strict=True)]
