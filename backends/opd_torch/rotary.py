@@ -30,8 +30,9 @@ def _turn(heads: Tensor, cosines: Tensor, sines: Tensor, out: Tensor) -> None:
     first, second = heads[..., :width].chunk(2, -1)
     to_first, to_second = out[..., :width].chunk(2, -1)
     of_first, of_second = sines.chunk(2, -1)
-    to_first.addcmul_(second, of_first, value=-1)
-    to_second.addcmul_(first, of_second)
+    # Products are rounded before they are added, as they are in transformers; addcmul would not.
+    to_first.sub_(second * of_first)
+    to_second.add_(first * of_second)
     if width < heads.shape[-1]:
         out[..., width:] = heads[..., width:]
 
