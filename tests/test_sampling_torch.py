@@ -14,7 +14,7 @@ from opd.types import Group, Sampling, Update
 from opd_torch import backend as backend_module
 from opd_torch import sampling as module
 from opd_torch.batch import Ragged
-from opd_torch.rotary import rotate, rotated_heads
+from opd_torch.kernels.rotary import rotate, rotated_heads
 from tests import random_models
 from tests.torch_cases import clone, gradients_of, make_case, relative_error
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from opd_torch import attention
 from opd_torch.attention import Angles, KeysValues
 from opd_torch.batch import Reach
-from opd_torch.rotary import rotate
+from opd_torch.kernels.rotary import rotate
 
 
 class Decoder:

@@ -14,7 +14,7 @@ from opd_torch import attention
 from opd_torch.attention import Angles
 from opd_torch.families import gated_delta
 from opd_torch.families.qwen3_vl import Qwen3VL
-from opd_torch.rotary import rotate
+from opd_torch.kernels.rotary import rotate
 
 
 class Qwen35(Qwen3VL):

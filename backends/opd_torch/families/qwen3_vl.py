@@ -17,7 +17,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from opd.types import Prompt
 from opd_torch.families.decoder import NormedDecoder
-from opd_torch.rotary import rotated_heads
+from opd_torch.kernels.rotary import rotated_heads
 from opd_torch.vision import Frames, Size, computed, visual_features
 
 
