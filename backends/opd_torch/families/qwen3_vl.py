@@ -42,14 +42,28 @@ class Qwen3VL(QwenVision, NormedDecoder):
     def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
         """Features of all visual tokens, and those of each deepstack layer."""
         visual = model.model.visual
-        return visual_features(prompts, frames, lambda patches, size: _tower(visual, patches, size, again), visual.pos_embed.weight.device)
+        return visual_features(
+            prompts,
+            lambda prompt: frames(prompt, visual),
+            lambda patches, size: _tower(visual, patches, size, again),
+            visual.pos_embed.weight.device,
+        )
 
 
-def frames(prompt: Prompt) -> Frames:
-    """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a frame."""
+def frames(prompt: Prompt, visual: Any) -> Frames:
+    """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a frame.
+
+    A patch shows several moments, and of a still image they are all alike: then one is left, [L, F / moments].
+    """
     sizes = [(rows, columns) for times, rows, columns in prompt.images["image_grid_thw"].tolist() for _ in range(times)]
     cuts = np.cumsum([rows * columns for rows, columns in sizes])[:-1]
-    return list(zip(sizes, np.split(prompt.images["pixel_values"], cuts), strict=True))
+    channels, moments = visual.patch_embed.in_channels, visual.patch_embed.temporal_patch_size
+    found: Frames = []
+    for size, patches in zip(sizes, np.split(prompt.images["pixel_values"], cuts), strict=True):
+        cut = patches.reshape(len(patches), channels, moments, -1)
+        still = all(np.array_equal(cut[:, :, 0], cut[:, :, moment]) for moment in range(1, moments))
+        found.append((size, cut[:, :, 0].reshape(len(patches), -1) if still else patches))
+    return found
 
 
 def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor]:
@@ -71,7 +85,9 @@ def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor
 def embed(visual: Any, patches: Tensor) -> Tensor:
     """Embeddings [m, L, D] of `patches` [m, L, F]: the convolution's kernel is as large as a patch, so it is one matrix product."""
     projection = visual.patch_embed.proj
-    return linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
+    weight = projection.weight
+    kernel = weight if weight[0].numel() == patches.shape[-1] else weight.sum(2)  # of a moment that stands for all
+    return linear(patches.to(weight.dtype), kernel.flatten(1), projection.bias)
 
 
 def block(layer: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, windows: Sequence[tuple[int, int]] = ()) -> Tensor:
