@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL.Image import Image
 from opd import families, templates
 from opd.errors import DataError, ModelError
 from opd.families.layout import Layout, tokens_of
-from opd.types import Policy, Prompt, VisualTokens
+from opd.types import IntArray, Policy, Prompt, VisualTokens
 
 IMAGE_MARKER = "<image>"
 """Where an image stands in a question, in the formats that say so (Vision-OPD-6K, ms-swift, LLaVA)."""
@@ -32,6 +33,8 @@ NEEDED = (
 )
 """Files of a model folder without which no prompt can be encoded, with the names that each may have."""
 
+TEXTS = 4096
+"""Rendered questions, and tokenized texts, that are kept."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -78,6 +81,9 @@ class PromptEncoder:
             "student": self._family.sizes(self._processor, min_pixels, max_pixels),
             "teacher": self._family.sizes(self._processor, *teacher),
         }
+        # Student and teacher are asked the same, and so are all epochs.
+        self._asked = lru_cache(TEXTS)(lambda question, images: self._render(content(question, images)))
+        self._ids = lru_cache(TEXTS)(self._tokenized)
         self._image_token = self._token(model, self._family.image_token)
         self.banned = tuple(self._token(model, token) for token in self._family.banned)
         self.stop = self._stops(model)
@@ -92,13 +98,13 @@ class PromptEncoder:
         `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
         Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
         """
-        text = self._render(content(question, len(images)))
+        text = self._asked(question, len(images))
         arrays, layouts = self._lay_out(images, self._sizes[policy])
         before, *parts = text.split(self._family.placeholder)
         if len(parts) != len(images):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.placeholder}'; remove it")
         text = before + "".join(layout.text + part for layout, part in zip(layouts, parts, strict=True))
-        compact = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        compact = self._ids(text)
         places = np.flatnonzero(compact == self._image_token)
         counts = tokens_of(layouts)
         if len(places) != len(counts):
@@ -131,6 +137,11 @@ class PromptEncoder:
             if file.name in TOKENIZER and not (folder / file.name).exists():  # an adapter is exported without
                 shutil.copyfile(file, folder / file.name)
         templates.rewrite(folder, self._probe)
+
+    def _tokenized(self, text: str) -> IntArray:
+        ids = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        ids.flags.writeable = False
+        return ids
 
     def _render(self, content: list[dict[str, str]], template: str | None = None) -> str:
         turn = [{"role": "user", "content": content}]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from opd_torch.batch import Batch, Prefixes
-from opd_torch.joined import joinable, joined
+from opd_torch.kernels.joined import joinable, joined
 
 if TYPE_CHECKING:
     from opd_torch.families import Family

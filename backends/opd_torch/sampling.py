@@ -70,7 +70,7 @@ def _lockstep(
         token, logprob = draw(hidden.to(dtype), head, draws[rows, step], sampling.temperature, banned)
         tokens[rows, step], logprobs[rows, step] = token, logprob
         ended |= torch.isin(token, stop)
-        if device.type != "cuda" or step % ASK_EVERY == ASK_EVERY - 1:
+        if asks(device, step):
             live = ~ended.view(len(prefixes.sources), -1).cpu().numpy()
             if not live.any():
                 break
@@ -81,6 +81,11 @@ def _lockstep(
                 memory, own = narrowed(model, memory, own, prompts, kept)
                 rows, token, ended = rows[kept], token[kept], ended[kept]
     return tokens[:, : step + 1].cpu().numpy(), logprobs[:, : step + 1].cpu().numpy()
+
+
+def asks(device: torch.device, step: int) -> bool:
+    """Whether the host asks after this token step which completions have ended."""
+    return device.type == "cpu" or step % ASK_EVERY == ASK_EVERY - 1
 
 
 def _remaining(live: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
