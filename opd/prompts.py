@@ -68,7 +68,7 @@ class PromptEncoder:
         Raises ModelError with one line that says what is missing.
         """
         model = Path(model)
-        self._config = _config(model)
+        self._config = read_config(model)
         self._family = families.family(str(self._config.get("model_type")))
         self._model = model
         self._tokenizer, self._processor = _load(model)
@@ -92,7 +92,7 @@ class PromptEncoder:
         `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
         Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
         """
-        text = self._render(_content(question, len(images)))
+        text = self._render(content(question, len(images)))
         arrays, layouts = self._lay_out(images, self._sizes[policy])
         before, *parts = text.split(self._family.placeholder)
         if len(parts) != len(images):
@@ -141,7 +141,7 @@ class PromptEncoder:
         try:
             return self._render([{"type": "text", "text": "?"}], template)
         except Exception as error:  # whatever a template does
-            raise ModelError(f"{self._model}: the chat template cannot be rendered: {_line(error)}") from error
+            raise ModelError(f"{self._model}: the chat template cannot be rendered: {one_line(error)}") from error
 
     def _lay_out(self, images: Sequence[Image], sizes: dict[str, Any]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         if not images:
@@ -150,7 +150,7 @@ class PromptEncoder:
             return self._family.lay_out(self._processor, images, sizes, self._config)
         except ValueError as error:
             given = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise DataError(f"images of {given} pixels cannot be encoded: {_line(error)}") from error
+            raise DataError(f"images of {given} pixels cannot be encoded: {one_line(error)}") from error
 
     def _key(self, images: Sequence[Image], settings: bytes) -> str:
         digest = hashlib.sha256(settings)
@@ -175,7 +175,7 @@ class PromptEncoder:
         return stops
 
 
-def _content(question: str, images: int) -> list[dict[str, str]]:
+def content(question: str, images: int) -> list[dict[str, str]]:
     """The parts of the user's turn: images and the texts between them."""
     first, *rest = question.split(IMAGE_MARKER)
     if not rest:
@@ -189,7 +189,8 @@ def _content(question: str, images: int) -> list[dict[str, str]]:
     return [part for part in parts if part.get("text") != ""]
 
 
-def _config(model: Path) -> dict[str, Any]:
+def read_config(model: Path) -> dict[str, Any]:
+    """The config.json of a complete model folder. Raises ModelError."""
     if not model.is_dir():
         raise ModelError(f"model folder not found: {model}")
     for names in NEEDED:
@@ -205,7 +206,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {_line(error)}") from error
+        raise ModelError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} does not hold a JSON object")
     return found
@@ -218,12 +219,12 @@ def _load(model: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and bare Exception for broken files
-        raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
     if not tokenizer.chat_template:
         raise ModelError(f"{model}: the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
     return tokenizer, processor
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error of other people's code in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -181,7 +181,7 @@ def qwen2_5_vl(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     text = {**TEXT, "rope_parameters": {**rope, "rope_theta": 10000.0}}
     vision = {
         "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": 48, "fullatt_block_indexes": [2],
+        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": TEXT["hidden_size"], "fullatt_block_indexes": [2],
     }  # fmt: skip
     config = Qwen2_5_VLConfig(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
     extra = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", **rope}}
@@ -206,7 +206,7 @@ def qwen3_5(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 64,
+        "temporal_patch_size": 2, "out_hidden_size": TEXT["hidden_size"], "num_position_embeddings": 64,
     }  # fmt: skip
     config = Qwen3_5Config(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
     return _write(folder, Qwen3_5ForConditionalGeneration, config, seed)
@@ -250,7 +250,7 @@ def smolvlm(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     text = {
         **TEXT,
         "model_type": "llama",
-        "head_dim": 12,
+        "head_dim": TEXT["hidden_size"] // 4,
         "vocab_size": _size(folder),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
@@ -270,6 +270,42 @@ def smolvlm(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return _write(folder, Idefics3ForConditionalGeneration, config, seed, text={"rope_theta": 10000.0})
+
+
+def llava(folder: Path, seed: int = 0) -> Path:
+    """A random LLaVA, which has no family file: CLIP's last layer but one, without its class token, and a Llama; an image is 16 tokens."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    _copy_texts(folder, LLAVA_TOKENS, LLAVA_TEMPLATE, "<s>", "</s>")
+    text = {**TEXT, "model_type": "llama", "head_dim": 12, "vocab_size": _size(folder)}
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "projection_dim": 32,
+    }  # fmt: skip
+    ids = _ids(folder, image_token_index="<image>")
+    config = LlavaConfig(text_config=text, vision_config=vision, image_seq_length=16, **ids)
+    images = {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+    }  # fmt: skip
+    both = {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 8, "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").write_text(json.dumps(both))
+    return _write(folder, LlavaForConditionalGeneration, config, seed)
+
+
+def raise_norms(folder: Path) -> Path:
+    """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so that logits are of order one."""
+    weights = load_file(folder / "model.safetensors")
+    if json.loads((folder / "config.json").read_text())["model_type"] in ("qwen2_5_vl", "idefics3", "llava"):
+        for name in weights:
+            if "norm" in name and not any(part in name for part in ("vis", "connector")):
+                weights[name] = weights[name] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 FAMILIES = {"qwen3_vl": qwen3_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_5": qwen3_5, "gemma3": gemma3, "smolvlm": smolvlm}
@@ -296,6 +332,11 @@ SMOL_TEMPLATE = (
     "<|im_start|>{%- for message in messages -%}{{ message.role | capitalize }}{{ ':' if message.content[0].type == 'image' else ': ' }}"
     "{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}"
     "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+)
+LLAVA_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
+LLAVA_TEMPLATE = (
+    "<s>{%- for message in messages -%}USER: {%- for part in message.content -%}"
+    "{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}{%- endfor -%}{{ ' ASSISTANT:' }}"
 )
 
 

@@ -70,7 +70,7 @@ def case(request, tmp_path_factory):
 
 def make_case(root: Path, folder: Path) -> Case:
     rng = np.random.default_rng(0)
-    raise_norms(folder)
+    random_models.raise_norms(folder)
     encoder = PromptEncoder(folder)
     prompts = [
         encoder.encode(
@@ -95,17 +95,6 @@ def make_case(root: Path, folder: Path) -> Case:
     save_file(moved, state / "teacher.safetensors", metadata={"format": "pt"})
     loaded.load(state)
     return Case(folder, encoder, groups, state, NEAR.get(loaded._model.config["model_type"], 2e-5), loaded)
-
-
-def raise_norms(folder: Path) -> None:
-    """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so that logits are of order one."""
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    if PromptEncoder(folder)._config["model_type"] in ("qwen2_5_vl", "idefics3"):
-        for name in weights:
-            if "norm" in name and not any(part in name for part in ("vis", "connector")):
-                weights[name] = weights[name] + 1
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 def stock_logits(model, prompt, tokens):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -24,6 +25,9 @@ KeysValues: TypeAlias = tuple[mx.array, mx.array]
 
 In a recurrent layer, which keeps no keys: whatever two arrays its completions start from.
 """
+
+ROOM = 64
+"""Tokens of the first buffer of a completion's keys."""
 
 SLOW_EXPONENTIAL = platform.machine() == "x86_64" and mx.default_device() == mx.cpu
 """There MLX's exp takes 12 ns a number, which is most of an attention's time, and its power takes 5."""
@@ -49,6 +53,9 @@ class Own(Protocol):
     @property
     def arrays(self) -> KeysValues:
         """All of it, to be evaluated."""
+
+    def keep(self, prompts: mx.array, columns: mx.array) -> None:
+        """Leaves out all but some `prompts` [B'], and of their completions all but `columns` [B', n']."""
 
 
 class Layer(Protocol):
@@ -78,12 +85,15 @@ class Layer(Protocol):
         """
 
     def begin(self, prefix: KeysValues, n: int, limit: int) -> Own:
-        """For decoding: what n completions of each prompt start with, and room for `limit` tokens of each."""
+        """For decoding: what n completions of each prompt start with, which are of at most `limit` tokens."""
+
+    def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
+        """What several calls of `prefix` gave, as if it had been one."""
 
 
 @dataclass
 class OwnKeys:
-    """A completion layer's own keys and values in decoding: buffers [B, H / G, n, max tokens, E], filled up to `length`."""
+    """A completion layer's own keys and values in decoding: buffers [B, H / G, n, room, E], filled up to `length`."""
 
     keys: mx.array
     values: mx.array
@@ -95,11 +105,18 @@ class OwnKeys:
         return self.keys, self.values
 
     def append(self, keys: mx.array, values: mx.array) -> KeysValues:
-        """Adds one token's keys and values [B, H / G, n, 1, E]; returns all so far."""
+        """Adds one token's keys and values [B, H / G, n, 1, E]; returns all so far. Full buffers grow to twice their room."""
+        if self.length == self.keys.shape[-2]:
+            self.keys, self.values = (mx.concatenate([part, mx.zeros_like(part)], axis=-2) for part in self.arrays)
         self.keys[..., self.length : self.length + 1, :] = keys
         self.values[..., self.length : self.length + 1, :] = values
         self.length += 1
         return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+
+    def keep(self, prompts: mx.array, columns: mx.array) -> None:
+        """See `Own`."""
+        places = columns[:, None, :, None, None]
+        self.keys, self.values = (mx.take_along_axis(part[prompts], places, axis=2) for part in self.arrays)
 
 
 class AttentionLayer:
@@ -153,8 +170,17 @@ class AttentionLayer:
 
     def begin(self, prefix: KeysValues, n: int, limit: int) -> OwnKeys:
         """See `Layer`."""
-        keys, values = (mx.zeros((*part.shape[:2], n, limit, part.shape[-1]), part.dtype) for part in prefix)
+        keys, values = (mx.zeros((*part.shape[:2], n, min(limit, ROOM), part.shape[-1]), part.dtype) for part in prefix)
         return OwnKeys(keys, values)
+
+    def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
+        """See `Layer`: padded on the right, like the prompts."""
+        width = max(keys.shape[2] for keys, _ in prefixes)
+        keys, values = (
+            mx.concatenate([mx.pad(part, [(0, 0), (0, 0), (0, width - part.shape[2]), (0, 0)]) for part in parts])
+            for parts in zip(*prefixes, strict=True)
+        )
+        return keys, values
 
     def _project(self, rows: mx.array, angles: KeysValues) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
         """Queries [rows, H, E], keys and values [rows, H / G, E] of normalised rows [rows, D], positions in; and what is beside."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +29,31 @@ from opd.types import (
     UpdateResult,
 )
 from opd_mlx import sampling as rollout
-from opd_mlx.batch import Batch, Targets, lay_out, lay_out_targets
-from opd_mlx.forward import CHECKPOINT_ABOVE, activation_bytes, hidden_states
+from opd_mlx.backward import Backward
+from opd_mlx.batch import Batch, Prefixes, Targets, lay_out, lay_out_targets
+from opd_mlx.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, hidden_states, look, prefill
+from opd_mlx.lanes import LANES
 from opd_mlx.model import Parameters, load_model, read_tensors, write_model, write_tensors
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head
 from opd_mlx.optimizer import Optimizer, move_teacher, zeros
 
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
 """What `save` writes."""
+
+
+TOGETHER = 2**24
+"""Bytes of gradient, of one layer, that are computed at a time."""
+
+POLICIES: tuple[Policy, Policy] = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the completions of all groups of a call, by share: the groups, and their rows for either policy."""
+
+    groups: list[list[Group]]
+    student: list[Batch]
+    teacher: list[Batch]
 
 
 class MlxBackend:
@@ -77,23 +96,40 @@ class MlxBackend:
             return rollout.sample(self._model, self._model.head(parameters).astype(mx.float32), prompts, uniforms, sampling)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
-        """Adds the gradient of the groups' weighted sum; see the protocol."""
-        if not _predicted(groups):
+        """Adds the gradient of the groups' weighted sum; see the protocol.
+
+        The student's prompts run once, and stand still until all parts of completions have asked something of what they keep.
+        """
+        used = [index for index, group in enumerate(groups) if group.tokens]
+        if not used:
             return _nothing(groups)
-        targets = lay_out_targets(groups)
-        teacher = self._hidden("teacher", groups)
-        result, gradient = self._student_gradient(groups, teacher, targets, objective)
-        # Each sum takes its gradient's place, and none waits for another: so what is done with is freed on the way.
-        added = {name: self._gradient[name] + gradient.pop(name) for name in list(gradient)} if self._gradient else gradient
-        for name in _from_the_end(added):
-            mx.eval(added[name])
-        statistics = _statistics(result, targets)
-        self._gradient = added
-        return statistics
+        shares = [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
+        parts = [self._part(part) for part in _parts([[groups[index] for index in share] for share in shares], split)]
+        again = sum(activation_bytes(self._model, batch) for batch in parts[0].student) > CHECKPOINT_ABOVE
+        teacher = self._teacher_memories(parts[0])
+        look(self._model, [prompt for batch in parts[0].student for prompt in batch.prefixes.sources])
+        prompts = LANES.each(parts[0].student, lambda batch: self._prompts(batch.prefixes, again))
+        mx.eval([one.outputs for one in prompts])
+        statistics: list[list[TokenStatistics]] = [[] for _ in groups]
+        asked: Parameters = {}
+        for part in parts:
+            rows, some = self._completions(part, teacher, prompts, objective, again)
+            for index, its in zip(chain(*shares), rows, strict=True):
+                statistics[index] += its
+            _add(asked, some)
+        last = [asked]
+        for number, one in enumerate(prompts):
+            slopes = one.start([asked.pop(_memory_name(number, place)) for place in range(len(one.outputs))])
+            last.append(dict(zip(self._traced(), slopes, strict=True)))
+            del slopes
+        gradient = dict(self._gradient)
+        _add(gradient, last)
+        self._gradient = gradient
+        return [its or row for its, row in zip(statistics, _nothing(groups), strict=True)]
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
         """Statistics without a gradient; see the protocol."""
-        if not _predicted(groups):
+        if not any(group.tokens for group in groups):
             return _nothing(groups)
         targets = lay_out_targets(groups)
         teacher, student = self._hidden("teacher", groups), self._hidden("student", groups)
@@ -103,7 +139,8 @@ class MlxBackend:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
         gradient, self._gradient = self._gradient or zeros(self._student), {}
         if self.size > 1:
-            gradient = {name: mx.distributed.all_sum(value, group=self._processes) for name, value in gradient.items()}
+            # In one order: what processes add is matched by nothing else.
+            gradient = {name: mx.distributed.all_sum(gradient[name], group=self._processes) for name in self._student}
         return self._optimizer.apply(gradient, update)
 
     def move_teacher(self, rate: float) -> None:
@@ -173,45 +210,80 @@ class MlxBackend:
         return self._student if policy == "student" else self._teacher
 
     def _batch(self, policy: Policy, groups: Sequence[Group]) -> Batch:
-        used = [group for group in groups if group.tokens]
-        prompts = [group.student if policy == "student" else group.teacher for group in used]
-        return lay_out(prompts, [[completion.tokens for completion in group.completions] for group in used])
+        prompts = [group.student if policy == "student" else group.teacher for group in groups]
+        return lay_out(prompts, [[completion.tokens for completion in group.completions] for group in groups])
+
+    def _part(self, shares: list[list[Group]]) -> Part:
+        student, teacher = ([self._batch(policy, share) for share in shares] for policy in POLICIES)
+        return Part(shares, student, teacher)
 
     def _hidden(self, policy: Policy, groups: Sequence[Group]) -> mx.array:
         """Hidden states [M, D] of one policy, without a gradient."""
         with self._model.bound(self._parameters(policy)):
-            hidden = hidden_states(self._model, self._batch(policy, groups))
+            hidden = hidden_states(self._model, self._batch(policy, [group for group in groups if group.tokens]))
             mx.eval(hidden)
         return hidden
 
-    def _student_gradient(
-        self, groups: Sequence[Group], teacher: mx.array, targets: Targets, objective: Objective
-    ) -> tuple[HeadResult, Parameters]:
-        """The divergence of all rows, and its gradient to every trained parameter, which is not evaluated yet.
+    def _traced(self, completions: bool = False) -> list[str]:
+        """Names of the trained parameters that prompts run through, or that `completions` do: all but the vision tower's."""
+        head, vision = self._model.head_name, self._model.family.vision
+        names = [name for name in self._student if name != head or self._model.tied]
+        return [name for name in names if not name.startswith(vision)] if completions else names
 
-        `mx.vjp` builds the backward before the divergence is known: the cotangent it is given is a buffer, filled in when the forward
-        half has run and the head's chunks have been evaluated one by one. So the forward runs once, and what it keeps is what the
-        backward reads.
-        """
-        batch = self._batch("student", groups)
-        again = activation_bytes(self._model, batch) > CHECKPOINT_ABOVE
-        names = [name for name in self._student if name != self._model.head_name or self._model.tied]
+    def _teacher_memories(self, part: Part) -> list[Memory]:
+        """What the teacher's prompts of each share keep for their completions."""
+        with self._model.bound(self._teacher):
+            look(self._model, [prompt for batch in part.teacher for prompt in batch.prefixes.sources])
+            memories = LANES.each(part.teacher, lambda batch: prefill(self._model, batch.prefixes))
+            mx.eval(memories)
+        return memories
 
-        def trunk(*values: mx.array) -> mx.array:
+    def _prompts(self, prefixes: Prefixes, again: bool) -> Backward:
+        """The student's prompts: what they keep, layer by layer, and its gradient to the parameters."""
+        names = self._traced()
+
+        def run(*values: mx.array) -> list[mx.array]:
             with self._model.bound(dict(zip(names, values, strict=True))):
-                return hidden_states(self._model, batch, again).astype(mx.float32)
+                return list(chain(*prefill(self._model, prefixes, again)))
 
-        cotangent = mx.zeros((len(batch.rows), self._model.head(self._student).shape[1]))
-        mx.eval(cotangent)
-        (hidden,), slopes = mx.vjp(trunk, [self._student[name] for name in names], [cotangent])
+        return Backward(run, [self._student[name] for name in names])
+
+    def _rows(self, batch: Batch, memory: list[mx.array], again: bool) -> Backward:
+        """The student's completions: hidden states [M, D], and their gradient to parameters and to what the prompts keep."""
+        names = self._traced(completions=True)
+
+        def run(*values: mx.array) -> list[mx.array]:
+            kept = values[len(names) :]
+            with self._model.bound(dict(zip(names, values, strict=False))):
+                return [complete(self._model, batch, list(zip(kept[::2], kept[1::2], strict=True)), again).astype(mx.float32)]
+
+        return Backward(run, [*(self._student[name] for name in names), *memory])
+
+    def _completions(
+        self, part: Part, teacher: list[Memory], prompts: list[Backward], objective: Objective, again: bool
+    ) -> tuple[list[list[TokenStatistics]], list[Parameters]]:
+        """Statistics of a part by group, and slopes, which are not evaluated yet, to parameters and to what the prompts keep."""
+        groups = list(chain(*part.groups))
+        shares = [number for number, share in enumerate(part.groups) if any(group.tokens for group in share)]
+        if not shares:
+            return _nothing(groups), []
+        with self._model.bound(self._teacher):
+            wanted = LANES.each(shares, lambda number: complete(self._model, part.teacher[number], teacher[number]))
+            mx.eval(wanted)
+        rows = LANES.each(shares, lambda number: self._rows(part.student[number], prompts[number].outputs, again))
+        hidden = [one.outputs[0] for one in rows]
         mx.eval(hidden)
-        result = self._divergence(hidden, teacher, targets, objective, gradient=True, top=0)
-        np.copyto(np.array(cotangent, copy=False), np.array(result.hidden_gradient))
-        gradient = dict(zip(names, slopes, strict=True))
+        targets = lay_out_targets(groups)
+        result = self._divergence(mx.concatenate(hidden), mx.concatenate(wanted), targets, objective, gradient=True, top=0)
+        assert result.hidden_gradient is not None
+        gradients = mx.split(result.hidden_gradient, np.cumsum([len(one) for one in hidden])[:-1].tolist())
+        slopes: list[Parameters] = []
+        for number, one, gradient in zip(shares, rows, gradients, strict=True):
+            names = [*self._traced(completions=True), *(_memory_name(number, place) for place in range(len(prompts[number].outputs)))]
+            slopes.append(dict(zip(names, one.start([gradient]), strict=True)))
         if result.head_gradient is not None:
-            head = self._model.head_name
-            gradient[head] = gradient[head] + result.head_gradient if head in gradient else result.head_gradient
-        return result, gradient
+            slopes.append({self._model.head_name: result.head_gradient})
+        return _statistics(result, targets), slopes
 
     def _divergence(
         self, student: mx.array, teacher: mx.array, targets: Targets, objective: Objective, gradient: bool, top: int
@@ -233,18 +305,42 @@ class MlxBackend:
         )
 
 
-def _from_the_end(names: Iterable[str]) -> list[str]:
-    """Names in the order in which a backward meets them: the language model from its last layer down, then what makes image features."""
+def _parts(shares: list[list[Group]], split: int) -> Iterator[list[list[Group]]]:
+    """The groups of all shares with `split` of their completions at a time; 0: with all."""
+    most = max(len(group.completions) for group in chain(*shares))
+    for start in range(0, most, split or most):
+        some = slice(start, start + (split or most))
+        yield [[replace(group, completions=group.completions[some], weights=group.weights[some]) for group in share] for share in shares]
+
+
+def _memory_name(share: int, place: int) -> str:
+    """The name among slopes of a share's keys (even places, two for each layer) or values."""
+    return f"language_model.{place // 2}.memory.{share}.{place % 2}"
+
+
+def _add(sums: Parameters, slopes: list[Parameters]) -> None:
+    """Adds slopes to `sums` in float32, and evaluates them, in the order in which a backward meets them.
+
+    That is the language model from its last layer down, then what makes image features. Each sum takes its slope's place: so what is done
+    with is freed on the way.
+    """
 
     def place(name: str) -> tuple[bool, int]:
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         return not name.startswith("language_model."), -numbers[0] if numbers else 1
 
-    return sorted(names, key=place)
-
-
-def _predicted(groups: Sequence[Group]) -> int:
-    return sum(group.tokens for group in groups)
+    pending: list[str] = []
+    names = sorted(dict.fromkeys(chain(*slopes)), key=place)
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        for one in slopes:
+            if name in one:
+                slope = one.pop(name).astype(mx.float32)
+                sums[name] = sums[name] + slope if name in sums else slope
+                del slope
+        pending.append(name)
+        if following is None or place(following) != place(name) or sum(sums[one].nbytes for one in pending) > TOGETHER:
+            mx.eval([sums[one] for one in pending])
+            pending.clear()
 
 
 def _nothing(groups: Sequence[Group]) -> list[list[TokenStatistics]]:

@@ -98,14 +98,14 @@ class Prefixes:
 class Batch:
     """Inputs of one forward: `prefixes`, and completion rows: `tokens` [B * n * T], `positions` [axes, B * n * T], `shape` (B, n, T).
 
-    `rows` [M] are the completion rows that have a target, in order of group, completion and token.
+    `rows` [M] are the completion rows that have a target, in order of group, completion and token; None: all.
     """
 
     prefixes: Prefixes
     tokens: mx.array
     positions: mx.array
     shape: tuple[int, int, int]
-    rows: mx.array
+    rows: mx.array | None
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ class Targets:
         return [[next(pieces) for _ in range(count)] for count in self.counts]
 
 
-def lay_out_prefixes(prompts: Sequence[Prompt]) -> Prefixes:
+def lay_out_prefixes(prompts: Sequence[Prompt], at_least: int = 1) -> Prefixes:
     """Pads `prompts`, without their last tokens, to one length."""
     lengths = [len(prompt) - 1 for prompt in prompts]
-    count, width, axes = len(prompts), max(1, *lengths), len(prompts[0].positions)
+    count, width, axes = len(prompts), max(at_least, *lengths), len(prompts[0].positions)
     tokens = np.zeros((count, width), np.int32)
     positions = np.zeros((axes, count, width), np.int32)
     images = np.full((count, width), -1, np.int32)
@@ -150,8 +150,8 @@ def lay_out_prefixes(prompts: Sequence[Prompt]) -> Prefixes:
 
 
 def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]) -> Batch:
-    """Pads `prompts` and the tokens of each one's `completions`, of which at least one is not empty."""
-    shape = len(prompts), max(map(len, completions)), max(len(tokens) for members in completions for tokens in members)
+    """Pads `prompts` and the tokens of each one's `completions`."""
+    shape = len(prompts), max(map(len, completions)), max([1, *(len(tokens) for members in completions for tokens in members)])
     inputs = np.zeros(shape, np.int32)
     real = np.zeros(shape, bool)
     positions = np.zeros((len(prompts[0].positions), *shape), np.int32)

@@ -6,13 +6,18 @@ Legend: see `batch`. Nothing here evaluates: under `mx.vjp` it is one traced fun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 from mlx.nn.utils import checkpoint
 
+from opd.types import Prompt
 from opd_mlx.attention import KeysValues, Layer, Own
 from opd_mlx.batch import Batch, Prefixes
 from opd_mlx.model import Model
+
+Memory: TypeAlias = list[KeysValues]
+"""What every layer keeps of prompts for their completions."""
 
 CHECKPOINT_ABOVE = 2 * 1024**3
 """Bytes of activations that a backward may hold; where a call is estimated above it, each layer is computed again instead."""
@@ -20,12 +25,16 @@ CHECKPOINT_ABOVE = 2 * 1024**3
 
 def hidden_states(model: Model, batch: Batch, again: bool = False) -> mx.array:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
-    prefix = prefill(model, batch.prefixes, again)
-    hidden = decode(model, batch.tokens, batch.positions, batch.shape, prefix, batch.prefixes, again=again)
-    return hidden[batch.rows]
+    return complete(model, batch, prefill(model, batch.prefixes, again), again)
 
 
-def prefill(model: Model, prefixes: Prefixes, again: bool = False) -> list[KeysValues]:
+def look(model: Model, prompts: Sequence[Prompt]) -> None:
+    """Has a frozen tower see all images of `prompts` together, before these are divided among streams."""
+    if model.known is not None:
+        model.known.features(prompts)
+
+
+def prefill(model: Model, prefixes: Prefixes, again: bool = False) -> Memory:
     """What completions need of all prompts' prefixes, for every layer: keys and values."""
     family, module = model.family, model.module
     hidden = family.embed(module, prefixes.tokens)
@@ -48,29 +57,22 @@ def prefill(model: Model, prefixes: Prefixes, again: bool = False) -> list[KeysV
     return found
 
 
-def decode(
-    model: Model,
-    tokens: mx.array,
-    positions: mx.array,
-    shape: tuple[int, int, int],
-    prefix: list[KeysValues],
-    prefixes: Prefixes,
-    own: Sequence[Own] | None = None,
-    first: int = 0,
-    again: bool = False,
-) -> mx.array:
-    """Hidden states [B * n * T, D], after the final norm, of completion rows; with `own`, one token, the `first`, after those it holds."""
+def complete(model: Model, batch: Batch, memory: Memory, again: bool = False, own: Sequence[Own] | None = None, first: int = 0) -> mx.array:
+    """Final hidden states [M, D] of the batch's `rows`, over the `memory` that `prefill` gave of its prompts.
+
+    With `own`, rows are one token of each completion, the `first`, after those it holds.
+    """
     family, module = model.family, model.module
-    hidden = family.embed(module, tokens)
-    rotary = family.angles(module, positions, hidden.dtype)
-    masks = {rule: prefixes.masks(rule, first, shape[2]) for rule in {layer.rule for layer in model.layers}}
+    hidden = family.embed(module, batch.tokens)
+    rotary = family.angles(module, batch.positions, hidden.dtype)
+    masks = {rule: batch.prefixes.masks(rule, first, batch.shape[2]) for rule in {layer.rule for layer in model.layers}}
     for number, layer in enumerate(model.layers):
 
         def run(hidden: mx.array, angles: KeysValues, prefix: KeysValues, number: int = number, layer: Layer = layer) -> mx.array:
-            return layer.completion(hidden, angles, shape, prefix, masks[layer.rule], own[number] if own is not None else None)
+            return layer.completion(hidden, angles, batch.shape, prefix, masks[layer.rule], own[number] if own is not None else None)
 
-        hidden = (checkpoint(layer.module, run) if again else run)(hidden, rotary[layer.rotary], prefix[number])
-    out: mx.array = family.text(module).norm(hidden)
+        hidden = (checkpoint(layer.module, run) if again else run)(hidden, rotary[layer.rotary], memory[number])
+    out: mx.array = family.text(module).norm(hidden if batch.rows is None else hidden[batch.rows])
     return out
 
 

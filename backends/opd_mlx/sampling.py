@@ -1,21 +1,30 @@
-"""Rollout: every prompt once, then all completions of all prompts in lockstep, one token at a time.
+"""Rollout: every prompt once, then all completions of all prompts in lockstep, one token at a time, without those that have ended.
 
-Legend: B prompts, n completions of a prompt, R = B * n, V vocabulary, D width.
+Legend: B prompts, n completions of a prompt, R completions that run, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.types import Completion, FloatArray, Prompt, Sampling
-from opd_mlx.batch import lay_out_prefixes, row_positions
-from opd_mlx.forward import decode, prefill
+from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
+from opd_mlx.attention import Own
+from opd_mlx.batch import Batch, Prefixes, lay_out_prefixes, row_positions
+from opd_mlx.forward import Memory, complete, look, prefill
+from opd_mlx.lanes import LANES
 from opd_mlx.model import Model
 from opd_mlx.objective import default_chunk
+
+PREFILL_TOKENS = 16384
+"""Padded tokens of prompts that run together: what they keep is small, but what computing it holds is not."""
+
+LEFT = 0.75
+"""Share of the rows that still run at which the others are left out; it takes a copy of all keys and values."""
 
 
 def sample(model: Model, head: mx.array, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling) -> list[list[Completion]]:
@@ -23,26 +32,103 @@ def sample(model: Model, head: mx.array, prompts: Sequence[Prompt], uniforms: Fl
     count, n, limit = uniforms.shape
     if not count or not n or not limit:
         return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in range(n)] for _ in range(count)]
-    prefixes = lay_out_prefixes(prompts)
-    prefix = prefill(model, prefixes)
-    mx.eval(prefix)
-    own = [layer.begin(state, n, limit) for layer, state in zip(model.layers, prefix, strict=True)]
-    positions = np.stack([row_positions(prompt, limit) for prompt in prompts], axis=1)
+    running = _begin(model, prompts, n, limit)
     banned = _banned(sampling, len(head))
+    uniforms = uniforms.reshape(count * n, limit)
+    tokens, logprobs = np.zeros(uniforms.shape, np.int32), np.zeros(uniforms.shape, np.float32)
+    lengths, alive = np.full(count * n, limit), np.ones(count * n, bool)
     last = np.repeat(np.array([prompt.tokens[-1] for prompt in prompts], np.int32), n)
-    tokens, logprobs, ended = [], [], np.zeros(count * n, bool)
     for step in range(limit):
-        at = mx.array(np.repeat(positions[:, :, step], n, axis=-1))
-        hidden = decode(model, mx.array(last), at, (count, n, 1), prefix, prefixes, own, step)
-        token, logprob = draw(hidden, head, mx.array(uniforms[:, :, step].reshape(-1)), sampling.temperature, banned)
-        mx.eval(token, logprob, [layer.arrays for layer in own])
-        last = np.array(token)
-        tokens.append(last)
-        logprobs.append(np.array(logprob))
-        ended |= np.isin(last, sampling.stop)
-        if ended.all():
+        rows = np.concatenate([share.rows.reshape(-1) for share in running])
+        hidden = decode(model, running, last, step)
+        token, logprob = draw(hidden, head, mx.array(uniforms[rows, step]), sampling.temperature, banned)
+        mx.eval(token, logprob, [layer.arrays for share in running for layer in share.own])
+        tokens[rows, step], logprobs[rows, step] = np.array(token), np.array(logprob)
+        last = tokens[:, step]
+        ended = rows[alive[rows] & np.isin(last[rows], sampling.stop)]
+        alive[ended], lengths[ended] = False, step + 1
+        running = [share.without(~alive) for share in running if alive[share.rows].any()]
+        if not running:
             break
-    return _completions(np.stack(tokens, 1), np.stack(logprobs, 1), n, sampling.stop)
+    found = [
+        Completion(row[:length].copy(), values[:length].copy(), bool(finished))
+        for row, values, length, finished in zip(tokens, logprobs, lengths, ~alive, strict=True)
+    ]
+    return [found[start : start + n] for start in range(0, len(found), n)]
+
+
+@dataclass(frozen=True)
+class Running:
+    """Completions of some prompts: `rows` [B, n] are their places in the call, `positions` [axes, B, max_tokens] the rotary ones."""
+
+    rows: NDArray[np.intp]
+    positions: IntArray
+    prefixes: Prefixes
+    memory: Memory
+    own: Sequence[Own]
+
+    def token(self, step: int, last: IntArray) -> Batch:
+        """What runs next: the `last` tokens, of all completions of the call."""
+        at = np.repeat(self.positions[:, :, step], self.rows.shape[1], axis=-1)
+        return Batch(self.prefixes, mx.array(last[self.rows.reshape(-1)]), mx.array(at), (*self.rows.shape, 1), None)
+
+    def without(self, ended: NDArray[np.bool_]) -> Running:
+        """The same without prompts whose completions all have `ended`, and as many a prompt as the most that any still has."""
+        over = ended[self.rows]
+        prompts, width = np.flatnonzero(~over.all(1)), int((~over).sum(1).max())
+        if len(prompts) * width > LEFT * over.size:
+            return self
+        columns = np.argsort(over[prompts], axis=1, kind="stable")[:, :width]
+        kept = mx.array(prompts.astype(np.int32))
+        moved = [(first[kept], second[kept]) for first, second in self.memory]
+        for layer in self.own:
+            layer.keep(kept, mx.array(columns.astype(np.int32)))
+        mx.eval(moved, [layer.arrays for layer in self.own])
+        return Running(
+            np.take_along_axis(self.rows[prompts], columns, axis=1),
+            self.positions[:, prompts],
+            lay_out_prefixes([self.prefixes.sources[prompt] for prompt in prompts.tolist()], self.prefixes.shape[1]),
+            moved,
+            self.own,
+        )
+
+
+def decode(model: Model, running: Sequence[Running], last: IntArray, step: int) -> mx.array:
+    """Hidden states [R, D] of one more token of every completion, behind the `last` of each."""
+    return mx.concatenate(
+        LANES.each(running, lambda share: complete(model, share.token(step, last), share.memory, own=share.own, first=step))
+    )
+
+
+def _begin(model: Model, prompts: Sequence[Prompt], n: int, limit: int) -> list[Running]:
+    """All prompts, divided among the streams, after they have run; at most PREFILL_TOKENS of a stream at a time."""
+    shares = LANES.shares(prompts)
+    members = [[prompts[index] for index in share] for share in shares]
+    cuts = [max(1, PREFILL_TOKENS // max(map(len, share))) for share in members]
+    parts: list[list[Memory]] = [[] for _ in shares]
+    for number in range(max(-(-len(share) // cut) for share, cut in zip(members, cuts, strict=True))):
+        some = [share[number * cut : (number + 1) * cut] for share, cut in zip(members, cuts, strict=True)]
+        look(model, [prompt for share in some for prompt in share])
+        found = LANES.each(some, lambda share: prefill(model, lay_out_prefixes(share)) if share else [])
+        mx.eval(found)
+        for kept, memory in zip(parts, found, strict=True):
+            kept += [memory] if memory else []
+    running = []
+    for share, its, kept in zip(shares, members, parts, strict=True):
+        memory = []
+        for layer in model.layers:
+            memory.append(layer.join([part.pop(0) for part in kept]) if len(kept) > 1 else kept[0].pop(0))
+            mx.eval(memory[-1])
+        running.append(
+            Running(
+                rows=np.array(share)[:, None] * n + np.arange(n),
+                positions=np.stack([row_positions(prompt, limit) for prompt in its], axis=1),
+                prefixes=lay_out_prefixes(its),
+                memory=memory,
+                own=[layer.begin(state, n, limit) for layer, state in zip(model.layers, memory, strict=True)],
+            )
+        )
+    return running
 
 
 def draw(hidden: mx.array, head: mx.array, uniforms: mx.array, temperature: float, banned: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -83,14 +169,3 @@ def _banned(sampling: Sampling, vocabulary: int) -> mx.array | None:
     mask = np.zeros(vocabulary, np.float32)
     mask[list(sampling.banned)] = -np.inf
     return mx.array(mask)
-
-
-def _completions(tokens: NDArray[np.int32], logprobs: NDArray[np.float32], n: int, stop: Sequence[int]) -> list[list[Completion]]:
-    """Cuts [R, steps] arrays behind each row's first stop token."""
-    stopped = np.isin(tokens, stop)
-    lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, tokens.shape[1])
-    rows = [
-        Completion(row[:length].copy(), values[:length].copy(), bool(ends[length - 1]))
-        for row, values, length, ends in zip(tokens, logprobs, lengths, stopped, strict=True)
-    ]
-    return [rows[start : start + n] for start in range(0, len(rows), n)]

@@ -8,8 +8,6 @@ Legend: m pieces of one size, S visual tokens, D text width.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd.types import Prompt
+from opd_mlx.lanes import LANES
 
 KNOWN_BYTES = 2**30
 """Features of a frozen tower that are kept, of all prompts together."""
@@ -46,7 +45,7 @@ def visual_features(prompts: Sequence[Prompt], pieces: Callable[[Prompt], Sequen
             members[size].append(piece)
     outputs, counts = [], {}
     for size, found in members.items():
-        for lane, part in zip(LANES.streams, np.array_split(np.stack(found), len(LANES.streams)), strict=True):
+        for lane, part in zip(LANES.free, np.array_split(np.stack(found), len(LANES.free)), strict=True):
             if len(part):
                 with mx.stream(lane):
                     levels = tower(part, size)
@@ -84,17 +83,3 @@ class KnownFeatures:
                 spare -= sum(level.nbytes for level in self._levels.pop(key))
         each = [found[prompt.key] for prompt in prompts if prompt.key in found]
         return [mx.concatenate(list(level)) for level in zip(*each, strict=True)]
-
-
-class _Lanes(threading.local):
-    """Streams among which images of one size are divided: MLX runs a CPU stream on one core, so one for each of them there.
-
-    A stream belongs to the thread that made it.
-    """
-
-    def __init__(self) -> None:
-        more = min(os.cpu_count() or 1, 8) - 1 if mx.default_device() == mx.cpu else 0
-        self.streams = [mx.default_stream(mx.default_device()), *(mx.new_stream(mx.cpu) for _ in range(more))]
-
-
-LANES = _Lanes()

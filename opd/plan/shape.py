@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from opd.adapters import TARGETS
-
 PARTS = ("vision tower", "projector", "language", "head")
 """Where parameters are; the embedding belongs to the language, and so does a head that is tied to it."""
 
@@ -243,15 +241,15 @@ class Shape:
 class Tune:
     """What is trained: `kind` full (without tower and projector unless `vision`), lora or qlora.
 
-    Adapters of `rank` stand on the language model's `targets`, by the last words of their names or "all", and on tower and projector
-    where `vision` and `projector` say so.
+    Adapters of `rank` stand on the language model's linear layers, on every one or on `targets` (by the last words of their names), and
+    on tower and projector where `vision` and `projector` say so.
     """
 
     kind: str = "full"
     vision: bool = True
     projector: bool = False
     rank: int = 32
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ()
 
     @property
     def full(self) -> bool:
@@ -265,7 +263,7 @@ class Tune:
 
     def adapts(self, name: str) -> bool:
         """Whether a language layer's linear layer of that name gets an adapter."""
-        return not self.full and (name in self.targets or "all" in self.targets)
+        return not self.full and (not self.targets or name in self.targets)
 
     def adapted(self, shape: Shape, layer: Layer) -> list[tuple[int, int]]:
         """Inputs and outputs of a language layer's linear layers that get an adapter."""

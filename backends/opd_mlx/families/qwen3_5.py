@@ -9,7 +9,7 @@ Legend: B prompts, P prompt tokens, n completions of each, T completion tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +29,14 @@ class Qwen35(Qwen3VL):
 
     model_types = ("qwen3_5",)
     left_out = ("mtp.",)
+    # As `sanitize` of mlx-vlm does; the norm in a delta net multiplies by its weight alone.
+    raised = (
+        ".input_layernorm.weight",
+        ".post_attention_layernorm.weight",
+        ".q_norm.weight",
+        ".k_norm.weight",
+        "language_model.norm.weight",
+    )
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
         """See `opd_mlx.families.Family`."""
@@ -88,11 +96,17 @@ class State:
 
     memory: mx.array
     window: mx.array
+    prompts: int
 
     @property
     def arrays(self) -> KeysValues:
         """See `Own`."""
         return self.memory, self.window
+
+    def keep(self, prompts: mx.array, columns: mx.array) -> None:
+        """See `Own`."""
+        rows = (prompts[:, None] * (len(self.memory) // self.prompts) + columns).reshape(-1)
+        self.memory, self.window, self.prompts = self.memory[rows], self.window[rows], len(prompts)
 
 
 class GatedDelta:
@@ -133,7 +147,12 @@ class GatedDelta:
     def begin(self, prefix: KeysValues, n: int, limit: int) -> State:
         """See `Layer`: the prompt's state, forked."""
         memory, window = (mx.repeat(part, n, axis=0) for part in prefix)
-        return State(memory, window)
+        return State(memory, window, len(prefix[0]))
+
+    def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
+        """See `Layer`."""
+        memory, window = (mx.concatenate(list(parts)) for parts in zip(*prefixes, strict=True))
+        return memory, window
 
     def _finish(self, hidden: mx.array, mixed: mx.array) -> mx.array:
         hidden = hidden + self.module.linear_attn.out_proj(mixed.reshape(len(hidden), -1))

@@ -1,0 +1,179 @@
+"""What the MLX backend runs a part at a time gives what it gives at once: completions that are differentiated, prompts that are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("torch")
+
+from opd.objective import Objective
+from opd.types import Completion, Group, Sampling
+from opd_mlx import attention, backward, sampling
+from opd_mlx import backend as backend_module
+from tests import random_models
+from tests.mlx_cases import clone, make_case, relative_error
+from tests.test_families_mlx import make_case as family_case
+
+JSD = Objective(alpha=0.5, top_k=20)
+
+
+@pytest.fixture(scope="module", params=list(random_models.FAMILIES))
+def case(request, tmp_path_factory):
+    """Completions of unequal lengths and numbers, some of them empty, and a group that has nothing else."""
+    root = tmp_path_factory.mktemp(request.param)
+    found = family_case(root, random_models.FAMILIES[request.param](root / "model"))
+    empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
+    nothing = np.zeros(0, np.float32)
+
+    def with_empty(group: Group, place: int) -> Group:
+        completions, weights = list(group.completions), list(group.weights)
+        completions.insert(place, empty)
+        weights.insert(place, nothing)
+        return replace(group, completions=tuple(completions), weights=tuple(weights))
+
+    first, second, third = found.groups
+    none = Group(first.student, first.teacher, (empty, empty), (nothing, nothing))
+    return replace(found, groups=[with_empty(first, 1), none, second, with_empty(third, 0)])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_parts_of_a_group_add_up(case, monkeypatch, again):
+    """Statistics and gradient, on top of a gradient that is there already; prompts run once."""
+    if again:
+        monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
+    prompts = []
+    real = backend_module.prefill
+    monkeypatch.setattr(
+        backend_module, "prefill", lambda model, prefixes, *rest: prompts.extend(prefixes.sources) or real(model, prefixes, *rest)
+    )
+    found = []
+    for split in (0, 1, 2, 3):
+        prompts.clear()
+        backend = clone(case.loaded)
+        backend.accumulate(case.groups[2:3], JSD)
+        before = len(prompts)
+        rows = backend.accumulate(case.groups, JSD, split)
+        assert len(prompts) - before == 2 * 3
+        assert [len(row) for row in rows] == [len(group.completions) for group in case.groups]
+        found.append((rows, backend.tensors("gradient")))
+    whole, gradient = found[0]
+    for rows, split in found[1:]:
+        # Float32 sums in another order; stock transformers in float64 is 1e-5 away from either.
+        assert relative_error(split, gradient) < 2e-5
+        for row, group, wanted in zip(rows, case.groups, whole, strict=True):
+            for one, completion, other in zip(row, group.completions, wanted, strict=True):
+                assert len(one.divergence) == len(completion)
+                for name in ("student_logprobs", "teacher_logprobs", "ratio", "divergence"):
+                    np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=2e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose activations are much more than its weights' gradient, and a group of which n completions can be taken."""
+    root = tmp_path_factory.mktemp("wide")
+    return make_case(root, random_models.qwen3_vl(root / "model")), np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_is_that_of_one_part(wide, monkeypatch, again):
+    case, rng = wide
+    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0 if again else 2**60)
+    loaded, length = case.backend(), 96
+
+    def peak(n: int, split: int) -> int:
+        completions = tuple(
+            Completion(rng.integers(0, 250, length).astype(np.int32), np.full(length, -5, np.float32), False) for _ in range(n)
+        )
+        weights = tuple(np.full(length, 0.01, np.float32) for _ in range(n))
+        backend = clone(loaded)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        backend.accumulate([Group(case.groups[0].student, case.groups[0].teacher, completions, weights)], JSD, split)
+        return int(mx.get_peak_memory()) - before
+
+    whole, four, one = peak(16, 0), peak(16, 4), peak(16, 1)
+    assert one < 0.6 * four < 0.5 * whole
+    # Results and targets of more completions: some numbers a token.
+    assert peak(64, 1) - one < 48 * length * 100
+
+
+def test_a_view_that_mlx_does_not_see(monkeypatch):
+    """Where what is written through NumPy does not arrive, there is no gradient rather than a wrong one."""
+    one = backward.Backward(lambda x: [x * x], [mx.array([3.0, 4.0])])
+    mx.eval(one.outputs)
+    assert one.start([mx.array([1.0, 10.0])])[0].tolist() == [6.0, 80.0]
+    other = backward.Backward(lambda x: [x * x], [mx.array([3.0, 4.0])])
+    monkeypatch.setattr(backward.np, "copyto", lambda *arguments: None)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        other.start([mx.array([1.0, 10.0])])
+
+
+@pytest.fixture(scope="module")
+def ending(case):
+    """Prompts, uniforms and a stop token with which completions end at different steps, and some never do."""
+    prompts = [group.student for group in case.groups]
+    uniforms = np.random.default_rng(3).random((4, 5, 40), dtype=np.float32)
+    free = clone(case.loaded).sample(prompts, uniforms, Sampling(3.0))
+    tokens = np.array([one.tokens for row in free for one in row])
+
+    def stops(rest: int) -> tuple[int, ...]:
+        return tuple(range(rest, int(tokens.max()) + 1, 9))
+
+    def unequal(rest: int) -> int:
+        stopped = np.isin(tokens, stops(rest))
+        return len(np.unique(stopped.argmax(1))) * int(stopped.any(1).sum())
+
+    return prompts, uniforms, Sampling(3.0, stops(max(range(9), key=unequal)))
+
+
+def same(case, ours, theirs):
+    for row, other in zip(ours, theirs, strict=True):
+        for one, wanted in zip(row, other, strict=True):
+            np.testing.assert_array_equal(one.tokens, wanted.tokens)
+            np.testing.assert_allclose(one.logprobs, wanted.logprobs, rtol=2e-6, atol=max(4e-6, case.near if case.near > 1e-4 else 0))
+            assert one.finished == wanted.finished
+
+
+def test_what_has_ended_leaves_the_batch(case, ending, monkeypatch):
+    seen = []
+    real = sampling.complete
+    monkeypatch.setattr(
+        sampling, "complete", lambda model, batch, *rest, **own: seen.append(batch.shape) or real(model, batch, *rest, **own)
+    )
+    monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
+    ours = clone(case.loaded).sample(*ending)
+    shapes = list(seen)
+    seen.clear()
+    monkeypatch.setattr(sampling, "LEFT", 0.0)
+    same(case, ours, clone(case.loaded).sample(*ending))
+    assert set(seen) == {(4, 5, 1)}
+    assert len(seen) == len(shapes)
+    lengths = np.array([[len(one) for one in row] for row in ours])
+    assert len(np.unique(lengths)) > 3
+    rows = [count * n for count, n, _ in shapes]
+    for step, size in enumerate(rows):
+        alive = lengths > step
+        assert alive.sum() <= size
+        assert alive.any(1).sum() * alive.sum(1).max() > 0.75 * size
+    assert {count for count, _, _ in shapes} != {4} or {n for _, n, _ in shapes} != {5}
+
+
+def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
+    """However they are cut, and with buffers of keys that grow, completions are the same."""
+    calls = []
+    real = sampling.prefill
+    monkeypatch.setattr(sampling, "prefill", lambda model, prefixes: calls.append(prefixes.shape) or real(model, prefixes))
+    whole = clone(case.loaded).sample(*ending)
+    calls.clear()
+    longest = max(map(len, ending[0]))
+    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 2 * longest)
+    monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
+    monkeypatch.setattr(attention, "ROOM", 3)
+    same(case, clone(case.loaded).sample(*ending), whole)
+    assert [count for count, _ in calls] == [2, 2]
+    assert calls[0][1] != calls[1][1] or case.loaded._model.config["model_type"] == "idefics3"
