@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -51,6 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         folder = workload.folder(Path(out) / "model", vocabulary, **(QUICK if options.quick else MODEL))
         for name in options.only or SIDES:
+            print(name, file=sys.stderr)
             with context.Pool(1) as fresh:
                 rows += fresh.apply(side, (name, folder, options.quick))
     result = measuring.report(

@@ -153,6 +153,7 @@ def test_adapters_have_the_parameters_that_backends_train(family, backend_name):
     pytest.importorskip("peft" if backend_name == "cpu" else "mlx_lm")
     found = read_shape(family)
     language = {name for layer in found.layers for name in found.linears(layer)}
+    assert Tune("lora").trained(found) == Tune("lora", targets=tuple(language)).trained(found)
     for targets in (("q_proj", "down_proj"), tuple(sorted(language))):
         options = AdapterOptions(rank=4, vision=True, projector=True, targets=targets)
         backend = backends.load(backend_name, ModelOptions(family, tune_vision=False, adapters=options))
@@ -350,6 +351,18 @@ def test_tables_fit_into_80_columns(folder, device):
     assert "not even one prompt" in result.stdout
     for words in ("vision tower", "optimizer moments", "peak of accumulate", "rollout decode", "RTX 4090", "40% of peak TFLOP/s"):
         assert any(line.strip().startswith(words) or words in line for line in lines), words
+
+
+def test_tables_of_every_family_fit_into_80_columns(family):
+    result = run("tiny", "--model", family, "--set", "rollout.microbatch_tokens=64", "--set", "model.tune=lora")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(len(line) for line in lines[1:]) <= 80
+    assert "completions at a time" in result.stdout
+    assert [line for line in lines if line.startswith("taken: ")] == [
+        f"taken: {devices.HERE_MATMUL_SHARE:.0%} of peak TFLOP/s, {devices.HERE_BANDWIDTH_SHARE:.0%} of peak GB/s (this machine)",
+        "taken: 40% of peak TFLOP/s, 70% of peak GB/s (M4 Max, RTX 4090, H200)",
+    ]
 
 
 def test_this_machine_is_measured_within_a_second():

@@ -136,7 +136,11 @@ def planned(result: Mapping[str, Any]) -> None:
         row = speed, _number(one["bandwidth"] / 1e9), f"{one['memory'] / 1e9:.0f}", _number(one["seconds"]), _bytes(one["peak"])
         table.add_row(one["name"], *row, Text("fits", style="green") if one["fits"] else Text("too large", style="red"))
     console.print(table)
-    say(f"taken: {assumed['matmul_share']:.0%} of peak TFLOP/s, {assumed['bandwidth_share']:.0%} of peak GB/s")
+    shares: dict[tuple[float, float], list[str]] = {}
+    for one in result["devices"]:
+        shares.setdefault((one["matmul_share"], one["bandwidth_share"]), []).append(one["name"])
+    for (products, moved), names in shares.items():
+        say(f"taken: {products:.0%} of peak TFLOP/s, {moved:.0%} of peak GB/s ({', '.join(names)})")
     for one in result["devices"]:
         say(f"{one['name']}: {one['source']}")
     if batch["largest"] and result["sampling"]["largest"]:
