@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd.plan.activations import FLOAT, Setting, activations, delta_bytes, handed_bytes
 from opd.plan.shape import Delta, Layer, Shape, Tune
@@ -16,6 +16,9 @@ CHECKPOINT_ABOVE = 2 * 2**30
 
 CHUNK_BYTES = 64 * 2**20
 """A float32 array of logits in the head stage (`objective.py` of both)."""
+
+PREFILL_TOKENS = 16384
+"""Tokens of prompts whose pass in the rollout torch keeps for the gradient (`sampling.py`)."""
 
 ROOM = 64
 """Tokens of torch's first buffer of a completion's keys, which doubles when it is full (`attention.py`)."""
@@ -75,7 +78,7 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
             "sampled logits": logits,
         },
         phases={
-            "rollout": before + max(prefill, casts + cache + logits),
+            "rollout": before + _remembered(shape, tune, work, setting) + max(prefill, casts + cache + logits),
             "accumulate": before + sums + accumulate,
             "apply": before + gradient + (gradient if setting.mlx else 2 * room),
         },
@@ -135,6 +138,16 @@ def _layers(shape: Shape, tune: Tune) -> int:
 def _head_gradient(shape: Shape, tune: Tune) -> int:
     """The head's own gradient, until it is added to what came through the embedding."""
     return FLOAT * shape.embedding if tune.full else 0
+
+
+def _remembered(shape: Shape, tune: Tune, work: Work, setting: Setting) -> int:
+    """A rollout's pass over its prompts, which torch keeps for the gradient where it is small and in the parameters' own precision."""
+    alone = replace(work.limited(work.sampled), completions=0)
+    small = work.sampled * work.student.tokens <= PREFILL_TOKENS and estimate(shape, alone, setting) <= CHECKPOINT_ABOVE
+    if setting.mlx or setting.half or not small:
+        return 0
+    student = activations(shape, tune, work.limited(work.sampled), setting, again=False)
+    return student.vision + student.prompts
 
 
 def _kept(shape: Shape, tokens: int, setting: Setting) -> int:
