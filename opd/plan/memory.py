@@ -96,6 +96,8 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
     room = max(shape.embedding, shape.hidden * shape.intermediate) * FLOAT if tune.full else 0
     accumulate = max(teacher, forward + student.passing[2] * (again or setting.mlx), middle, last, end)
     prefill = casts + _passing(shape, work, setting, work.student)
+    # torch keeps a small rollout's pass over its prompts for the gradient, where no casts and no adapters are.
+    kept = 0 if again or setting.mlx or setting.half or not tune.full else student.prompts + student.vision
     return Memory(
         held=held,
         parts={
@@ -108,7 +110,7 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
             "sampled logits": logits,
         },
         phases={
-            "rollout": before + max(prefill, casts + cache + logits),
+            "rollout": before + max(prefill, casts + cache + logits + kept),
             "accumulate": before + sums + accumulate,
             "apply": before + gradient + (gradient if setting.mlx else 2 * room),
         },
