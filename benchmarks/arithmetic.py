@@ -74,7 +74,7 @@ def vision(config: Any, prompt: int, backward: bool, again: bool) -> int:
     width, merge = vision.hidden_size, vision.spatial_merge_size**2
     merged = visual_tokens(prompt)
     patches = merged * merge
-    embed = 2 * patches * width * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    embed = 2 * patches * width * vision.in_channels * vision.patch_size**2  # one frame of a still image stands for all
     last = vision.depth * patches * 2 * width * vision.intermediate_size
     blocks = vision.depth * patches * (2 * 4 * width * width + 4 * patches * width) + 2 * last
     mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or [])

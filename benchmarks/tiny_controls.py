@@ -135,7 +135,7 @@ def supervised(trainer: Any) -> Any:
             losses = torch.nn.functional.cross_entropy(hidden @ self._student.lm_head.weight.T, tokens, reduction="none")
             found = torch.autograd.grad((weights * losses).sum(), list(self._parameters.values()))
             for name, value in zip(self._parameters, found, strict=True):
-                self._gradient[name] = self._gradient[name] + value if name in self._gradient else value
+                self._gradient[name] = self._gradient[name] + value if name in self._gradient else value.contiguous()
             return self.score(groups, objective)
 
     return Supervised(ModelOptions(trainer.recipe.model.folder()), torch.device("cpu"))

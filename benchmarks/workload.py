@@ -124,13 +124,14 @@ def prompt(config: Any, length: int, seed: int = 0) -> Prompt:
     image = np.full(rows * columns, config.image_token_id, np.int32)
     tokens = np.concatenate([words[: text // 2], image, words[text // 2 :]])
     patches = rows * columns * merge**2
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    # A still image: the frames of a patch are alike.
+    still = rng.normal(size=(patches, vision.in_channels, 1, vision.patch_size**2)).astype(np.float32)
     index = np.flatnonzero(tokens == config.image_token_id).astype(np.int32)
     return Prompt(
         tokens=tokens,
         positions=family(config.model_type).positions(tokens, config.image_token_id, [(rows, columns)]),
         images={
-            "pixel_values": rng.normal(size=(patches, width)).astype(np.float32),
+            "pixel_values": still.repeat(vision.temporal_patch_size, 2).reshape(patches, -1),
             "image_grid_thw": np.array([[1, rows * merge, columns * merge]], np.int32),
         },
         key=f"{seed}-{length}",

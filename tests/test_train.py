@@ -242,7 +242,7 @@ def test_gap_and_sample_tell_what_the_model_says(backend_name, monkeypatch):
 def test_backends_are_checked_against_committed_numbers(backend_name):
     result = json.loads(opd("backends", backend_name, "--check", "--json").stdout)
     assert [check for check in result["backends"][backend_name]["checks"] if not check["passed"]] == []
-    assert len(result["backends"][backend_name]["checks"]) == 15
+    assert len(result["backends"][backend_name]["checks"]) == 16
     assert "did you mean 'mlx'?" in opd("backends", "mlxx", code=2).stderr
 
 

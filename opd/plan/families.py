@@ -82,6 +82,7 @@ def _qwen2_5_vl(config: Config) -> Shape:
         gated=True,
         window=vision["window_size"] // merge // vision["patch_size"] * merge,
         windowed=vision["depth"] - len(set(vision["fullatt_block_indexes"]) & set(range(vision["depth"]))),
+        moments=vision["temporal_patch_size"],
     )
     return _shape(config, layers, tower)
 
@@ -145,6 +146,7 @@ def _qwen_tower(config: Config) -> Vision:
         width * (1 + vision["num_position_embeddings"]),
         Projector(((merged, merged), (merged, text["hidden_size"])) * (1 + taps), others),
         taps,
+        moments=vision["temporal_patch_size"],
     )
 
 

@@ -141,7 +141,7 @@ def _head_gradient(shape: Shape, tune: Tune) -> int:
 
 
 def _remembered(shape: Shape, tune: Tune, work: Work, setting: Setting) -> int:
-    """A rollout's pass over its prompts, which torch keeps for the gradient where it is small, of no adapters, in the parameters' own precision."""
+    """A rollout's pass over its prompts, kept for the gradient where it is small, of no adapters, in the parameters' own precision."""
     alone = replace(work.limited(work.sampled), completions=0)
     small = work.sampled * work.student.tokens <= PREFILL_TOKENS and estimate(shape, alone, setting) <= CHECKPOINT_ABOVE
     if setting.mlx or setting.half or not tune.full or not small:

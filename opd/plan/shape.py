@@ -141,7 +141,7 @@ class Projector:
 
 @dataclass(frozen=True)
 class Vision:
-    """A vision tower: width, blocks, `values` of a patch, how many x how many patches make a token.
+    """A vision tower: width, blocks, `values` of a patch in `moments` frames, how many x how many patches make a token.
 
     `embedding`: parameters before and after the blocks beside the patch's product. `taps`: features for further language layers.
     `gated`: a feed-forward with a gate, and norms without biases. `apart`: queries, keys and values from linear layers of their own, and
@@ -161,6 +161,7 @@ class Vision:
     apart: bool = False
     window: int = 0
     windowed: int = 0
+    moments: int = 1
 
     @property
     def whole(self) -> int:

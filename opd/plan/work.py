@@ -161,7 +161,8 @@ class Stage:
 
 def tower(vision: Vision, view: View) -> Cost:
     """One image through the tower and its projector."""
-    embedded = 2.0 * view.patches * vision.hidden * vision.values
+    # All frames of a still image are alike, so one stands for them.
+    embedded = 2.0 * view.patches * vision.hidden * vision.values // vision.moments
     blocks = 2.0 * view.patches * vision.layers * vision.block
     merged = 2.0 * view.visual * vision.projector.weights
     mixing = 4.0 * vision.hidden * (vision.whole * view.pairs() + vision.windowed * view.pairs(vision.window))
