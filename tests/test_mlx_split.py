@@ -170,6 +170,7 @@ def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
     monkeypatch.setattr(sampling, "prefill", lambda model, prefixes: calls.append(prefixes.shape) or real(model, prefixes))
     whole = clone(case.loaded).sample(*ending)
     calls.clear()
+    monkeypatch.setattr(backend_module, "AHEAD_BYTES", 0)
     longest = max(map(len, ending[0]))
     monkeypatch.setattr(sampling, "PREFILL_TOKENS", 2 * longest)
     monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
