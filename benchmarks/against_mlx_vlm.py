@@ -1,6 +1,6 @@
 """What do rollout and training of a group cost against mlx-vlm's GRPO trainer: vision patches, prompt tokens, wall time, peak memory?
 
-    python -m benchmarks.against_mlx_vlm [--prompt 1024 --completion 128 --n 8] [--json] [--quick]
+    python -m benchmarks.against_mlx_vlm [--prompt 512 --completion 64 --n 8] [--json] [--quick]
 
 mlx-vlm generates each completion from its own prefill and trains on whole rows, one by one; its reward here is a dummy. Ours samples n
 completions of one prompt at once, and trains student against teacher on the group: so it does more (a teacher's forward), with less.
@@ -123,7 +123,7 @@ def agree(backend: Any, peer: Peer, group: Group) -> measuring.Row:
 def main() -> None:
     parser = measuring.arguments(__doc__)
     against_rows.shape_options(parser)
-    parser.set_defaults(prompt=1024, completion=128, crop=256)
+    parser.set_defaults(prompt=512, completion=64, crop=128)
     options = parser.parse_args()
     measuring.peer("mlx_vlm")
     with tempfile.TemporaryDirectory() as root:

@@ -24,7 +24,7 @@ from opd.objective import Objective
 from opd.types import Group, ModelOptions
 
 FULL = Objective(alpha=0.5, top_k=None, ratio_clip=None)
-SIZES = {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 64, "mlp": 1536, "vision_hidden": 256, "vision_layers": 6,
+SIZES = {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 2, "head_dim": 64, "mlp": 1536, "vision_hidden": 256, "vision_layers": 4,
          "vision_heads": 4, "vision_mlp": 768, "positions": 1024}  # fmt: skip
 QUICK_SIZES = {**SIZES, "hidden": 128, "layers": 3, "heads": 4, "head_dim": 32, "mlp": 256, "vision_hidden": 64, "vision_layers": 3,
                "vision_mlp": 128, "positions": 256}  # fmt: skip
@@ -32,9 +32,9 @@ QUICK_SIZES = {**SIZES, "hidden": 128, "layers": 3, "heads": 4, "head_dim": 32, 
 
 def shape_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is measured; the default shape is P = 6 R."""
-    parser.add_argument("--prompt", type=int, default=768, help="tokens of the student's prompt")
-    parser.add_argument("--completion", type=int, default=128, help="tokens of a completion")
-    parser.add_argument("--crop", type=int, default=192, help="tokens of the teacher's prompt; 0: the student's")
+    parser.add_argument("--prompt", type=int, default=384, help="tokens of the student's prompt")
+    parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
+    parser.add_argument("--crop", type=int, default=96, help="tokens of the teacher's prompt; 0: the student's")
     parser.add_argument("--n", type=int, default=8, help="completions")
     parser.add_argument("--vocabulary", type=int, default=16384)
 
@@ -69,8 +69,8 @@ def of_torch(path: Path, group: Group) -> tuple[dict[str, Callable[[], tuple[flo
     teacher.load_state_dict({name: value.detach() for name, value in ours._teacher.state_dict().items()})
     names = {parameter: name for name, parameter in student.named_parameters()}
 
-    def own(*calls: list[Group]) -> tuple[float, dict[str, Any]]:
-        loss = sum(loss_of(groups, ours.accumulate(groups, FULL)) for groups in calls)
+    def own(*calls: list[Group], split: int = 0) -> tuple[float, dict[str, Any]]:
+        loss = sum(loss_of(groups, ours.accumulate(groups, FULL, split)) for groups in calls)
         found, ours._gradient = ours._gradient, {}
         return loss, found
 
@@ -91,9 +91,14 @@ def of_torch(path: Path, group: Group) -> tuple[dict[str, Callable[[], tuple[flo
 
 
 def own_sides(own: Callable[..., tuple[float, dict[str, Any]]], group: Group) -> dict[str, Callable[[], tuple[float, dict[str, Any]]]]:
-    """Our three ways to compute a group; `own` takes lists of groups, one list a call of `accumulate`."""
+    """Our ways to compute a group, and its rows; `own` takes lists of groups, one list a call of `accumulate`."""
     rows = workload.rows_of(group)
-    return {"group": lambda: own([group]), "own rows": lambda: own(rows), "own, row by row": lambda: own(*([row] for row in rows))}
+    return {
+        "group": lambda: own([group]),
+        "group, split": lambda: own([group], split=1),
+        "own rows": lambda: own(rows),
+        "own, row by row": lambda: own(*([row] for row in rows)),
+    }
 
 
 def logits_of(model: Any, prompt: Any, tokens: Any) -> Any:
@@ -141,8 +146,8 @@ def of_mlx(path: Path, group: Group) -> tuple[dict[str, Callable[[], tuple[float
     mx.eval(ours._teacher, student.parameters(), teacher.parameters())
     names, values = zip(*tree_flatten(student.parameters()), strict=True)
 
-    def own(*calls: list[Group]) -> tuple[float, dict[str, Any]]:
-        loss = sum(loss_of(groups, ours.accumulate(groups, FULL)) for groups in calls)
+    def own(*calls: list[Group], split: int = 0) -> tuple[float, dict[str, Any]]:
+        loss = sum(loss_of(groups, ours.accumulate(groups, FULL, split)) for groups in calls)
         found, ours._gradient = ours._gradient, {}
         return loss, ours._model.to_hugging_face(found)
 

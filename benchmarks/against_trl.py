@@ -1,13 +1,13 @@
 """What does our training stage cost against TRL's `DistillationTrainer`, on the same weights, prompts and completions?
 
-    python -m benchmarks.against_trl [--prompt 768 --completion 128 --n 8 --crop 0] [--again] [--json] [--quick]
+    python -m benchmarks.against_trl [--prompt 384 --completion 64 --n 8 --crop 0] [--again] [--json] [--quick]
 
 The stage: student forward and backward, teacher forward, divergence, gradients of all parameters; no rollout, no optimizer. TRL runs
 its own `training_step` on batches that are given to it instead of generated: beta 0.5, temperature 1, full vocabulary, which is our
 alpha 0.5 and no top_k. With `--crop 0` the teacher reads the student's prompt, as TRL has it; with `--crop C` a subclass gives the
 teacher the crop's prompt.
   TRL, n rows   all n rows in one forward: as many rows of the group as ours computes in one
-  TRL, 1 row    micro-batches of one row: TRL's least memory; against it stands ours with the completions split, row by row
+  TRL, 1 row    micro-batches of one row: TRL's least memory; against it stands ours with the completions split, one at a time
 `--again` has both sides compute layers again in the backward (TRL's default; ours above an estimate of 2 GiB).
 """
 
@@ -123,13 +123,13 @@ def main() -> None:
             "ours, group": found["group"],
             "TRL, n rows": side(made, group, len(group.completions)),
             "TRL, 1 row": side(made, group, 1),
-            "ours, row by row": found["own, row by row"],
+            "ours, split": found["group, split"],
         }
         above = mock.patch.object(backend_module, "CHECKPOINT_ABOVE", -1) if options.again else nullcontext()
         shape = against_rows.shape_of(options)
         with above:
             rows = against_rows.compared(sides, options, "cpu", arithmetic.group(config, shape, options.again))
-        single, split = (next(row for row in rows if row["side"] == name) for name in ("TRL, 1 row", "ours, row by row"))
+        single, split = (next(row for row in rows if row["side"] == name) for name in ("TRL, 1 row", "ours, split"))
         about = {"device": ours.device, "shape": str(shape), "sizes": against_rows.sizes(config), "computed_again": options.again,
                  "split_memory_ratio": single["bytes"] / split["bytes"]}  # fmt: skip
         measuring.report(options, "against_trl", rows, **about, versions=measuring.versions("trl", "accelerate"))

@@ -8,14 +8,17 @@ for each pair of a query and a key that it may see (scores and mixture) in the f
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
+
+from opd_torch.kernels import joined
 
 Row = dict[str, Any]
 
@@ -43,6 +48,14 @@ def peer(name: str) -> None:
 
     if find_spec(name) is None:
         sys.exit(f"{name} is not installed; this benchmark needs it: pip install 'vision-opd[bench]'")
+
+
+def track(work: Sequence[Any], what: str) -> Iterable[Any]:
+    """The items of `work` one by one, with a bar on stderr that says how long the rest will take."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(work, what, console=Console(stderr=True), transient=True)
 
 
 class _Attention(torch.autograd.Function):
@@ -74,31 +87,42 @@ class _Attention(torch.autograd.Function):
 class AttentionCount:
     """Stands for torch's attention while it is entered; `own`: rows of a completion, for masks on the meta device, which have no values.
 
-    It is put in the place of the function itself: a mode of torch's would not see what a backward computes again.
+    It is put in the place of the function itself, and of what `opd_torch.kernels.joined` calls: a mode of torch's would not see what
+    a backward computes again.
     """
 
     def __init__(self, own: int | None = None) -> None:
         self.own, self.total = own, 0
-        self._places: list[Any] = []
+        self._patches = ExitStack()
 
     def __enter__(self) -> AttentionCount:
         name = "scaled_dot_product_attention"
         modules = [
             module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is scaled_dot_product_attention
         ]
-        self._places = [module for module in modules if module.__name__ != __name__]
-        for module in self._places:
-            setattr(module, name, self)
+        for module in modules:
+            if module.__name__ != __name__:
+                self._patches.enter_context(mock.patch.object(module, name, self))
+        for name, cost in (("fused", 4), ("fused_backward", 8)):
+            kernel = functools.partial(self._kernel, getattr(joined, name), cost)
+            self._patches.enter_context(mock.patch.object(joined, name, kernel))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module in self._places:
-            module.scaled_dot_product_attention = scaled_dot_product_attention
+        self._patches.close()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Attention, counted."""
         pairs = self._pairs(query, key, attn_mask, options.get("is_causal", False))
         return _Attention.apply(self, pairs * query.shape[-1], {"attn_mask": attn_mask, **options}, query, key, value)
+
+    def _kernel(self, kernel: Callable[..., Any], cost: int, *arguments: Any) -> Any:
+        """A kernel of `opd_torch.kernels.joined` in one direction, counted and hidden from the counter of products."""
+        *_, bias, causal, _ = arguments
+        query, key = arguments[:2] if cost == 4 else arguments[1:3]
+        self.total += cost * self._pairs(query, key, bias, causal) * query.shape[-1]
+        with _disable_current_modes():
+            return kernel(*arguments)
 
     def _pairs(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> int:
         rows, heads, length = query.shape[:3]

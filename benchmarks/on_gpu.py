@@ -25,7 +25,8 @@ from benchmarks import against_rows, arithmetic, measuring, workload
 from benchmarks.against_rows import FULL
 from benchmarks.workload import Shape
 from opd.types import Group, Sampling, Update
-from opd_torch.batch import lay_out_targets
+from opd_torch.batch import lay_out, lay_out_targets
+from opd_torch.forward import CHECKPOINT_ABOVE, activation_bytes, hidden_states
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,13 +70,16 @@ def ours(backend: Any, group: Group, config: Any) -> dict[str, Callable[[], Any]
     uniforms = np.random.default_rng(0).random((1, n, length), dtype=np.float32)
     sampling = Sampling(temperature=1.0, banned=(config.image_token_id, config.video_token_id))
     targets = lay_out_targets([group], backend._device)
-    hidden = {policy: backend._hidden(policy, [group], gradient=False) for policy in ("student", "teacher")}
+    (student_hidden,), (teacher_hidden,) = (backend._hidden(policy, [group], [[group]]) for policy in ("student", "teacher"))
+    batch = lay_out([group.student], [[one.tokens for one in group.completions]], backend._device)
 
     def rollout(tokens: int) -> None:
         backend.sample([group.student], uniforms[:, :, :tokens], sampling)
 
     def student() -> None:
-        found = backend._hidden("student", [group], gradient=True)
+        again = activation_bytes(backend._student, batch, backend._dtype.itemsize) > CHECKPOINT_ABOVE
+        with backend._autocast():
+            found = hidden_states(backend._student, batch, again)
         torch.autograd.grad(found, list(backend._parameters.values()), torch.ones_like(found), allow_unused=True)
 
     def stage() -> tuple[float, dict[str, Any]]:
@@ -92,9 +96,9 @@ def ours(backend: Any, group: Group, config: Any) -> dict[str, Callable[[], Any]
     return {
         "rollout, 1 token": lambda: rollout(1),
         "rollout": lambda: rollout(length),
-        "teacher": lambda: backend._hidden("teacher", [group], gradient=False),
+        "teacher": lambda: backend._hidden("teacher", [group], [[group]]),
         "student": student,
-        "head": lambda: backend._divergence(hidden["student"], hidden["teacher"], targets, FULL, gradient=True, top=0),
+        "head": lambda: backend._divergence(student_hidden, teacher_hidden, targets, FULL, gradient=True),
         "training stage": stage,
         "step": step,
     }

@@ -31,7 +31,7 @@ def counted(backend: Any, groups: list[Any], again: bool) -> int:
     above = mock.patch.object(backend_module, "CHECKPOINT_ABOVE", -1 if again else float("inf"))
     # Autocast does not know the meta device; precision changes no count.
     plain = mock.patch.object(torch, "autocast", side_effect=lambda *_, **__: nullcontext())
-    with above, plain, mock.patch.object(backend_module, "_statistics", return_value=[]):
+    with above, plain, mock.patch.object(backend_module, "_statistics", lambda _, targets: [[None] * count for count in targets.counts]):
         found = measuring.flops(lambda: backend.accumulate(groups, FULL), own)
     backend._gradient = {}
     return found
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     config = workload.CONFIGS[options.model]()
     backend = workload.backend(workload.model(config, "meta"))
-    rows = [measured(config, backend, shape) for shape in (QUICK if options.quick else SHAPES)]
+    rows = [measured(config, backend, shape) for shape in measuring.track(QUICK if options.quick else SHAPES, "shapes")]
     growth = {} if options.quick else grown(options.model)
     about = {"device": "meta (counts, no data)", "model": options.model, "versions": measuring.versions(), "growth": growth}
     if not options.json:

@@ -110,6 +110,8 @@ def supervised(trainer: Any) -> Any:
 
     from opd.types import Completion, ModelOptions
     from opd_torch.backend import TorchBackend
+    from opd_torch.batch import lay_out
+    from opd_torch.forward import hidden_states
 
     encoder = trainer.encoder
     stop = encoder.stop[0]
@@ -125,10 +127,11 @@ def supervised(trainer: Any) -> Any:
                 return super().sample(prompts, uniforms, sampling, policy)
             return [[labels[prompt.key, prompt.tokens.tobytes()]] for prompt in prompts]
 
-        def accumulate(self, groups: Any, objective: Any) -> Any:
+        def accumulate(self, groups: Any, objective: Any, split: int = 0) -> Any:
             tokens = torch.from_numpy(np.concatenate([one.tokens for group in groups for one in group.completions])).long()
             weights = torch.from_numpy(np.concatenate([weight for group in groups for weight in group.weights]))
-            hidden = self._hidden("student", groups, gradient=True)
+            completions = [[one.tokens for one in group.completions] for group in groups]
+            hidden = hidden_states(self._student, lay_out([group.student for group in groups], completions, self._device))
             losses = torch.nn.functional.cross_entropy(hidden @ self._student.lm_head.weight.T, tokens, reduction="none")
             found = torch.autograd.grad((weights * losses).sum(), list(self._parameters.values()))
             for name, value in zip(self._parameters, found, strict=True):

@@ -20,9 +20,6 @@ from opd import hub, randomness
 from opd.errors import ModelError, RecipeError, nearest
 from opd.types import FloatArray, ModelOptions
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The language model's linear layers, by the last word of their names."""
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -42,12 +39,12 @@ Tensors: TypeAlias = dict[str, FloatArray]
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Adapters of `rank` on the language model's `targets` (by the last word of a name), and on every linear layer of vision tower
-    and projector where those are asked for."""
+    """Adapters of `rank` on the language model's linear layers, on every one or on `targets` (by the last word of a name); and on every
+    linear layer of vision tower and projector where those are asked for."""
 
     rank: int = 32
     alpha: float = 64.0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ()
     vision: bool = False
     projector: bool = False
     seed: int = 0
@@ -109,7 +106,8 @@ def _chosen(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> l
         if target not in known:
             raise RecipeError(f"model.targets: the language model has no linear layer '{target}'; {nearest(target, known)}")
     wanted = {"vision": options.vision, "projector": options.projector}
-    return [name for name in layers if wanted.get(part(name)) or language.get(name) in options.targets]
+    chosen = {name for name, word in language.items() if not options.targets or word in options.targets}
+    return [name for name in layers if wanted.get(part(name)) or name in chosen]
 
 
 def fit(tensors: Mapping[str, FloatArray], layers: Mapping[str, tuple[int, int]], folder: Path) -> None:

@@ -12,6 +12,7 @@ from opd import recipe as recipes
 from opd.backend import Backend
 from opd.errors import FolderError, RecipeError
 from opd.folder import CONFIG, RunFolder, check_empty
+from opd.processor import open_encoder
 from opd.progress import Progress
 from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
@@ -54,7 +55,7 @@ def export(run: Path, kind: Kind, out: Path, quantize: int | None, backend: str 
             return
         shutil.copytree(source, target, dirs_exist_ok=True)
         if kind == "model":  # of an earlier version, perhaps
-            PromptEncoder(source).save(target)
+            open_encoder(source).save(target)
 
     def fill(target: Path) -> None:
         if write is None:
@@ -71,7 +72,7 @@ def _open(recipe: Recipe, run: Path, source: Path, finished: bool, name: str, pr
     """The backend that holds the student: a checkpoint's, or, of a finished run, the base's weights with the adapter added."""
     model = recipe.model.model_copy(update={"path": str(run), "revision": "", "tune": "full"}) if finished else recipe.model
     with progress.pause():  # a base may have to be downloaded
-        encoder, options = PromptEncoder(model.folder(weights=False)), model.options()
+        encoder, options = open_encoder(model.folder(weights=False)), model.options()
     backend = backends.load(name, options)
     if not finished:
         backend.load(source)

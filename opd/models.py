@@ -31,9 +31,7 @@ class ModelChoice(Options):
     rank: int = Field(32, ge=1, description="Rank of an adapter.")
     alpha: float = Field(64.0, gt=0, description="An adapter's product is multiplied by alpha / rank.")
     targets: tuple[str, ...] = Field(
-        adapters.TARGETS,
-        min_length=1,
-        description="Linear layers of the language model that get an adapter, by their names' last words.",
+        (), description="Linear layers of the language model that get an adapter, by their names' last words; empty: every one."
     )
     max_pixels: int = Field(0, ge=0, description="Pixels above which an image is made smaller; 0: the model's own bound.")
     min_pixels: int = Field(0, ge=0, description="Pixels below which an image is made larger; 0: the model's own bound.")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL.Image import Image
 from opd import families, templates
 from opd.errors import DataError, ModelError
 from opd.families.layout import Layout, tokens_of
-from opd.types import Policy, Prompt, VisualTokens
+from opd.types import IntArray, Policy, Prompt, VisualTokens
 
 IMAGE_MARKER = "<image>"
 """Where an image stands in a question, in the formats that say so (Vision-OPD-6K, ms-swift, LLaVA)."""
@@ -32,6 +33,8 @@ NEEDED = (
 )
 """Files of a model folder without which no prompt can be encoded, with the names that each may have."""
 
+TEXTS = 4096
+"""Rendered questions, and tokenized texts, that are kept."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -68,7 +71,7 @@ class PromptEncoder:
         Raises ModelError with one line that says what is missing.
         """
         model = Path(model)
-        self._config = _config(model)
+        self._config = read_config(model)
         self._family = families.family(str(self._config.get("model_type")))
         self._model = model
         self._tokenizer, self._processor = _load(model)
@@ -78,6 +81,9 @@ class PromptEncoder:
             "student": self._family.sizes(self._processor, min_pixels, max_pixels),
             "teacher": self._family.sizes(self._processor, *teacher),
         }
+        # Student and teacher are asked the same, and so are all epochs.
+        self._asked = lru_cache(TEXTS)(lambda question, images: self._render(content(question, images)))
+        self._ids = lru_cache(TEXTS)(self._tokenized)
         self._image_token = self._token(model, self._family.image_token)
         self.banned = tuple(self._token(model, token) for token in self._family.banned)
         self.stop = self._stops(model)
@@ -92,13 +98,13 @@ class PromptEncoder:
         `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
         Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
         """
-        text = self._render(_content(question, len(images)))
+        text = self._asked(question, len(images))
         arrays, layouts = self._lay_out(images, self._sizes[policy])
         before, *parts = text.split(self._family.placeholder)
         if len(parts) != len(images):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.placeholder}'; remove it")
         text = before + "".join(layout.text + part for layout, part in zip(layouts, parts, strict=True))
-        compact = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        compact = self._ids(text)
         places = np.flatnonzero(compact == self._image_token)
         counts = tokens_of(layouts)
         if len(places) != len(counts):
@@ -132,6 +138,11 @@ class PromptEncoder:
                 shutil.copyfile(file, folder / file.name)
         templates.rewrite(folder, self._probe)
 
+    def _tokenized(self, text: str) -> IntArray:
+        ids = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        ids.flags.writeable = False
+        return ids
+
     def _render(self, content: list[dict[str, str]], template: str | None = None) -> str:
         turn = [{"role": "user", "content": content}]
         return str(self._tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True))
@@ -141,7 +152,7 @@ class PromptEncoder:
         try:
             return self._render([{"type": "text", "text": "?"}], template)
         except Exception as error:  # whatever a template does
-            raise ModelError(f"{self._model}: the chat template cannot be rendered: {_line(error)}") from error
+            raise ModelError(f"{self._model}: the chat template cannot be rendered: {one_line(error)}") from error
 
     def _lay_out(self, images: Sequence[Image], sizes: dict[str, Any]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         if not images:
@@ -150,7 +161,7 @@ class PromptEncoder:
             return self._family.lay_out(self._processor, images, sizes, self._config)
         except ValueError as error:
             given = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise DataError(f"images of {given} pixels cannot be encoded: {_line(error)}") from error
+            raise DataError(f"images of {given} pixels cannot be encoded: {one_line(error)}") from error
 
     def _key(self, images: Sequence[Image], settings: bytes) -> str:
         digest = hashlib.sha256(settings)
@@ -175,7 +186,7 @@ class PromptEncoder:
         return stops
 
 
-def _content(question: str, images: int) -> list[dict[str, str]]:
+def content(question: str, images: int) -> list[dict[str, str]]:
     """The parts of the user's turn: images and the texts between them."""
     first, *rest = question.split(IMAGE_MARKER)
     if not rest:
@@ -189,7 +200,8 @@ def _content(question: str, images: int) -> list[dict[str, str]]:
     return [part for part in parts if part.get("text") != ""]
 
 
-def _config(model: Path) -> dict[str, Any]:
+def read_config(model: Path) -> dict[str, Any]:
+    """The config.json of a complete model folder. Raises ModelError."""
     if not model.is_dir():
         raise ModelError(f"model folder not found: {model}")
     for names in NEEDED:
@@ -205,7 +217,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {_line(error)}") from error
+        raise ModelError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} does not hold a JSON object")
     return found
@@ -218,12 +230,12 @@ def _load(model: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and bare Exception for broken files
-        raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
     if not tokenizer.chat_template:
         raise ModelError(f"{model}: the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
     return tokenizer, processor
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error of other people's code in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

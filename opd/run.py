@@ -18,8 +18,8 @@ from opd.data import open_data
 from opd.errors import DataError
 from opd.folder import CONFIG, RunFolder
 from opd.loop import Trainer
+from opd.processor import open_encoder
 from opd.progress import Progress, Quiet
-from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
 from opd.types import Encoder, Example
 
@@ -63,8 +63,8 @@ def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     with progress.pause():  # a download shows its own bars
         folder = recipe.model.folder(weights=False)
     recipe = _pinned(recipe, folder)
-    encoder = PromptEncoder(folder, **recipe.model.pixels())
     name = backends.resolve(backend)
+    encoder = open_encoder(folder, name, **recipe.model.pixels())
     with progress.pause():
         options = recipe.model.options(recipe.run.seed)
     model = backends.load(name, options)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from opd import adapters
 from opd import backend as backends
 from opd.adapters import AdapterOptions
-from opd.prompts import PromptEncoder
+from opd.processor import open_encoder
 from opd.types import Completion, Group, ModelOptions
 
 SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)]]
@@ -28,7 +28,7 @@ OPTIONS = AdapterOptions(rank=3, alpha=9.0)
 
 def groups_of(folder: Path) -> list[Group]:
     """Groups of unequal prompts and completions, whose weights sum to one."""
-    rng, encoder = np.random.default_rng(0), PromptEncoder(folder)
+    rng, encoder = np.random.default_rng(0), open_encoder(folder)
     prompts = [
         encoder.encode([Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes], question)
         for sizes, question in zip(SIZES, ("What digit is on the red tile?", "digit?", "What?"), strict=True)
@@ -107,12 +107,18 @@ def make_case(root: Path, folder: Path, layers: dict[str, tuple[int, int]] | Non
 
 def peft_model(folder: Path, adapter: Path, dtype: str = "float64"):
     """The stock transformers model under peft's own layers."""
-    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     kind = getattr(torch, dtype)
-    model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=kind, attn_implementation="sdpa")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=kind, attn_implementation="sdpa")
+    return under_peft(model, adapter).to(kind)
+
+
+def under_peft(model, adapter: Path):
+    """A transformers model under peft's own layers."""
+    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks transformers for it
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).to(kind)
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
 
 
 def logprobs_of(backend, groups, objective) -> np.ndarray:

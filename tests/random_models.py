@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,11 @@ SOURCE = Path(opd.__file__).parent / "tiny" / "model"
 """Tokenizer, chat template, preprocessor and special tokens come from here."""
 
 WEIGHTS = {".safetensors", ".bin", ".md"}
+
+Sizes: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Other sizes of a model that transformers writes: "text" and "vision", by the names of its configuration."""
+
+NONE: Sizes = {}
 
 
 def qwen3_vl(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
@@ -165,22 +171,24 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
     return values.astype(np.float32)
 
 
-def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
+def qwen2_5_vl(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random Qwen2.5-VL: windows of 2 x 2 merged patches in all vision blocks but the last, mRoPE in chunks, biased projections."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    rope = {"rope_type": "default", "mrope_section": [2, 2, 2]}
+    sizes = {**TEXT, **more.get("text", {})}
+    width = sizes["hidden_size"] // sizes["num_attention_heads"]
+    rope = {"rope_type": "default", "mrope_section": [width // 2 - 2 * (width // 6), width // 6, width // 6]}
     text = {**TEXT, "rope_parameters": {**rope, "rope_theta": 10000.0}}
     vision = {
         "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": 48, "fullatt_block_indexes": [2],
+        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": TEXT["hidden_size"], "fullatt_block_indexes": [2],
     }  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
-    extra = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]}}
+    config = Qwen2_5_VLConfig(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
+    extra = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", **rope}}
     return _write(folder, Qwen2_5_VLForConditionalGeneration, config, seed, text=extra, vision={"in_chans": 3, "spatial_patch_size": 8})
 
 
-def qwen3_5(folder: Path, seed: int = 0) -> Path:
+def qwen3_5(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random Qwen3.5: two layers of gated delta net, one of gated attention with a quarter of the width rotated, one of delta net."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
@@ -198,13 +206,13 @@ def qwen3_5(folder: Path, seed: int = 0) -> Path:
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 64,
+        "temporal_patch_size": 2, "out_hidden_size": TEXT["hidden_size"], "num_position_embeddings": 64,
     }  # fmt: skip
-    config = Qwen3_5Config(text_config=text, vision_config=vision, **_special_ids(), tie_word_embeddings=True)
+    config = Qwen3_5Config(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
     return _write(folder, Qwen3_5ForConditionalGeneration, config, seed)
 
 
-def gemma3(folder: Path, seed: int = 0) -> Path:
+def gemma3(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random Gemma 3: two layers with a window of 16 tokens and one without; an image alone is 16 tokens."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -224,7 +232,7 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
         "patch_size": 8,
     }
     ids = _ids(folder, **{key.replace("_token", "_token_index"): token for key, token in named.items()})
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, **ids)
+    config = Gemma3Config(**_sized(text, vision, more), mm_tokens_per_image=16, **ids)
     processor = {
         "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 64, "width": 64},
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
@@ -234,7 +242,7 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
     return _write(folder, Gemma3ForConditionalGeneration, config, seed, text=extra, rename=("vision_tower.", "vision_tower.vision_model."))
 
 
-def smolvlm(folder: Path, seed: int = 0) -> Path:
+def smolvlm(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     """A random SmolVLM (Idefics3): tiles of 32 x 32 pixels, 4 tokens each, after a shuffle of 2 x 2 patches; a tied head."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
@@ -242,7 +250,7 @@ def smolvlm(folder: Path, seed: int = 0) -> Path:
     text = {
         **TEXT,
         "model_type": "llama",
-        "head_dim": 12,
+        "head_dim": TEXT["hidden_size"] // 4,
         "vocab_size": _size(folder),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
@@ -255,13 +263,64 @@ def smolvlm(folder: Path, seed: int = 0) -> Path:
         "patch_size": 8,
     }
     ids = _ids(folder, image_token_id="<image>")
-    config = Idefics3Config(text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=True, **ids)
+    config = Idefics3Config(**_sized(text, vision, more), scale_factor=2, tie_word_embeddings=True, **ids)
     processor = {
         "image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32},
         "do_image_splitting": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return _write(folder, Idefics3ForConditionalGeneration, config, seed, text={"rope_theta": 10000.0})
+
+
+def llava(folder: Path, seed: int = 0) -> Path:
+    """A random LLaVA, which has no family file: CLIP's last layer but one, without its class token, and a Llama; an image is 16 tokens."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    _copy_texts(folder, LLAVA_TOKENS, LLAVA_TEMPLATE, "<s>", "</s>")
+    text = {**TEXT, "model_type": "llama", "head_dim": 12, "vocab_size": _size(folder)}
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "projection_dim": 32,
+    }  # fmt: skip
+    ids = _ids(folder, image_token_index="<image>")
+    config = LlavaConfig(text_config=text, vision_config=vision, image_seq_length=16, **ids)
+    images = {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+    }  # fmt: skip
+    both = {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 8, "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").write_text(json.dumps(both))
+    return _write(folder, LlavaForConditionalGeneration, config, seed)
+
+
+def llava_next(folder: Path, seed: int = 0) -> Path:
+    """A random LLaVA-NeXT: as LLaVA, and an image stands as a whole and in tiles of 32 x 32, without their padding."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    llava(folder, seed)
+    shapes = [[32, 64], [64, 32], [64, 64]]
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llava_next", "image_grid_pinpoints": shapes}
+    for name, change in (
+        ("preprocessor_config.json", {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": shapes}),
+        ("processor_config.json", {"processor_class": "LlavaNextProcessor"}),
+    ):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+    return _write(folder, LlavaNextForConditionalGeneration, LlavaNextConfig.from_dict(config), seed)
+
+
+def raise_norms(folder: Path) -> Path:
+    """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so that logits are of order one."""
+    weights = load_file(folder / "model.safetensors")
+    if json.loads((folder / "config.json").read_text())["model_type"] in ("qwen2_5_vl", "idefics3", "llava"):
+        for name in weights:
+            if "norm" in name and not any(part in name for part in ("vis", "connector")):
+                weights[name] = weights[name] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 FAMILIES = {"qwen3_vl": qwen3_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_5": qwen3_5, "gemma3": gemma3, "smolvlm": smolvlm}
@@ -289,6 +348,20 @@ SMOL_TEMPLATE = (
     "{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}"
     "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
 )
+LLAVA_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
+LLAVA_TEMPLATE = (
+    "<s>{%- for message in messages -%}USER: {%- for part in message.content -%}"
+    "{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}{%- endfor -%}{{ ' ASSISTANT:' }}"
+)
+
+
+def _sized(text: dict[str, Any], vision: dict[str, Any], more: Sizes) -> dict[str, Any]:
+    """Arguments of a configuration; a tower speaks to the text in its width."""
+    text, vision = text | more.get("text", {}), vision | more.get("vision", {})
+    return {
+        "text_config": text,
+        "vision_config": vision | ({"out_hidden_size": text["hidden_size"]} if "out_hidden_size" in vision else {}),
+    }
 
 
 def _special_ids() -> dict[str, int]:

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import against_rows, arithmetic, head, measuring, real_shapes, workload
+from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, plan_against_step, real_shapes, workload
 from benchmarks.workload import Shape
 
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
@@ -36,9 +36,9 @@ def test_group_against_rows_on_mlx(case):
     pytest.importorskip("mlx_vlm")
     path, _, group = case
     sides, _ = against_rows.of_mlx(path, group)
-    rows = against_rows.compared(sides, OPTIONS, "mlx", None)
-    assert max(row["gradient_error"] for row in rows) < 1e-4
-    assert rows[1]["memory_ratio"] > 1.5
+    rows = {row["side"]: row for row in against_rows.compared(sides, OPTIONS, "mlx", None)}
+    assert max(row["gradient_error"] for row in rows.values()) < 1e-4
+    assert rows["own rows"]["memory_ratio"] > 1.5
 
 
 def test_sides_that_differ_are_refused():
@@ -81,3 +81,61 @@ def test_head():
     units = {side: row["flops"] / (2 * 64 * 32 * 2048) for side, row in rows.items()}
     assert 4 <= units["ours"] < 4.2
     assert max(row["gradient_error"] for row in rows.values()) < 1e-4
+
+
+def test_a_token_step_reads_weights_and_prompts_once(case):
+    """Whatever the number of completions and groups; transformers' own batch reads a prompt's keys once a row."""
+    transformers = pytest.importorskip("transformers")
+    path, config, group = case
+    _, backend = against_rows.of_torch(path, group)
+    stock = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    text, long = config.text_config, len(group.student) - 1
+    for prompts, n in ((1, 1), (1, 4), (3, 4)):
+        given = [workload.prompt(config, len(group.student), seed) for seed in range(prompts)]
+        weights, keys = decode.of_a_step(decode.ours(backend, given, n, (config.image_token_id,)), backend._student, long, text.head_dim)
+        assert weights == decode.step_weights(stock)
+        assert keys == decode.keys_values(config, prompts, long)
+        theirs, copied = decode.of_a_step(decode.transformers_rows(stock, given, n), stock, long, text.head_dim)
+        assert theirs == weights
+        assert copied == pytest.approx(n * keys, rel=0.05)  # with the row's own few tokens
+
+
+def test_growth_is_relative_to_the_arithmetic():
+    before = {"size": 2, "needed": 100, "bytes": 10, "seconds": 1.0}
+    assert growth.growth(before, {"size": 4, "needed": 300, "bytes": 15, "seconds": 3.3}) == pytest.approx(
+        {"byte_growth": 0.75, "time_growth": 1.1}
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+def test_parity(tmp_path, name):
+    """A family on both backends, and a model by rows; the figures are errors that a wrong term could not reach."""
+    pytest.importorskip("mlx.core")
+    pytest.importorskip("peft")
+    from benchmarks import parity
+
+    rows = parity.rows_of(name, tmp_path)
+    assert [row["backend"] for row in rows] == (["torch", "mlx"] if name == "qwen3_vl" else ["torch"])
+    for row in rows:
+        assert row["prompts"] == 0
+        most = {"logprobs": 1e-6, "loss": 1e-4, "gradient": 1e-4, "steps": 1e-4, "adapter": 1e-5, "export": 1e-5}
+        assert {column: row[column] for column in most if not 0 < row[column] < most[column]} == {}
+
+
+def test_parity_sees_a_difference():
+    from benchmarks import parity
+
+    rng = np.random.default_rng(0)
+    true = [rng.standard_normal((3, 7))]
+    assert parity.apart([true[0] * (1 + 1e-3)], true) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", ["cpu-full", "mlx-qlora"])
+def test_plan_against_step(name, tmp_path):
+    pytest.importorskip("mlx" if name.startswith("mlx") else "torch")
+    folder = workload.folder(tmp_path / "model", plan_against_step.QUICK_VOCABULARY, **plan_against_step.QUICK)
+    rows = {row["verb"]: row for row in plan_against_step.side(name, folder, quick=True)}
+    for verb in ("rollout", "accumulate", "step"):
+        assert 0.8 < rows[verb]["bytes_ratio"] < 1.2, verb
+    assert rows["step"]["seconds"] == pytest.approx(sum(rows[verb]["seconds"] for verb in plan_against_step.STAGES))
+    assert all(row["planned_seconds"] > 0 for row in rows.values())

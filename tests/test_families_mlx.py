@@ -24,6 +24,7 @@ from opd.prompts import PromptEncoder
 from opd.testing import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_mlx import backend as backend_module
+from opd_mlx.families import qwen3_5
 from tests import random_models
 from tests.mlx_cases import clone, loss_of, relative_error
 
@@ -70,7 +71,7 @@ def case(request, tmp_path_factory):
 
 def make_case(root: Path, folder: Path) -> Case:
     rng = np.random.default_rng(0)
-    raise_norms(folder)
+    random_models.raise_norms(folder)
     encoder = PromptEncoder(folder)
     prompts = [
         encoder.encode(
@@ -95,17 +96,6 @@ def make_case(root: Path, folder: Path) -> Case:
     save_file(moved, state / "teacher.safetensors", metadata={"format": "pt"})
     loaded.load(state)
     return Case(folder, encoder, groups, state, NEAR.get(loaded._model.config["model_type"], 2e-5), loaded)
-
-
-def raise_norms(folder: Path) -> None:
-    """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so that logits are of order one."""
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    if PromptEncoder(folder)._config["model_type"] in ("qwen2_5_vl", "idefics3"):
-        for name in weights:
-            if "norm" in name and not any(part in name for part in ("vis", "connector")):
-                weights[name] = weights[name] + 1
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 def stock_logits(model, prompt, tokens):
@@ -154,10 +144,14 @@ def expected(case):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_loss_and_every_gradient(case, expected, monkeypatch, again):
-    """Prompts of unequal lengths, images of unequal sizes and completions of unequal numbers in one call."""
+    """Prompts of unequal lengths, images of unequal sizes and completions of unequal numbers in one call.
+
+    Computed again in the backward: layers, and the segments of a delta net.
+    """
     assert len({len(group.student) for group in case.groups}) == 3
     if again:
         monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
+        monkeypatch.setattr(qwen3_5, "SEGMENT", 5)
     backend = clone(case.loaded)
     loss, gradients = expected
     assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(loss, rel=1e-5)

@@ -20,34 +20,26 @@ from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_torch import backend as backend_module
 from opd_torch.families import gated_delta
 from tests import random_models
-from tests.torch_cases import clone, gradients_of, loss_of, make_case, plain_loss_and_gradients, relative_error, stock_logits
+from tests.torch_cases import (
+    clone,
+    delta_rule_in_float64,
+    gradients_of,
+    loss_of,
+    make_case,
+    plain_delta_rule,
+    plain_loss_and_gradients,
+    relative_error,
+    stock_logits,
+)
 
 FAMILIES = [name for name in random_models.FAMILIES if name != "qwen3_vl"]  # that one has tests/test_torch_exact.py
 JSD = Objective(alpha=0.5, top_k=20)
 
 
-def plain_delta_rule(query, key, value, g, beta, initial_state=None, **options):
-    """The recurrence of the gated delta net as it is defined, token by token, in the precision of its inputs."""
-    repeats = value.shape[2] // key.shape[2]
-    query, key = (x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
-    query, key = (x.repeat_interleave(repeats, 2) for x in (query, key))
-    batch, length, heads, width = value.shape
-    state = torch.zeros(batch, heads, key.shape[-1], width, dtype=torch.float64) if initial_state is None else initial_state
-    out = []
-    for t in range(length):
-        state = state * g[:, t, :, None, None].double().exp()
-        missing = value[:, t] - torch.einsum("bhkv,bhk->bhv", state, key[:, t])
-        state = state + torch.einsum("bhk,bhv->bhkv", key[:, t], beta[:, t, :, None] * missing)
-        out.append(torch.einsum("bhkv,bhk->bhv", state, query[:, t]) / key.shape[-1] ** 0.5)
-    return torch.stack(out, 1), state
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory):
-    """transformers computes a delta net in float32 whatever the model's precision; here it does so in float64."""
     root = tmp_path_factory.mktemp(request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.models.qwen3_5.modeling_qwen3_5, "torch_chunk_gated_delta_rule", plain_delta_rule)
+    with delta_rule_in_float64():
         yield make_case(root, random_models.FAMILIES[request.param](root / "model"))
 
 

@@ -1,8 +1,7 @@
-"""`opd plan`: its arithmetic against transformers' own models, against what both backends allocate, and what it prints."""
+"""`opd plan`: its arithmetic against transformers' own models and what our own code computes, and what it prints."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from dataclasses import replace
@@ -12,141 +11,214 @@ import pytest
 from click.testing import CliRunner
 
 from opd import backend as backends
-from opd.adapters import AdapterOptions
-from opd.objective import Objective
-from opd.plan import Assumed, devices, plan
-from opd.plan.memory import CHECKPOINT_ABOVE, Setting, estimate, memory
-from opd.plan.shape import Shape, Tune, Vision, read_shape
-from opd.plan.work import View, Work, completions, prefix, stages, tower
+from opd.adapters import AdapterOptions, part
+from opd.plan import Assumed, devices, plan, view
+from opd.plan.families import read_config, read_shape, shape_of
+from opd.plan.shape import PARTS, Tune
+from opd.plan.work import Cost, View, Work, completions, prefix, stages, tower
+from opd.prompts import PromptEncoder
 from opd.recipe import load
-from opd.types import Completion, Group, ModelOptions, Prompt, Sampling, VisualTokens
+from opd.types import ModelOptions
 from opd_cli import main
-from tests.random_models import qwen3_vl
+from tests.random_models import FAMILIES, SOURCE
 
-SMALL_TOWER = Vision(1024, 24, 16, 4096, 16, 2, 3, 2, 2304, 3)
-LARGE_TOWER = Vision(1152, 27, 16, 4304, 16, 2, 3, 2, 2304, 3)
-PUBLISHED = {
-    "2B": Shape(2048, 28, 16, 8, 128, 6144, 151_936, True, SMALL_TOWER),
-    "4B": Shape(2560, 36, 32, 8, 128, 9728, 151_936, True, SMALL_TOWER),
-    "8B": Shape(4096, 36, 32, 8, 128, 12_288, 151_936, False, LARGE_TOWER),
+SMALL_TOWER = {
+    "hidden_size": 1024,
+    "depth": 24,
+    "num_heads": 16,
+    "intermediate_size": 4096,
+    "patch_size": 16,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [5, 11, 17],
 }
-"""Sizes in the config.json of Qwen3-VL-2B, 4B and 8B-Instruct."""
-
-PATCH = 8
-BIG = {"hidden": 1024, "layers": 8, "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp": 3072, "vision_hidden": 256, "vision_mlp": 1024}
-MIDDLE = {**BIG, "hidden": 256, "layers": 6, "heads": 4, "kv_heads": 2, "mlp": 768, "vision_hidden": 128, "vision_mlp": 512}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
 
 
-def config(shape):
-    vision = shape.vision
-    return {
-        "model_type": "qwen3_vl",
-        "tie_word_embeddings": shape.tied,
-        "text_config": {
-            "hidden_size": shape.hidden,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
-            "intermediate_size": shape.intermediate,
-            "vocab_size": shape.vocabulary,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-        },
-        "vision_config": {
-            "hidden_size": vision.hidden,
-            "depth": vision.layers,
-            "num_heads": vision.heads,
-            "intermediate_size": vision.intermediate,
-            "patch_size": vision.patch,
-            "temporal_patch_size": vision.frames,
-            "in_channels": vision.channels,
-            "spatial_merge_size": vision.merge,
-            "num_position_embeddings": vision.positions,
-            "out_hidden_size": shape.hidden,
-            "deepstack_visual_indexes": list(range(vision.taps)),
-        },
-    }
+def text(hidden, mlp, layers, heads, kv_heads, **more):
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "num_key_value_heads": kv_heads, **more}
+
+
+def published(kind, text, vision, tied=True, **more):
+    return {"model_type": kind, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied, **more}
+
+
+PUBLISHED = {
+    "Qwen3-VL-4B": published(
+        "qwen3_vl", text(2560, 9728, 36, 32, 8, head_dim=128, vocab_size=151_936), {**SMALL_TOWER, "out_hidden_size": 2560}
+    ),
+    "Qwen3-VL-8B": published(
+        "qwen3_vl",
+        text(4096, 12_288, 36, 32, 8, head_dim=128, vocab_size=151_936),
+        {**SMALL_TOWER, "hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "out_hidden_size": 4096},
+        tied=False,
+    ),
+    "Qwen2.5-VL-3B": published(
+        "qwen2_5_vl",
+        text(2048, 11_008, 36, 16, 2, vocab_size=151_936),
+        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048},
+    ),
+    "Qwen2.5-VL-7B": published(
+        "qwen2_5_vl",
+        text(3584, 18_944, 28, 28, 4, vocab_size=152_064),
+        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
+        tied=False,
+    ),
+    "Qwen3.5-4B": published(
+        "qwen3_5",
+        text(2560, 9216, 32, 16, 4, head_dim=256, vocab_size=248_320),
+        {**SMALL_TOWER, "deepstack_visual_indexes": None, "out_hidden_size": 2560},
+    ),
+    # As published: what the text leaves out are the defaults of its class.
+    "gemma-3-4b": {
+        "model_type": "gemma3",
+        "text_config": {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "sliding_window": 1024},
+        "vision_config": {**SIGLIP, "image_size": 896, "vision_use_head": False},
+    },
+    "Idefics3-8B": published(
+        "idefics3",
+        text(4096, 14_336, 32, 32, 8, model_type="llama", vocab_size=128_259),
+        {**SIGLIP, "image_size": 364},
+        tied=False,
+        scale_factor=2,
+    ),
+    "SmolVLM-Instruct": published(
+        "idefics3",
+        text(2048, 8192, 24, 32, 32, model_type="llama", vocab_size=49_155),
+        {**SIGLIP, "image_size": 384},
+        tied=False,
+        scale_factor=3,
+    ),
+}
+"""Sizes in the config.json of published models; without deepstack_visual_indexes where there are none."""
+PUBLISHED["Qwen3.5-4B"]["vision_config"].pop("deepstack_visual_indexes")
+
+ARCHITECTURES = {
+    "qwen3_vl": "Qwen3VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_5": "Qwen3_5",
+    "gemma3": "Gemma3",
+    "idefics3": "Idefics3",
+}
+
+
+def written(folder, config):
+    """A model folder as it is before its weights are there."""
+    for file in SOURCE.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def shape(name):
+    from transformers import AutoConfig
+
+    return shape_of(AutoConfig.for_model(**PUBLISHED[name]).to_dict())
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model folder as it is before its weights are there: Qwen3-VL-4B's sizes."""
-    (tmp_path / "config.json").write_text(json.dumps(config(PUBLISHED["4B"])))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}))
+    """Qwen3-VL-4B's sizes."""
+    written(tmp_path, PUBLISHED["Qwen3-VL-4B"])
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    sized = {**settings, "patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(sized))
     return tmp_path
 
 
-def meta_model(values, **options):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    with torch.device("meta"):
-        model = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**values))
-    model.config._attn_implementation = "eager"
-    return model
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A random model of each family."""
+    pytest.importorskip("torch")
+    return FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_of_the_model(name, tmp_path):
-    shape = PUBLISHED[name]
-    (tmp_path / "config.json").write_text(json.dumps(config(shape)))
-    assert read_shape(tmp_path) == shape
-    model = meta_model(config(shape))
-    count = lambda module: sum(parameter.numel() for parameter in module.parameters())
-    visual = model.model.visual
-    projector = count(visual.merger) + count(visual.deepstack_merger_list)
-    head = 0 if shape.tied else count(model.lm_head)
-    assert list(shape.parameters.values()) == [count(visual) - projector, projector, count(model.model.language_model), head]
-    assert sum(Tune("full", vision=False).trained(shape).values()) == count(model.model.language_model) + head
-
-
-def test_adapters_have_the_parameters_that_backends_train(tmp_path):
-    pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    assert peft
-    folder = qwen3_vl(tmp_path)
-    options = AdapterOptions(rank=4, vision=True, projector=True)
-    backend = backends.load("cpu", ModelOptions(folder, tune_vision=False, adapters=options))
-    counts = Tune("lora", True, True, 4).trained(read_shape(folder))
-    assert sum(counts.values()) == sum(value.size for value in backend.tensors("student").values())
-
-
-def test_operations_are_those_of_the_model():
     torch = pytest.importorskip("torch")
-    from torch.utils.flop_counter import FlopCounterMode
-
-    shape = Shape(64, 2, 4, 2, 16, 96, 300, True, Vision(32, 2, 2, 48, 8, 2, 3, 2, 64, 1))
-    values = config(shape)
-    values["text_config"]["rope_parameters"]["mrope_section"] = [4, 2, 2]
     transformers = pytest.importorskip("transformers")
-    model = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**values, attn_implementation="eager"))
-    rows, columns = 8, 12
-    pixels = torch.zeros(rows * columns, shape.vision.values)
-    with FlopCounterMode(display=False) as counter:
-        model.model.visual(pixels, grid_thw=torch.tensor([[1, rows, columns]]))
-    # Two stock merger calls less rows than patches; attention is over all patches in both.
-    assert counter.get_total_flops() == pytest.approx(tower(shape.vision, shape.hidden, rows * columns), rel=1e-9)
+    config = transformers.AutoConfig.for_model(**PUBLISHED[name])
+    with torch.device("meta"):
+        model = getattr(transformers, f"{ARCHITECTURES[config.model_type]}ForConditionalGeneration")(config)
+    found = read_shape(written(tmp_path, PUBLISHED[name]))
+    counts = dict.fromkeys(PARTS, 0)
+    for tensor, parameter in model.named_parameters():
+        counts[{"vision": "vision tower"}.get(part(tensor), part(tensor))] += parameter.numel()
+    assert found.parameters == counts
+    assert sum(Tune("full", vision=False).trained(found).values()) == counts["language"] + counts["head"]
 
-    length = 40
-    embeddings = torch.zeros(1, length, shape.hidden, requires_grad=True)
-    positions = torch.arange(length).expand(3, 1, length)
-    with FlopCounterMode(display=False) as counter:
-        hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
-        forward = counter.get_total_flops()
-        hidden.sum().backward()
-    # Eager attention multiplies with all keys; a prompt of length / 2 and half of the completion are as many.
-    assert forward == completions(shape, length / 2, length, 1)
-    assert counter.get_total_flops() == 3 * forward
-    half = 2.0 * length**2 * shape.query
-    keys = 2.0 * length * 2 * shape.hidden * shape.key
-    assert prefix(shape, length) == forward / shape.layers - half + keys
+
+def test_adapters_have_the_parameters_that_backends_train(family, backend_name):
+    pytest.importorskip("peft" if backend_name == "cpu" else "mlx_lm")
+    found = read_shape(family)
+    language = {name for layer in found.layers for name in found.linears(layer)}
+    assert Tune("lora").trained(found) == Tune("lora", targets=tuple(language)).trained(found)
+    for targets in (("q_proj", "down_proj"), tuple(sorted(language))):
+        options = AdapterOptions(rank=4, vision=True, projector=True, targets=targets)
+        backend = backends.load(backend_name, ModelOptions(family, tune_vision=False, adapters=options))
+        counts = Tune("lora", True, True, 4, targets).trained(found)
+        assert sum(counts.values()) == sum(value.size for value in backend.tensors("student").values())
+
+
+def of_prompt(found, seen, n, length):
+    """What a group costs a policy."""
+    return prefix(found, seen).plus(completions(found, seen.before, length, n)).plus(tower(found.vision, seen))
+
+
+def test_operations_are_those_of_our_own_code(family):
+    """Every product and every pair of tokens that one sees the other, counted as our own forward and backward run."""
+    torch = pytest.importorskip("torch")
+    from PIL import Image
+
+    from benchmarks import measuring
+    from opd_torch.batch import lay_out
+    from opd_torch.forward import hidden_states
+
+    found, config = read_shape(family), read_config(family)
+    encoder = PromptEncoder(family)
+    prompt = encoder.encode([Image.new("RGB", (112, 72))], "?")
+    seen = view(encoder, found, config["vision_config"]["patch_size"], (112, 72), len(encoder.encode([], "?")), "student")
+    model = backends.load("cpu", ModelOptions(family))._student
+    batch = lay_out([prompt], [[np.arange(9, dtype=np.int32)] * 3], torch.device("cpu"))
+    cost = of_prompt(found, seen, 3, 9)
+    # The delta rule in chunks computes more than its recurrence, which is counted: see the next test.
+    most = 1.1 if config["model_type"] == "qwen3_5" else 1
+    for run, planned in (
+        (lambda: hidden_states(model, batch), cost.forward),
+        (lambda: hidden_states(model, batch).sum().backward(), cost.forward + cost.backward(True)),
+        (lambda: hidden_states(model, batch, True).sum().backward(), cost.forward + cost.backward(True) + cost.again()),
+    ):
+        assert planned <= measuring.flops(run) <= most * planned
+
+
+@pytest.mark.parametrize("model", ["qwen3-vl-4b", "qwen3.5-4b"])
+def test_operations_are_those_of_the_benchmarks(model):
+    pytest.importorskip("torch")
+    from benchmarks import arithmetic, workload
+
+    config = workload.CONFIGS[model]()
+    rows, columns = workload.grid(700)
+    seen = View(2 * rows, 2 * columns, 700 - rows * columns, 2)
+    cost = of_prompt(shape_of(config.to_dict()), seen, 3, 33)
+    assert cost.forward == arithmetic.trunk(config, 700, 33, 3)
+    assert cost.forward + cost.backward(True) == arithmetic.trunk(config, 700, 33, 3, backward=True)
+    assert cost.again() == arithmetic.trunk(config, 700, 33, 3, backward=True, again=True) - cost.forward - cost.backward(True)
+
+
+def test_frozen_weights_have_no_gradient():
+    """Through them the gradient of their input alone; tokens mix as before."""
+    cost = Cost(products=100.0, mixing=10.0, first=7.0)
+    assert cost.backward(True) == 2 * 110 - 7
+    assert cost.backward(False) == 100 + 2 * 10 - 7
 
 
 @pytest.mark.parametrize(("tokens", "teacher", "training"), [(128, (105, 20), (2340, 327)), (512, (130, 45), (2462, 449))])
 def test_cost_of_one_group(tokens, teacher, training):
     """TFLOP of Qwen3-VL-4B with a prompt of 4096, a crop of 1024 and 8 completions, apart and shared, worked out by hand."""
-    shared = Work(1, 8, tokens, View(16_384, 0, 2), View(4096, 0, 2), 1)
+    shared = Work(1, 8, tokens, View(128, 128, 0, 2), View(64, 64, 0, 2), 10**6)
     apart = replace(shared, completions=1)
-    one, eight = (stages(PUBLISHED["4B"], Tune(), work, 2, True) for work in (apart, shared))
+    one, eight = (stages(shape("Qwen3-VL-4B"), Tune(), work, 2, True) for work in (apart, shared))
 
     def operations(found, *names):
         return sum(found[name].operations for name in names) / 1e12
@@ -156,169 +228,85 @@ def test_cost_of_one_group(tokens, teacher, training):
     assert 8 * operations(one, "rollout prefill") == pytest.approx(575, rel=0.03)
     assert operations(eight, "teacher forward") == pytest.approx(teacher[1], rel=0.03)
     assert 8 * operations(one, "teacher forward") == pytest.approx(teacher[0], rel=0.03)
-    assert operations(eight, *student) == pytest.approx(training[1], rel=0.03)
-    assert 8 * operations(one, *student) == pytest.approx(training[0], rel=0.03)
+    # By hand every product was computed again, each layer's last too.
+    assert operations(eight, *student) == pytest.approx(training[1], rel=0.06)
+    assert 8 * operations(one, *student) == pytest.approx(training[0], rel=0.06)
     assert operations(eight, "head and divergence") == pytest.approx(4 * 2 * 8 * tokens * 151_936 * 2560 / 1e12, rel=1e-9)
 
 
-def prompt(text, side, seed):
-    """A prompt of `text` tokens and an image of side x side patches."""
-    visual = side * side // 4
-    tokens = np.concatenate([np.full(2, 5), np.full(visual, 342), np.full(text - 2, 7)]).astype(np.int32)
-    pixels = np.random.default_rng(seed).standard_normal((side * side, 6 * PATCH**2)).astype(np.float32)
-    return Prompt(
-        tokens,
-        np.tile(np.arange(len(tokens), dtype=np.int32), (3, 1)),
-        {"pixel_values": pixels, "image_grid_thw": np.array([[1, side, side]], np.int32)},
-        f"image {seed}",
-        VisualTokens(np.arange(2, 2 + visual).astype(np.int32), np.zeros(visual, np.int32), np.zeros((visual, 4), np.float32)),
-    )
+def group(work):
+    """As many tokens as `work` says, none of them a real one."""
+    from opd.types import Completion, Group, Prompt, VisualTokens
+
+    nothing = VisualTokens(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
+    prompts = [
+        Prompt(np.zeros(view.tokens, np.int32), np.zeros((1, 1), np.int32), {}, "", nothing) for view in (work.student, work.teacher)
+    ]
+    one = Completion(np.zeros(work.tokens, np.int32), np.zeros(work.tokens, np.float32), False)
+    return Group(*prompts, (one,) * work.completions, ())
 
 
-class Measured:
-    """One group on a backend of random weights, what it allocates, and the plan of the same."""
+@pytest.mark.parametrize(("budget", "split"), [(700, 0), (132, 0), (131, 2), (122, 2), (121, 1), (1, 1)])
+def test_a_step_is_cut_as_the_loop_cuts_it(budget, split):
+    from opd import rollout
 
-    def __init__(self, name, folder, text, side, crop, n, length, adapters=None, dtype="float32"):
-        self.name = name
-        self.shape = read_shape(folder)
-        self.tune = Tune() if adapters is None else Tune("lora", False, rank=adapters.rank)
-        self.setting = Setting(name == "mlx", False, dtype == "bfloat16")
-        self.work = Work(2, n, length, View(side**2, text, 2), View(crop**2, text, 2), 0)  # two micro-batches of one group
-        options = ModelOptions(folder, dtype, adapters is None, adapters)
-        # Apart from the tested one, so that nothing a call left behind is counted.
-        self.backend = backends.load(name, options)
-        self.module = importlib.import_module("opd_mlx.backend" if name == "mlx" else "opd_torch.backend")
-        self.backend.move_teacher(0.5)
-        rng = np.random.default_rng(0)
-        completion = [Completion(rng.integers(0, 250, length).astype(np.int32), np.full(length, -5, np.float32), False) for _ in range(n)]
-        weights = tuple(np.full(length, 0.01, np.float32) for _ in range(n))
-        self.group = Group(prompt(text, side, 0), prompt(text, crop, 1), tuple(completion), weights)
-        self.short = prompt(4, 4, 2)
-        self.uniforms = np.full((1, n, length), 0.5, np.float32)
-
-    def plan(self, checkpointed):
-        return memory(self.shape, self.tune, self.work, self.setting, checkpointed=checkpointed)
-
-    def peak(self, run):
-        """Largest number of bytes allocated in a call above those before it."""
-        if self.name == "mlx":
-            import mlx.core as mx
-
-            mx.set_cache_limit(0)
-            mx.eval(mx.zeros(1) + 1)
-            before = mx.get_active_memory()
-            mx.reset_peak_memory()
-            run()
-            return mx.get_peak_memory() - before
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run()
-        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
-
-    def rollout(self):
-        return self.peak(lambda: self.backend.sample([self.group.student], self.uniforms, Sampling()))
-
-    def accumulate(self, monkeypatch, checkpointed):
-        """Above what is held: the second micro-batch, and the gradient of the first."""
-        monkeypatch.setattr(self.module, "CHECKPOINT_ABOVE", 0 if checkpointed else 2**60)
-        self.backend._gradient = {}
-        # Whatever the first micro-batch was, its gradient is as large; so it is a short one.
-        first = Group(self.short, self.short, self.group.completions[:1], self.group.weights[:1])
-        self.backend.accumulate([first], Objective(top_k=100))
-        gradient = 4 * sum(self.tune.trained(self.shape).values())
-        return gradient + self.peak(lambda: self.backend.accumulate([self.group], Objective(top_k=100)))
-
-
-def agree(measured, plan, phase, among_held=0.2, alone=0.3):
-    """Within a fifth of all that is allocated, and within `alone` of what the phase itself allocates."""
-    held = sum(plan.held.values())
-    assert plan.phases[phase] == pytest.approx(held + measured, rel=among_held)
-    assert plan.phases[phase] - held == pytest.approx(measured, rel=alone)
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory):
-    return qwen3_vl(tmp_path_factory.mktemp("big"), **BIG)
-
-
-@pytest.fixture(scope="module")
-def middle(tmp_path_factory):
-    return qwen3_vl(tmp_path_factory.mktemp("middle"), **MIDDLE)
-
-
-def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
-    measured = Measured(backend_name, big, text=8, side=4, crop=4, n=2, length=6)
-    assert sum(measured.shape.parameters.values()) > 1e8
-    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.5)
-    for checkpointed in (False, True):
-        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate")
-
-
-@pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
-def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
-    """Activations are most of it here."""
-    measured = Measured(backend_name, middle, text=80, side=12, crop=4, n=4, length=32, adapters=adapters)
-    # MLX decides by itself in what order it computes, torch does not.
-    alone = {"cpu": 0.1, "mlx": 0.3}[backend_name]
-    for checkpointed in (False, True):
-        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
-
-
-def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
-    measured = Measured(backend_name, middle, text=60, side=12, crop=4, n=2, length=32, dtype="bfloat16")
-    agree(measured.rollout(), measured.plan(False), "rollout")
-    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate")
-
-
-def test_layers_are_computed_again_where_the_backend_does(backend_name, random_model):
-    measured = Measured(backend_name, random_model, text=20, side=8, crop=4, n=3, length=7)
-    forward = importlib.import_module(measured.module.__name__.replace("backend", "forward"))
-    assert forward.CHECKPOINT_ABOVE == CHECKPOINT_ABOVE
-    if backend_name == "mlx":
-        found = forward.activation_bytes(measured.backend._model, measured.backend._batch("student", [measured.group]))
-    else:
-        layout = importlib.import_module("opd_torch.batch").lay_out
-        import torch
-
-        batch = layout([measured.group.student], [[one.tokens for one in measured.group.completions]], torch.device("cpu"))
-        found = forward.activation_bytes(measured.backend._student, batch, 4)
-    assert estimate(measured.shape, measured.work, measured.setting) == found
-
-
-def test_a_step_is_cut_as_the_loop_cuts_it():
-    from opd.rollout import microbatches
-
-    work = Work(20, 3, 10, View(400, 20, 2), View(40, 20, 2), 700)
-    cut = microbatches([(work.student.tokens, work.tokens)] * 20, 3, 700)
+    work = Work(20, 3, 10, View(20, 20, 2, 2), View(4, 10, 2, 2), budget, room=600)
+    cut = rollout.cut([group(work)] * 20, budget)
     assert [len(part) for part in cut] == [work.together] * (work.calls - 1) + [20 - work.together * (work.calls - 1)]
-    assert work.limited(3).together == 3
+    assert work.split == split == rollout.split([group(work)] * len(cut[0]), budget)
+    rooms = rollout.microbatches([(work.student.tokens, work.tokens)] * 20, 3, 600)
+    assert work.sampled == len(rooms[0]) == 4
+    assert work.limited(3).together == work.sampling(3).sampled == 3
+    assert work.divided(2).split == 2
 
 
-def test_prompts_are_as_long_as_the_processor_makes_them(random_model):
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize("size", [(40, 40), (200, 150), (31, 90), (400, 64)])
+def test_prompts_are_as_long_as_the_encoder_makes_them(family, size):
     from PIL import Image
 
-    from opd.prompts import PromptEncoder
+    encoder, question = PromptEncoder(family), "What digit is on the red tile?"
+    text = len(encoder.encode([], question))
+    recipe = load("tiny", [f"model.path={family}"])
+    found = plan(recipe, devices.DEVICES["H200"], assumed=Assumed(size, (64, 48), text)).work
+    for seen, its, policy in ((found.student, size, "student"), (found.teacher, (64, 48), "teacher")):
+        encoded = encoder.encode([Image.new("RGB", its, "red")], question, policy)
+        assert seen.visual == len(encoded.visual.index)
+        assert seen.tokens == len(encoded)
+        assert encoded.images["pixel_values"].size == seen.patches * read_shape(family).vision.values
 
-    recipe = load("tiny", [f"model.path={random_model}", "model.max_pixels=20000"])
+
+def test_bounds_on_pixels_count(random_model):
+    recipe = load("tiny", [f"model.path={random_model}", "model.max_pixels=20000", "model.teacher_min_pixels=10000"])
     found = plan(recipe, devices.DEVICES["H200"], assumed=Assumed((200, 150), (31, 90), 20)).work
-    encoder = PromptEncoder(random_model, max_pixels=20_000)
-    for view, size in ((found.student, (200, 150)), (found.teacher, (31, 90))):
-        encoded = encoder.encode([Image.new("RGB", size)], "x")
-        assert view.visual == len(encoded.visual.index)
-        assert view.patches == len(encoded.images["pixel_values"])
-        assert view.tokens == 20 + view.visual
+    assert 15_000 < found.student.patches * 8**2 <= 20_000
+    assert found.teacher.patches * 8**2 >= 10_000
+
+
+def test_windows_and_tiles_count_the_pairs_that_attend():
+    assert View(6, 4, 1, 2).pairs() == 24**2
+    # Windows of 4 x 4, of which the lower are 2 x 4.
+    assert View(6, 4, 1, 2).pairs(4) == 16**2 + 8**2
+    assert View(6, 4, 1, 2, pieces=3).pairs() == 3 * 24**2
 
 
 def test_the_largest_step_fits_and_one_more_group_does_not(folder):
-    recipe = load("paper", [f"model.path={folder}"])
+    recipe = load("paper", [f"model.path={folder}", "rollout.sample_tokens=1"])
     found = plan(recipe, devices.DEVICES["H200"], assumed=Assumed((1024, 768)))
     groups = found.largest // found.work.group
     assert 1 < groups < recipe.rollout.prompts
     assert replace(found, work=found.work.limited(groups)).memory.peak <= found.usable
     assert replace(found, work=found.work.limited(groups + 1)).memory.peak > found.usable
+
+
+def test_of_a_group_that_is_too_large_some_completions_fit(folder):
+    recipe = load("lora", [f"model.path={folder}", "model.dtype=bfloat16"])
+    wide = replace(devices.DEVICES["RTX 4090"], memory=18 * 2**30)
+    found = plan(recipe, wide, assumed=Assumed((2048, 1536)))
+    found = replace(found, work=replace(found.work, tokens=4096))
+    few = found.work.divided(1).split
+    assert few == 1
+    assert found.work.longest < found.largest < found.work.group
+    assert replace(found, work=replace(found.work, budget=found.largest)).memory.phases["accumulate"] <= found.usable
 
 
 def test_what_to_change_where_nothing_fits(folder):
@@ -327,8 +315,15 @@ def test_what_to_change_where_nothing_fits(folder):
     assert found.largest == 0
     changes = found.smaller()
     assert changes["model.tune=qlora"] < changes["model.tune=lora"] < found.usable < changes["rollout.max_tokens=512"]
-    lora = load("paper", [f"model.path={folder}", "model.tune=lora", "model.vision=false", "rollout.microbatch_tokens=1"])
+    least = ["rollout.microbatch_tokens=1", "rollout.sample_tokens=1"]
+    lora = load("paper", [f"model.path={folder}", "model.tune=lora", "model.vision=false", *least])
     assert plan(lora, found.device, assumed=Assumed((1024, 768))).memory.peak == changes["model.tune=lora"]
+
+
+def test_only_families_that_bound_pixels_are_told_to(family):
+    kind = read_config(family)["model_type"]
+    found = plan(load("tiny", [f"model.path={family}"]), devices.DEVICES["H200"], assumed=Assumed((200, 150)))
+    assert any("max_pixels" in change for change in found.smaller()) == (kind != "gemma3")
 
 
 def run(*arguments):
@@ -340,7 +335,7 @@ def test_json_is_one_object(folder):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["device"]["name"] == "H200"
-    assert found["assumed"]["prompt_tokens"] == 64 + 768
+    assert found["assumed"]["prompt_tokens"] == 64 + 2 + 768  # the image stands between two marks
     assert found["assumed"]["completion_tokens"] == 200
     assert found["memory"]["peak"] == max(found["memory"]["phases"].values())
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"].values()))
@@ -358,19 +353,43 @@ def test_tables_fit_into_80_columns(folder, device):
         assert any(line.strip().startswith(words) or words in line for line in lines), words
 
 
+def test_tables_of_every_family_fit_into_80_columns(family):
+    result = run("tiny", "--model", family, "--set", "rollout.microbatch_tokens=64", "--set", "model.tune=lora")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(len(line) for line in lines[1:]) <= 80
+    assert "completions at a time" in result.stdout
+    assert [line for line in lines if line.startswith("taken: ")] == [
+        f"taken: {devices.HERE_MATMUL_SHARE:.0%} of peak TFLOP/s, {devices.HERE_BANDWIDTH_SHARE:.0%} of peak GB/s (this machine)",
+        "taken: 40% of peak TFLOP/s, 70% of peak GB/s (M4 Max, RTX 4090, H200)",
+    ]
+
+
 def test_this_machine_is_measured_within_a_second():
     found = devices.this_machine()
     assert 1e9 < found.matmul["float32"] < 1e15
     assert 1e9 < found.bandwidth < 1e13
 
 
-def test_seconds_are_of_the_slower_of_computing_and_moving():
-    fast = devices.Device("x", {"float32": 1e12}, 1e9, 1e12, 1.0, "cpu", "")
+def test_seconds_are_of_the_slower_of_computing_and_moving_and_of_the_passes_between():
+    fast = devices.Device("x", {"float32": 1e12}, 1e9, 1e12, 1.0, "cpu", "", 0.4, 0.7)
     found = plan(load("tiny"), fast)
     stage, seconds = found.stages["rollout decode"], found.seconds["rollout decode"]
-    assert seconds == pytest.approx(max(stage.operations / 0.4e12, stage.moved / 0.7e9))
+    assert seconds == pytest.approx(max(stage.operations / 0.4e12, stage.moved / 0.7e9) + stage.passed / 0.7e9)
     moved = replace(fast, bandwidth=1e6)
-    assert replace(found, device=moved).seconds["rollout decode"] == pytest.approx(stage.moved / 0.7e6)
+    assert replace(found, device=moved).seconds["rollout decode"] == pytest.approx((stage.moved + stage.passed) / 0.7e6)
+
+
+def test_passes_follow_what_is_kept_and_trained():
+    found = plan(load("tiny"), devices.DEVICES["H200"])
+    twice = replace(found, work=replace(found.work, prompts=2 * found.work.prompts)).stages
+    for name, stage in found.stages.items():
+        assert twice[name].passed == stage.passed * (1 if name in ("optimizer", "teacher's average") else 2)
+    trained = sum(found.tune.trained(found.shape).values())
+    assert found.stages["teacher's average"].passed == 3 * 4 * trained  # two are read, one is written
+    assert found.stages["recomputation"].passed == 0
+    frozen = replace(found, tune=Tune("full", vision=False)).stages
+    assert frozen["student backward"].passed < found.stages["student backward"].passed
 
 
 @pytest.mark.parametrize(
@@ -378,15 +397,15 @@ def test_seconds_are_of_the_slower_of_computing_and_moving():
     [
         ({}, ["--device", "M4 Mox"], "--device 'M4 Mox': no such device; did you mean 'M4 Max'?"),
         ({}, ["--model", "nowhere"], "model 'nowhere': no such folder"),
-        ({"model_type": "qwen9"}, [], "architecture 'qwen9' cannot be planned"),
-        ({"vision_config": {}}, [], "no hidden_size, which the cost of a qwen3_vl depends on"),
+        ({"model_type": "llava"}, [], "model_type 'llava' is not supported; supported: gemma3, idefics3, qwen2_5_vl, qwen3_5"),
+        ({"vision_config": 3}, [], "config.json cannot be used: "),
         ({}, ["--image", "huge"], "--image huge: write it as WIDTHxHEIGHT"),
-        ({}, ["--image", "9000x9"], "an image of 9000x9 pixels cannot be encoded"),
+        ({}, ["--image", "9000x9"], "images of 9000 x 9 pixels cannot be encoded"),
         ({}, ["--backend", "cudo"], "--backend 'cudo' cannot be planned; did you mean 'cuda'?"),
     ],
 )
 def test_a_mistake_is_one_line(folder, change, arguments, message):
-    (folder / "config.json").write_text(json.dumps({**config(PUBLISHED["4B"]), **change}))
+    (folder / "config.json").write_text(json.dumps({**PUBLISHED["Qwen3-VL-4B"], **change}))
     result = run("paper", "--model", folder, "--device", "H200", *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""

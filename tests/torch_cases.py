@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import opd_torch
+from opd.processor import open_encoder
 from opd.prompts import PromptEncoder
 from opd.types import Completion, Group, ModelOptions
 from opd_torch.backend import TorchBackend
@@ -49,7 +51,7 @@ class Case:
 
 def make_case(root: Path, folder: Path, questions: tuple[str, ...] = ("What digit is on the red tile?", "digit?", "What?")) -> Case:
     rng = np.random.default_rng(0)
-    encoder = PromptEncoder(folder)
+    encoder = open_encoder(folder)
     prompts = [
         encoder.encode(
             [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes],
@@ -74,6 +76,27 @@ def make_case(root: Path, folder: Path, questions: tuple[str, ...] = ("What digi
     moved = {name: value + rng.normal(0, 0.1 * value.std() + 1e-3, size=value.shape).astype(np.float32) for name, value in teacher.items()}
     save_file(moved, state / "teacher.safetensors", metadata={"format": "pt"})
     return Case(folder, encoder, groups, state)
+
+
+def plain_delta_rule(query, key, value, g, beta, initial_state=None, **options):
+    """The recurrence of the gated delta net as it is defined, token by token, in the precision of its inputs."""
+    repeats = value.shape[2] // key.shape[2]
+    query, key = (x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+    query, key = (x.repeat_interleave(repeats, 2) for x in (query, key))
+    batch, length, heads, width = value.shape
+    state = torch.zeros(batch, heads, key.shape[-1], width, dtype=torch.float64) if initial_state is None else initial_state
+    out = []
+    for t in range(length):
+        state = state * g[:, t, :, None, None].double().exp()
+        missing = value[:, t] - torch.einsum("bhkv,bhk->bhv", state, key[:, t])
+        state = state + torch.einsum("bhk,bhv->bhkv", key[:, t], beta[:, t, :, None] * missing)
+        out.append(torch.einsum("bhkv,bhk->bhv", state, query[:, t]) / key.shape[-1] ** 0.5)
+    return torch.stack(out, 1), state
+
+
+def delta_rule_in_float64():
+    """A context in which transformers computes a delta net in float64; without it, in float32 whatever the model's precision."""
+    return patch.object(transformers.models.qwen3_5.modeling_qwen3_5, "torch_chunk_gated_delta_rule", plain_delta_rule)
 
 
 def stock_logits(model, prompt, tokens):

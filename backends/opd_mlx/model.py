@@ -193,8 +193,9 @@ def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:
                 raise ModelError(f"{folder}: no {file}; a model folder holds config.json and its weights as safetensors")
             loaded = mx.load(str(folder / file), return_metadata=True)
             part, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-            if metadata.get("format") == "mlx":  # names and layouts are MLX's
+            if metadata.get("format") == "mlx":  # names and layouts are MLX's, and norms that count from 1
                 part = {_hugging_face(of, name): _channels_second(value) for name, value in part.items()}
+                part = {name: value - 1 if name.endswith(of.raised) else value for name, value in part.items()}
             tensors |= part
         return tensors
     except (RuntimeError, ValueError, KeyError) as error:
@@ -266,9 +267,8 @@ def _check(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array],
 def _used(of: Family, tensors: Mapping[str, mx.array], tied: bool) -> dict[str, mx.array]:
     """Tensors by their names in transformers' module, without those that no forward uses."""
     named = {_today(of, name): value for name, value in tensors.items() if not name.startswith(of.left_out)}
-    if tied:
-        named.pop("lm_head.weight", None)  # a copy of the embedding, in files of some writers
-    return named
+    # A copy of the embedding, in files of some writers; quantised as well in MLX's.
+    return {name: value for name, value in named.items() if not (tied and name.startswith("lm_head."))}
 
 
 def _hugging_face(of: Family, name: str) -> str:

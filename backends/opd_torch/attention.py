@@ -1,12 +1,12 @@
 """Two-stream attention: a prompt's tokens run once, and its n completions share their keys and values.
 
-`prefix_layer` runs prompt tokens and gives their keys and values; `completion_layer` runs completion tokens over
-`[prompt keys | own keys]`. Training runs the one and then the other; sampling keeps what the first gave and runs `decode_layer` a
+`prefix_layer` runs prompt tokens and gives their keys and values; `completion_layer` runs completion tokens over their prompt's keys
+and their own (`joined`). Training runs the one and then the other; sampling keeps what the first gave and runs `decode_layer` a
 token at a time. Norms, projections and feed-forward are transformers' modules, on packed rows, in the order that the family gives;
 only attention sees padding.
 
-Legend: N packed rows, B prompts, P longest prefix, R completions of all prompts, n of each where they are as many, T longest
-completion, H query heads, G key-value heads, Q = H / G queries that share a key, d head width.
+Legend: N packed rows, M of completions, B prompts, P longest prefix, R completions of all prompts, n of each where they are as many, T
+longest completion, H query heads, G key-value heads, Q = H / G queries that share a key, d head width.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from opd_torch.batch import Batch, Prefixes
+from opd_torch.kernels.joined import joinable, joined
 
 if TYPE_CHECKING:
     from opd_torch.families import Family
@@ -52,6 +53,11 @@ class Own:
         self.length += 1
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def select(self, rows: Tensor) -> None:
+        """Leaves only some completions."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
 
 def prefix_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefixes: Prefixes, last: bool) -> tuple[Tensor, KeysValues]:
     """Prompt rows [N, D] through one layer: the rows after it, and its keys and values.
@@ -79,21 +85,29 @@ def prefix_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, pre
 
 
 def completion_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: KeysValues, batch: Batch) -> Tensor:
-    """Completion rows [N, D] through one layer, over `prefix` and their own keys."""
-    completions, owner = batch.ragged, batch.owner
+    """Completion rows [M, D] through one layer, over `prefix` and their own keys."""
     normed = layer.input_layernorm(hidden)
-    key, value = (completions.pad(x).transpose(1, 2) for x in family.keys_values(layer, normed, angles))
+    key, value = family.keys_values(layer, normed, angles)
     query, gate = family.queries(layer, normed, angles)
-    query = completions.pad(query.to(value.dtype))
-    key, value = torch.cat([owner.spread(prefix[0]), key], 2), torch.cat([owner.spread(prefix[1]), value], 2)
+    query, scale, reach = query.to(value.dtype), layer.self_attn.scaling, family.reach(layer)
+    if reach.window is None and joinable(query, key):
+        mixed = joined(query, key, value, *prefix, batch, scale)
+    else:
+        mixed = _masked(query, key, value, prefix, batch, batch.mask(reach), scale)
+    return family.finish(layer, hidden, mixed, gate)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues, batch: Batch, mask: Tensor, scale: float) -> Tensor:
+    """What completion rows [M, H, d] find under `mask`; each completion has a copy of its prompt's keys before its own."""
+    spread = (batch.owner.spread(x) for x in prefix)
+    key, value = (torch.cat([before, batch.ragged.pad(x).transpose(1, 2)], 2) for before, x in zip(spread, (key, value), strict=True))
+    query = batch.ragged.pad(query)
     rows, length, heads, width = query.shape
     groups = key.shape[1]
     # Queries that share a key stand one after the other in one row, so that no key is repeated for them.
     query = query.view(rows, length, groups, -1, width).permute(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
-    mask = batch.mask(family.reach(layer)).repeat(1, 1, heads // groups, 1)
-    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=layer.self_attn.scaling)
-    mixed = mixed.view(rows, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
-    return family.finish(layer, hidden, completions.unpad(mixed), gate)
+    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask.repeat(1, 1, heads // groups, 1), scale=scale)
+    return batch.ragged.unpad(mixed.view(rows, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width))
 
 
 def decode_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: KeysValues, prefixes: Prefixes, own: Own) -> Tensor:

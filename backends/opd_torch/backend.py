@@ -5,7 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from opd.types import (
     Completion,
     FloatArray,
     Group,
+    IntArray,
     ModelOptions,
     Policy,
     Prompt,
@@ -32,8 +35,8 @@ from opd.types import (
 )
 from opd_torch import sampling as rollout
 from opd_torch.adapters import merge
-from opd_torch.batch import Targets, lay_out, lay_out_targets
-from opd_torch.forward import CHECKPOINT_ABOVE, activation_bytes, hidden_states
+from opd_torch.batch import Targets, lay_out_completions, lay_out_prefixes, lay_out_targets
+from opd_torch.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, prompt_bytes, remember, reordered
 from opd_torch.model import (
     DTYPES,
     copy_model,
@@ -67,6 +70,8 @@ class TorchBackend:
         self._head = head_name(self._student)
         self._optimizer = Optimizer(self._parameters)
         self._gradient: dict[str, Tensor] = {}
+        # The student's pass over the prompts of the last rollout, graph included: `accumulate` needs the very same one.
+        self._kept: tuple[Sequence[Prompt], list[Memory]] | None = None
 
     @property
     def rank(self) -> int:
@@ -91,42 +96,50 @@ class TorchBackend:
     ) -> list[list[Completion]]:
         """Draws completions; see the protocol."""
         model = self._student if policy == "student" else self._teacher
-        with self._autocast():
-            return rollout.sample(model, prompts, uniforms, sampling, self._dtype)
+        if not uniforms.size:
+            return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in row] for row in uniforms]
+        self._kept = None
+        if policy == "student" and sampling.temperature > 0 and self._keeps(prompts):
+            prefixes = lay_out_prefixes(prompts, self._device)
+            memory = remember(model, prefixes)
+            self._kept = prompts, memory
+        else:
+            with torch.no_grad(), self._autocast():
+                prefixes, memory = rollout.read(model, prompts, self._device)
+        with torch.no_grad(), self._autocast():
+            return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""
-        if not _predicted(groups):
-            return _nothing(groups)
-        targets = lay_out_targets(groups, self._device)
-        teacher = self._hidden("teacher", groups, gradient=False)
-        student = self._hidden("student", groups, gradient=True)
-        result = self._divergence(student.detach(), teacher, targets, objective, gradient=True, top=0)
-        assert result.hidden_gradient is not None
-        found = torch.autograd.grad(student, list(self._parameters.values()), result.hidden_gradient.to(student.dtype), allow_unused=True)
-        gradient = {name: value for name, value in zip(self._parameters, found, strict=True) if value is not None}
-        if self._head in gradient:
-            gradient[self._head] += result.head_gradient
-        elif result.head_gradient is not None:
-            gradient[self._head] = result.head_gradient
-        statistics = _statistics(result, targets)
-        for name, value in gradient.items():
-            if name in self._gradient:
-                self._gradient[name] += value
-            else:
-                self._gradient[name] = value
-        return statistics
+        filled = _filled(groups)
+        if not filled:
+            return _in_place(groups, [])
+        parts = _parts(filled, split)
+        teacher = self._hidden("teacher", filled, parts)
+        try:
+            statistics = self._differentiate(filled, parts, teacher, objective)
+            for name, parameter in self._parameters.items():
+                if parameter.grad is not None:
+                    summed = self._gradient.setdefault(name, parameter.grad)
+                    if summed is not parameter.grad:
+                        summed += parameter.grad
+        finally:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        return _in_place(groups, statistics)
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
         """Statistics without a gradient; see the protocol."""
-        if not _predicted(groups):
-            return _nothing(groups)
-        targets = lay_out_targets(groups, self._device)
-        teacher, student = (self._hidden(policy, groups, gradient=False) for policy in ("teacher", "student"))
-        return _statistics(self._divergence(student, teacher, targets, objective, gradient=False, top=top), targets)
+        filled = _filled(groups)
+        if not filled:
+            return _in_place(groups, [])
+        (teacher,), (student,) = (self._hidden(policy, filled, [filled]) for policy in ("teacher", "student"))
+        targets = lay_out_targets(filled, self._device)
+        return _in_place(groups, _statistics(self._divergence(student, teacher, targets, objective, top=top), targets))
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
+        self._kept = None
         # Every process sums every parameter, whether or not a gradient reached it here.
         gradient = {name: self._gradient.pop(name, None) for name in self._parameters}
         whole = {name: torch.zeros_like(self._parameters[name]) if value is None else value for name, value in gradient.items()}
@@ -153,6 +166,7 @@ class TorchBackend:
         for name in FILES:
             if not (folder / name).is_file():
                 raise FolderError(f"{folder}: no {name}, so there is nothing to resume from")
+        self._kept = None
         read = [read_tensors(folder / name, tensors) for name, tensors in zip(FILES, expected, strict=True)]
         with torch.no_grad():
             for tensors, (values, _) in zip(expected, read, strict=True):
@@ -204,16 +218,72 @@ class TorchBackend:
         context: AbstractContextManager[Any] = torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
         return context
 
-    def _hidden(self, policy: str, groups: Sequence[Group], gradient: bool) -> Tensor:
-        """Hidden states of one policy; each in an autocast of its own, so that one policy's casts are freed before the other's."""
-        model = self._student if policy == "student" else self._teacher
-        prompts = [group.student if policy == "student" else group.teacher for group in groups]
-        batch = lay_out(prompts, [[completion.tokens for completion in group.completions] for group in groups], self._device)
-        again = gradient and activation_bytes(model, batch, self._dtype.itemsize) > CHECKPOINT_ABOVE
-        with torch.set_grad_enabled(gradient), self._autocast():
-            return hidden_states(model, batch, again)
+    def _hidden(self, policy: Policy, groups: Sequence[Group], parts: Sequence[Sequence[Group]]) -> list[Tensor]:
+        """Hidden states of one policy for each of the groups' parts, without a gradient.
 
-    def _divergence(self, student: Tensor, teacher: Tensor, targets: Targets, objective: Objective, gradient: bool, top: int) -> HeadResult:
+        In an autocast of its own, so that one policy's casts are freed before the other's.
+        """
+        model = self._student if policy == "student" else self._teacher
+        prefixes = lay_out_prefixes([group.student if policy == "student" else group.teacher for group in groups], self._device)
+        with torch.no_grad(), self._autocast():
+            memory = remember(model, prefixes)
+            return [complete(model, lay_out_completions(prefixes, _tokens(part)), memory) for part in parts]
+
+    def _differentiate(
+        self, groups: Sequence[Group], parts: Sequence[Sequence[Group]], teacher: list[Tensor], objective: Objective
+    ) -> list[list[TokenStatistics]]:
+        """Statistics of all groups; adds their gradient to that of the student's parameters. `teacher`: hidden states of each part.
+
+        The parts' backward ends at what the prompts left in memory; their sum there is where the prompts' backward begins.
+        """
+        model, prompts = self._student, [group.student for group in groups]
+        prefixes = lay_out_prefixes(prompts, self._device)
+        batches = [lay_out_completions(prefixes, _tokens(part)) for part in parts]
+        again = max(activation_bytes(model, batch, self._dtype.itemsize) for batch in batches) > CHECKPOINT_ABOVE
+        statistics: list[list[TokenStatistics]] = [[] for _ in groups]
+        # Graphs that hold casts of weights share them; where layers are computed again none does, and each part's are freed with it.
+        with nullcontext() if again else torch.autocast(self._device.type, enabled=False):
+            with self._autocast():
+                memory = self._recalled(prompts) or remember(model, prefixes, again)
+            leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in layer) for layer in memory]
+            for part, its_teacher in zip(parts, teacher, strict=True):
+                with self._autocast():
+                    student = complete(model, batches.pop(0), leaves, again)
+                targets = lay_out_targets(part, self._device)
+                result = self._divergence(student.detach(), its_teacher, targets, objective, gradient=True)
+                assert result.hidden_gradient is not None
+                student.backward(result.hidden_gradient.to(student.dtype))
+                if result.head_gradient is not None:
+                    head = self._parameters[self._head]
+                    head.grad = result.head_gradient if head.grad is None else head.grad.add_(result.head_gradient)
+                for rows, its in zip(statistics, _statistics(result, targets), strict=True):
+                    rows += its
+                del student, result
+        ends = [(x, leaf.grad) for layer, its in zip(memory, leaves, strict=True) for x, leaf in zip(layer, its, strict=True)]
+        ends = [(x, gradient) for x, gradient in ends if gradient is not None]
+        if ends:
+            torch.autograd.backward(*zip(*ends, strict=True))
+        return statistics
+
+    def _keeps(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether a rollout's pass over its prompts is kept for `accumulate`: where it is small, and holds no casts of all weights."""
+        if self._student.family is None or self._dtype != master_dtype(self._options.dtype):
+            return False
+        tokens = sum(map(len, prompts))
+        return tokens <= rollout.PREFILL_TOKENS and prompt_bytes(self._student, prompts, tokens, self._dtype.itemsize) <= CHECKPOINT_ABOVE
+
+    def _recalled(self, prompts: Sequence[Prompt]) -> list[Memory] | None:
+        """What was kept of just these prompts, in their order; it serves once."""
+        kept, self._kept = self._kept, None
+        places = {id(prompt): place for place, prompt in enumerate(kept[0])} if kept else {}
+        order = [places.get(id(prompt), -1) for prompt in prompts]
+        if kept is None or sorted(order) != list(range(len(kept[0]))):
+            return None
+        return kept[1] if order == sorted(order) else reordered(kept[1], order)
+
+    def _divergence(
+        self, student: Tensor, teacher: Tensor, targets: Targets, objective: Objective, gradient: bool = False, top: int = 0
+    ) -> HeadResult:
         student_head, teacher_head = (model.lm_head.weight for model in (self._student, self._teacher))
         shared = teacher_head is student_head
         student_head = student_head.detach().to(self._dtype)
@@ -243,13 +313,34 @@ def cpu() -> str:
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _predicted(groups: Sequence[Group]) -> int:
-    return sum(group.tokens for group in groups)
+def _filled(groups: Sequence[Group]) -> list[Group]:
+    """The groups without empty completions, and without those that have no other."""
+    return [_members(group, [len(completion) > 0 for completion in group.completions]) for group in groups if group.tokens]
 
 
-def _nothing(groups: Sequence[Group]) -> list[list[TokenStatistics]]:
-    empty = np.zeros(0, np.float32)
-    return [[TokenStatistics(empty, empty, empty, empty, empty, empty) for _ in group.completions] for group in groups]
+def _parts(groups: Sequence[Group], split: int) -> list[list[Group]]:
+    """The groups with at most `split` completions each at a time, or all where it is 0; each group in every part."""
+    most = max(len(group.completions) for group in groups)
+    starts = range(0, most, split or most)
+    return [
+        [_members(group, [start <= member < start + (split or most) for member in range(len(group.completions))]) for group in groups]
+        for start in starts
+    ]
+
+
+def _members(group: Group, chosen: Sequence[bool]) -> Group:
+    return replace(group, completions=tuple(compress(group.completions, chosen)), weights=tuple(compress(group.weights, chosen)))
+
+
+def _tokens(groups: Sequence[Group]) -> list[list[IntArray]]:
+    return [[completion.tokens for completion in group.completions] for group in groups]
+
+
+def _in_place(groups: Sequence[Group], statistics: Sequence[Sequence[TokenStatistics]]) -> list[list[TokenStatistics]]:
+    """Statistics of what `_filled` left, in the places of all completions; empty ones have none."""
+    found, empty = chain.from_iterable(statistics), np.zeros(0, np.float32)
+    nothing = TokenStatistics(empty, empty, empty, empty, empty, empty)
+    return [[next(found) if len(completion) else nothing for completion in group.completions] for group in groups]
 
 
 def _statistics(result: HeadResult, targets: Targets) -> list[list[TokenStatistics]]:

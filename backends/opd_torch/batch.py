@@ -11,7 +11,7 @@ completion, S visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,13 @@ class Reach:
 class Ragged:
     """Rows of unequal `lengths`: packed [total, ...] to padded [rows, longest, ...] and back, both differentiable.
 
-    Padding repeats the first packed entry; what it becomes is never read, and its gradient is dropped.
+    `longest` may be more than any length. Padding repeats the first packed entry; what it becomes is never read, and its gradient is
+    dropped.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
+    def __init__(self, lengths: NDArray[np.int64], device: torch.device, longest: int = 0) -> None:
         self.lengths = lengths
-        self.rows, self.longest, self.total = len(lengths), int(lengths.max()), int(lengths.sum())
+        self.rows, self.longest, self.total = len(lengths), max(longest, int(lengths.max())), int(lengths.sum())
         self.even = self.rows * self.longest == self.total
         if not self.even:
             valid = np.arange(self.longest) < lengths[:, None]
@@ -53,6 +54,13 @@ class Ragged:
         """From [total, ...] to [rows, longest, ...]."""
         padded = packed if self.even else _Pad.apply(packed, self._padded, self._packed)
         return padded.view(self.rows, self.longest, *packed.shape[1:])
+
+    def fill(self, packed: Tensor, value: float) -> Tensor:
+        """As `pad`, with `value` for padding and no gradient."""
+        if self.even:
+            return packed.view(self.rows, self.longest, *packed.shape[1:])
+        padded = packed.new_full((self.rows * self.longest, *packed.shape[1:]), value)
+        return padded.index_copy_(0, self._packed, packed).view(self.rows, self.longest, *packed.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """From [rows, longest, ...] to [total, ...]."""
@@ -116,6 +124,7 @@ class Prefixes:
     visual_rows: Tensor
     _masks: dict[Reach, Tensor | None] = field(default_factory=dict)
     _seen: dict[Reach, tuple[tuple[int, int], Tensor | None]] = field(default_factory=dict)
+    _bias: dict[torch.dtype, Tensor | None] = field(default_factory=dict)
 
     def mask(self, reach: Reach) -> Tensor | None:
         """Where a prompt's rows may attend, [B or 1, 1, P, P]; None where that is every earlier key."""
@@ -142,6 +151,18 @@ class Prefixes:
             self._seen[reach] = rows, None if self.ragged.even and window is None else self._real(window, first, count)
         return self._seen[reach][1]
 
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of a prompt's keys [B, 1, 1, P]: 0, and minus infinity for padding; None where there is none."""
+        if dtype not in self._bias:
+            real = None if self.ragged.even else self._real(None, 0, 1)
+            self._bias[dtype] = None if real is None else torch.zeros_like(real, dtype=dtype).masked_fill_(~real, float("-inf"))
+        return self._bias[dtype]
+
+    def select(self, prompts: NDArray[np.int64]) -> Prefixes:
+        """Some of the prompts, as wide as all were, since that is how layers keep them."""
+        its = lay_out_prefixes([self.sources[prompt] for prompt in prompts], self.tokens.device)
+        return replace(its, ragged=Ragged(its.ragged.lengths, self.tokens.device, self.ragged.longest))
+
     def _real(self, window: int | None, first: int, count: int) -> Tensor:
         device = self.tokens.device
         lengths = torch.from_numpy(self.ragged.lengths).to(device)[:, None, None, None]
@@ -155,13 +176,15 @@ class Prefixes:
 class Batch:
     """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [axes, M], and how they are cut (`ragged`).
 
-    Every completion row has a target; rows are in order of group, completion and token. Masks are made when a layer first asks.
+    Every completion row has a target; rows are in order of group, completion and token, so all of a prompt stand together (`prompts`).
+    Masks are made when a layer first asks.
     """
 
     prefixes: Prefixes
     tokens: Tensor
     positions: Tensor
     ragged: Ragged
+    prompts: Ragged
     owner: Owner
     _masks: dict[Reach, Tensor] = field(default_factory=dict)
 
@@ -215,18 +238,22 @@ def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device) -> Prefixe
 
 def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]], device: torch.device) -> Batch:
     """Packs `prompts` and the tokens of each one's `completions`, of which at least one is not empty."""
-    prefixes = lay_out_prefixes(prompts, device)
-    flat = [(prompt, tokens) for prompt, members in zip(prompts, completions, strict=True) for tokens in members]
+    return lay_out_completions(lay_out_prefixes(prompts, device), completions)
+
+
+def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntArray]]) -> Batch:
+    """Packs the tokens of each prompt's `completions`, of which at least one is not empty, behind prompts that are laid out already."""
+    device = prefixes.tokens.device
+    flat = [(prompt, tokens) for prompt, members in zip(prefixes.sources, completions, strict=True) for tokens in members]
     inputs = [np.append(prompt.tokens[-1:], tokens[:-1]) for prompt, tokens in flat if len(tokens)]
     positions = [row_positions(prompt, len(tokens)) for prompt, tokens in flat if len(tokens)]
-    ragged = Ragged(np.array([len(tokens) for _, tokens in flat], dtype=np.int64), device)
-    owner = Owner([len(members) for members in completions], device)
     return Batch(
         prefixes=prefixes,
         tokens=_index(np.concatenate(inputs), device),
         positions=_index(np.concatenate(positions, axis=1), device),
-        ragged=ragged,
-        owner=owner,
+        ragged=Ragged(np.array([len(tokens) for _, tokens in flat], dtype=np.int64), device),
+        prompts=Ragged(np.array([sum(map(len, members)) for members in completions], dtype=np.int64), device),
+        owner=Owner([len(members) for members in completions], device),
     )
 
 

@@ -5,10 +5,16 @@ Legend: see `batch`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from opd.types import Prompt
 from opd_torch.batch import Batch, Prefixes
 from opd_torch.families import rows
 from opd_torch.vision import computed
@@ -22,10 +28,19 @@ CHECKPOINT_ABOVE = 2 * 1024**3
 
 def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
+    return complete(model, batch, remember(model, batch.prefixes, again), again)
+
+
+def remember(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]:
+    """`prefill` for `complete`; nothing without a family, where every completion reads its prompt by itself."""
+    return [] if model.family is None else prefill(model, prefixes, again)
+
+
+def complete(model: Any, batch: Batch, memory: list[Memory], again: bool = False) -> Tensor:
+    """Final hidden states [M, D] of completion rows over what their prompts left."""
     family = model.family
     if family is None:
         return rows.hidden_states(model, batch)
-    memory = prefill(model, batch.prefixes, again)
     text = family.language(model)
     hidden = text.embed_tokens(batch.tokens)
     angles = family.angles(text, batch.positions, hidden)
@@ -77,15 +92,53 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], 
     return out
 
 
-def activation_bytes(model: Any, batch: Batch, itemsize: int) -> int:
-    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images; rows by themselves see to it."""
+def joined_memory(model: Any, parts: list[list[Memory]]) -> list[Memory]:
+    """The memory of several runs of prompts as one. Takes `parts` apart, so that no more than one layer is held twice."""
     if model.family is None:
-        return 0
+        return list(chain.from_iterable(parts))
+    if len(parts) == 1:
+        return parts[0]
+    return [tuple(map(_stacked, zip(*(part.pop(0) for part in parts), strict=True))) for _ in range(len(parts[0]))]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """[B, ...] of all parts' [b, ...], with zeros behind what is shorter than the longest."""
+    sizes = [tensor.shape for tensor in tensors]
+    out = tensors[0].new_zeros(sum(size[0] for size in sizes), *map(max, zip(*(size[1:] for size in sizes), strict=True)))
+    for tensor, place in zip(tensors, out.split([size[0] for size in sizes]), strict=True):
+        place[tuple(map(slice, tensor.shape))] = tensor
+    return out
+
+
+def narrowed(model: Any, memory: list[Memory], own: list[Any], prompts: NDArray[np.int64], rows: Tensor) -> tuple[list[Memory], list[Any]]:
+    """Memory and `own` (see `decode`) of some prompts and of some completions, as many of each prompt."""
+    if model.family is None:
+        return [memory[prompt] for prompt in prompts], [own[row] for row in rows.tolist()]
+    if len(prompts) < len(memory[0][0]):
+        memory = reordered(memory, prompts.tolist())
+    for mine in own:
+        mine.select(rows)
+    return memory, own
+
+
+def reordered(memory: list[Memory], prompts: Sequence[int]) -> list[Memory]:
+    """Memory of prompts in another order, or of some of them."""
+    index = torch.tensor(prompts, device=memory[0][0].device)
+    return [(first.index_select(0, index), second.index_select(0, index)) for first, second in memory]
+
+
+def activation_bytes(model: Any, batch: Batch, itemsize: int) -> int:
+    """Bytes that a backward holds, roughly; rows by themselves see to it."""
+    sources = batch.prefixes.sources
+    return 0 if model.family is None else prompt_bytes(model, sources, len(batch.prefixes.tokens) + len(batch.tokens), itemsize)
+
+
+def prompt_bytes(model: Any, prompts: Sequence[Prompt], tokens: int, itemsize: int) -> int:
+    """Bytes that a backward holds of prompts' images and of `tokens`, roughly: what each layer's products keep."""
     text, vision = model.config.text_config, model.config.vision_config
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     a_row = 12 * text.hidden_size + 4 * text.intermediate_size + 8 * heads
     a_patch = 16 * vision.hidden_size + 4 * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
-    patches = sum(model.family.patches(prompt, model) for prompt in batch.prefixes.sources)
-    tokens = len(batch.prefixes.tokens) + len(batch.tokens)
+    patches = sum(model.family.patches(prompt, model) for prompt in prompts)
     return int(itemsize * (text.num_hidden_layers * tokens * a_row + depth * patches * a_patch))

@@ -52,8 +52,6 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
     model = read_model(path, dtype if options.adapters else masters, device if options.four_bit else None)
     vision = model.family.vision(model) if model.family else []
     if model.family is None:
-        if not (options.tune_vision or options.adapters):
-            raise ModelError(f"{path}: this architecture has no family file that says what its vision tower is; set model.vision=true")
         rows.check(model.eval(), str(path))
         logging.getLogger(__name__).warning(
             "%s: no family file for '%s', so a group's completions run as separate rows", path, model.config.model_type
@@ -67,6 +65,8 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
             merge(model, adapter.tensors, adapter.alpha / adapter.rank)
         for module in vision:
             module.requires_grad_(options.tune_vision)
+        if model.family is None and not options.tune_vision:
+            rows.freeze_vision(model, str(path))
     frozen = not any(parameter.requires_grad for module in vision for parameter in module.parameters())
     model.known = KnownFeatures() if vision and frozen else None
     return (model if options.four_bit else model.to(device)).eval()

@@ -27,20 +27,26 @@ class Optimizer:
             return UpdateResult(gradient_norm=norm, taken=False)
         factor = 1.0 if update.gradient_clip is None or norm <= update.gradient_clip else update.gradient_clip / norm
         self.step += 1
+        gradients = [gradient[name].mul_(factor) for name in self.parameters]
         with torch.no_grad():
-            # Tensor by tensor: a second copy of all parameters at once would be the peak of a large run.
-            for name, parameter in self.parameters.items():
-                self._step(parameter, gradient[name].mul_(factor), self.first[name], self.second[name], update)
+            # theta <- (1 - lr * decay) theta - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon), in one pass over
+            # each tensor and without a copy of any.
+            torch._fused_adamw_(
+                list(self.parameters.values()),
+                gradients,
+                list(self.first.values()),
+                list(self.second.values()),
+                [],
+                [torch.tensor(float(self.step), device=gradients[0].device)] * len(gradients),
+                lr=update.learning_rate,
+                beta1=update.betas[0],
+                beta2=update.betas[1],
+                weight_decay=update.weight_decay,
+                eps=update.epsilon,
+                amsgrad=False,
+                maximize=False,
+            )
         return UpdateResult(gradient_norm=norm, taken=True)
-
-    def _step(self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, update: Update) -> None:
-        """theta <- (1 - lr * decay) theta - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon)."""
-        beta1, beta2 = update.betas
-        first.lerp_(gradient, 1.0 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-        denominator = second.sqrt().div_(math.sqrt(1.0 - beta2**self.step)).add_(update.epsilon)
-        parameter.mul_(1.0 - update.learning_rate * update.weight_decay)
-        parameter.addcdiv_(first, denominator, value=-update.learning_rate / (1.0 - beta1**self.step))
 
 
 def global_norm(tensors: Iterable[Tensor]) -> float:

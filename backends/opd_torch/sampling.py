@@ -1,6 +1,6 @@
 """Rollout: every prompt once, then all completions of all prompts in lockstep, one token at a time.
 
-Legend: B prompts, n completions of a prompt, R = B * n, V vocabulary.
+Legend: B prompts, n completions of a prompt, R = B * n, V vocabulary; B, n and R fall as completions end.
 """
 
 from __future__ import annotations
@@ -14,46 +14,85 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.types import Completion, FloatArray, Prompt, Sampling
-from opd_torch.batch import lay_out_prefixes, row_positions
-from opd_torch.forward import decode, prefill
+from opd_torch.batch import Prefixes, lay_out_prefixes, row_positions
+from opd_torch.forward import Memory, decode, joined_memory, narrowed, prefill
 from opd_torch.objective import default_chunk, head_logits, operand
 
+PREFILL_TOKENS = 16384
+"""Tokens of prompts that run together, so that many prompts can decode together without their layers' peak."""
 
-def sample(model: Any, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, dtype: torch.dtype) -> list[list[Completion]]:
+ASK_EVERY = 8
+"""Token steps between two questions of whether completions have ended, on a GPU, where each waits for all that is queued."""
+
+WORTH = 0.75
+"""Completions that have ended leave the batch where no more than this share of its rows stays."""
+
+
+def read(model: Any, prompts: Sequence[Prompt], device: torch.device) -> tuple[Prefixes, list[Memory]]:
+    """All prompts laid out, and what every layer keeps of them."""
+    parts: list[list[Prompt]] = []
+    for prompt in prompts:
+        if parts and sum(map(len, parts[-1])) + len(prompt) <= PREFILL_TOKENS:
+            parts[-1].append(prompt)
+        else:
+            parts.append([prompt])
+    found = [prefill(model, lay_out_prefixes(part, device)) for part in parts]
+    return lay_out_prefixes(prompts, device), joined_memory(model, found)
+
+
+def sample(
+    model: Any, prefixes: Prefixes, memory: list[Memory], uniforms: FloatArray, sampling: Sampling, dtype: torch.dtype
+) -> list[list[Completion]]:
     """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens]; the head computes in `dtype`."""
-    count, n, limit = uniforms.shape
-    if not count or not n or not limit:
-        return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in range(n)] for _ in range(count)]
-    with torch.no_grad():
-        tokens, logprobs = _lockstep(model, prompts, uniforms.reshape(count * n, limit), sampling, dtype)
-    return _completions(tokens, logprobs, n, sampling.stop)
+    tokens, logprobs = _lockstep(model, prefixes, memory, uniforms, sampling, dtype)
+    return _completions(tokens, logprobs, uniforms.shape[1], sampling.stop)
 
 
 def _lockstep(
-    model: Any, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, dtype: torch.dtype
+    model: Any, prefixes: Prefixes, memory: list[Memory], uniforms: FloatArray, sampling: Sampling, dtype: torch.dtype
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Tokens and log-probabilities [R, steps], until every completion has ended; what stands behind a stop token means nothing."""
-    n, limit = len(uniforms) // len(prompts), uniforms.shape[1]
+    count, n, limit = uniforms.shape
     head = model.lm_head.weight
     device = head.device
     head = operand(head.to(dtype))
-    draws = torch.from_numpy(uniforms).to(device)
+    draws = torch.from_numpy(uniforms.reshape(count * n, limit)).to(device)
     banned, stop = (torch.tensor(ids, dtype=torch.int64, device=device) for ids in (sampling.banned, sampling.stop))
-    prefixes = lay_out_prefixes(prompts, device)
-    memory, own = prefill(model, prefixes), list[Any]()
     # [axes, R, limit]; the first row is the prompt's last token.
-    positions = torch.from_numpy(np.stack([row_positions(prompt, limit) for prompt in prompts], 1)).to(device).repeat_interleave(n, 1)
-    token = torch.tensor([prompt.tokens[-1] for prompt in prompts], device=device).repeat_interleave(n)
-    tokens, logprobs, ended = [], [], torch.zeros(len(uniforms), dtype=torch.bool, device=device)
+    places = np.stack([row_positions(prompt, limit) for prompt in prefixes.sources], 1)
+    positions = torch.from_numpy(places).to(device).repeat_interleave(n, 1)
+    token = torch.tensor([prompt.tokens[-1] for prompt in prefixes.sources], device=device).repeat_interleave(n)
+    tokens, logprobs = torch.zeros_like(draws, dtype=torch.int64), torch.zeros_like(draws)
+    rows, own = torch.arange(count * n, device=device), list[Any]()
+    ended = torch.zeros(count * n, dtype=torch.bool, device=device)
     for step in range(limit):
-        hidden = decode(model, token, positions[:, :, step], memory, prefixes, own)
-        token, logprob = draw(hidden.to(dtype), head, draws[:, step], sampling.temperature, banned)
-        tokens.append(token)
-        logprobs.append(logprob)
+        hidden = decode(model, token, positions[:, rows, step], memory, prefixes, own)
+        token, logprob = draw(hidden.to(dtype), head, draws[rows, step], sampling.temperature, banned)
+        tokens[rows, step], logprobs[rows, step] = token, logprob
         ended |= torch.isin(token, stop)
-        if ended.all():
-            break
-    return torch.stack(tokens, 1).cpu().numpy(), torch.stack(logprobs, 1).cpu().numpy()
+        if asks(device, step):
+            live = ~ended.view(len(prefixes.sources), -1).cpu().numpy()
+            if not live.any():
+                break
+            prompts, members = _remaining(live)
+            if len(prompts) * members.shape[1] <= WORTH * live.size:
+                kept = torch.from_numpy((prompts[:, None] * live.shape[1] + members).ravel()).to(device)
+                prefixes = prefixes.select(prompts)
+                memory, own = narrowed(model, memory, own, prompts, kept)
+                rows, token, ended = rows[kept], token[kept], ended[kept]
+    return tokens[:, : step + 1].cpu().numpy(), logprobs[:, : step + 1].cpu().numpy()
+
+
+def asks(device: torch.device, step: int) -> bool:
+    """Whether the host asks after this token step which completions have ended."""
+    return device.type == "cpu" or step % ASK_EVERY == ASK_EVERY - 1
+
+
+def _remaining(live: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of `live` [B, n]: the prompts that have a live completion [b], and of each as many completions as the most live ones, those first."""
+    prompts = np.flatnonzero(live.any(1))
+    order = np.argsort(~live[prompts], axis=1, kind="stable")
+    return prompts, order[:, : live.sum(1).max()]
 
 
 def draw(hidden: Tensor, head: Tensor, uniforms: Tensor, temperature: float, banned: Tensor) -> tuple[Tensor, Tensor]:

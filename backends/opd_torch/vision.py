@@ -22,6 +22,9 @@ Size: TypeAlias = tuple[int, int]
 Frames: TypeAlias = list[tuple[Size, NDArray[np.generic]]]
 """A prompt's images as the tower takes them, in the order of their visual tokens, with the size that decides which run together."""
 
+Batch: TypeAlias = tuple[Size, tuple[int, ...]]
+"""Images that run together are of one size, and their arrays of one shape."""
+
 KNOWN_BYTES = 2**30
 """Features of a frozen tower that are kept, of all prompts together."""
 
@@ -34,23 +37,23 @@ def visual_features(
     `tower` takes m images of one size and gives [m, tokens of each, width] of each level. Prompts of equal key are computed once.
     Empty where no prompt has an image.
     """
-    images: dict[Size, list[NDArray[np.generic]]] = {}
-    places: dict[str, list[tuple[Size, int]]] = {}
+    images: dict[Batch, list[NDArray[np.generic]]] = {}
+    places: dict[str, list[tuple[Batch, int]]] = {}
     for prompt in prompts:
         if prompt.key not in places and len(prompt.visual.index):
             places[prompt.key] = []
             for size, image in frames(prompt):
-                members = images.setdefault(size, [])
-                places[prompt.key].append((size, len(members)))
+                members = images.setdefault((size, image.shape), [])
+                places[prompt.key].append(((size, image.shape), len(members)))
                 members.append(image)
-    outputs = {size: tower(torch.from_numpy(np.stack(members)).to(device), size) for size, members in images.items()}
+    outputs = {its: tower(torch.from_numpy(np.stack(members)).to(device), its[0]) for its, members in images.items()}
     wanted = [place for prompt in prompts if len(prompt.visual.index) for place in places[prompt.key]]
     if not wanted:
         return []
     levels = range(len(outputs[wanted[0][0]]))
     if len(images) == 1 and [place for _, place in wanted] == list(range(len(images[wanted[0][0]]))):
         return [outputs[wanted[0][0]][level].flatten(0, 1) for level in levels]
-    return [torch.cat([outputs[size][level][place] for size, place in wanted]) for level in levels]
+    return [torch.cat([outputs[its][level][place] for its, place in wanted]) for level in levels]
 
 
 class KnownFeatures:

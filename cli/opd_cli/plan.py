@@ -63,7 +63,7 @@ def plan(
             progress.note(PRESET.format(name))
     resolved = resolve(name, {"model.path": model, "data.path": data}, overrides)
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
-    chosen = devices.device(device_name)
+    chosen = devices.device(device_name, backend)
     first = planning.plan(resolved, chosen, backend, assumed)
     others = [one for one in devices.DEVICES.values() if one.name != chosen.name]
     plans = [first, *(planning.on(first, one) for one in others)]

@@ -100,7 +100,9 @@ def planned(result: Mapping[str, Any]) -> None:
     say(f"image {width}x{height}: prompt of {assumed['prompt_tokens']} tokens, {assumed['text_tokens']} of them text")
     say(f"crop {across}x{down}: prompt of {assumed['crop_prompt_tokens']} tokens")
     say(f"step: {assumed['prompts']} prompts x {assumed['completions']} completions of {assumed['completion_tokens']} tokens")
-    say(f"micro-batches: {batch['count']} of {batch['groups']} prompts, {batch['tokens']} tokens each\n")
+    few = "" if batch["completions"] == assumed["completions"] else f", {batch['completions']} completions at a time"
+    say(f"micro-batches: {batch['count']} of {batch['groups']} prompts{few}, {batch['tokens']} tokens each")
+    say(f"sampled together: {result['sampling']['groups']} prompts\n")
 
     table = _table("parameters", "all", "trained")
     for part, count in result["parameters"].items():
@@ -134,11 +136,16 @@ def planned(result: Mapping[str, Any]) -> None:
         row = speed, _number(one["bandwidth"] / 1e9), f"{one['memory'] / 1e9:.0f}", _number(one["seconds"]), _bytes(one["peak"])
         table.add_row(one["name"], *row, Text("fits", style="green") if one["fits"] else Text("too large", style="red"))
     console.print(table)
-    say(f"taken: {assumed['matmul_share']:.0%} of peak TFLOP/s, {assumed['bandwidth_share']:.0%} of peak GB/s")
+    shares: dict[tuple[float, float], list[str]] = {}
+    for one in result["devices"]:
+        shares.setdefault((one["matmul_share"], one["bandwidth_share"]), []).append(one["name"])
+    for (products, moved), names in shares.items():
+        say(f"taken: {products:.0%} of peak TFLOP/s, {moved:.0%} of peak GB/s ({', '.join(names)})")
     for one in result["devices"]:
         say(f"{one['name']}: {one['source']}")
-    if batch["largest"]:
-        say(f"\nlargest step that fits on {device}: --set rollout.microbatch_tokens={batch['largest']}")
+    if batch["largest"] and result["sampling"]["largest"]:
+        say(f"\nlargest step that fits on {device}:")
+        say(f"  --set rollout.microbatch_tokens={batch['largest']} --set rollout.sample_tokens={result['sampling']['largest']}")
         return
     say(f"\nnot even one prompt fits on {device}; one change each, and its peak:")
     for change, peak in sorted(result["smaller"].items(), key=lambda pair: int(pair[1])):

@@ -19,7 +19,7 @@ from opd.families.layout import Layout
 from opd.families.qwen_vl import QwenVL
 from opd.types import IntArray
 
-__all__ = ["FAMILIES", "Family", "Layout", "family"]
+__all__ = ["FAMILIES", "Family", "Layout", "family", "model_types"]
 
 
 class Family(Protocol):
@@ -59,9 +59,14 @@ class Family(Protocol):
 FAMILIES: tuple[Family, ...] = (QwenVL(), Gemma3(), Idefics3())
 
 
+def model_types() -> dict[str, Family]:
+    """Every family by the values of `model_type` that it has."""
+    return {name: member for member in FAMILIES for name in member.model_types}
+
+
 def family(model_type: str) -> Family:
     """The family of a `model_type`. Raises ModelError, which names the supported ones."""
-    known = {name: member for member in FAMILIES for name in member.model_types}
+    known = model_types()
     if model_type not in known:
         raise ModelError(f"model_type '{model_type}' is not supported; supported: {', '.join(sorted(known))}")
     return known[model_type]

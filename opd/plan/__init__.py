@@ -1,7 +1,7 @@
 """What a run will take, before it and before any weights are there: parameters, memory and time, from config.json alone.
 
-`shape` reads the model's sizes, `work` counts operations, `memory` bytes, `devices` knows how fast and how large devices are; this module
-puts them together for a recipe.
+`families` reads a model's sizes into a `shape`, `work` counts operations, `passes` what is moved between them, `activations` and `memory`
+what is held, `devices` knows how fast and how large devices are; this module puts them together for a recipe.
 """
 
 from __future__ import annotations
@@ -9,22 +9,28 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from opd.errors import BackendError, DataError, ModelError, RecipeError, nearest
+from PIL.Image import new
+
+from opd.errors import BackendError, DataError, UserError, nearest
 from opd.models import ModelChoice
-from opd.plan.devices import BANDWIDTH_SHARE, HERE, MATMUL_SHARE, Device
-from opd.plan.memory import Memory, Setting, memory
-from opd.plan.shape import Shape, Tune, read_json, read_shape
+from opd.plan.activations import Setting
+from opd.plan.devices import HERE, Device
+from opd.plan.families import read_config, shape_of
+from opd.plan.memory import Memory, memory
+from opd.plan.passes import passed
+from opd.plan.shape import Shape, Tune
 from opd.plan.work import Stage, View, Work, stages
+from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
+from opd.types import Policy
 
 IMAGE = (1024, 768)
 """Width and height of an image where neither an option nor the data says."""
 
 TEXT_TOKENS = 64
-"""Tokens of the chat template and a question, where no option says."""
+"""Tokens of the chat template and a question, without those that mark an image, where no option says."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,11 @@ class Plan:
     device: Device
     dtype: str
     top_k: int
+    text: int
     image: tuple[int, int]
     crop: tuple[int, int]
+    smaller_images: tuple[int, View, View] | None
+    """Half of the student's pixels, and what both policies see with that bound; None where the family has no such bound."""
 
     @property
     def memory(self) -> Memory:
@@ -59,13 +68,20 @@ class Plan:
     @property
     def stages(self) -> dict[str, Stage]:
         """Work of the step by stage."""
-        return stages(self.shape, self.tune, self.work, self.setting.item, self.memory.checkpointed)
+        again = self.memory.checkpointed
+        beside = passed(self.shape, self.tune, self.work, self.setting, again)
+        found = stages(self.shape, self.tune, self.work, self.setting.item, again)
+        return {name: replace(stage, passed=beside[name]) for name, stage in found.items()}
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Each stage's time: computing or moving, whichever is longer, at the assumed shares of the device's peaks."""
-        rate, bandwidth = MATMUL_SHARE * self.device.matmul[self.dtype], BANDWIDTH_SHARE * self.device.bandwidth
-        return {name: max(stage.operations / rate, stage.moved / bandwidth) for name, stage in self.stages.items()}
+        """Each stage's time at the assumed shares of the device's peaks: products or what they read, whichever is longer, and the passes
+        between them."""
+        rate = self.device.matmul_share * self.device.matmul[self.dtype]
+        bandwidth = self.device.bandwidth_share * self.device.bandwidth
+        return {
+            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth for name, stage in self.stages.items()
+        }
 
     @property
     def usable(self) -> float:
@@ -74,26 +90,37 @@ class Plan:
 
     @property
     def largest(self) -> int:
-        """The largest rollout.microbatch_tokens that fits; 0 where not even one group does."""
-        for groups in range(self.work.prompts, 0, -1):
-            work = self.work.limited(groups)
-            if replace(self, work=work).memory.peak <= self.usable:
-                return work.budget
-        return 0
+        """The largest rollout.microbatch_tokens that fits; 0 where not even one completion of one group does."""
+        groups = [self.work.limited(count) for count in range(self.work.prompts, 0, -1)]
+        parts = [self.work.divided(count) for count in range(self.work.completions - 1, 0, -1)]
+        return next((work.budget for work in (*groups, *parts) if self._fits(work, "accumulate", "apply")), 0)
+
+    @property
+    def largest_sample(self) -> int:
+        """The largest rollout.sample_tokens that fits; 0 where not even one group does."""
+        rooms = (self.work.sampling(count) for count in range(self.work.prompts, 0, -1))
+        return next((work.room for work in rooms if self._fits(work, "rollout")), 0)
+
+    def _fits(self, work: Work, *phases: str) -> bool:
+        found = replace(self, work=work).memory.phases
+        return all(found[phase] <= self.usable for phase in phases)
 
     def smaller(self) -> dict[str, int]:
-        """Peaks of one group at a time with one thing changed, by what to set."""
-        work = self.work.limited(1)
-        half = max(1, work.completions // 2)
-        smaller = [replace(view, patches=max(1, view.patches // 2)) for view in (work.student, work.teacher)]
-        pixels = smaller[0].patches * self.shape.vision.patch**2
+        """Peaks of one group sampled and one completion differentiated at a time with one thing changed, by what to set."""
+        work = self.work.divided(1).sampling(1)
+        half = max(1, work.tokens // 2)
         changes = {
-            "model.tune=lora": replace(self, tune=Tune("lora", False), work=work),
-            "model.tune=qlora": replace(self, tune=Tune("qlora", False), work=work),
-            f"model.max_pixels={pixels}": replace(self, work=replace(work, student=smaller[0], teacher=smaller[1])),
-            f"rollout.completions={half}": replace(self, work=replace(work, completions=half)),
-            f"rollout.max_tokens={max(1, work.tokens // 2)}": replace(self, work=replace(work, tokens=max(1, work.tokens // 2))),
+            "model.tune=lora": replace(self, tune=replace(self.tune, kind="lora", vision=False, projector=False), work=work),
+            "model.tune=qlora": replace(self, tune=replace(self.tune, kind="qlora", vision=False, projector=False), work=work),
+            f"rollout.completions={max(1, work.completions // 2)}": replace(
+                self, work=replace(work, completions=max(1, work.completions // 2)).divided(1).sampling(1)
+            ),
+            f"rollout.max_tokens={half}": replace(self, work=replace(work, tokens=half).divided(1).sampling(1)),
         }
+        if self.smaller_images:
+            pixels, student, teacher = self.smaller_images
+            seen = replace(work, student=student, teacher=teacher).divided(1).sampling(1)
+            changes[f"model.max_pixels={pixels}"] = replace(self, work=seen)
         if not self.tune.full:
             changes.pop(f"model.tune={self.tune.kind}")
         if self.tune.kind == "qlora":
@@ -106,28 +133,44 @@ class Plan:
 def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None) -> Plan:
     """The plan of a recipe on a device; `backend` None takes the device's own. Raises UserError."""
     assumed = assumed or Assumed()
-    folder, choice = recipe.model.folder(weights=False), recipe.model
-    shape = read_shape(folder)
+    folder, choice, rollout = recipe.model.folder(weights=False), recipe.model, recipe.rollout
+    config = read_config(folder)
+    shape = shape_of(config)
     image, crop = assumed.image, assumed.crop
     if image is None or crop is None:
         found = _of_data(recipe)
         image, crop = image or found[0], crop or (found[1] if image is None else _half(image))
-    bounds = choice.pixels()
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
-    student = _view(shape, folder, image, text, bounds["max_pixels"], bounds["min_pixels"])
-    teacher_bounds = bounds["teacher_max_pixels"] or bounds["max_pixels"], bounds["teacher_min_pixels"] or bounds["min_pixels"]
-    teacher = _view(shape, folder, crop, text, *teacher_bounds)
-    rollout = recipe.rollout
-    work = Work(
-        rollout.prompts,
-        rollout.completions,
-        assumed.completion_tokens or rollout.max_tokens,
-        student,
-        teacher,
-        rollout.microbatch_tokens,
-    )
+    bounds = choice.pixels()
+
+    def views(**bounds: int | None) -> tuple[View, View]:
+        encoder = PromptEncoder(folder, **bounds)
+        patch = config["vision_config"]["patch_size"]
+        return view(encoder, shape, patch, image, text, "student"), view(encoder, shape, patch, crop, text, "teacher")
+
+    student, teacher = views(**bounds)
+    tokens = assumed.completion_tokens or rollout.max_tokens
+    work = Work(rollout.prompts, rollout.completions, tokens, student, teacher, rollout.microbatch_tokens, rollout.sample_tokens)
+    pixels = student.patches * config["vision_config"]["patch_size"] ** 2 // 2
+    try:
+        smaller = pixels, *views(**{**bounds, "max_pixels": pixels})
+    except UserError:
+        smaller = None
     top_k = 0 if recipe.objective.form == "divergence" and not recipe.objective.top_k else recipe.objective.top_k or 1
-    return Plan(shape, tuning(choice), work, _setting(device, backend, choice.dtype), device, choice.dtype, top_k, image, crop)
+    setting = _setting(device, backend, choice.dtype)
+    return Plan(shape, tuning(choice), work, setting, device, choice.dtype, top_k, text, image, crop, smaller)
+
+
+def view(encoder: PromptEncoder, shape: Shape, patch: int, size: tuple[int, int], text: int, policy: Policy) -> View:
+    """What a policy sees of an image of `size`: a blank one is encoded as training would. Raises DataError."""
+    prompt, bare = encoder.encode([new("RGB", size)], "?", policy), encoder.encode([], "?", policy)
+    marks = len(prompt) - len(prompt.visual.index) - len(bare)
+    if "image_grid_thw" in prompt.images:
+        ((pieces, rows, columns),) = prompt.images["image_grid_thw"].tolist()
+    else:
+        pieces, _, height, width = prompt.images["pixel_values"].shape
+        rows, columns = height // patch, width // patch
+    return View(rows, columns, text + marks, shape.vision.merge, pieces)
 
 
 def on(plan: Plan, device: Device) -> Plan:
@@ -155,22 +198,24 @@ def report(plans: Sequence[Plan], model: str) -> dict[str, Any]:
             "crop": list(first.crop),
             "prompt_tokens": first.work.student.tokens,
             "crop_prompt_tokens": first.work.teacher.tokens,
-            "text_tokens": first.work.student.text,
+            "text_tokens": first.text,
             "completion_tokens": first.work.tokens,
             "prompts": first.work.prompts,
             "completions": first.work.completions,
-            "matmul_share": MATMUL_SHARE,
-            "bandwidth_share": BANDWIDTH_SHARE,
+            "matmul_share": first.device.matmul_share,
+            "bandwidth_share": first.device.bandwidth_share,
         },
         "parameters": {part: {"all": count, "trained": trained[part]} for part, count in first.shape.parameters.items()},
         "memory": {**asdict(found), "peak": found.peak, "usable": int(first.usable)},
         "microbatch": {
             "groups": first.work.together,
             "count": first.work.calls,
-            "tokens": first.work.together * first.work.group,
+            "completions": first.work.split or first.work.completions,
+            "tokens": first.work.together * (first.work.longest + (first.work.split or first.work.completions) * first.work.tokens),
             "largest": first.largest,
         },
-        "smaller": {} if first.largest else first.smaller(),
+        "sampling": {"groups": first.work.sampled, "largest": first.largest_sample},
+        "smaller": {} if first.largest and first.largest_sample else first.smaller(),
         "stages": {name: {**asdict(stage), "seconds": seconds[name]} for name, stage in first.stages.items()},
         "seconds": sum(seconds.values()),
         "devices": [
@@ -205,21 +250,3 @@ def _of_data(recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _half(image: tuple[int, int]) -> tuple[int, int]:
     return max(1, image[0] // 2), max(1, image[1] // 2)
-
-
-def _view(shape: Shape, folder: Path, size: tuple[int, int], text: int, largest: int | None, smallest: int | None) -> View:
-    """Patches of an image of `size`, resized as the model's processor does it, between so many pixels."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    vision = shape.vision
-    settings = read_json(folder, "preprocessor_config.json")
-    stated = settings.get("size") or {}
-    most = largest or settings.get("max_pixels") or stated.get("longest_edge")
-    least = smallest or settings.get("min_pixels") or stated.get("shortest_edge")
-    if not most or not least:
-        raise ModelError(f"{folder / 'preprocessor_config.json'}: no size, which the prompt's length depends on")
-    try:
-        height, width = smart_resize(size[1], size[0], vision.patch * vision.merge, min(least, most), most)
-    except ValueError as error:
-        raise RecipeError(f"an image of {size[0]}x{size[1]} pixels cannot be encoded: {error}") from error
-    return View(height * width // vision.patch**2, text, vision.merge)

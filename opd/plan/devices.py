@@ -1,4 +1,8 @@
-"""Devices: how fast they multiply matrices, read memory, and how much they hold; published figures, or measured here."""
+"""Devices: how fast they multiply matrices, read memory, and how much they hold; published figures, or measured here.
+
+Nothing reaches its peak all of the time. Of published peaks a step is taken to reach the shares that are usual for training; of what is
+measured here, with the backend's own products, those of `benchmarks.plan_against_step`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
@@ -13,20 +20,23 @@ from opd.errors import RecipeError, nearest
 
 HERE = "this machine"
 
-MATMUL_SHARE = 0.4
-"""Share of a device's peak that a step's matrix products are taken to reach; 0.3 to 0.5 is usual for training of models this size."""
+MATMUL_SHARE, BANDWIDTH_SHARE = 0.4, 0.7
+"""Shares of a published peak that matrix products reach (0.3 to 0.5 is usual for training of models this size), and moved bytes."""
 
-BANDWIDTH_SHARE = 0.7
-"""Share of a device's bandwidth that decoding and the optimizer are taken to reach."""
+HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE = 0.7, 0.3
+"""The same of what is measured here: a processor multiplies the few rows of a token step well below the speed at which it copies."""
 
 MEASURE_SECONDS = 0.4
 """For each of the two measurements."""
+
+SIDE = 768
+"""Rows and columns of the matrices that are multiplied."""
 
 
 @dataclass(frozen=True)
 class Device:
     """`matmul` FLOP/s by type of numbers, dense; `bandwidth` bytes a second; `memory` bytes, of which a run may take the share `usable`;
-    the `backend` that runs on it."""
+    the `backend` that runs on it; the shares of `matmul` and `bandwidth` that a step is taken to reach."""
 
     name: str
     matmul: dict[str, float]
@@ -35,6 +45,8 @@ class Device:
     usable: float
     backend: str
     source: str
+    matmul_share: float = MATMUL_SHARE
+    bandwidth_share: float = BANDWIDTH_SHARE
 
 
 DEVICES = {
@@ -72,8 +84,9 @@ DEVICES = {
 }
 
 
-def device(name: str) -> Device:
-    """The device of that name, whatever its case; `this machine` is measured. Raises RecipeError, which names the nearest."""
+def device(name: str, backend: str | None = None) -> Device:
+    """The device of that name, whatever its case; `this machine` is measured, as `backend` computes. Raises RecipeError, which names the
+    nearest."""
     known = {one.casefold(): one for one in (*DEVICES, HERE)}
     if name.casefold() not in known:
         wanted = nearest(name.casefold(), known)
@@ -81,28 +94,48 @@ def device(name: str) -> Device:
             wanted = wanted.replace(folded, one)
         raise RecipeError(f"--device '{name}': no such device; {wanted}")
     found = known[name.casefold()]
-    return this_machine() if found == HERE else DEVICES[found]
+    return this_machine(backend) if found == HERE else DEVICES[found]
 
 
-def this_machine() -> Device:
-    """This machine's processor, by a matrix product and a copy in numpy, which take less than a second together."""
-    size = 512
-    a = np.ones((size, size), np.float32)
-    speed = 2.0 * size**3 * _per_second(lambda: a @ a)
-    source = np.ones(2**22, np.float32)
+def this_machine(backend: str | None = None) -> Device:
+    """This machine's processor, by a matrix product of `backend` and a copy in numpy, which take less than a second together."""
+    library, product = _product(backend)
+    speed = 2.0 * SIDE**3 * _per_second(product)
+    # Larger than any cache: weights are read from memory in every token step.
+    source = np.ones(2**25, np.float32)
     target = np.empty_like(source)
     # A copy reads and writes.
     bandwidth = 2.0 * source.nbytes * _per_second(lambda: np.copyto(target, source))
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     rates = {"float32": speed, "bfloat16": speed}
-    return Device(HERE, rates, bandwidth, memory, 0.9, "cpu", "its processor, measured now with numpy in float32")
+    said = f"its processor, measured now with {library} in float32"
+    return Device(HERE, rates, bandwidth, memory, 0.9, "cpu", said, HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE)
+
+
+def _product(backend: str | None) -> tuple[str, Callable[[], object]]:
+    """A product of two matrices of SIDE x SIDE, and whose it is: the backend's, each of which brings a library of its own; else numpy's."""
+    name = "mlx" if backend == "mlx" else "torch"
+    if find_spec(name) is None:
+        a = np.ones((SIDE, SIDE), np.float32)
+        return "numpy", lambda: a @ a
+    if name == "torch":
+        torch: Any = import_module("torch")
+        b = torch.ones(SIDE, SIDE)
+        return name, lambda: torch.mm(b, b)
+    mx: Any = import_module("mlx.core")
+    c = mx.ones((SIDE, SIDE))
+    return name, lambda: mx.eval(mx.matmul(c, c, stream=mx.cpu))
 
 
 def _per_second(run: Callable[[], object]) -> float:
-    """Calls a second, at the fastest call within MEASURE_SECONDS; the first, which warms up, does not count."""
+    """Calls a second, at the fastest call within MEASURE_SECONDS; the first, which warms up, does not count.
+
+    Of one thread on a busy machine the processor's time is the call's own, of several threads the clock's is.
+    """
     run()
     fastest, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
     while (started := time.perf_counter()) < end:
+        used = time.process_time()
         run()
-        fastest = min(fastest, time.perf_counter() - started)
+        fastest = min(fastest, time.perf_counter() - started, time.process_time() - used)
     return 1.0 / fastest

@@ -1,74 +1,41 @@
-"""What of a model decides its cost: sizes from config.json, and the parameters that follow from them.
+"""What of a model decides its cost: kinds of layers with their sizes, and the parameters that follow from them.
 
-Legend: D hidden width, L layers, H query heads, G key-value heads, d head width, I feed-forward width, V vocabulary; a merged token is
-the patches (merge x merge) that the language model sees as one.
+`families` reads them from config.json; nothing here knows a model by its name.
+
+Legend: D hidden width, H query heads, G key-value heads, d head width, I feed-forward width, V vocabulary; a visual token is made of
+merge x merge patches.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from opd.errors import ModelError, nearest
+from typing import TypeAlias
 
 PARTS = ("vision tower", "projector", "language", "head")
 """Where parameters are; the embedding belongs to the language, and so does a head that is tied to it."""
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Matrices of a language layer, which adapters can be put on."""
+Linears: TypeAlias = Mapping[str, tuple[int, int]]
+"""Inputs and outputs of linear layers, by the last words of their names."""
 
 
 @dataclass(frozen=True)
-class Vision:
-    """A vision tower: width, blocks, patches of an image, and what merges them into tokens; `positions` and `taps` of its own."""
+class Attention:
+    """Attention of a language layer.
 
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    patch: int
-    frames: int
-    channels: int
-    merge: int
-    positions: int
-    taps: int
+    `normed`: a norm over each head's queries and keys. `biases`: numbers of all biases. `gated`: the projection of queries also gives a
+    gate as wide. `window`: only so many tokens back. `blocks`: tokens of an image see each other in both directions.
+    """
 
-    @property
-    def values(self) -> int:
-        """Numbers of a patch."""
-        return self.channels * self.frames * self.patch**2
-
-    @property
-    def merged(self) -> int:
-        """Width of the patches of a merged token, side by side."""
-        return self.hidden * self.merge**2
-
-    @property
-    def block(self) -> int:
-        """Weights of a block's matrix products."""
-        return self.hidden * (4 * self.hidden + 2 * self.intermediate)
-
-    def merger(self, out: int) -> int:
-        """Weights of the matrix products of all mergers: the last one, and one for each tap."""
-        return (1 + self.taps) * self.merged * (self.merged + out)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A vision-language model by its sizes."""
-
-    hidden: int
-    layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-    vision: Vision
+    normed: bool = False
+    biases: int = 0
+    gated: bool = False
+    window: int | None = None
+    blocks: bool = False
 
     @property
     def query(self) -> int:
@@ -81,16 +48,166 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's matrices."""
-        sizes = (self.query, self.key, self.key, self.hidden, self.intermediate, self.intermediate, self.hidden)
-        inputs = (self.hidden, self.hidden, self.hidden, self.query, self.hidden, self.hidden, self.intermediate)
-        return dict(zip(PROJECTIONS, zip(inputs, sizes, strict=True), strict=True))
+    def handed(self) -> tuple[str, ...]:
+        """Linear layers of which completions need what they make of a prompt."""
+        return "k_proj", "v_proj"
 
     @property
-    def layer(self) -> int:
-        """Weights of a layer's matrix products."""
-        return sum(inputs * outputs for inputs, outputs in self.projections.values())
+    def others(self) -> int:
+        """Parameters beside the linear layers."""
+        return self.normed * 2 * self.head_dim + self.biases
+
+    def linears(self, hidden: int) -> Linears:
+        """Its projections."""
+        return {
+            "q_proj": (hidden, self.query * (1 + self.gated)),
+            "k_proj": (hidden, self.key),
+            "v_proj": (hidden, self.key),
+            "o_proj": (self.query, hidden),
+        }
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A gated delta net: `key_heads` of `key_dim`, `value_heads` of `value_dim`, behind a convolution of `kernel` tokens."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads; queries are as wide."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Width of all value heads."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
+
+    @property
+    def state(self) -> int:
+        """Numbers of a state, [value heads, key width, value width], which is float32."""
+        return self.values * self.key_dim
+
+    @property
+    def handed(self) -> tuple[str, ...]:
+        """See `Attention`: the state is made of these."""
+        return "in_proj_qkv", "in_proj_b", "in_proj_a"
+
+    @property
+    def others(self) -> int:
+        """See `Attention`: the convolution, two numbers a head, and a norm."""
+        return self.channels * self.kernel + 2 * self.value_heads + self.value_dim
+
+    def linears(self, hidden: int) -> Linears:
+        """Its projections."""
+        return {
+            "in_proj_qkv": (hidden, self.channels),
+            "in_proj_z": (hidden, self.values),
+            "in_proj_b": (hidden, self.value_heads),
+            "in_proj_a": (hidden, self.value_heads),
+            "out_proj": (self.values, hidden),
+        }
+
+
+Layer: TypeAlias = Attention | Delta
+"""What mixes tokens in a layer of the language model; a feed-forward follows every one."""
+
+
+@dataclass(frozen=True)
+class Projector:
+    """What makes visual tokens of patches: the sizes of its products, each at every visual token, and all other parameters.
+
+    `linear`: the products are linear layers, on which an adapter can stand.
+    """
+
+    products: tuple[tuple[int, int], ...]
+    others: int
+    linear: bool = True
+
+    @property
+    def weights(self) -> int:
+        """Weights of its products."""
+        return sum(inputs * outputs for inputs, outputs in self.products)
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A vision tower: width, blocks, `values` of a patch, how many x how many patches make a token.
+
+    `embedding`: parameters before and after the blocks beside the patch's product. `taps`: features for further language layers.
+    `gated`: a feed-forward with a gate, and norms without biases. `apart`: queries, keys and values from linear layers of their own, and
+    no rotation. `whole` blocks attend to the whole of an image, the others within windows of `window` x `window` patches.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    values: int
+    merge: int
+    embedding: int
+    projector: Projector
+    taps: int = 0
+    gated: bool = False
+    apart: bool = False
+    window: int = 0
+    windowed: int = 0
+
+    @property
+    def whole(self) -> int:
+        """Blocks that attend to the whole of an image."""
+        return self.layers - self.windowed
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of a block's linear layers."""
+        width, wide = self.hidden, self.intermediate
+        mixing = ((width, width),) * 3 if self.apart else ((width, 3 * width),)
+        return (*mixing, (width, width), *((width, wide),) * (1 + self.gated), (wide, width))
+
+    @property
+    def block(self) -> int:
+        """Weights of a block's products."""
+        return sum(inputs * outputs for inputs, outputs in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters without those of the projector: two norms a block, and a bias for every linear layer."""
+        norms = 2 * self.hidden * (1 if self.gated else 2)
+        block = self.block + norms + sum(outputs for _, outputs in self.linears)
+        return self.hidden * self.values + self.embedding + self.layers * block
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A vision-language model by its sizes; `norms` of a language layer, 2 or 4."""
+
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    layers: tuple[Layer, ...]
+    vision: Vision
+    norms: int = 2
+
+    @property
+    def attention(self) -> Attention:
+        """One of the layers that attend."""
+        return next(layer for layer in self.layers if isinstance(layer, Attention))
+
+    @property
+    def kinds(self) -> Counter[Layer]:
+        """How many layers there are of each kind."""
+        return Counter(self.layers)
 
     @property
     def embedding(self) -> int:
@@ -98,31 +215,41 @@ class Shape:
         return self.vocabulary * self.hidden
 
     @property
+    def weights(self) -> int:
+        """Weights of all layers' linear layers."""
+        return sum(count * self.products(layer) for layer, count in self.kinds.items())
+
+    def linears(self, layer: Layer) -> Linears:
+        """Linear layers of a language layer, its feed-forward among them."""
+        wide = (self.hidden, self.intermediate)
+        return {**layer.linears(self.hidden), "gate_proj": wide, "up_proj": wide, "down_proj": (self.intermediate, self.hidden)}
+
+    def products(self, layer: Layer, handed: bool = False) -> int:
+        """Weights of a layer's linear layers, or of those alone that make what is `handed` to completions."""
+        return sum(i * o for name, (i, o) in self.linears(layer).items() if not handed or name in layer.handed)
+
+    @property
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
-        v = self.vision
-        # Two norms, with biases, and a bias for each of four matrices.
-        block = v.block + 4 * v.hidden + 4 * v.hidden + v.intermediate + v.hidden
-        tower = v.hidden * (v.values + 1) + v.positions * v.hidden + v.layers * block
-        # The last merger normalises patches, those of taps normalise merged tokens.
-        mergers = v.merger(self.hidden) + (1 + v.taps) * (v.merged + self.hidden) + 2 * v.hidden + v.taps * 2 * v.merged
-        layers = self.layers * (self.layer + 2 * self.hidden + 2 * self.head_dim)
-        language = self.embedding + layers + self.hidden
-        return dict(zip(PARTS, (tower, mergers, language, 0 if self.tied else self.embedding), strict=True))
+        projector = self.vision.projector.weights + self.vision.projector.others
+        beside = sum(count * (layer.others + self.norms * self.hidden) for layer, count in self.kinds.items())
+        language = self.embedding + self.weights + beside + self.hidden
+        return dict(zip(PARTS, (self.vision.parameters, projector, language, 0 if self.tied else self.embedding), strict=True))
 
 
 @dataclass(frozen=True)
 class Tune:
     """What is trained: `kind` full (without tower and projector unless `vision`), lora or qlora.
 
-    Adapters of `rank` stand on the language model's `targets`, and on tower and projector where `vision` and `projector` say so.
+    Adapters of `rank` stand on the language model's linear layers, on every one or on `targets` (by the last words of their names), and
+    on tower and projector where `vision` and `projector` say so.
     """
 
     kind: str = "full"
     vision: bool = True
     projector: bool = False
     rank: int = 32
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] = ()
 
     @property
     def full(self) -> bool:
@@ -134,71 +261,23 @@ class Tune:
         """Whether image features change, so that they have a backward and cannot be kept."""
         return self.vision or (self.projector and not self.full)
 
+    def adapts(self, name: str) -> bool:
+        """Whether a language layer's linear layer of that name gets an adapter."""
+        return not self.full and (not self.targets or name in self.targets)
+
+    def adapted(self, shape: Shape, layer: Layer) -> list[tuple[int, int]]:
+        """Inputs and outputs of a language layer's linear layers that get an adapter."""
+        return [size for name, size in shape.linears(layer).items() if self.adapts(name)]
+
     def trained(self, shape: Shape) -> dict[str, int]:
         """Trained parameters by part; an adapter of a matrix [out, in] has rank * (in + out)."""
         if self.full:
             return {part: count * (self.vision or part in PARTS[2:]) for part, count in shape.parameters.items()}
         v = shape.vision
         widths = (
-            self.vision * v.layers * (6 * v.hidden + 2 * (v.hidden + v.intermediate)),
-            self.projector * (1 + v.taps) * (3 * v.merged + shape.hidden),
-            shape.layers * sum(sum(size) for name, size in shape.projections.items() if name in self.targets),
+            self.vision * v.layers * sum(map(sum, v.linears)),
+            self.projector * v.projector.linear * sum(map(sum, v.projector.products)),
+            sum(count * sum(map(sum, self.adapted(shape, layer))) for layer, count in shape.kinds.items()),
             0,
         )
         return {part: self.rank * width for part, width in zip(PARTS, widths, strict=True)}
-
-
-def read_shape(folder: Path) -> Shape:
-    """The sizes in a folder's config.json; nothing else is read. Raises ModelError."""
-    config = read_json(folder, "config.json")
-    kind = str(config.get("model_type"))
-    if kind not in READERS:
-        raise ModelError(f"{folder / 'config.json'}: architecture '{kind}' cannot be planned; {nearest(kind, READERS)}")
-    try:
-        return READERS[kind](config)
-    except KeyError as error:
-        raise ModelError(f"{folder / 'config.json'}: no {error.args[0]}, which the cost of a {kind} depends on") from error
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a model folder. Raises ModelError."""
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no {name}, so this is no model folder") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / name}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{folder / name}: holds no JSON object")
-    return found
-
-
-def _qwen3_vl(config: Mapping[str, Any]) -> Shape:
-    text, vision = config["text_config"], config["vision_config"]
-    heads = text["num_attention_heads"]
-    return Shape(
-        hidden=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        heads=heads,
-        kv_heads=text["num_key_value_heads"],
-        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-        intermediate=text["intermediate_size"],
-        vocabulary=text["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        vision=Vision(
-            hidden=vision["hidden_size"],
-            layers=vision["depth"],
-            heads=vision["num_heads"],
-            intermediate=vision["intermediate_size"],
-            patch=vision["patch_size"],
-            frames=vision["temporal_patch_size"],
-            channels=vision.get("in_channels", 3),
-            merge=vision["spatial_merge_size"],
-            positions=vision["num_position_embeddings"],
-            taps=len(vision["deepstack_visual_indexes"]),
-        ),
-    )
-
-
-READERS: dict[str, Callable[[Mapping[str, Any]], Shape]] = {"qwen3_vl": _qwen3_vl}
-"""How each `model_type` names its sizes."""

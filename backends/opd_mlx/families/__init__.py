@@ -43,6 +43,10 @@ class Family(Protocol):
         """Prefixes of tensors in published files that no forward uses; an export keeps them."""
 
     @property
+    def raised(self) -> tuple[str, ...]:
+        """Ends of Hugging Face names of vectors to which MLX's files add 1, and Hugging Face's do not."""
+
+    @property
     def vision(self) -> tuple[str, ...]:
         """Prefixes, in mlx-vlm's module, of what makes image features: the tower, and the projector behind it."""
 

@@ -38,6 +38,7 @@ class Gemma3:
         "model.vision_tower.vision_model.": "model.vision_tower.",
     }
     left_out: tuple[str, ...] = ()
+    raised: tuple[str, ...] = ()
     vision = ("vision_tower.", "multi_modal_projector.")
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:

@@ -32,6 +32,7 @@ class Idefics3:
     }
     renamed: Mapping[str, str] = {}
     left_out: tuple[str, ...] = ()
+    raised: tuple[str, ...] = ()
     vision = ("vision_model.", "connector.")
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -23,12 +24,23 @@ from opd_mlx.families.qwen3_vl import NormedHeads, Qwen3VL, head_counts
 CHUNK = 64
 """Tokens of which the delta rule is one solve."""
 
+SEGMENT = 4 * CHUNK
+"""Tokens for which a backward holds what convolution and rule compute, 1 MB a token in a layer of the 4B model; it computes it again."""
+
 
 class Qwen35(Qwen3VL):
     """See `opd_mlx.families.Family`. The tower is Qwen3-VL's, without features for further layers."""
 
     model_types = ("qwen3_5",)
     left_out = ("mtp.",)
+    # As `sanitize` of mlx-vlm does; the norm in a delta net multiplies by its weight alone.
+    raised = (
+        ".input_layernorm.weight",
+        ".post_attention_layernorm.weight",
+        ".q_norm.weight",
+        ".k_norm.weight",
+        "language_model.norm.weight",
+    )
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
         """See `opd_mlx.families.Family`."""
@@ -155,21 +167,50 @@ class GatedDelta:
 def _mix(net: Any, rows: mx.array, memory: mx.array, window: mx.array, real: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
     """The delta net over `rows` [rows, T, D] behind `memory` and `window`: its output before the projection, the memory after it, and all
     inputs [rows, K - 1 + T, C] of the convolution. `real` [rows, T] is False at padding."""
+    projected, before = net.in_proj_qkv(rows), net.conv_kernel_size - 1
+    inputs = mx.concatenate([window, projected], axis=1)
+    # Cut by `split`: the gradient of a slice is as large as what it was cut from.
+    cuts = list(range(SEGMENT, rows.shape[1], SEGMENT))
+    parts = [mx.split(part, cuts, axis=1) for part in (projected, net.in_proj_a(rows), net.in_proj_b(rows))]
+    reals = [None] * (len(cuts) + 1) if real is None else mx.split(real, cuts, axis=1)
+    # Arguments, since what is computed again gives no gradient to what it only finds.
+    weights = net.conv1d.weight[..., 0], net.A_log, net.dt_bias
+    outputs = []
+    for part, decay, beta, kept in zip(*parts, reals, strict=True):
+        rule = partial(_rule, net, kept)
+        behind = mx.concatenate([window, part], axis=1)
+        output, memory = (mx.checkpoint(rule) if cuts else rule)(behind, decay, beta, memory, *weights)
+        outputs.append(output)
+        window = behind[:, -before:]
+    mixed = mx.concatenate(outputs, axis=1) if cuts else outputs[0]
+    gate = net.in_proj_z(rows).reshape(mixed.shape)
+    return cast("mx.array", net.norm(mixed, gate)), memory, inputs
+
+
+def _rule(
+    net: Any,
+    real: mx.array | None,
+    inputs: mx.array,
+    decay: mx.array,
+    beta: mx.array,
+    memory: mx.array,
+    kernel: mx.array,
+    rate: mx.array,
+    bias: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Convolution and delta rule over projections of T rows, the convolution's behind its window: what is found, and the memory after."""
     from mlx_vlm.models.qwen3_5.gated_delta import gated_delta_chunked, gated_delta_ops
 
-    batch, length = rows.shape[:2]
-    inputs = mx.concatenate([window, net.in_proj_qkv(rows)], axis=1)
-    kernel = net.conv1d.weight[..., 0]
+    batch, length = decay.shape[:2]
     # As a sum of shifted inputs, whose gradient is cheap on every device.
     convolved = nn.silu(sum(inputs[:, shift : shift + length] * kernel[:, shift] for shift in range(net.conv_kernel_size)))
     query, key, value = mx.split(convolved, [net.key_dim, 2 * net.key_dim], axis=-1)
     query, key = net._normalize_qk(*(part.reshape(batch, length, net.num_k_heads, -1) for part in (query, key)))
     value = value.reshape(batch, length, net.num_v_heads, -1)
-    decay = mx.exp(-mx.exp(net.A_log.astype(mx.float32)) * nn.softplus(net.in_proj_a(rows).astype(mx.float32) + net.dt_bias))
-    beta = mx.sigmoid(net.in_proj_b(rows)).astype(mx.float32)
+    decay = mx.exp(-mx.exp(rate.astype(mx.float32)) * nn.softplus(decay.astype(mx.float32) + bias))
+    beta = mx.sigmoid(beta).astype(mx.float32)
     if length == 1:
-        mixed, memory = gated_delta_ops(query, key, value, decay, beta, memory, real)
+        found = gated_delta_ops(query, key, value, decay, beta, memory, real)
     else:
-        mixed, memory = gated_delta_chunked(query, key, value, decay, beta, memory, real, C=min(CHUNK, length))
-    gate = net.in_proj_z(rows).reshape(mixed.shape)
-    return cast("mx.array", net.norm(mixed, gate)), memory, inputs
+        found = gated_delta_chunked(query, key, value, decay, beta, memory, real, C=min(CHUNK, length))
+    return cast("tuple[mx.array, mx.array]", found)

@@ -32,6 +32,7 @@ class QwenVL:
     }
     renamed: Mapping[str, str] = {}
     left_out: tuple[str, ...] = ()
+    raised: tuple[str, ...] = ()
     vision = ("vision_tower.",)
 
     def text(self, module: Any) -> Any:

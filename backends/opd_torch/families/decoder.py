@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opd_torch import attention
 from opd_torch.attention import Angles, KeysValues
 from opd_torch.batch import Reach
+from opd_torch.kernels.rotary import rotate
 
 
 class Decoder:
@@ -43,12 +43,12 @@ class Decoder:
         module = layer.self_attn
         key, value = (project(normed).unflatten(-1, (-1, module.head_dim)) for project in (module.k_proj, module.v_proj))
         # Under autocast norms and rotations come out in float32.
-        return rotate(self.norm_key(layer, key), angles).to(value.dtype), value
+        return rotate(self.norm_key(layer, key), *angles).to(value.dtype), value
 
     def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
         """Queries [N, H, d], with positions rotated in; no gate."""
         query = layer.self_attn.q_proj(normed).unflatten(-1, (-1, layer.self_attn.head_dim))
-        return rotate(self.norm_query(layer, query), angles), None
+        return rotate(self.norm_query(layer, query), *angles), None
 
     def norm_key(self, layer: Any, key: Tensor) -> Tensor:
         """Keys before their rotation."""
@@ -77,12 +77,3 @@ class NormedDecoder(Decoder):
         """Queries before their rotation."""
         out: Tensor = layer.self_attn.q_norm(query)
         return out
-
-
-def rotate(heads: Tensor, angles: Angles) -> Tensor:
-    """Heads [N, H, d] turned by their positions; where the angles are narrower than a head, its end stays as it is."""
-    width = angles[0].shape[-1]
-    turned = heads if width == heads.shape[-1] else heads[..., :width]
-    first, second = turned.chunk(2, -1)
-    turned = torch.addcmul(turned * angles[0], torch.cat([-second, first], -1), angles[1])
-    return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)

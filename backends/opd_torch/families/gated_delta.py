@@ -37,6 +37,11 @@ class Own:
 
     memory: Memory | None = None
 
+    def select(self, rows: Tensor) -> None:
+        """Leaves only some completions."""
+        if self.memory is not None:
+            self.memory = self.memory[0].index_select(0, rows), self.memory[1].index_select(0, rows)
+
 
 def prefix_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefixes: Prefixes, last: bool) -> tuple[Tensor, Memory]:
     """Prompt rows [N, D] through one layer: the rows after it, and what it leaves. After the last layer nobody reads the rows."""

@@ -33,7 +33,9 @@ class Qwen25VL(QwenVision, Decoder):
         """Features of all visual tokens."""
         visual = model.model.visual
         device = visual.patch_embed.proj.weight.device
-        return visual_features(prompts, frames, lambda patches, size: _tower(visual, patches, size, again), device)
+        return visual_features(
+            prompts, lambda prompt: frames(prompt, visual), lambda patches, size: _tower(visual, patches, size, again), device
+        )
 
 
 def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor]:

@@ -17,6 +17,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from opd.types import Prompt
 from opd_torch.families.decoder import NormedDecoder
+from opd_torch.kernels.rotary import rotated_heads
 from opd_torch.vision import Frames, Size, computed, visual_features
 
 
@@ -41,14 +42,28 @@ class Qwen3VL(QwenVision, NormedDecoder):
     def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
         """Features of all visual tokens, and those of each deepstack layer."""
         visual = model.model.visual
-        return visual_features(prompts, frames, lambda patches, size: _tower(visual, patches, size, again), visual.pos_embed.weight.device)
+        return visual_features(
+            prompts,
+            lambda prompt: frames(prompt, visual),
+            lambda patches, size: _tower(visual, patches, size, again),
+            visual.pos_embed.weight.device,
+        )
 
 
-def frames(prompt: Prompt) -> Frames:
-    """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a frame."""
+def frames(prompt: Prompt, visual: Any) -> Frames:
+    """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a frame.
+
+    A patch shows several moments, and of a still image they are all alike: then one is left, [L, F / moments].
+    """
     sizes = [(rows, columns) for times, rows, columns in prompt.images["image_grid_thw"].tolist() for _ in range(times)]
     cuts = np.cumsum([rows * columns for rows, columns in sizes])[:-1]
-    return list(zip(sizes, np.split(prompt.images["pixel_values"], cuts), strict=True))
+    channels, moments = visual.patch_embed.in_channels, visual.patch_embed.temporal_patch_size
+    found: Frames = []
+    for size, patches in zip(sizes, np.split(prompt.images["pixel_values"], cuts), strict=True):
+        cut = patches.reshape(len(patches), channels, moments, -1)
+        still = all(np.array_equal(cut[:, :, 0], cut[:, :, moment]) for moment in range(1, moments))
+        found.append((size, cut[:, :, 0].reshape(len(patches), -1) if still else patches))
+    return found
 
 
 def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor]:
@@ -70,7 +85,9 @@ def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor
 def embed(visual: Any, patches: Tensor) -> Tensor:
     """Embeddings [m, L, D] of `patches` [m, L, F]: the convolution's kernel is as large as a patch, so it is one matrix product."""
     projection = visual.patch_embed.proj
-    return linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
+    weight = projection.weight
+    kernel = weight if weight[0].numel() == patches.shape[-1] else weight.sum(2)  # of a moment that stands for all
+    return linear(patches.to(weight.dtype), kernel.flatten(1), projection.bias)
 
 
 def block(layer: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, windows: Sequence[tuple[int, int]] = ()) -> Tensor:
@@ -79,12 +96,9 @@ def block(layer: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, windows: S
     Attention is within each image, or within each of its `windows`: so many, of so many patches, standing one after the other.
     """
     attention = layer.attn
-    rotated, value = attention.qkv(layer.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1)).split([2, 1], 2)
-    # Queries and keys in one go; in float32 and in this order of operations, as transformers rotates and rounds them.
-    wide = rotated.float()
-    first, second = wide.chunk(2, -1)
-    rotated = (wide * cosines + torch.cat([-second, first], -1) * sines).to(value.dtype)
-    heads = (*rotated.unbind(2), value[:, :, 0])
+    packed = attention.qkv(layer.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
+    # Queries and keys are turned in float32 and rounded then, as transformers does it.
+    heads = rotated_heads(packed, cosines, sines)
     if windows:
         parts = zip(*(x.split([count * length for count, length in windows], 1) for x in heads), strict=True)
         cut = [[x.unflatten(1, window).flatten(0, 1) for x in part] for part, window in zip(parts, windows, strict=True)]

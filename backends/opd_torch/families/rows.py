@@ -12,22 +12,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd import adapters
 from opd.errors import ModelError
 from opd.types import Prompt
 from opd_torch.batch import Batch, Prefixes
 from opd_torch.vision import computed
 
+IMAGE = ("image_token_id", "image_token_index")
+"""What configurations call the token that image features replace."""
+
+
+APART = 0.05
+"""Relative difference of hidden states above which two ways of computing them are not the same; bfloat16 stays below."""
+
 
 def check(model: Any, where: str) -> None:
-    """Raises ModelError unless logits are the head times the hidden states, which is all that the divergence computes with."""
+    """Raises ModelError unless the model can run by rows.
+
+    Its logits must be the head times the hidden states, which is all that the divergence computes with; its positions must count up; and no
+    row may see a later one, or a prompt's would not be the same before every completion.
+    """
     if not hasattr(model, "lm_head") or not hasattr(model, "model"):
-        raise ModelError(f"{where}: this architecture has no family file, and its head is not where other models have it")
-    ids = torch.arange(1, 5, device=model.lm_head.weight.device)[None]
+        raise _refused(where, "its head is not where other models have it")
+    if hasattr(model.model, "get_rope_index"):
+        raise _refused(where, "its positions have several axes")
+    image = next((int(found) for key in IMAGE if isinstance(found := getattr(model.config, key, None), int)), 3)
+    ids = torch.tensor([[1, 2, image, image, 3, 4, 5, 6]], device=model.lm_head.weight.device)
+    places = torch.arange(ids.shape[1], device=ids.device)[None]
+
+    def hidden(end: int, **more: Tensor) -> Tensor:
+        found: Tensor = model.model(input_ids=ids[:, :end], use_cache=False, **more).last_hidden_state
+        return found
+
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
-        product = torch.nn.functional.linear(model.model(input_ids=ids, use_cache=False).last_hidden_state, model.lm_head.weight)
-    if not torch.allclose(logits, product, rtol=1e-4, atol=1e-4):
-        raise ModelError(f"{where}: this architecture has no family file, and its logits are more than its head's product")
+        own, ours, first = hidden(8), hidden(8, position_ids=places), hidden(5, position_ids=places[:, :5])
+    if not torch.allclose(logits, torch.nn.functional.linear(own, model.lm_head.weight), rtol=1e-4, atol=1e-4):
+        raise _refused(where, "its logits are more than its head's product")
+    if _apart(ours, own):
+        raise _refused(where, "its positions do not count up")
+    if _apart(ours[:, :5], first):
+        raise _refused(where, "its tokens see later ones")
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).float().norm() > APART * other.float().norm())
+
+
+def _refused(where: str, why: str) -> ModelError:
+    return ModelError(f"{where}: this architecture has no family file, and {why}")
+
+
+def freeze_vision(model: Any, where: str) -> None:
+    """Leaves the language model and the head to train. Raises ModelError where no name tells what the language model is."""
+    language = {name for name, _ in model.named_parameters() if adapters.part(name) == "language"}
+    if not language:
+        raise _refused(where, "no name says what its language model is; set model.vision=true")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in language or parameter is model.lm_head.weight)
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:

@@ -1,0 +1,163 @@
+"""Is `opd plan` right: what a real step allocates and takes on this machine, beside what the plan says?
+
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_against_step [--only cpu-lora] [--json] [--quick]
+
+A random Qwen3-VL of half a billion parameters in float32, through each backend with full fine-tuning, LoRA, and on MLX LoRA over 4 bits:
+one step of two micro-batches, verb by verb. Every side runs in a process of its own; each verb once to be timed, and once more to count
+allocated bytes, with all that is held. The plan is that of `this machine`. It takes 12 GB, and writes
+results/plan_against_step.json.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import measuring, workload
+
+RESULTS = Path(__file__).parent / "results"
+SIDES = ("cpu-full", "cpu-lora", "mlx-full", "mlx-lora", "mlx-qlora")
+
+MODEL = {
+    "hidden": 1024, "layers": 24, "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp": 3072, "vision_hidden": 512, "vision_layers": 8,
+    "vision_heads": 8, "vision_mlp": 2048, "positions": 576,
+}  # fmt: skip
+QUICK = {**MODEL, "hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 768, "vision_hidden": 128, "vision_layers": 3,
+         "vision_heads": 2, "vision_mlp": 512}  # fmt: skip
+VOCABULARY, QUICK_VOCABULARY = 150_000, 2_000
+
+STAGES = {
+    "rollout": ("rollout prefill", "rollout decode"),
+    "accumulate": ("teacher forward", "student forward", "student backward", "recomputation", "head and divergence"),
+    "apply": ("optimizer",),
+    "move_teacher": ("teacher's average",),
+}
+"""The plan's stages by the verb that runs them."""
+
+
+def main() -> None:
+    parser = measuring.arguments(__doc__)
+    parser.add_argument("--only", choices=SIDES, action="append", help="these sides alone, and nothing written")
+    options = parser.parse_args()
+    vocabulary = QUICK_VOCABULARY if options.quick else VOCABULARY
+    context = multiprocessing.get_context("spawn")
+    rows: list[measuring.Row] = []
+    with tempfile.TemporaryDirectory() as out:
+        folder = workload.folder(Path(out) / "model", vocabulary, **(QUICK if options.quick else MODEL))
+        for name in options.only or SIDES:
+            print(name, file=sys.stderr)
+            with context.Pool(1) as fresh:
+                rows += fresh.apply(side, (name, folder, options.quick))
+    result = measuring.report(
+        options, "plan_against_step", rows, device=measuring.device_name(), versions=measuring.versions("mlx", "peft")
+    )
+    if not options.quick and not options.only:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "plan_against_step.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
+    """One row a verb: bytes and seconds as planned and as measured, and the plan's over the measured."""
+    from opd import plan as planning
+    from opd.plan import devices
+    from opd.recipe import load
+
+    backend_name, tune = name.split("-")
+    image, crop, completions, tokens = ((96, 96), (64, 64), 2, 8) if quick else ((512, 384), (256, 192), 4, 48)
+    keys = {"model.path": folder, "model.tune": tune, "model.vision": "true" if tune == "full" else "false", "rollout.prompts": 2,
+            "rollout.completions": completions, "rollout.max_tokens": tokens, "rollout.microbatch_tokens": 1, "rollout.sample_tokens": 1,
+            "objective.top_k": 100}  # fmt: skip
+    recipe = load("tiny", [f"{key}={value}" for key, value in keys.items()])
+    device = devices.this_machine(backend_name)
+    assumed = planning.Assumed(image, crop, None, tokens)
+    planned = planning.plan(recipe, device, backend_name, assumed)
+    # One group is differentiated at a time, whole.
+    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"microbatch_tokens": planned.work.group})})
+    planned = planning.plan(recipe, device, backend_name, assumed)
+    step = Step(recipe, backend_name, planned)
+    seconds = {verb: clocked(run) for verb, run in step.verbs.items()}
+    peaks = {verb: step.held() + measuring.peak_bytes(run, backend_name) for verb, run in step.verbs.items()}
+    phases = planned.memory.phases
+    rows = []
+    for verb, stages in STAGES.items():
+        found = {"side": name, "verb": verb, "bytes": peaks[verb], "planned_bytes": phases.get(verb, ""), "seconds": seconds[verb]}
+        found["planned_seconds"] = sum(planned.seconds[stage] for stage in stages)
+        rows.append(found)
+    total = {"side": name, "verb": "step", "bytes": max(peaks.values()), "planned_bytes": planned.memory.peak}
+    total |= {key: sum(row[key] for row in rows) for key in ("seconds", "planned_seconds")}
+    rows.append(total)
+    for row in rows:
+        row["bytes_ratio"] = row["planned_bytes"] / row["bytes"] if row["planned_bytes"] else ""
+        row["seconds_ratio"] = row["planned_seconds"] / row["seconds"]
+    return rows
+
+
+class Step:
+    """The verbs of one step on a backend, with prompts of random images and random completions of full length."""
+
+    def __init__(self, recipe: Any, backend_name: str, planned: Any) -> None:
+        from PIL import Image
+
+        from opd import backend as backends
+        from opd.prompts import PromptEncoder
+        from opd.types import Completion, Group, Sampling, Update
+
+        work, rng = planned.work, np.random.default_rng(0)
+        encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
+        # As many tokens of text as the plan takes.
+        question = "x" * (planned.text - len(encoder.encode([], "")))
+        self.backend = backends.load(backend_name, recipe.model.options())
+
+        def group() -> Group:
+            prompts = []
+            for size, policy in ((planned.image, "student"), (planned.crop, "teacher")):
+                image = Image.fromarray(rng.integers(0, 255, (*size[::-1], 3)).astype(np.uint8))
+                prompts.append(encoder.encode([image], question, policy))
+            assert [len(prompt) for prompt in prompts] == [work.student.tokens, work.teacher.tokens]
+            one = [
+                Completion(rng.integers(0, 250, work.tokens).astype(np.int32), np.full(work.tokens, -8, np.float32), False)
+                for _ in range(work.completions)
+            ]
+            weight = np.full(work.tokens, 1 / (work.prompts * work.completions * work.tokens), np.float32)
+            return Group(prompts[0], prompts[1], tuple(one), (weight,) * work.completions)
+
+        groups = [group() for _ in range(work.prompts)]
+        uniforms = rng.random((1, work.completions, work.tokens), dtype=np.float32)
+        backend, objective = self.backend, recipe.objective.objective(recipe.rollout.temperature)
+        self.verbs = {
+            # Nothing ends a completion, so all are of full length.
+            "rollout": lambda: [backend.sample([one.student], uniforms, Sampling(banned=encoder.banned)) for one in groups],
+            "accumulate": lambda: [backend.accumulate([one], objective) for one in groups],
+            "apply": lambda: backend.apply(Update(learning_rate=1e-6)),
+            "move_teacher": lambda: backend.move_teacher(0.05),
+        }
+        self.verbs["move_teacher"]()  # MLX's teacher is the student's own arrays until it moves
+
+    def held(self) -> int:
+        """Bytes that are allocated between two verbs."""
+        if hasattr(self.backend, "_model"):
+            import mlx.core as mx
+
+            return int(mx.get_active_memory())
+        models = (self.backend._student, self.backend._teacher)
+        tensors = [*(one for model in models for one in (*model.parameters(), *model.buffers()))]
+        tensors += [*self.backend._optimizer.first.values(), *self.backend._optimizer.second.values(), *self.backend._gradient.values()]
+        return sum({one.data_ptr(): one.nbytes for one in tensors}.values())
+
+
+def clocked(run: Any) -> float:
+    """Seconds of the process, which others on the machine do not lengthen as they do the clock's."""
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What runs while the torch backend samples: prompts in parts, rows that still live, and one pass over prompts for rollout and gradient."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from opd.objective import Objective
+from opd.types import Group, Sampling, Update
+from opd_torch import backend as backend_module
+from opd_torch import sampling as module
+from opd_torch.batch import Ragged
+from opd_torch.kernels.rotary import rotate, rotated_heads
+from tests import random_models
+from tests.torch_cases import clone, gradients_of, make_case, relative_error
+
+JSD = Objective(alpha=0.5, top_k=20)
+
+
+@pytest.fixture(scope="module", params=random_models.FAMILIES)
+def case(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    return make_case(root, random_models.FAMILIES[request.param](root / "model"))
+
+
+@pytest.fixture(scope="module")
+def double(case):
+    return case.backend()
+
+
+def prompts_of(case):
+    return [group.student for group in case.groups[:4]]
+
+
+def same(ours, theirs):
+    for one, other in zip(chain(*ours), chain(*theirs), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
+        assert one.finished == other.finished
+
+
+def watched(backend):
+    """Rows that the first layer sees, call by call."""
+    seen = []
+    layer = backend._student.family.language(backend._student).layers[0]
+    layer.input_layernorm.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    return seen
+
+
+def test_completions_that_have_ended_leave_the_batch(case, double, monkeypatch):
+    """Stop tokens are chosen so that most rows end early; only rows of prompts with a live completion, as many as live, go on."""
+    prompts, uniforms = prompts_of(case), np.random.default_rng(5).random((4, 3, 14), dtype=np.float32)
+    free = clone(double).sample(prompts, uniforms, Sampling(1.0))
+    early = {int(one.tokens[2 + 3 * (number % 2)]) for number, one in enumerate(chain(*free))}
+    stop = tuple(early - {int(token) for token in free[1][0].tokens})  # that one runs to its end
+    monkeypatch.setattr(module, "WORTH", 0.0)
+    whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
+    monkeypatch.setattr(module, "WORTH", 0.75)
+    backend = clone(double)
+    seen = watched(backend)
+    same(backend.sample(prompts, uniforms, Sampling(1.0, stop)), whole)
+    lengths = np.array([[len(completion) for completion in row] for row in whole])
+    expected, held = [], (4, 3)
+    for step in range(lengths.max()):
+        expected.append(held[0] * held[1])
+        live = lengths > step + 1
+        needed = int(live.any(1).sum()), int(live.sum(1).max())
+        held = needed if needed[0] * needed[1] <= 0.75 * held[0] * held[1] else held
+    assert seen[1:] == expected
+    assert expected[-1] < expected[0]
+
+
+def test_questions_are_rare_on_a_gpu(case, double, monkeypatch):
+    """Where the host asks every few tokens only, rows that ended between two questions run on, and nothing changes."""
+    prompts, uniforms = prompts_of(case), np.random.default_rng(6).random((4, 2, 9), dtype=np.float32)
+    stop = (int(clone(double).sample(prompts, uniforms, Sampling(1.0))[1][0].tokens[3]),)
+    whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
+    monkeypatch.setattr(module, "asks", lambda device, step: step % 4 == 3)
+    same(clone(double).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
+
+
+def test_prompts_run_in_parts(case, double, monkeypatch):
+    prompts, uniforms = prompts_of(case), np.random.default_rng(7).random((4, 2, 6), dtype=np.float32)
+    whole = clone(double).sample(prompts, uniforms, Sampling(1.0))
+    lengths = [len(prompt) for prompt in prompts]
+    monkeypatch.setattr(module, "PREFILL_TOKENS", lengths[0] + lengths[1])
+    backend = clone(double)
+    seen = watched(backend)
+    same(backend.sample(prompts, uniforms, Sampling(1.0)), whole)
+    parts, room = [], 0
+    for length in lengths:
+        if length > room:
+            parts, room = [*parts, 0], lengths[0] + lengths[1]
+        parts[-1], room = parts[-1] + length - 1, room - length
+    assert len(parts) > 1
+    assert seen[: len(parts) + 1] == [*parts, 8]
+
+
+def rolled_out(backend, case):
+    """A rollout, and groups of what it sampled in another order than the prompts'."""
+    groups = case.groups[:3]
+    sampled = backend.sample([group.student for group in groups], np.full((3, 2, 4), 0.6, np.float32), Sampling(1.0))
+    made = [
+        Group(group.student, group.teacher, tuple(row), tuple(np.full(len(one), 0.1, np.float32) for one in row))
+        for group, row in zip(groups, sampled, strict=True)
+    ]
+    return [made[index] for index in (2, 0, 1)]
+
+
+@pytest.mark.parametrize("change", ["order", "fewer", "step", "bound", "teacher"])
+def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change, monkeypatch):
+    """Once, for the same prompts in any order, before weights change, and where it is small: else prompts run again."""
+    if change == "bound":
+        monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
+    backend = clone(double)
+    groups = rolled_out(backend, case)
+    if change == "fewer":
+        groups = groups[:2]
+    if change == "step":
+        backend.accumulate(groups[:1], JSD)
+        backend.apply(Update(1e-2))
+    if change == "teacher":
+        backend.sample([group.student for group in groups], np.full((3, 2, 4), 0.6, np.float32), Sampling(1.0), "teacher")
+    other = clone_of(backend, double)
+    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 2**60)
+    seen = watched(backend)
+    backend.accumulate(groups, JSD)
+    prompts = sum(len(group.student) - 1 for group in groups)
+    assert seen.count(prompts) == (0 if change == "order" else 1)
+    other.accumulate(groups, JSD)
+    assert relative_error(gradients_of(backend), gradients_of(other)) < 1e-6
+    seen.clear()
+    backend.accumulate(groups, JSD)
+    assert seen.count(prompts) == 1
+
+
+def clone_of(backend, double):
+    """A backend of the same weights that has seen no rollout."""
+    other = clone(double)
+    for name, value in backend._parameters.items():
+        other._parameters[name].data.copy_(value.data)
+    return other
+
+
+def test_greedy_answers_keep_nothing(case, double):
+    backend = clone(double)
+    backend.sample(prompts_of(case), np.zeros((4, 1, 2), np.float32), Sampling(0.0))
+    assert backend._kept is None
+
+
+@pytest.mark.parametrize("width", [6, 8])
+def test_rotation(width):
+    """Value and gradient, against the formula; angles of both halves differ, and may be narrower than a head."""
+    generator = torch.Generator().manual_seed(0)
+    heads, gradient = (torch.randn(5, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    cosines, sines = (torch.randn(5, 1, width, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def plain(x):
+        first, second = x[..., :width].chunk(2, -1)
+        return torch.cat([x[..., :width] * cosines + torch.cat([-second, first], -1) * sines, x[..., width:]], -1)
+
+    ours, theirs = heads.clone().requires_grad_(), heads.clone().requires_grad_()
+    out, wanted = rotate(ours, cosines, sines), plain(theirs)
+    torch.testing.assert_close(out, wanted)
+    out.backward(gradient)
+    wanted.backward(gradient)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotated_heads(dtype):
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 5, 3, 2, 6, generator=generator).to(dtype)
+    cosines, sines = (torch.randn(5, 1, 1, 6, generator=generator) for _ in range(2))
+    gradients = [torch.randn(2, 5, 2, 6, generator=generator).to(dtype) for _ in range(3)]
+    ours, theirs = packed.clone().requires_grad_(), packed.clone().requires_grad_()
+    wide = theirs[:, :, :2].float()
+    first, second = wide.chunk(2, -1)
+    turned = (wide * cosines + torch.cat([-second, first], -1) * sines).to(dtype)
+    out, wanted = rotated_heads(ours, cosines, sines), (*turned.unbind(2), theirs[:, :, 2])
+    for one, other in zip(out, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.autograd.backward(out, gradients)
+    torch.autograd.backward(wanted, gradients)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_ragged_wider_than_its_rows():
+    ragged = Ragged(np.array([2, 1]), torch.device("cpu"), 4)
+    packed = torch.arange(1.0, 4.0)
+    assert ragged.fill(packed, 0.0).tolist() == [[1, 2, 0, 0], [3, 0, 0, 0]]
+    assert ragged.unpad(ragged.pad(packed)).tolist() == packed.tolist()
