@@ -44,9 +44,6 @@ FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
 TOGETHER = 2**24
 """Bytes of gradient, of one layer, that are computed at a time."""
 
-AHEAD_BYTES = 2**29
-"""Bytes of activations that a rollout may keep of its prompts until their backward."""
-
 POLICIES: tuple[Policy, Policy] = ("student", "teacher")
 
 
@@ -60,7 +57,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Kept:
     """The student's prompts as the rollout ran them, with a backward for the gradient of the same step."""
 
     prompted: list[rollout.Prompted]
@@ -87,7 +84,7 @@ class MlxBackend:
         self._teacher = dict(self._student)
         self._optimizer = Optimizer(self._student)
         self._gradient: Parameters = {}
-        self._ahead: Ahead | None = None
+        self._kept: Kept | None = None
         self._processes = mx.distributed.init()
 
     @property
@@ -111,13 +108,13 @@ class MlxBackend:
         self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
     ) -> list[list[Completion]]:
         """Draws completions; see the protocol. Small prompts that are sampled to learn from wait for their backward."""
-        self._ahead = None
+        self._kept = None
         if policy == "student" and sampling.temperature and uniforms.size:
-            self._ahead = self._run_ahead(prompts)
+            self._kept = self._keep(prompts)
         parameters = self._parameters(policy)
         with self._model.bound(parameters):
             head = self._model.head(parameters).astype(mx.float32)
-            prompted = rollout.run(self._model, prompts) if self._ahead is None else self._ahead.prompted
+            prompted = rollout.run(self._model, prompts) if self._kept is None else self._kept.prompted
             return rollout.sample(self._model, head, prompted, uniforms, sampling)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
@@ -128,9 +125,9 @@ class MlxBackend:
         used = [index for index, group in enumerate(groups) if group.tokens]
         if not used:
             return _nothing(groups)
-        ahead, self._ahead = self._ahead, None
-        shares = ahead.shares(groups, used) if ahead else []
-        prompts = ahead.backwards if ahead and shares else []
+        kept, self._kept = self._kept, None
+        shares = kept.shares(groups, used) if kept else []
+        prompts = kept.backwards if kept and shares else []
         shares = shares or [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
         given = [[groups[index] for index in share] for share in shares]
         parts = [self._part(part) for part in _parts(given, split)]
@@ -167,7 +164,7 @@ class MlxBackend:
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
-        gradient, self._gradient, self._ahead = self._gradient or zeros(self._student), {}, None
+        gradient, self._gradient, self._kept = self._gradient or zeros(self._student), {}, None
         if self.size > 1:
             # In one order: what processes add is matched by nothing else.
             gradient = {name: mx.distributed.all_sum(gradient[name], group=self._processes) for name in self._student}
@@ -203,7 +200,7 @@ class MlxBackend:
         self._teacher.update(teacher[""])
         self._optimizer.first, self._optimizer.second = moments["first."], moments["second."]
         self._optimizer.step = int(metadata["step"])
-        self._gradient, self._ahead = {}, None
+        self._gradient, self._kept = {}, None
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student as a Hugging Face model folder, adapters merged, or its adapters in PEFT's format.
@@ -268,11 +265,13 @@ class MlxBackend:
             mx.eval(memories)
         return memories
 
-    def _run_ahead(self, prompts: Sequence[Prompt]) -> Ahead | None:
-        """The prompts as a rollout runs them, so that their backward can follow; None where that would hold much."""
+    def _keep(self, prompts: Sequence[Prompt]) -> Kept | None:
+        """The prompts as a rollout runs them, for their backward; None where that is not small, or holds casts of all weights."""
+        if self._model.dtype != mx.float32 or sum(map(len, prompts)) > rollout.PREFILL_TOKENS:
+            return None
         shares = LANES.shares(prompts)
         batches = [lay_out([prompts[index] for index in share], [[] for _ in share]) for share in shares]
-        if sum(activation_bytes(self._model, batch) for batch in batches) > AHEAD_BYTES:
+        if sum(activation_bytes(self._model, batch) for batch in batches) > CHECKPOINT_ABOVE:
             return None
         with self._model.bound(self._student):
             look(self._model, prompts)
@@ -280,7 +279,7 @@ class MlxBackend:
         mx.eval([one.outputs for one in backwards])
         memories = [list(zip(one.outputs[::2], one.outputs[1::2], strict=True)) for one in backwards]
         found = [rollout.Prompted(share, one.prefixes, memory) for share, one, memory in zip(shares, batches, memories, strict=True)]
-        return Ahead(found, backwards)
+        return Kept(found, backwards)
 
     def _prompts(self, prefixes: Prefixes, again: bool) -> Backward:
         """The student's prompts: what they keep, layer by layer, and its gradient to the parameters."""
