@@ -11,7 +11,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("torch")
 
 from opd.objective import Objective
-from opd.types import Completion, Group, Sampling
+from opd.types import Completion, Group, Sampling, Update
 from opd_mlx import attention, backward, sampling
 from opd_mlx import backend as backend_module
 from tests import random_models
@@ -170,6 +170,7 @@ def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
     monkeypatch.setattr(sampling, "prefill", lambda model, prefixes: calls.append(prefixes.shape) or real(model, prefixes))
     whole = clone(case.loaded).sample(*ending)
     calls.clear()
+    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)  # nothing is kept for a backward
     longest = max(map(len, ending[0]))
     monkeypatch.setattr(sampling, "PREFILL_TOKENS", 2 * longest)
     monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
@@ -177,3 +178,29 @@ def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
     same(case, clone(case.loaded).sample(*ending), whole)
     assert [count for count, _ in calls] == [2, 2]
     assert calls[0][1] != calls[1][1] or case.loaded._model.config["model_type"] == "idefics3"
+
+
+@pytest.mark.parametrize("change", ["nothing", "another prompt", "a step", "other order"])
+def test_a_small_rollouts_pass_serves_the_backward(case, ending, monkeypatch, change):
+    """Once, for just its prompts in any order, and not when the student has moved."""
+    backend, fresh = clone(case.loaded), clone(case.loaded)
+    groups = [case.groups[place] for place in (0, 2, 3)]
+    backend.sample([group.student for group in groups], ending[1][:3], ending[2])
+    groups = {"another prompt": groups[:-1], "other order": groups[::-1]}.get(change, groups)
+    if change == "a step":
+        for one in (backend, fresh):
+            one._gradient = {name: mx.ones_like(value) for name, value in one._student.items()}
+            one.apply(Update(1e-3))
+    calls = []
+    real = backend_module.MlxBackend._prompts
+    monkeypatch.setattr(backend_module.MlxBackend, "_prompts", lambda *given: calls.append(1) or real(*given))
+    rows = backend.accumulate(groups, JSD)
+    assert bool(calls) == (change in ("another prompt", "a step"))
+    expected = fresh.accumulate(groups, JSD)
+    assert relative_error(backend.tensors("gradient"), fresh.tensors("gradient")) < 2e-5
+    for row, other in zip(rows, expected, strict=True):
+        for one, another in zip(row, other, strict=True):
+            np.testing.assert_allclose(one.divergence, another.divergence, rtol=1e-4, atol=1e-6)
+    calls.clear()
+    backend.accumulate(groups, JSD)
+    assert calls

@@ -38,10 +38,16 @@ def softmax(scores: mx.array) -> mx.array:
     return cast("mx.array", _softmax_by_power(scores)) if SLOW_EXPONENTIAL else mx.softmax(scores, axis=-1, precise=True)
 
 
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)), of which the exponential is most."""
+    return cast("mx.array", _sigmoid_by_power(x)) if SLOW_EXPONENTIAL else mx.sigmoid(x)
+
+
 def attend(query: mx.array, key: mx.array, value: mx.array, scale: float) -> mx.array:
     """Every query attends to every key, [batch, heads, tokens, width] each."""
     if SLOW_EXPONENTIAL:
-        return softmax((query * scale) @ key.swapaxes(-1, -2)) @ value
+        mixed, *_ = cast("tuple[mx.array, ...]", _attend_by_power(query * scale, key, value))
+        return mixed
     from mlx_vlm.models.base import ensure_fused_sdpa  # pads widths, such as 72, that Metal's fused kernel does not take
 
     return cast("mx.array", ensure_fused_sdpa(query, key, value, scale))
@@ -230,3 +236,38 @@ def _softmax_by_power(scores: mx.array) -> mx.array:
 def _softmax_slope(scores: mx.array, slope: mx.array, weights: mx.array) -> mx.array:
     weighted = slope * weights
     return weighted - weights * weighted.sum(-1, keepdims=True)
+
+
+@mx.custom_function
+def _attend_by_power(query: mx.array, key: mx.array, value: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """What queries find, and for the backward the powers and their sums. These are a column of the product; it is divided by them last."""
+    scores = query @ key.swapaxes(-1, -2)
+    powers = mx.power(mx.array(math.e), (scores - scores.max(-1, keepdims=True)).astype(mx.float32))
+    mixed, sums = mx.split(powers @ _and_ones(value), [value.shape[-1]], axis=-1)
+    return (mixed / sums).astype(value.dtype), powers, sums
+
+
+@_attend_by_power.vjp
+def _attend_slopes(given: tuple[mx.array, ...], slopes: tuple[mx.array, ...], found: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+    """With w = powers / sums: dw = slope v', and d scores = w (dw - sum of w dw), where that sum is slope . mixed."""
+    (query, key, value), (mixed, powers, sums) = given, found
+    slope = slopes[0] / sums
+    inner = mx.concatenate([slope, -(slope * mixed).sum(-1, keepdims=True)], axis=-1)
+    scores = powers * (inner @ _and_ones(value).swapaxes(-1, -2))
+    wanted = scores @ key, scores.swapaxes(-1, -2) @ query, powers.swapaxes(-1, -2) @ slope
+    return tuple(one.astype(part.dtype) for one, part in zip(wanted, given, strict=True))
+
+
+def _and_ones(value: mx.array) -> mx.array:
+    """`value` [..., E] and a column of ones, in float32."""
+    return mx.concatenate([value.astype(mx.float32), mx.ones((*value.shape[:-1], 1))], axis=-1)
+
+
+@mx.custom_function
+def _sigmoid_by_power(x: mx.array) -> mx.array:
+    return (1.0 / (1.0 + mx.power(mx.array(math.e), -x.astype(mx.float32)))).astype(x.dtype)
+
+
+@_sigmoid_by_power.vjp
+def _sigmoid_slope(x: mx.array, slope: mx.array, value: mx.array) -> mx.array:
+    return slope * (value - mx.square(value))

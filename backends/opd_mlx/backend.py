@@ -56,6 +56,22 @@ class Part:
     teacher: list[Batch]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The student's prompts as the rollout ran them, with a backward for the gradient of the same step."""
+
+    prompted: list[rollout.Prompted]
+    backwards: list[Backward]
+
+    def shares(self, groups: Sequence[Group], used: Sequence[int]) -> list[list[int]]:
+        """Indices of the `used` of `groups` as the rollout divided them; none where these are not exactly its prompts."""
+        places = {id(groups[index].student): index for index in used}
+        wanted = [[id(prompt) for prompt in one.prefixes.sources] for one in self.prompted]
+        if sorted(chain(*wanted)) != sorted(places) or len(places) != len(used):
+            return []
+        return [[places[prompt] for prompt in share] for share in wanted]
+
+
 class MlxBackend:
     """`opd.backend.Backend` on MLX's default device; gradients are summed over mx.distributed where `mlx.launch` started several processes.
 
@@ -68,6 +84,7 @@ class MlxBackend:
         self._teacher = dict(self._student)
         self._optimizer = Optimizer(self._student)
         self._gradient: Parameters = {}
+        self._kept: Kept | None = None
         self._processes = mx.distributed.init()
 
     @property
@@ -90,10 +107,15 @@ class MlxBackend:
     def sample(
         self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
     ) -> list[list[Completion]]:
-        """Draws completions; see the protocol."""
+        """Draws completions; see the protocol. Small prompts that are sampled to learn from wait for their backward."""
+        self._kept = None
+        if policy == "student" and sampling.temperature and uniforms.size:
+            self._kept = self._keep(prompts)
         parameters = self._parameters(policy)
         with self._model.bound(parameters):
-            return rollout.sample(self._model, self._model.head(parameters).astype(mx.float32), prompts, uniforms, sampling)
+            head = self._model.head(parameters).astype(mx.float32)
+            prompted = rollout.run(self._model, prompts) if self._kept is None else self._kept.prompted
+            return rollout.sample(self._model, head, prompted, uniforms, sampling)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol.
@@ -103,13 +125,18 @@ class MlxBackend:
         used = [index for index, group in enumerate(groups) if group.tokens]
         if not used:
             return _nothing(groups)
-        shares = [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
-        parts = [self._part(part) for part in _parts([[groups[index] for index in share] for share in shares], split)]
+        kept, self._kept = self._kept, None
+        shares = kept.shares(groups, used) if kept else []
+        prompts = kept.backwards if kept and shares else []
+        shares = shares or [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
+        given = [[groups[index] for index in share] for share in shares]
+        parts = [self._part(part) for part in _parts(given, split)]
         again = sum(activation_bytes(self._model, batch) for batch in parts[0].student) > CHECKPOINT_ABOVE
         teacher = self._teacher_memories(parts[0])
-        look(self._model, [prompt for batch in parts[0].student for prompt in batch.prefixes.sources])
-        prompts = LANES.each(parts[0].student, lambda batch: self._prompts(batch.prefixes, again))
-        mx.eval([one.outputs for one in prompts])
+        if not prompts:
+            look(self._model, [prompt for batch in parts[0].student for prompt in batch.prefixes.sources])
+            prompts = LANES.each(parts[0].student, lambda batch: self._prompts(batch.prefixes, again))
+            mx.eval([one.outputs for one in prompts])
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
         asked: Parameters = {}
         for part in parts:
@@ -137,7 +164,7 @@ class MlxBackend:
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
-        gradient, self._gradient = self._gradient or zeros(self._student), {}
+        gradient, self._gradient, self._kept = self._gradient or zeros(self._student), {}, None
         if self.size > 1:
             # In one order: what processes add is matched by nothing else.
             gradient = {name: mx.distributed.all_sum(gradient[name], group=self._processes) for name in self._student}
@@ -173,7 +200,7 @@ class MlxBackend:
         self._teacher.update(teacher[""])
         self._optimizer.first, self._optimizer.second = moments["first."], moments["second."]
         self._optimizer.step = int(metadata["step"])
-        self._gradient = {}
+        self._gradient, self._kept = {}, None
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student as a Hugging Face model folder, adapters merged, or its adapters in PEFT's format.
@@ -237,6 +264,22 @@ class MlxBackend:
             memories = LANES.each(part.teacher, lambda batch: prefill(self._model, batch.prefixes))
             mx.eval(memories)
         return memories
+
+    def _keep(self, prompts: Sequence[Prompt]) -> Kept | None:
+        """The prompts as a rollout runs them, for their backward; None where that is not small, or holds casts of all weights."""
+        if self._model.dtype != mx.float32 or sum(map(len, prompts)) > rollout.PREFILL_TOKENS:
+            return None
+        shares = LANES.shares(prompts)
+        batches = [lay_out([prompts[index] for index in share], [[] for _ in share]) for share in shares]
+        if sum(activation_bytes(self._model, batch) for batch in batches) > CHECKPOINT_ABOVE:
+            return None
+        with self._model.bound(self._student):
+            look(self._model, prompts)
+        backwards = LANES.each(batches, lambda batch: self._prompts(batch.prefixes, False))
+        mx.eval([one.outputs for one in backwards])
+        memories = [list(zip(one.outputs[::2], one.outputs[1::2], strict=True)) for one in backwards]
+        found = [rollout.Prompted(share, one.prefixes, memory) for share, one, memory in zip(shares, batches, memories, strict=True)]
+        return Kept(found, backwards)
 
     def _prompts(self, prefixes: Prefixes, again: bool) -> Backward:
         """The student's prompts: what they keep, layer by layer, and its gradient to the parameters."""

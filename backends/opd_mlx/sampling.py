@@ -27,17 +27,28 @@ LEFT = 0.75
 """Share of the rows that still run at which the others are left out; it takes a copy of all keys and values."""
 
 
-def sample(model: Model, head: mx.array, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling) -> list[list[Completion]]:
+@dataclass(frozen=True)
+class Prompted:
+    """Prompts that have run: their indices in the call, and what they keep for their completions."""
+
+    indices: list[int]
+    prefixes: Prefixes
+    memory: Memory
+
+
+def sample(model: Model, head: mx.array, prompted: Sequence[Prompted], uniforms: FloatArray, sampling: Sampling) -> list[list[Completion]]:
     """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens]; `head` [V, D] is float32."""
     count, n, limit = uniforms.shape
     if not count or not n or not limit:
         return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in range(n)] for _ in range(count)]
-    running = _begin(model, prompts, n, limit)
+    running = [_begin(model, one, n, limit) for one in prompted]
     banned = _banned(sampling, len(head))
     uniforms = uniforms.reshape(count * n, limit)
     tokens, logprobs = np.zeros(uniforms.shape, np.int32), np.zeros(uniforms.shape, np.float32)
     lengths, alive = np.full(count * n, limit), np.ones(count * n, bool)
-    last = np.repeat(np.array([prompt.tokens[-1] for prompt in prompts], np.int32), n)
+    last = np.zeros(count * n, np.int32)
+    for share in running:
+        last[share.rows] = np.array([prompt.tokens[-1] for prompt in share.prefixes.sources])[:, None]
     for step in range(limit):
         rows = np.concatenate([share.rows.reshape(-1) for share in running])
         hidden = decode(model, running, last, step)
@@ -100,35 +111,42 @@ def decode(model: Model, running: Sequence[Running], last: IntArray, step: int) 
     )
 
 
-def _begin(model: Model, prompts: Sequence[Prompt], n: int, limit: int) -> list[Running]:
-    """All prompts, divided among the streams, after they have run; at most PREFILL_TOKENS of a stream at a time."""
+def run(model: Model, prompts: Sequence[Prompt]) -> list[Prompted]:
+    """Runs all prompts, divided among the streams; of each stream at most PREFILL_TOKENS at a time."""
     shares = LANES.shares(prompts)
     members = [[prompts[index] for index in share] for share in shares]
     cuts = [max(1, PREFILL_TOKENS // max(map(len, share))) for share in members]
     parts: list[list[Memory]] = [[] for _ in shares]
-    for number in range(max(-(-len(share) // cut) for share, cut in zip(members, cuts, strict=True))):
+    for number in range(max([0, *(-(-len(share) // cut) for share, cut in zip(members, cuts, strict=True))])):
         some = [share[number * cut : (number + 1) * cut] for share, cut in zip(members, cuts, strict=True)]
         look(model, [prompt for share in some for prompt in share])
         found = LANES.each(some, lambda share: prefill(model, lay_out_prefixes(share)) if share else [])
         mx.eval(found)
         for kept, memory in zip(parts, found, strict=True):
             kept += [memory] if memory else []
-    running = []
-    for share, its, kept in zip(shares, members, parts, strict=True):
-        memory = []
-        for layer in model.layers:
-            memory.append(layer.join([part.pop(0) for part in kept]) if len(kept) > 1 else kept[0].pop(0))
-            mx.eval(memory[-1])
-        running.append(
-            Running(
-                rows=np.array(share)[:, None] * n + np.arange(n),
-                positions=np.stack([row_positions(prompt, limit) for prompt in its], axis=1),
-                prefixes=lay_out_prefixes(its),
-                memory=memory,
-                own=[layer.begin(state, n, limit) for layer, state in zip(model.layers, memory, strict=True)],
-            )
-        )
-    return running
+    return [Prompted(share, lay_out_prefixes(its), _joined(model, kept)) for share, its, kept in zip(shares, members, parts, strict=True)]
+
+
+def _joined(model: Model, parts: list[Memory]) -> Memory:
+    """What several calls kept, as one call would have; layer by layer, and nothing is left of the parts."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: Memory = []
+    for layer in model.layers:
+        joined.append(layer.join([part.pop(0) for part in parts]))
+        mx.eval(joined[-1])
+    return joined
+
+
+def _begin(model: Model, prompted: Prompted, n: int, limit: int) -> Running:
+    """All completions of prompts that have run, before their first tokens."""
+    return Running(
+        rows=np.array(prompted.indices)[:, None] * n + np.arange(n),
+        positions=np.stack([row_positions(prompt, limit) for prompt in prompted.prefixes.sources], axis=1),
+        prefixes=prompted.prefixes,
+        memory=prompted.memory,
+        own=[layer.begin(state, n, limit) for layer, state in zip(model.layers, prompted.memory, strict=True)],
+    )
 
 
 def draw(hidden: mx.array, head: mx.array, uniforms: mx.array, temperature: float, banned: mx.array | None) -> tuple[mx.array, mx.array]:

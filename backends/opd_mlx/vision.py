@@ -22,6 +22,9 @@ from opd_mlx.lanes import LANES
 KNOWN_BYTES = 2**30
 """Features of a frozen tower that are kept, of all prompts together."""
 
+TILE_BYTES = 3 * 2**20 if mx.default_device() == mx.cpu else 2**62
+"""Pixels that run together: on a CPU as many as leave what they become in its caches."""
+
 Piece: TypeAlias = tuple[Hashable, NDArray[Any]]
 """A size, and an array of the shape that all pieces of this size have."""
 
@@ -46,9 +49,10 @@ def visual_features(prompts: Sequence[Prompt], pieces: Callable[[Prompt], Sequen
     outputs, counts = [], {}
     for size, found in members.items():
         for lane, part in zip(LANES.free, np.array_split(np.stack(found), len(LANES.free)), strict=True):
-            if len(part):
+            together = max(1, TILE_BYTES // part[0].nbytes) if len(part) else 1
+            for start in range(0, len(part), together):
                 with mx.stream(lane):
-                    levels = tower(part, size)
+                    levels = tower(part[start : start + together], size)
                 counts[size] = levels[0].shape[1]
                 outputs.append([level.flatten(0, 1) for level in levels])
     levels = [mx.concatenate(list(level)) for level in zip(*outputs, strict=True)]

@@ -18,7 +18,7 @@ CHUNK_BYTES = 64 * 2**20
 """A float32 array of logits in the head stage (`objective.py` of both)."""
 
 PREFILL_TOKENS = 16384
-"""Tokens of prompts whose pass in the rollout torch keeps for the gradient (`sampling.py`)."""
+"""Tokens of prompts whose pass in the rollout is kept for the gradient (`sampling.py` of both)."""
 
 ROOM = 64
 """Tokens of torch's first buffer of a completion's keys, which doubles when it is full (`attention.py`)."""
@@ -144,7 +144,7 @@ def _remembered(shape: Shape, tune: Tune, work: Work, setting: Setting) -> int:
     """A rollout's pass over its prompts, kept for the gradient where it is small, of no adapters, in the parameters' own precision."""
     alone = replace(work.limited(work.sampled), completions=0)
     small = work.sampled * work.student.tokens <= PREFILL_TOKENS and estimate(shape, alone, setting) <= CHECKPOINT_ABOVE
-    if setting.mlx or setting.half or not tune.full or not small:
+    if setting.half or not small or not (tune.full or setting.mlx):
         return 0
     student = activations(shape, tune, work.limited(work.sampled), setting, again=False)
     return student.vision + student.prompts

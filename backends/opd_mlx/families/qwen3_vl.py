@@ -17,7 +17,7 @@ from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
 from opd.types import Prompt
-from opd_mlx.attention import AttentionLayer, KeysValues, Layer, attend, rotate
+from opd_mlx.attention import AttentionLayer, KeysValues, Layer, attend, rotate, sigmoid
 from opd_mlx.batch import Rule
 from opd_mlx.vision import Piece, visual_features
 
@@ -148,7 +148,7 @@ def image_attention(attention: Any, hidden: mx.array, rotary: tuple[mx.array, mx
 
 def gelu(x: mx.array) -> mx.array:
     """The tanh form of GELU as x * sigmoid: the same function, without the power and the hyperbolic cosine of MLX's own."""
-    return x * mx.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * mx.square(x)))
+    return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * mx.square(x)))
 
 
 @lru_cache(maxsize=256)
