@@ -29,10 +29,10 @@ from opd.types import (
     UpdateResult,
 )
 from opd_mlx import sampling as rollout
-from opd_mlx.backward import Backward
 from opd_mlx.batch import Batch, Prefixes, Targets, lay_out, lay_out_targets
 from opd_mlx.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, hidden_states, look, prefill
-from opd_mlx.lanes import LANES
+from opd_mlx.kernels.backward import Backward
+from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Parameters, load_model, read_tensors, write_model, write_tensors
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head
 from opd_mlx.optimizer import Optimizer, move_teacher, zeros

@@ -16,7 +16,7 @@ from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
 from opd_mlx.attention import Own
 from opd_mlx.batch import Batch, Prefixes, lay_out_prefixes, row_positions
 from opd_mlx.forward import Memory, complete, look, prefill
-from opd_mlx.lanes import LANES
+from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Model
 from opd_mlx.objective import default_chunk
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd.types import Prompt
-from opd_mlx.lanes import LANES
+from opd_mlx.kernels.lanes import LANES
 
 KNOWN_BYTES = 2**30
 """Features of a frozen tower that are kept, of all prompts together."""
