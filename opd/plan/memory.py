@@ -141,10 +141,10 @@ def _head_gradient(shape: Shape, tune: Tune) -> int:
 
 
 def _remembered(shape: Shape, tune: Tune, work: Work, setting: Setting) -> int:
-    """A rollout's pass over its prompts, kept for the gradient where it is small, of no adapters, in the parameters' own precision."""
+    """A rollout's pass over its prompts, kept for the gradient where it is small and in the parameters' own precision."""
     alone = replace(work.limited(work.sampled), completions=0)
     small = work.sampled * work.student.tokens <= PREFILL_TOKENS and estimate(shape, alone, setting) <= CHECKPOINT_ABOVE
-    if setting.half or not small or not (tune.full or setting.mlx):
+    if setting.half or not small:
         return 0
     student = activations(shape, tune, work.limited(work.sampled), setting, again=False)
     return student.vision + student.prompts
