@@ -4,8 +4,8 @@
 
 A random Qwen3-VL of half a billion parameters in float32, through each backend with full fine-tuning, LoRA, and on MLX LoRA over 4 bits:
 one step of two micro-batches, verb by verb. Every side runs in a process of its own; each verb once to be timed, and once more to count
-allocated bytes, with all that is held. The plan is that of `this machine`. It takes 12 GB, and writes
-results/plan_against_step.json.
+allocated bytes, with all that is held. The plan is that of `this machine`. It takes 12 GB and some minutes a side, and writes
+results/plan_against_step.json side by side.
 """
 
 from __future__ import annotations
@@ -44,23 +44,26 @@ STAGES = {
 
 def main() -> None:
     parser = measuring.arguments(__doc__)
-    parser.add_argument("--only", choices=SIDES, action="append", help="these sides alone, and nothing written")
+    parser.add_argument("--only", choices=SIDES, action="append", help="these sides alone; others keep what was written")
     options = parser.parse_args()
     vocabulary = QUICK_VOCABULARY if options.quick else VOCABULARY
     context = multiprocessing.get_context("spawn")
+    path = RESULTS / "plan_against_step.json"
+    before = json.loads(path.read_text())["rows"] if path.is_file() and not options.quick else []
     rows: list[measuring.Row] = []
+    about = {"device": measuring.device_name(), "versions": measuring.versions("mlx", "peft")}
     with tempfile.TemporaryDirectory() as out:
         folder = workload.folder(Path(out) / "model", vocabulary, **(QUICK if options.quick else MODEL))
         for name in options.only or SIDES:
             print(name, file=sys.stderr)
             with context.Pool(1) as fresh:
                 rows += fresh.apply(side, (name, folder, options.quick))
-    result = measuring.report(
-        options, "plan_against_step", rows, device=measuring.device_name(), versions=measuring.versions("mlx", "peft")
-    )
-    if not options.quick and not options.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "plan_against_step.json").write_text(json.dumps(result, indent=1) + "\n")
+            if not options.quick:
+                measured = {row["side"] for row in rows}
+                every = sorted([*(row for row in before if row["side"] not in measured), *rows], key=lambda row: SIDES.index(row["side"]))
+                RESULTS.mkdir(exist_ok=True)
+                path.write_text(json.dumps({"benchmark": "plan_against_step", **about, "rows": every}, indent=1) + "\n")
+    measuring.report(options, "plan_against_step", rows, **about)
 
 
 def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
