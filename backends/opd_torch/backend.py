@@ -266,12 +266,8 @@ class TorchBackend:
         return statistics
 
     def _keeps(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether a rollout's pass over its prompts is kept for `accumulate`: where it is small, and holds no casts of all weights.
-
-        A model with adapters is too large for it.
-        """
-        cast = self._dtype != master_dtype(self._options.dtype)
-        if self._student.family is None or self._options.adapters or cast:
+        """Whether a rollout's pass over its prompts is kept for `accumulate`: where it is small, and holds no casts of all weights."""
+        if self._student.family is None or self._dtype != master_dtype(self._options.dtype):
             return False
         tokens = sum(map(len, prompts))
         return tokens <= rollout.PREFILL_TOKENS and prompt_bytes(self._student, prompts, tokens, self._dtype.itemsize) <= CHECKPOINT_ABOVE
