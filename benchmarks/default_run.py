@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("cpu", "mlx"), default="cpu")
     parser.add_argument("--steps", type=int, default=40, help="0: those of the preset")
     parser.add_argument("--count", type=int, default=200, help="scenes that are measured before and after; 0: those of the preset")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; MLX divides its work among streams by itself")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(repeats=3)
     options = parser.parse_args()
@@ -68,7 +69,7 @@ def run(sources: Path, out: Path, options: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "opd_cli", "train", "--backend", options.backend, "--out", str(out)]
     command += [word for one in settings for word in ("--set", one)]
     path = os.pathsep.join(str(sources / folder) for folder in ("", "backends", "cli"))
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    threads = {"OMP_NUM_THREADS": str(options.threads), "OPENBLAS_NUM_THREADS": "1"}
     environment = {**os.environ, **threads, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, cwd=sources, env=environment, check=False)
     if done.returncode:
