@@ -6,8 +6,7 @@ The whole method is `Trainer.step`. Nothing here knows a framework, and nothing 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd import measure, randomness, rollout, schedules
+from opd.ahead import ahead
 from opd.backend import Backend
 from opd.errors import DataError, FolderError, RunError, Stopped
 from opd.folder import RunFolder
@@ -62,7 +62,7 @@ class Trainer:
             self.progress.note("before and after are measured on rows that are trained on too; --set measure.path=FILE names held-out ones")
         before = self._before()
         self.progress.begin("train", steps, done)
-        for step, batch in self._batches(done + 1, steps):
+        for step, batch in enumerate(ahead(self._encode, range(done + 1, steps + 1)), done + 1):
             metrics, samples = self.step(step, batch)
             if self.backend.rank == 0:
                 self.folder.append("metrics.jsonl", metrics)
@@ -147,16 +147,6 @@ class Trainer:
             "peak_memory_bytes": backend.peak_memory,
         }
         return metrics, samples
-
-    def _batches(self, first: int, last: int) -> Iterator[tuple[int, Batch]]:
-        """Encoded batches of the steps first..last, each prepared on another thread while the step before it runs."""
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(self._encode, first) if first <= last else None
-            for step in range(first, last + 1):
-                assert ahead is not None
-                batch = ahead.result()
-                ahead = thread.submit(self._encode, step + 1) if step < last else None
-                yield step, batch
 
     def _encode(self, step: int) -> Batch:
         """This process's share of a step's examples, encoded. A row that cannot be read, or is too long, is skipped and counted."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from opd.ahead import ahead
 from opd.answers import matches
 from opd.backend import Backend
 from opd.options import Options
@@ -64,10 +65,13 @@ def answer(
     """Greedy answers to every example on its full image and on its crop; `budget` in padded tokens, `progress` in prompts."""
     crop = view.model_copy(update={"kind": "crop"})  # a control trains on another view, but is measured on the evidence
     answered: list[Answered] = []
-    for start in range(0, len(examples), SLICE):
+
+    def encode(start: int) -> tuple[Sequence[Example], list[Prompt], list[Prompt]]:
         part = examples[start : start + SLICE]
-        full_texts = _greedy(backend, encoder, [encode_student(encoder, one) for one in part], max_tokens, budget, progress)
-        crop_texts = _greedy(backend, encoder, [encode_teacher(encoder, one, crop) for one in part], max_tokens, budget, progress)
+        return part, [encode_student(encoder, one) for one in part], [encode_teacher(encoder, one, crop) for one in part]
+
+    for part, full, enlarged in ahead(encode, range(0, len(examples), SLICE)):
+        full_texts, crop_texts = (_greedy(backend, encoder, prompts, max_tokens, budget, progress) for prompts in (full, enlarged))
         answered += [_judge(one, full, crop) for one, full, crop in zip(part, full_texts, crop_texts, strict=True)]
     return answered
 
