@@ -2,9 +2,10 @@
 
     python -m benchmarks.decode [--prompt 512 --groups 2 --n 8] [--json] [--quick]
 
-Bytes are those of the operands of matrix products and attention in one token step (the second token of a rollout), as torch hands them to
-its kernels: an operand that is expanded n times counts n times, as often as a kernel reads it. `weights` are parameters, `prompt` keys and
-values of the prompts; what completions hold themselves and activations are left out, being as long as the completions on both sides.
+Bytes are those of the operands of matrix products, attention and copies in one token step (the second token of a rollout), as torch hands
+them to its kernels: an operand that is expanded n times counts n times, as often as a kernel reads it. `weights` are parameters, `prompt`
+keys and values of the prompts; what completions hold themselves and activations are left out, being as long as the completions on both
+sides.
 Against it: transformers' own `generate` on all rows at once, every row with its own copy of its prompt's keys and values, drawing the
 same distribution. `least`: every weight of the language model once, and every prompt's keys and values once.
 """
@@ -19,17 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import against_rows, measuring, workload
 from opd.types import Prompt, Sampling
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "matmul", "linear")
+COPIES = ("clone", "copy", "_to_copy", "cat")
 TOKENS = 8
 """Tokens of a timed rollout."""
 
 
 class Read(TorchDispatchMode):
-    """Counts bytes of the operands that products take: of `weights` (by their storage), and of keys and values of at least `long` rows."""
+    """Counts bytes that products and copies take: of `weights` (by their storage), and of keys and values of at least `long` rows."""
 
     def __init__(self, model: Any, long: int, width: int) -> None:
         super().__init__()
@@ -38,8 +41,8 @@ class Read(TorchDispatchMode):
         self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.overloadpacket.__name__.startswith(PRODUCTS):
-            for operand in (one for one in args if isinstance(one, torch.Tensor)):
+        if function.overloadpacket.__name__.startswith(PRODUCTS + COPIES):
+            for operand in (one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)):
                 size = operand.numel() * operand.element_size()
                 if operand.untyped_storage().data_ptr() in self._storages:
                     self.weights += size

@@ -36,7 +36,7 @@ from opd.types import (
 from opd_torch import sampling as rollout
 from opd_torch.adapters import merge
 from opd_torch.batch import Targets, lay_out_completions, lay_out_prefixes, lay_out_targets
-from opd_torch.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, prompt_bytes, remember, reordered
+from opd_torch.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, joined_memory, prompt_bytes, remember, reordered
 from opd_torch.model import (
     DTYPES,
     copy_model,
@@ -101,8 +101,10 @@ class TorchBackend:
         self._kept = None
         if policy == "student" and sampling.temperature > 0 and self._keeps(prompts):
             prefixes = lay_out_prefixes(prompts, self._device)
-            memory = remember(model, prefixes)
-            self._kept = prompts, memory
+            kept = remember(model, prefixes)
+            self._kept = prompts, kept
+            with torch.no_grad():
+                memory = joined_memory(model, [list(kept)])
         else:
             with torch.no_grad(), self._autocast():
                 prefixes, memory = rollout.read(model, prompts, self._device)

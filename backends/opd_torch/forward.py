@@ -93,16 +93,19 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], 
 
 
 def joined_memory(model: Any, parts: list[list[Memory]]) -> list[Memory]:
-    """The memory of several runs of prompts as one. Takes `parts` apart, so that no more than one layer is held twice."""
+    """The memory of several runs of prompts as one, as decoding reads it. Takes `parts` apart, so that one layer at most is held twice."""
     if model.family is None:
         return list(chain.from_iterable(parts))
-    if len(parts) == 1:
-        return parts[0]
     return [tuple(map(_stacked, zip(*(part.pop(0) for part in parts), strict=True))) for _ in range(len(parts[0]))]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[B, ...] of all parts' [b, ...], with zeros behind what is shorter than the longest."""
+    """[B, ...] of all parts' [b, ...], with zeros behind what is shorter than the longest.
+
+    Prompts leave keys by tokens, and products want them by heads: else every token step would copy them all.
+    """
+    if len(tensors) == 1:
+        return tensors[0].contiguous()
     sizes = [tensor.shape for tensor in tensors]
     out = tensors[0].new_zeros(sum(size[0] for size in sizes), *map(max, zip(*(size[1:] for size in sizes), strict=True)))
     for tensor, place in zip(tensors, out.split([size[0] for size in sizes]), strict=True):
