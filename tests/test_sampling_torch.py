@@ -14,7 +14,7 @@ from opd.types import Group, Sampling, Update
 from opd_torch import backend as backend_module
 from opd_torch import sampling as module
 from opd_torch.batch import Ragged
-from opd_torch.kernels.rotary import rotate, rotated_heads
+from opd_torch.kernels.rotary import rotate, rotated_heads, turns
 from tests import random_models
 from tests.torch_cases import clone, gradients_of, make_case, relative_error
 
@@ -154,17 +154,18 @@ def test_greedy_answers_keep_nothing(case, double):
 
 @pytest.mark.parametrize("width", [6, 8])
 def test_rotation(width):
-    """Value and gradient, against the formula; angles of both halves differ, and may be narrower than a head."""
+    """Value and gradient, against the formula; angles may be narrower than a head. Pairs come to stand side by side."""
     generator = torch.Generator().manual_seed(0)
     heads, gradient = (torch.randn(5, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    cosines, sines = (torch.randn(5, 1, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    cosines, sines = (torch.randn(5, 1, width // 2, generator=generator, dtype=torch.float64).repeat(1, 1, 2) for _ in range(2))
 
     def plain(x):
         first, second = x[..., :width].chunk(2, -1)
         return torch.cat([x[..., :width] * cosines + torch.cat([-second, first], -1) * sines, x[..., width:]], -1)
 
     ours, theirs = heads.clone().requires_grad_(), heads.clone().requires_grad_()
-    out, wanted = rotate(ours, cosines, sines), plain(theirs)
+    pairs = [*np.arange(width).reshape(2, -1).T.ravel(), *range(width, 8)]
+    out, wanted = rotate(ours, turns(cosines, sines)), plain(theirs)[..., pairs]
     torch.testing.assert_close(out, wanted)
     out.backward(gradient)
     wanted.backward(gradient)
@@ -175,13 +176,13 @@ def test_rotation(width):
 def test_rotated_heads(dtype):
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(2, 5, 3, 2, 6, generator=generator).to(dtype)
-    cosines, sines = (torch.randn(5, 1, 1, 6, generator=generator) for _ in range(2))
+    cosines, sines = (torch.randn(5, 1, 1, 3, generator=generator).repeat(1, 1, 1, 2) for _ in range(2))
     gradients = [torch.randn(2, 5, 2, 6, generator=generator).to(dtype) for _ in range(3)]
     ours, theirs = packed.clone().requires_grad_(), packed.clone().requires_grad_()
     wide = theirs[:, :, :2].float()
     first, second = wide.chunk(2, -1)
-    turned = (wide * cosines + torch.cat([-second, first], -1) * sines).to(dtype)
-    out, wanted = rotated_heads(ours, cosines, sines), (*turned.unbind(2), theirs[:, :, 2])
+    turned = (wide * cosines + torch.cat([-second, first], -1) * sines).to(dtype)[..., [0, 3, 1, 4, 2, 5]]
+    out, wanted = rotated_heads(ours, turns(cosines, sines)), (*turned.unbind(2), theirs[:, :, 2])
     for one, other in zip(out, wanted, strict=True):
         torch.testing.assert_close(one, other)
     torch.autograd.backward(out, gradients)

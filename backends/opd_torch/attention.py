@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from opd_torch.families import Family
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
-"""Keys, with positions rotated in, and values: [B, G, P, d] of prefixes, [R, G, T, d] of completions."""
+"""Keys, with positions rotated in (`kernels.rotary`), and values: [B, G, P, d] of prefixes, [R, G, T, d] of completions."""
 
-Angles: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines [N, 1, d] of rotary positions."""
+Angles: TypeAlias = Tensor
+"""Rotary positions as complex numbers [N, 1, d / 2], or fewer where only a part of a head is turned (`kernels.rotary`)."""
 
 ROOM = 64
 """Tokens of a completion that fresh buffers hold; they double when they are full."""

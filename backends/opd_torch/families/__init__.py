@@ -55,7 +55,7 @@ class Family(Protocol):
         """
 
     def angles(self, text: Any, positions: Tensor, hidden: Tensor) -> list[Angles]:
-        """Cosines and sines of rotary `positions` [axes, N] for each layer, in the type of `hidden` [N, D]."""
+        """Rotary `positions` [axes, N] for each layer, as angles in the type of `hidden` [N, D] give them."""
 
     def mixer(self, layer: Any) -> Any:
         """`opd_torch.attention`, or a module with the same three functions and `Own`, for layers that mix tokens in another way."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from opd_torch import attention
 from opd_torch.attention import Angles, KeysValues
 from opd_torch.batch import Reach
-from opd_torch.kernels.rotary import rotate
+from opd_torch.kernels.rotary import rotate, turns
 
 
 class Decoder:
@@ -28,7 +28,7 @@ class Decoder:
     def angles(self, text: Any, positions: Tensor, hidden: Tensor) -> list[Angles]:
         """One rotation for all layers."""
         cosines, sines = text.rotary_emb(hidden[None], positions if len(positions) == 1 else positions[:, None])
-        return [(cosines[0, :, None], sines[0, :, None])] * len(text.layers)
+        return [turns(cosines[0, :, None], sines[0, :, None])] * len(text.layers)
 
     def mixer(self, layer: Any) -> Any:
         """Attention."""
@@ -43,12 +43,12 @@ class Decoder:
         module = layer.self_attn
         key, value = (project(normed).unflatten(-1, (-1, module.head_dim)) for project in (module.k_proj, module.v_proj))
         # Under autocast norms and rotations come out in float32.
-        return rotate(self.norm_key(layer, key), *angles).to(value.dtype), value
+        return rotate(self.norm_key(layer, key), angles).to(value.dtype), value
 
     def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
         """Queries [N, H, d], with positions rotated in; no gate."""
         query = layer.self_attn.q_proj(normed).unflatten(-1, (-1, layer.self_attn.head_dim))
-        return rotate(self.norm_query(layer, query), *angles), None
+        return rotate(self.norm_query(layer, query), angles), None
 
     def norm_key(self, layer: Any, key: Tensor) -> Tensor:
         """Keys before their rotation."""

@@ -14,6 +14,7 @@ from opd.types import Prompt
 from opd_torch.attention import Angles
 from opd_torch.batch import Reach
 from opd_torch.families.decoder import NormedDecoder
+from opd_torch.kernels.rotary import turns
 from opd_torch.vision import Frames, computed, visual_features
 
 
@@ -55,8 +56,8 @@ class Gemma3(NormedDecoder):
     def angles(self, text: Any, positions: Tensor, hidden: Tensor) -> list[Angles]:
         """A rotation for each type of layer."""
         kinds = text.config.layer_types[: len(text.layers)]
-        found = {kind: tuple(x[0, :, None] for x in text.rotary_emb(hidden[None], positions, kind)) for kind in set(kinds)}
-        return [(found[kind][0], found[kind][1]) for kind in kinds]
+        found = {kind: turns(*(x[0, :, None] for x in text.rotary_emb(hidden[None], positions, kind))) for kind in set(kinds)}
+        return [found[kind] for kind in kinds]
 
     def reach(self, layer: Any) -> Reach:
         """Within the window, where there is one: tokens before, and the whole of a token's own image."""

@@ -17,6 +17,7 @@ from transformers.vision_utils import get_vision_position_ids
 from opd.types import Prompt
 from opd_torch.families.decoder import Decoder
 from opd_torch.families.qwen3_vl import QwenVision, block, embed, frames
+from opd_torch.kernels.rotary import turns
 from opd_torch.vision import Size, computed, visual_features
 
 
@@ -48,9 +49,9 @@ def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor
     order = order.to(patches.device)
     hidden = embed(visual, patches[:, order])
     places = get_vision_position_ids(torch.tensor([[1, *size]]), merge).to(patches.device)
-    angles = [x[order, None, None] for x in visual.rotary_pos_emb(hidden, places)]
+    angles = turns(*(x[order, None, None] for x in visual.rotary_pos_emb(hidden, places)))
     for number, layer in enumerate(visual.blocks):
-        hidden = computed(again, block, layer, hidden, *angles, () if number in visual.fullatt_block_indexes else windows)
+        hidden = computed(again, block, layer, hidden, angles, () if number in visual.fullatt_block_indexes else windows)
     merged = visual.merger(hidden).view(len(patches), -1, visual.merger.mlp[-1].out_features)
     return [merged.index_select(1, (order[:: merge**2] // merge**2).argsort())]
 

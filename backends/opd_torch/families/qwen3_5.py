@@ -30,7 +30,7 @@ class Qwen35(Qwen3VL):
     def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
         """Queries and their gate, head by head from one projection."""
         query, gate = layer.self_attn.q_proj(normed).unflatten(-1, (-1, 2 * layer.self_attn.head_dim)).chunk(2, -1)
-        return rotate(self.norm_query(layer, query), *angles), gate.flatten(1)
+        return rotate(self.norm_query(layer, query), angles), gate.flatten(1)
 
     def finish(self, layer: Any, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """As everywhere, from what the gate lets through."""

@@ -17,7 +17,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from opd.types import Prompt
 from opd_torch.families.decoder import NormedDecoder
-from opd_torch.kernels.rotary import rotated_heads
+from opd_torch.kernels.rotary import rotated_heads, turns
 from opd_torch.vision import Frames, Size, computed, visual_features
 
 
@@ -72,11 +72,11 @@ def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor
     hidden = embed(visual, patches)
     positions = (visual.pos_embed(taps) * weights[:, :, None]).sum(1)
     hidden = hidden + positions.to(hidden.dtype)
-    angles = [x[:, None, None] for x in visual.rotary_pos_emb(hidden, places)]
+    angles = turns(*(x[:, None, None] for x in visual.rotary_pos_emb(hidden, places)))
     taken = list(getattr(visual, "deepstack_visual_indexes", ()))
     levels = []
     for number, layer in enumerate(visual.blocks):
-        hidden = computed(again, block, layer, hidden, *angles)
+        hidden = computed(again, block, layer, hidden, angles)
         if number in taken:
             levels.append(visual.deepstack_merger_list[taken.index(number)](hidden))
     return [level.view(len(patches), -1, level.shape[-1]) for level in [visual.merger(hidden), *levels]]
@@ -90,15 +90,15 @@ def embed(visual: Any, patches: Tensor) -> Tensor:
     return linear(patches.to(weight.dtype), kernel.flatten(1), projection.bias)
 
 
-def block(layer: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, windows: Sequence[tuple[int, int]] = ()) -> Tensor:
-    """One transformer block on `hidden` [m, L, D]. `cosines`, `sines` [L, 1, 1, d] of head width d.
+def block(layer: Any, hidden: Tensor, angles: Tensor, windows: Sequence[tuple[int, int]] = ()) -> Tensor:
+    """One transformer block on `hidden` [m, L, D]. `angles` [L, 1, 1, d / 2] of head width d.
 
     Attention is within each image, or within each of its `windows`: so many, of so many patches, standing one after the other.
     """
     attention = layer.attn
     packed = attention.qkv(layer.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
     # Queries and keys are turned in float32 and rounded then, as transformers does it.
-    heads = rotated_heads(packed, cosines, sines)
+    heads = rotated_heads(packed, angles)
     if windows:
         parts = zip(*(x.split([count * length for count, length in windows], 1) for x in heads), strict=True)
         cut = [[x.unflatten(1, window).flatten(0, 1) for x in part] for part, window in zip(parts, windows, strict=True)]

@@ -1,6 +1,9 @@
-"""Rotary positions with a backward of their own: half of the passes over memory that autograd would take, forward and backward.
+"""Rotary positions as products of complex numbers: two passes over memory forward and two backward, where transformers takes five and more.
 
-Legend: a head of width d is turned in pairs of its first and second half, which `cosines` and `sines` [..., d] hold one after the other.
+A head is turned in pairs of its first and second half. Turned heads have the two numbers of a pair side by side, which no product of a
+query and a key sees.
+
+Legend: d head width, w the turned part of it, N packed rows; m images, L patches of each, H heads.
 """
 
 from __future__ import annotations
@@ -11,76 +14,70 @@ import torch
 from torch import Tensor
 
 
-def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`heads` [..., d] turned by angles that broadcast to them; where the angles are narrower than a head, its end stays as it is."""
-    turned: Tensor = _Rotate.apply(heads, cosines, sines)
+def turns(cosines: Tensor, sines: Tensor) -> Tensor:
+    """Complex numbers [..., w / 2] of angles [..., w] whose halves are alike, in float32 or above."""
+    cosines, sines = (x[..., : x.shape[-1] // 2].to(torch.promote_types(x.dtype, torch.float32)) for x in (cosines, sines))
+    return torch.complex(cosines.contiguous(), sines.contiguous())
+
+
+def rotate(heads: Tensor, angles: Tensor) -> Tensor:
+    """`heads` [N, H, d] by `angles` [N, 1, w / 2] of `turns`; what is behind w stays as it is."""
+    turned: Tensor = _Rotate.apply(heads, angles)
     return turned
 
 
-def rotated_heads(packed: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys of `packed` [..., 3, H, d], turned, and its values, [..., H, d] each; angles [..., 1, 1, d] are float32."""
-    query, key, value = _Heads.apply(packed, cosines, sines)
+def rotated_heads(packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of `packed` [m, L, 3, H, d], turned by `angles` [L, 1, 1, d / 2], and its values, [m, L, H, d] each."""
+    query, key, value = _Heads.apply(packed, angles)
     return query, key, value
 
 
-def _turn(heads: Tensor, cosines: Tensor, sines: Tensor, out: Tensor) -> None:
-    """Writes turned heads to `out`, which has another memory."""
-    width = cosines.shape[-1]
-    torch.mul(heads[..., :width], cosines, out=out[..., :width])
-    first, second = heads[..., :width].chunk(2, -1)
-    to_first, to_second = out[..., :width].chunk(2, -1)
-    of_first, of_second = sines.chunk(2, -1)
-    # Products are rounded before they are added, as they are in transformers; addcmul would not.
-    to_first.sub_(second * of_first)
-    to_second.add_(first * of_second)
-    if width < heads.shape[-1]:
-        out[..., width:] = heads[..., width:]
+def _turn(heads: Tensor, angles: Tensor) -> Tensor:
+    """Turned heads [..., w], with pairs side by side; products are rounded before they are added, as in transformers."""
+    first, second = heads.to(angles.real.dtype).chunk(2, -1)
+    return torch.view_as_real(torch.complex(first, second).mul_(angles)).flatten(-2).to(heads.dtype)
 
 
-def _back(sines: Tensor) -> Tensor:
-    """Sines that turn a gradient back: each half's angle is the other's, the other way around."""
-    first, second = sines.chunk(2, -1)
-    return -torch.cat([second, first], -1)
+def _turn_back(gradient: Tensor, angles: Tensor, out: Tensor) -> None:
+    """Writes the gradient to heads [..., w] into `out`, from that to turned ones."""
+    pairs = gradient.to(angles.real.dtype).contiguous().unflatten(-1, (-1, 2))
+    back = torch.view_as_complex(pairs) * angles.conj()
+    for half, part in zip(out.chunk(2, -1), (back.real, back.imag), strict=True):
+        half.copy_(part)
 
 
 class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        ctx.save_for_backward(cosines, sines)
-        ctx.dtype = heads.dtype
-        out = heads.new_empty(heads.shape, dtype=torch.promote_types(heads.dtype, cosines.dtype))
-        _turn(heads, cosines, sines, out)
-        return out
+    def forward(ctx: Any, heads: Tensor, angles: Tensor) -> Tensor:
+        ctx.save_for_backward(angles)
+        width = 2 * angles.shape[-1]
+        turned = _turn(heads[..., :width], angles)
+        return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cosines, sines = ctx.saved_tensors
-        back = torch.empty_like(gradient)
-        _turn(gradient, cosines, _back(sines), back)
-        return back.to(ctx.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (angles,) = ctx.saved_tensors
+        width = 2 * angles.shape[-1]
+        back = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        _turn_back(gradient[..., :width], angles, back[..., :width])
+        back[..., width:] = gradient[..., width:]
+        return back, None
 
 
 class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cosines, sines)
+    def forward(ctx: Any, packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(angles)
         ctx.shape = packed.shape
-        turned = packed[..., :2, :, :].to(cosines.dtype)
-        out = torch.empty_like(turned, memory_format=torch.contiguous_format)
-        _turn(turned, cosines, sines, out)
-        query, key = out.to(packed.dtype).unbind(-3)
+        query, key = _turn(packed[..., :2, :, :], angles).unbind(-3)
         return query, key, packed[..., 2, :, :]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cosines, sines = (x.squeeze(-3) for x in ctx.saved_tensors)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        angles = ctx.saved_tensors[0].squeeze(-3)
         packed = gradients[0].new_empty(ctx.shape)
         query, key, value = packed.unbind(-3)
-        back = _back(sines)
-        for place, gradient in ((query, gradients[0]), (key, gradients[1])):
-            wide = place if place.dtype == cosines.dtype else torch.empty_like(place, dtype=cosines.dtype)
-            _turn(gradient.to(cosines.dtype), cosines, back, wide)
-            if wide is not place:
-                place.copy_(wide)
+        _turn_back(gradients[0], angles, query)
+        _turn_back(gradients[1], angles, key)
         value.copy_(gradients[2])
-        return packed, None, None
+        return packed, None
