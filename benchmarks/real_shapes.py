@@ -102,7 +102,7 @@ def picture(growth: dict[str, list[tuple[int, int, int]]], path: Path) -> None:
     for axes, (axis, curve) in zip(panels, growth.items(), strict=True):
         sizes, ours, least = zip(*curve, strict=True)
         axes.plot(sizes, [value / 1e12 for value in least], color="#7a7a7a", lw=1.5, label="least")
-        axes.plot(sizes, [value / 1e12 for value in ours], "o", color="#0b6e99", ms=5, label="ours")
+        axes.plot(sizes, [value / 1e12 for value in ours], "o", color="#0b6e99", ms=5, label="ours", clip_on=False)
         axes.set(xlabel=axis, ylim=(0, None), xlim=(0, None) if axis != "V" else None)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("TFLOP a group")
