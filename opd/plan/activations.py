@@ -144,10 +144,18 @@ def _completion(shape: Shape, tune: Tune, layer: Layer, view: View, length: int,
         return found + count * (delta_bytes(tune, layer, length, setting) + forked)
     if setting.mlx:
         return found + item * rows * (3 * layer.query + layer.key) + count * _scores(layer, length, view.before, setting)
+    if _joined(layer, setting):
+        # Rotated queries and keys, values, what attention gives, and of each head the logarithm of a sum in float32.
+        return found + rows * (item * 2 * (layer.query + layer.key) + FLOAT * layer.heads)
     # Queries in groups, what attention gives, and its copy for the output product; every completion has the prompt's keys and values
     # copied before its own; and the mask stands in the products' type for all queries that share a key.
     beside = count * keys * 2 * layer.key + layer.query // layer.key * length * keys
     return found + item * (rows * 3 * layer.query + beside)
+
+
+def _joined(layer: Attention, setting: Setting) -> bool:
+    """Whether torch joins two attentions of completions, which copies no prompt's keys (`joinable` in `joined.py`)."""
+    return layer.window is None and (not setting.gpu or (setting.half and layer.head_dim % 8 == 0))
 
 
 def _row(shape: Shape, tune: Tune, layer: Layer, setting: Setting) -> int:
@@ -161,9 +169,10 @@ def _row(shape: Shape, tune: Tune, layer: Layer, setting: Setting) -> int:
     # The gate itself, its sigmoid, and what it lets through.
     gate = 3 * layer.query * layer.gated if isinstance(layer, Attention) else 0
     if setting.mlx:
-        # Two residuals, two sums, a norm's result each; gate, sigmoid, its product, up, their product; queries and keys twice.
+        # Two residuals, two sums, a norm's result each; gate, sigmoid (of GELU a tanh and what it is of), its product, up, their product;
+        # queries and keys twice.
         attended = 2 * (layer.query + layer.key) if isinstance(layer, Attention) else 0
-        return item * ((2 + 2 * shape.norms) * shape.hidden + (4 + tune.full) * wide + attended + gate)
+        return item * ((2 + 2 * shape.norms) * shape.hidden + (4 + tune.full + shape.gelu) * wide + attended + gate)
     if not tune.full:
         # Norms that are not trained keep their input alone, nothing is cast, and each adapter keeps its narrow row.
         narrow = tune.rank * len(tune.adapted(shape, layer)) * item

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -108,7 +109,7 @@ def _gemma3(config: Config) -> Shape:
     # Patches are averaged, normalised, and multiplied by a matrix that is no linear layer.
     projector = Projector(((vision["hidden_size"], text["hidden_size"]),), vision["hidden_size"], linear=False)
     merge = vision["image_size"] // vision["patch_size"] // isqrt(config["mm_tokens_per_image"])
-    return _shape(config, layers, _siglip(config, merge, projector), norms=4)
+    return replace(_shape(config, layers, _siglip(config, merge, projector)), norms=4, gelu=True)
 
 
 def _idefics3(config: Config) -> Shape:
@@ -117,10 +118,10 @@ def _idefics3(config: Config) -> Shape:
     return _shape(config, [_attention(config)] * text["num_hidden_layers"], _siglip(config, merge, projector))
 
 
-def _shape(config: Config, layers: list[Attention] | list[Attention | Delta], vision: Vision, norms: int = 2) -> Shape:
+def _shape(config: Config, layers: list[Attention] | list[Attention | Delta], vision: Vision) -> Shape:
     text = config["text_config"]
     tied = bool(config["tie_word_embeddings"])
-    return Shape(text["hidden_size"], text["intermediate_size"], text["vocab_size"], tied, tuple(layers), vision, norms)
+    return Shape(text["hidden_size"], text["intermediate_size"], text["vocab_size"], tied, tuple(layers), vision)
 
 
 def _attention(config: Config, **kind: Any) -> Attention:
