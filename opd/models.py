@@ -63,9 +63,9 @@ class ModelChoice(Options):
         """What a run leaves behind, in a folder of this name: the model, or the adapter where only that was trained."""
         return "model" if self.tune == "full" else "adapter"
 
-    def options(self, seed: int = 0) -> ModelOptions:
-        """What a backend is given; `seed` draws fresh adapters. Raises ModelError."""
-        folder, adapter = self._found()
+    def options(self, seed: int = 0, weights: bool = True) -> ModelOptions:
+        """What a backend is given; `seed` draws fresh adapters, `weights` as in `folder`. Raises ModelError."""
+        folder, adapter = self._found(weights)
         if self.tune == "full":
             return ModelOptions(folder, self.dtype, self.vision, adapter=adapter)
         chosen = AdapterOptions(self.rank, self.alpha, self.targets, self.vision, self.projector, seed)

@@ -402,6 +402,11 @@ def test_passes_follow_what_is_kept_and_trained():
         ({}, ["--image", "huge"], "--image huge: write it as WIDTHxHEIGHT"),
         ({}, ["--image", "9000x9"], "images of 9000 x 9 pixels cannot be encoded"),
         ({}, ["--backend", "cudo"], "--backend 'cudo' cannot be planned; did you mean 'cuda'?"),
+        (
+            {},
+            ["--set", "model.tune=lora", "--set", "model.targets=['qproj']"],
+            "model.targets: the language model has no linear layer 'qproj'; did you mean 'q_proj'?",  # in training's words
+        ),
     ],
 )
 def test_a_mistake_is_one_line(folder, change, arguments, message):
