@@ -316,7 +316,7 @@ def test_what_to_change_where_nothing_fits(folder):
     changes = found.smaller()
     assert changes["model.tune=qlora"] < changes["model.tune=lora"] < found.usable < changes["rollout.max_tokens=512"]
     least = ["rollout.microbatch_tokens=1", "rollout.sample_tokens=1"]
-    lora = load("paper", [f"model.path={folder}", "model.tune=lora", "model.vision=false", *least])
+    lora = load("paper", [f"model.path={folder}", "model.tune=lora", *least])
     assert plan(lora, found.device, assumed=Assumed((1024, 768))).memory.peak == changes["model.tune=lora"]
 
 
