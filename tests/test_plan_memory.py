@@ -180,8 +180,18 @@ def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_n
     assert seen == [None]
 
 
-def test_layers_are_computed_again_where_the_backend_does(backend_name, middle):
-    measured = Measured(backend_name, middle, QUESTION, (112, 96), (32, 32), n=3, length=7)
+def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkeypatch):
+    """MLX holds nothing of what the rule computes there, and computes a segment at a time again."""
+    measured = Measured(backend_name, model("qwen3_5", MIDDLE["qwen3_5"], tmp_path), QUESTION, (320, 320), (32, 32), n=2, length=32)
+    assert measured.work.student.before > 256
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.15)
+    for checkpointed in (False, True):
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=0.15)
+
+
+@pytest.mark.parametrize("image", [(112, 96), (320, 320)], ids=["short", "long"])
+def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, image):
+    measured = Measured(backend_name, middle, QUESTION, image, (32, 32), n=3, length=7)
     forward = importlib.import_module(measured.module.__name__.replace("backend", "forward"))
     assert forward.CHECKPOINT_ABOVE == CHECKPOINT_ABOVE
     if backend_name == "mlx":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from opd.plan.activations import FLOAT, Setting, activations, delta_bytes, handed_bytes
+from opd.plan.activations import CHUNK, FLOAT, SEGMENT, Setting, activations, delta_bytes, delta_held, handed_bytes
 from opd.plan.shape import Delta, Layer, Shape, Tune
 from opd.plan.work import KNOWN_BYTES, View, Work
 
@@ -57,8 +57,9 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
     sums = 0 if work.calls == 1 else gradient
     before = sum(held.values())
     remembered = _remembered(shape, tune, work, setting)
-    prefill = _passing(shape, work, setting, work.student, work.sampled)
     read, own = work.sampled * _kept(shape, work.student.before, setting), _cache(shape, work, setting)
+    # A pass that is remembered holds the prompts' keys already.
+    kept = remembered or read
     return Memory(
         held=held,
         parts={
@@ -71,8 +72,7 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
             "sampled logits": logits,
         },
         phases={
-            # A pass that is remembered holds the prompts' keys already.
-            "rollout": before + casts + (remembered or read) + max(prefill, own + logits),
+            "rollout": before + casts + max(_passing(shape, work.student, setting, work.sampled, kept), kept + own + logits),
             "accumulate": before + sums + _accumulate(shape, tune, work, setting, head, again),
             # torch's optimizer works in place, MLX's makes every array anew.
             "apply": before + gradient + gradient * setting.mlx,
@@ -106,7 +106,7 @@ def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tu
     rest = taught if setting.mlx else kept + asked
     return max(
         # The teacher's prompts.
-        served * remembered + casts + taught + _passing(shape, work, setting, work.teacher, work.together),
+        served * remembered + casts + _passing(shape, work.teacher, setting, work.together, taught),
         # The head stage, and where the completions' backward begins.
         prompts + earlier + student.completions + found + max(buffers, student.passing[2]),
         prompts + layers + asked + max(table + one, 2 * table),
@@ -121,15 +121,28 @@ def estimate(shape: Shape, work: Work, setting: Setting) -> int:
     """The backends' own rough count of activations, on which they decide whether to compute layers again (`activation_bytes`)."""
     v, view, prompts, query = shape.vision, work.student, work.together, shape.attention.query
     rows, depth = (work.split or work.completions) * work.tokens, len(shape.layers)
+    deltas = [layer for layer in shape.layers if isinstance(layer, Delta)]
+    attends, tokens = depth - len(deltas), view.before + rows
     if setting.mlx:
-        a_row = 6 * shape.hidden + 3 * shape.intermediate + 6 * query
         scores = 2 * shape.attention.heads * (view.before**2 + rows * (view.before + work.tokens))
-        text = depth * prompts * (a_row * (view.before + rows) + scores)
+        text = depth * tokens * (6 * shape.hidden + 3 * shape.intermediate) + attends * (6 * query * tokens + scores)
         a_patch = 10 * v.hidden + 3 * v.intermediate
-        return setting.item * (text + v.layers * prompts * (view.patches * a_patch + 2 * v.heads * view.pairs()))
-    a_row = 12 * shape.hidden + 4 * shape.intermediate + 8 * query
+        found = setting.item * (text + v.layers * (view.patches * a_patch + 2 * v.heads * view.pairs()))
+        many = rows // work.tokens
+        return prompts * (found + sum(_estimated(one, view.before) + many * _estimated(one, work.tokens) for one in deltas))
+    text = tokens * (depth * (12 * shape.hidden + 4 * shape.intermediate) + attends * 8 * query)
     a_patch = 16 * v.hidden + 4 * v.intermediate
-    return setting.item * prompts * (depth * (view.before + rows) * a_row + v.layers * view.patches * a_patch)
+    found = setting.item * (text + v.layers * view.patches * a_patch)
+    return prompts * (found + sum(tokens * _estimated(one, 0, setting.item) for one in deltas))
+
+
+def _estimated(layer: Delta, length: int, item: int = 0) -> int:
+    """The backends' own count of a delta net (`delta_bytes` of their `forward.py`): of a token in torch's `item`, of `length` in MLX."""
+    keys, states = layer.value_heads * layer.key_dim, 2 * layer.state // CHUNK
+    if item:
+        return item * 3 * layer.channels + FLOAT * (9 * keys + 9 * layer.values + 6 * layer.value_heads * CHUNK + states)
+    solved = 6 * keys + 3 * layer.values + layer.value_heads * CHUNK * (8 + CHUNK // 2) + states if length <= SEGMENT else 0
+    return FLOAT * length * (4 * layer.channels + 4 * layer.values + solved)
 
 
 def _held(shape: Shape, tune: Tune, work: Work, setting: Setting) -> dict[str, int]:
@@ -234,21 +247,25 @@ def _head(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int) ->
     return int(buffers * chunk) + heads, states + FLOAT * shape.embedding * tune.full
 
 
-def _passing(shape: Shape, work: Work, setting: Setting, view: View, prompts: int) -> int:
-    """A forward without a backward over `prompts` prompts seen as `view`, beside what layers keep: the widest layer passing by."""
+def _passing(shape: Shape, view: View, setting: Setting, prompts: int, kept: int) -> int:
+    """A forward over `prompts` prompts seen as `view`: what all layers have `kept`, and the widest passing by; or, before them, the
+    tower's."""
     v = shape.vision
     rows = max(_forward(shape, layer, view.before, setting) for layer in shape.kinds)
     patch = v.hidden * 6 * FLOAT + (2 + v.gated) * v.intermediate * setting.item
     # MLX without its fused kernel: scores, less their largest, exponentials, weights.
     scores = 4 * setting.item * setting.mlx * (not setting.gpu) * v.heads * view.pairs()
-    return prompts * max(rows, view.patches * patch + scores - _kept(shape, view.before, setting))
+    return max(kept + prompts * rows, prompts * (view.patches * patch + scores))
 
 
 def _forward(shape: Shape, layer: Layer, before: int, setting: Setting) -> int:
     """A layer passing by without a backward: rows, three feed-forward arrays, and scores; or what the delta rule solves."""
     if isinstance(layer, Delta):
-        # As counted; MLX frees its triangle's rows as it goes, torch little before the layer ends.
-        return delta_bytes(Tune(), layer, before, setting) // 4 * (2 if setting.mlx else 3)
+        if not setting.mlx:
+            # As counted, here and below: torch frees little before the layer ends, MLX its triangle's rows as it goes.
+            return delta_bytes(Tune(), layer, before, setting) // 4 * 3
+        found = delta_held(Tune(), layer, before, setting) if before > SEGMENT else 0
+        return found + delta_bytes(Tune(), layer, min(before, SEGMENT), setting) // 2
     row = 3 * shape.intermediate * setting.item + 3 * shape.hidden * FLOAT
     scores = 4 * setting.item * setting.mlx * (not setting.gpu) * before
     return before * (row + scores * layer.heads)
