@@ -80,9 +80,14 @@ class Plan:
         between them."""
         rate = self.device.matmul_share * self.device.matmul[self.dtype]
         bandwidth = self.device.bandwidth_share * self.device.bandwidth
-        return {
-            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth for name, stage in self.stages.items()
-        }
+        plain, turned = self.device.packed or (rate, rate)
+
+        def seconds(name: str, stage: Stage) -> float:
+            packed = stage.packed / (turned if name == "student backward" else plain)
+            products = packed + (stage.operations - stage.packed) / rate
+            return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
+
+        return {name: seconds(name, stage) for name, stage in self.stages.items()}
 
     @property
     def usable(self) -> float:
