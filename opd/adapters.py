@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -101,13 +101,17 @@ def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Te
 def _chosen(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> list[str]:
     """The layers that get an adapter."""
     language = {name: name.rpartition(".")[2] for name in layers if part(name) == "language"}
-    known = set(language.values())
-    for target in options.targets:
-        if target not in known:
-            raise RecipeError(f"model.targets: the language model has no linear layer '{target}'; {nearest(target, known)}")
+    check_targets(options.targets, set(language.values()))
     wanted = {"vision": options.vision, "projector": options.projector}
     chosen = {name for name, word in language.items() if not options.targets or word in options.targets}
     return [name for name in layers if wanted.get(part(name)) or name in chosen]
+
+
+def check_targets(targets: Iterable[str], known: Collection[str]) -> None:
+    """Raises RecipeError for a target that is none of the `known` last words of the language model's linear layers."""
+    for target in targets:
+        if target not in known:
+            raise RecipeError(f"model.targets: the language model has no linear layer '{target}'; {nearest(target, known)}")
 
 
 def fit(tensors: Mapping[str, FloatArray], layers: Mapping[str, tuple[int, int]], folder: Path) -> None:

@@ -26,7 +26,11 @@ class ModelChoice(Options):
         "full", description="What is trained: all parameters, or low-rank adapters (qlora: over weights in 4 bits)."
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Computation's type; what trains is kept in float32 anyway.")
-    vision: bool = Field(True, description="Train the vision tower too, or adapters on its linear layers.")
+    vision: bool = Field(
+        # So that a recipe that trains all of a model adapts the usual part of it once `tune` alone is set.
+        default_factory=lambda given: given.get("tune", "full") == "full",
+        description="Train the vision tower too, or adapters on its linear layers; where it is not set, only with tune = full.",
+    )
     projector: bool = Field(False, description="Adapters between vision tower and language model too; full trains it with the tower.")
     rank: int = Field(32, ge=1, description="Rank of an adapter.")
     alpha: float = Field(64.0, gt=0, description="An adapter's product is multiplied by alpha / rank.")
@@ -63,9 +67,9 @@ class ModelChoice(Options):
         """What a run leaves behind, in a folder of this name: the model, or the adapter where only that was trained."""
         return "model" if self.tune == "full" else "adapter"
 
-    def options(self, seed: int = 0) -> ModelOptions:
-        """What a backend is given; `seed` draws fresh adapters. Raises ModelError."""
-        folder, adapter = self._found()
+    def options(self, seed: int = 0, weights: bool = True) -> ModelOptions:
+        """What a backend is given; `seed` draws fresh adapters, `weights` as in `folder`. Raises ModelError."""
+        folder, adapter = self._found(weights)
         if self.tune == "full":
             return ModelOptions(folder, self.dtype, self.vision, adapter=adapter)
         chosen = AdapterOptions(self.rank, self.alpha, self.targets, self.vision, self.projector, seed)

@@ -34,11 +34,12 @@ def qwen3_vl(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
     """Writes a random Qwen3-VL checkpoint into `folder` and returns it.
 
     `sizes` and their defaults: hidden 48, layers 3, heads 4, kv_heads 2, head_dim 12, mlp 64, vision_hidden 32, vision_layers 3,
-    vision_heads 2, vision_mlp 48, positions 64 (a square), patch 8, deepstack 1 (layers that feed the text), tied True.
+    vision_heads 2, vision_mlp 48, positions 64 (a square), patch 8, deepstack 1 (layers that feed the text), tied True,
+    vocabulary 0 (as many as the tokenizer has).
     """
     size = {
         "hidden": 48, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 12, "mlp": 64, "vision_hidden": 32, "vision_layers": 3,
-        "vision_heads": 2, "vision_mlp": 48, "positions": 64, "patch": 8, "deepstack": 1, "tied": True,
+        "vision_heads": 2, "vision_mlp": 48, "positions": 64, "patch": 8, "deepstack": 1, "tied": True, "vocabulary": 0,
     }  # fmt: skip
     unknown = sizes.keys() - size.keys()
     assert not unknown, f"unknown sizes: {sorted(unknown)}"
@@ -48,6 +49,7 @@ def qwen3_vl(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
         if file.is_file() and file.suffix not in WEIGHTS:
             shutil.copy(file, folder)
     config = _config(json.loads((SOURCE / "config.json").read_text()), size)
+    config["text_config"]["vocab_size"] = size["vocabulary"] or config["text_config"]["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     rng = np.random.default_rng(seed)
     shapes = _shapes(size, config["text_config"]["vocab_size"])

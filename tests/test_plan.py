@@ -316,7 +316,7 @@ def test_what_to_change_where_nothing_fits(folder):
     changes = found.smaller()
     assert changes["model.tune=qlora"] < changes["model.tune=lora"] < found.usable < changes["rollout.max_tokens=512"]
     least = ["rollout.microbatch_tokens=1", "rollout.sample_tokens=1"]
-    lora = load("paper", [f"model.path={folder}", "model.tune=lora", "model.vision=false", *least])
+    lora = load("paper", [f"model.path={folder}", "model.tune=lora", *least])
     assert plan(lora, found.device, assumed=Assumed((1024, 768))).memory.peak == changes["model.tune=lora"]
 
 
@@ -380,6 +380,18 @@ def test_seconds_are_of_the_slower_of_computing_and_moving_and_of_the_passes_bet
     assert replace(found, device=moved).seconds["rollout decode"] == pytest.approx((stage.moved + stage.passed) / 0.7e6)
 
 
+def test_products_with_weights_in_4_bits_have_a_rate_of_their_own():
+    found = plan(load("tiny", ["model.tune=qlora"]), devices.Device("x", {"float32": 1e12}, 1e15, 1e12, 1.0, "mlx", "", 1.0, 1.0))
+    slow = replace(found, device=replace(found.device, packed=(1e9, 4e9)))
+    work = found.work
+    products = work.prompts * 2.0 * work.completions * work.tokens * found.shape.weights
+    assert found.stages["rollout decode"].packed == products
+    assert slow.seconds["rollout decode"] - found.seconds["rollout decode"] == pytest.approx(products / 1e9 - products / 1e12)
+    backward = found.stages["student backward"]
+    assert slow.seconds["student backward"] - found.seconds["student backward"] == pytest.approx(backward.packed * (1 / 4e9 - 1e-12))
+    assert not any(stage.packed for stage in replace(found, tune=Tune("lora", False)).stages.values())
+
+
 def test_passes_follow_what_is_kept_and_trained():
     found = plan(load("tiny"), devices.DEVICES["H200"])
     twice = replace(found, work=replace(found.work, prompts=2 * found.work.prompts)).stages
@@ -402,6 +414,11 @@ def test_passes_follow_what_is_kept_and_trained():
         ({}, ["--image", "huge"], "--image huge: write it as WIDTHxHEIGHT"),
         ({}, ["--image", "9000x9"], "images of 9000 x 9 pixels cannot be encoded"),
         ({}, ["--backend", "cudo"], "--backend 'cudo' cannot be planned; did you mean 'cuda'?"),
+        (
+            {},
+            ["--set", "model.tune=lora", "--set", "model.targets=['qproj']"],
+            "model.targets: the language model has no linear layer 'qproj'; did you mean 'q_proj'?",  # in training's words
+        ),
     ],
 )
 def test_a_mistake_is_one_line(folder, change, arguments, message):

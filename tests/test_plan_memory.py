@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 
 import numpy as np
 import pytest
@@ -107,10 +108,10 @@ class Measured:
         return gradient + self.peak(lambda: self.backend.accumulate([self.group], Objective(top_k=100)))
 
 
-def agree(measured, plan, phase, among_held=0.2, alone=0.3):
-    """Within a fifth of all that is allocated, and within `alone` of what the phase itself allocates."""
+def agree(measured, plan, phase, alone=0.1):
+    """Within 8 % of all that is allocated, and within `alone` of what the phase itself allocates."""
     held = sum(plan.held.values())
-    assert plan.phases[phase] == pytest.approx(held + measured, rel=among_held)
+    assert plan.phases[phase] == pytest.approx(held + measured, rel=0.08)
     assert plan.phases[phase] - held == pytest.approx(measured, rel=alone)
 
 
@@ -137,8 +138,8 @@ QUESTION = "What is on it? " * 4
 def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
     measured = Measured(backend_name, big, "?", (32, 32), (32, 32), n=2, length=6)
     assert sum(measured.shape.parameters.values()) > 8e7
-    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.5)
-    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate")
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.2)
+    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
 
 
 @pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
@@ -146,19 +147,51 @@ def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
     """Activations are most of it here."""
     measured = Measured(backend_name, middle, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters)
     # MLX decides by itself in what order it computes, torch does not.
-    alone = {"cpu": 0.15, "mlx": 0.2}[backend_name]
+    alone = {"cpu": 0.08, "mlx": 0.18}[backend_name]
+    agree(measured.rollout(), measured.plan(False), "rollout", alone)
     for checkpointed in (False, True):
         agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
 
 
 def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
     measured = Measured(backend_name, middle, QUESTION, (96, 96), (32, 32), n=2, length=32, dtype="bfloat16")
-    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.5)
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.3)
     agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate")
 
 
-def test_layers_are_computed_again_where_the_backend_does(backend_name, middle):
-    measured = Measured(backend_name, middle, QUESTION, (112, 96), (32, 32), n=3, length=7)
+@pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
+def test_memory_of_a_large_vocabulary(backend_name, tmp_path, adapters, monkeypatch):
+    """Logits and the embedding's gradients are most of it here."""
+    folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=60_000)
+    measured = Measured(backend_name, folder, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters)
+    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate", alone=0.08)
+
+
+def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_name, middle, monkeypatch):
+    """Nothing is planned for it."""
+    measured = Measured(backend_name, middle, QUESTION, (32, 32), (32, 32), n=1, length=2)
+    backend = measured.backend
+    backend.sample([measured.group.student, measured.short], np.full((2, 1, 2), 0.5, np.float32), Sampling())
+    kept = weakref.ref(backend._kept.backwards[0] if backend_name == "mlx" else backend._kept[1][0][0])
+    teacher = "_teacher_memories" if backend_name == "mlx" else "_hidden"
+    run, seen = getattr(backend, teacher), []
+    monkeypatch.setattr(backend, teacher, lambda *rest: seen.append(kept()) or run(*rest))
+    backend.accumulate([measured.group], Objective(top_k=100))
+    assert seen == [None]
+
+
+def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkeypatch):
+    """MLX holds nothing of what the rule computes there, and computes a segment at a time again."""
+    measured = Measured(backend_name, model("qwen3_5", MIDDLE["qwen3_5"], tmp_path), QUESTION, (320, 320), (32, 32), n=2, length=32)
+    assert measured.work.student.before > 256
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.15)
+    for checkpointed in (False, True):
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=0.15)
+
+
+@pytest.mark.parametrize("image", [(112, 96), (320, 320)], ids=["short", "long"])
+def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, image):
+    measured = Measured(backend_name, middle, QUESTION, image, (32, 32), n=3, length=7)
     forward = importlib.import_module(measured.module.__name__.replace("backend", "forward"))
     assert forward.CHECKPOINT_ABOVE == CHECKPOINT_ABOVE
     if backend_name == "mlx":

@@ -34,6 +34,18 @@ def test_overrides_are_toml_or_plain_strings():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("preset", recipes.PRESETS)
+def test_the_tower_is_trained_with_all_weights_and_adapted_where_asked_for(preset):
+    def vision(*overrides):
+        return recipes.load(preset, overrides).model.vision
+
+    assert vision("model.tune=full")
+    assert not vision("model.tune=lora")
+    assert not vision("model.tune=qlora")
+    assert vision("model.tune=lora", "model.vision=true")
+    assert not vision("model.tune=full", "model.vision=false")
+
+
 def test_zero_is_none_in_the_objective():
     objective = recipes.load("tiny", ["objective.top_k=0", "objective.ratio_clip=0"]).objective.objective(0.7)
     assert (objective.top_k, objective.ratio_clip, objective.temperature) == (None, None, 0.7)

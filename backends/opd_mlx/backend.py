@@ -128,6 +128,7 @@ class MlxBackend:
         kept, self._kept = self._kept, None
         shares = kept.shares(groups, used) if kept else []
         prompts = kept.backwards if kept and shares else []
+        del kept  # before anything runs: it may serve none of these prompts
         shares = shares or [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
         given = [[groups[index] for index in share] for share in shares]
         parts = [self._part(part) for part in _parts(given, split)]

@@ -5,8 +5,8 @@ Legend: see `batch`. Nothing here evaluates: under `mx.vjp` it is one traced fun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 from mlx.nn.utils import checkpoint
@@ -14,6 +14,7 @@ from mlx.nn.utils import checkpoint
 from opd.types import Prompt
 from opd_mlx.attention import KeysValues, Layer, Own
 from opd_mlx.batch import Batch, Prefixes
+from opd_mlx.families.qwen3_5 import CHUNK, SEGMENT
 from opd_mlx.model import Model
 
 Memory: TypeAlias = list[KeysValues]
@@ -83,8 +84,21 @@ def activation_bytes(model: Model, batch: Batch) -> int:
     count, length = batch.shape[1:]
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
-    a_row = 6 * text["hidden_size"] + 3 * text["intermediate_size"] + 6 * heads * head
+    deltas = list(text.get("layer_types") or ()).count("linear_attention")
+    attends, tokens = text["num_hidden_layers"] - deltas, width + count * length
     scores = 2 * heads * (width * width + count * length * (width + length))
-    layers = text["num_hidden_layers"] * prompts * (a_row * (width + count * length) + scores)
+    rows = text["num_hidden_layers"] * tokens * (6 * text["hidden_size"] + 3 * text["intermediate_size"])
+    layers = model.dtype.size * (rows + attends * (6 * heads * head * tokens + scores))
+    layers += deltas * (delta_bytes(text, width) + count * delta_bytes(text, length)) if deltas else 0
     images = sum(model.family.vision_bytes(model.config, prompt, model.dtype.size) for prompt in batch.prefixes.sources)
-    return int(model.dtype.size * layers + images)
+    return int(prompts * layers + images)
+
+
+def delta_bytes(text: Mapping[str, Any], length: int) -> int:
+    """Bytes that a backward holds of `length` tokens in a gated delta net, beside what every layer keeps; all of it is float32."""
+    heads, width = text["linear_num_value_heads"], text["linear_key_head_dim"]
+    keys, values = heads * width, heads * text["linear_value_head_dim"]
+    channels = 2 * text["linear_num_key_heads"] * width + values
+    # Of longer rows the rule is computed again, a segment at a time. Its inverse of a triangle keeps all rows before each row.
+    solved = 6 * keys + 3 * values + heads * CHUNK * (8 + CHUNK // 2) + 2 * width * values // CHUNK if length <= SEGMENT else 0
+    return int(4 * length * (4 * channels + 4 * values + solved))

@@ -117,9 +117,11 @@ class TorchBackend:
         if not filled:
             return _in_place(groups, [])
         parts = _parts(filled, split)
+        # Before the teacher runs, so that what serves none of these prompts is freed.
+        memory = self._recalled([group.student for group in filled])
         teacher = self._hidden("teacher", filled, parts)
         try:
-            statistics = self._differentiate(filled, parts, teacher, objective)
+            statistics = self._differentiate(filled, parts, teacher, memory, objective)
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
                     summed = self._gradient.setdefault(name, parameter.grad)
@@ -232,9 +234,15 @@ class TorchBackend:
             return [complete(model, lay_out_completions(prefixes, _tokens(part)), memory) for part in parts]
 
     def _differentiate(
-        self, groups: Sequence[Group], parts: Sequence[Sequence[Group]], teacher: list[Tensor], objective: Objective
+        self,
+        groups: Sequence[Group],
+        parts: Sequence[Sequence[Group]],
+        teacher: list[Tensor],
+        memory: list[Memory] | None,
+        objective: Objective,
     ) -> list[list[TokenStatistics]]:
-        """Statistics of all groups; adds their gradient to that of the student's parameters. `teacher`: hidden states of each part.
+        """Statistics of all groups; adds their gradient to that of the student's parameters. `teacher`: hidden states of each part;
+        `memory`: what the student's layers keep of the prompts, where they have run.
 
         The parts' backward ends at what the prompts left in memory; their sum there is where the prompts' backward begins.
         """
@@ -246,7 +254,7 @@ class TorchBackend:
         # Graphs that hold casts of weights share them; where layers are computed again none does, and each part's are freed with it.
         with nullcontext() if again else torch.autocast(self._device.type, enabled=False):
             with self._autocast():
-                memory = self._recalled(prompts) or remember(model, prefixes, again)
+                memory = memory or remember(model, prefixes, again)
             leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in layer) for layer in memory]
             for part, its_teacher in zip(parts, teacher, strict=True):
                 with self._autocast():

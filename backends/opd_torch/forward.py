@@ -17,6 +17,7 @@ from torch import Tensor
 from opd.types import Prompt
 from opd_torch.batch import Batch, Prefixes
 from opd_torch.families import rows
+from opd_torch.families.gated_delta import CHUNK
 from opd_torch.vision import computed
 
 Memory: TypeAlias = tuple[Tensor, Tensor]
@@ -140,8 +141,19 @@ def prompt_bytes(model: Any, prompts: Sequence[Prompt], tokens: int, itemsize: i
     """Bytes that a backward holds of prompts' images and of `tokens`, roughly: what each layer's products keep."""
     text, vision = model.config.text_config, model.config.vision_config
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    a_row = 12 * text.hidden_size + 4 * text.intermediate_size + 8 * heads
+    deltas = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
+    rows = text.num_hidden_layers * (12 * text.hidden_size + 4 * text.intermediate_size) + (text.num_hidden_layers - deltas) * 8 * heads
+    a_token = itemsize * rows + (deltas * delta_bytes(text, itemsize) if deltas else 0)
     a_patch = 16 * vision.hidden_size + 4 * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
     patches = sum(model.family.patches(prompt, model) for prompt in prompts)
-    return int(itemsize * (text.num_hidden_layers * tokens * a_row + depth * patches * a_patch))
+    return int(tokens * a_token + itemsize * depth * patches * a_patch)
+
+
+def delta_bytes(text: Any, itemsize: int) -> int:
+    """Bytes that a backward holds of a token in a gated delta net, beside what every layer keeps; what the rule solves is float32."""
+    heads, width = text.linear_num_value_heads, text.linear_key_head_dim
+    keys, values = heads * width, heads * text.linear_value_head_dim
+    channels = 2 * text.linear_num_key_heads * width + values
+    # Every chunk starts from a state of its own, and its tokens meet in six squares.
+    return int(itemsize * 3 * channels + 4 * (9 * keys + 9 * values + 6 * heads * CHUNK + 2 * width * values // CHUNK))

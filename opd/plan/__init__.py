@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL.Image import new
 
+from opd.adapters import check_targets
 from opd.errors import BackendError, DataError, UserError, nearest
 from opd.models import ModelChoice
 from opd.plan.activations import Setting
@@ -79,9 +80,14 @@ class Plan:
         between them."""
         rate = self.device.matmul_share * self.device.matmul[self.dtype]
         bandwidth = self.device.bandwidth_share * self.device.bandwidth
-        return {
-            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth for name, stage in self.stages.items()
-        }
+        plain, turned = self.device.packed or (rate, rate)
+
+        def seconds(name: str, stage: Stage) -> float:
+            packed = stage.packed / (turned if name == "student backward" else plain)
+            products = packed + (stage.operations - stage.packed) / rate
+            return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
+
+        return {name: seconds(name, stage) for name, stage in self.stages.items()}
 
     @property
     def usable(self) -> float:
@@ -133,9 +139,13 @@ class Plan:
 def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None) -> Plan:
     """The plan of a recipe on a device; `backend` None takes the device's own. Raises UserError."""
     assumed = assumed or Assumed()
-    folder, choice, rollout = recipe.model.folder(weights=False), recipe.model, recipe.rollout
+    choice, rollout = recipe.model, recipe.rollout
+    options = choice.options(weights=False)
+    folder = options.path
     config = read_config(folder)
     shape = shape_of(config)
+    if options.adapters and not options.adapter:
+        check_targets(options.adapters.targets, {name for layer in shape.kinds for name in shape.linears(layer)})
     image, crop = assumed.image, assumed.crop
     if image is None or crop is None:
         found = _of_data(recipe)

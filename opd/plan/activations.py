@@ -19,6 +19,9 @@ FLOAT = 4
 CHUNK = 64
 """Tokens of which the delta rule is one solve, in both backends."""
 
+SEGMENT = 4 * CHUNK
+"""Tokens of which MLX holds what the delta rule computes; of longer rows it computes each segment again (`qwen3_5.py`)."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -74,10 +77,10 @@ def activations(shape: Shape, tune: Tune, work: Work, setting: Setting, again: b
             v.whole * seen + v.windowed * windowed + merged,
             sum(prompt[layer] for layer in shape.layers[:-1])
             + kept
-            - sum(prompts * delta_bytes(tune, layer, view.before, setting) for layer in idle),
+            - sum(prompts * delta_held(tune, layer, view.before, setting) for layer in idle),
             sum(completion[layer] for layer in shape.layers)
             + final
-            - sum(count * delta_bytes(tune, layer, work.tokens, setting) for layer in idle),
+            - sum(count * delta_held(tune, layer, work.tokens, setting) for layer in idle),
             passing,
         )
     rows = len(shape.layers) * shape.hidden * setting.stream
@@ -109,15 +112,27 @@ def _passing(shape: Shape, tune: Tune, work: Work, setting: Setting, count: int)
         ]
         found = [3 * item * width * many for width, many in zip(wide, rows, strict=True)]
         return found[0], max(found[1], solved[0]), max(found[2], solved[1])
-    # The gradients of every array, and of attention weights twice.
+    # The gradients of every array, and what is beside them.
     layers = list(shape.kinds)
     one = prompts * tune.sees * max(_block(v, view, window, setting) + 2 * item * v.heads * view.pairs(window) for window in (0, v.window))
-    two = prompts * max(_prompt(shape, tune, layer, view, setting) + 2 * _scores(layer, view.before, 0, setting) for layer in layers)
+    two = prompts * max(_prompt(shape, tune, layer, view, setting) + _beside(tune, layer, view.before, 0, setting) for layer in layers)
     three = max(
-        _completion(shape, tune, layer, view, work.tokens, count, setting) + 2 * count * _scores(layer, work.tokens, view.before, setting)
+        _completion(shape, tune, layer, view, work.tokens, count, setting) + count * _beside(tune, layer, work.tokens, view.before, setting)
         for layer in layers
     )
     return one, two, three
+
+
+def _beside(tune: Tune, layer: Layer, length: int, before: int, setting: Setting) -> int:
+    """What MLX's backward needs of a layer beside the gradients of what is held, of `length` tokens behind `before` others.
+
+    The gradients of attention weights twice; or of what a delta net computes three fifths, as counted, since it is freed on the way, and
+    of a segment that is computed again all else too.
+    """
+    if isinstance(layer, Attention):
+        return 2 * _scores(layer, length, before, setting)
+    segment = delta_bytes(tune, layer, min(length, SEGMENT), setting)
+    return 8 * segment // 5 if length > SEGMENT else -2 * segment // 5
 
 
 def _prompt(shape: Shape, tune: Tune, layer: Layer, view: View, setting: Setting) -> int:
@@ -125,7 +140,7 @@ def _prompt(shape: Shape, tune: Tune, layer: Layer, view: View, setting: Setting
     item, rows = setting.item, view.before
     found = rows * _row(shape, tune, layer, setting)
     if isinstance(layer, Delta):
-        return found + delta_bytes(tune, layer, rows, setting)
+        return found + delta_held(tune, layer, rows, setting)
     if setting.mlx:
         # Queries once more, keys and values twice; and the attention weights.
         return found + item * rows * (2 * layer.query + 3 * layer.key) + _scores(layer, rows, 0, setting)
@@ -141,13 +156,21 @@ def _completion(shape: Shape, tune: Tune, layer: Layer, view: View, length: int,
     if isinstance(layer, Delta):
         # Every completion starts from a copy of its prompt's state and window.
         forked = handed_bytes(layer, 0, setting)
-        return found + count * (delta_bytes(tune, layer, length, setting) + forked)
+        return found + count * (delta_held(tune, layer, length, setting) + forked)
     if setting.mlx:
         return found + item * rows * (3 * layer.query + layer.key) + count * _scores(layer, length, view.before, setting)
+    if _joined(layer, setting):
+        # Rotated queries and keys, values, what attention gives, and of each head the logarithm of a sum in float32.
+        return found + rows * (item * 2 * (layer.query + layer.key) + FLOAT * layer.heads)
     # Queries in groups, what attention gives, and its copy for the output product; every completion has the prompt's keys and values
     # copied before its own; and the mask stands in the products' type for all queries that share a key.
     beside = count * keys * 2 * layer.key + layer.query // layer.key * length * keys
     return found + item * (rows * 3 * layer.query + beside)
+
+
+def _joined(layer: Attention, setting: Setting) -> bool:
+    """Whether torch joins two attentions of completions, which copies no prompt's keys (`joinable` in `joined.py`)."""
+    return layer.window is None and (not setting.gpu or (setting.half and layer.head_dim % 8 == 0))
 
 
 def _row(shape: Shape, tune: Tune, layer: Layer, setting: Setting) -> int:
@@ -161,9 +184,10 @@ def _row(shape: Shape, tune: Tune, layer: Layer, setting: Setting) -> int:
     # The gate itself, its sigmoid, and what it lets through.
     gate = 3 * layer.query * layer.gated if isinstance(layer, Attention) else 0
     if setting.mlx:
-        # Two residuals, two sums, a norm's result each; gate, sigmoid, its product, up, their product; queries and keys twice.
+        # Two residuals, two sums, a norm's result each; gate, sigmoid (of GELU a tanh and what it is of), its product, up, their product;
+        # queries and keys twice.
         attended = 2 * (layer.query + layer.key) if isinstance(layer, Attention) else 0
-        return item * ((2 + 2 * shape.norms) * shape.hidden + (4 + tune.full) * wide + attended + gate)
+        return item * ((2 + 2 * shape.norms) * shape.hidden + (4 + tune.full + shape.gelu) * wide + attended + gate)
     if not tune.full:
         # Norms that are not trained keep their input alone, nothing is cast, and each adapter keeps its narrow row.
         narrow = tune.rank * len(tune.adapted(shape, layer)) * item
@@ -202,6 +226,13 @@ def delta_bytes(tune: Tune, layer: Delta, length: int, setting: Setting) -> int:
         return states + FLOAT * (length * each + chunks * chunk * solved)
     solved = 9 * keys + 3 * layer.values + 6 * square
     return states + length * (setting.item * channels * layer.channels + FLOAT * values * layer.values) + chunks * chunk * FLOAT * solved
+
+
+def delta_held(tune: Tune, layer: Delta, length: int, setting: Setting) -> int:
+    """Bytes of `delta_bytes` that a backward holds: of a row in segments what they start from, what they find, and gate and norm."""
+    if not setting.mlx or length <= SEGMENT:
+        return delta_bytes(tune, layer, length, setting)
+    return FLOAT * (4 * length * (layer.channels + layer.values) + layer.state * -(-length // SEGMENT))
 
 
 def _block(vision: Vision, view: View, window: int, setting: Setting) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -58,7 +59,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _qwen3_vl(config: Config) -> Shape:
-    return _shape(config, [_attention(config, normed=True)] * config["text_config"]["num_hidden_layers"], _qwen_tower(config))
+    return _shape(config, [_attention(config, normed=True)] * config["text_config"]["num_hidden_layers"], _tapped_tower(config))
 
 
 def _qwen2_5_vl(config: Config) -> Shape:
@@ -70,21 +71,9 @@ def _qwen2_5_vl(config: Config) -> Shape:
     merged = width * merge**2
     # A norm without bias over patches, and two biases.
     projector = Projector(((merged, merged), (merged, text["hidden_size"])), width + merged + text["hidden_size"])
-    tower = Vision(
-        width,
-        vision["depth"],
-        vision["num_heads"],
-        vision["intermediate_size"],
-        vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
-        merge,
-        0,
-        projector,
-        gated=True,
-        window=vision["window_size"] // merge // vision["patch_size"] * merge,
-        windowed=vision["depth"] - len(set(vision["fullatt_block_indexes"]) & set(range(vision["depth"]))),
-        moments=vision["temporal_patch_size"],
-    )
-    return _shape(config, layers, tower)
+    window = vision["window_size"] // merge // vision["patch_size"] * merge
+    windowed = vision["depth"] - len(set(vision["fullatt_block_indexes"]) & set(range(vision["depth"])))
+    return _shape(config, layers, _qwen_tower(config, 0, projector, gated=True, window=window, windowed=windowed))
 
 
 def _qwen3_5(config: Config) -> Shape:
@@ -98,7 +87,7 @@ def _qwen3_5(config: Config) -> Shape:
     )
     gated = _attention(config, normed=True, gated=True)
     layers = [delta if kind == "linear_attention" else gated for kind in text["layer_types"]]
-    return _shape(config, layers, _qwen_tower(config))
+    return _shape(config, layers, _tapped_tower(config))
 
 
 def _gemma3(config: Config) -> Shape:
@@ -108,7 +97,7 @@ def _gemma3(config: Config) -> Shape:
     # Patches are averaged, normalised, and multiplied by a matrix that is no linear layer.
     projector = Projector(((vision["hidden_size"], text["hidden_size"]),), vision["hidden_size"], linear=False)
     merge = vision["image_size"] // vision["patch_size"] // isqrt(config["mm_tokens_per_image"])
-    return _shape(config, layers, _siglip(config, merge, projector), norms=4)
+    return replace(_shape(config, layers, _siglip(config, merge, projector)), norms=4, gelu=True)
 
 
 def _idefics3(config: Config) -> Shape:
@@ -117,10 +106,10 @@ def _idefics3(config: Config) -> Shape:
     return _shape(config, [_attention(config)] * text["num_hidden_layers"], _siglip(config, merge, projector))
 
 
-def _shape(config: Config, layers: list[Attention] | list[Attention | Delta], vision: Vision, norms: int = 2) -> Shape:
+def _shape(config: Config, layers: list[Attention] | list[Attention | Delta], vision: Vision) -> Shape:
     text = config["text_config"]
     tied = bool(config["tie_word_embeddings"])
-    return Shape(text["hidden_size"], text["intermediate_size"], text["vocab_size"], tied, tuple(layers), vision, norms)
+    return Shape(text["hidden_size"], text["intermediate_size"], text["vocab_size"], tied, tuple(layers), vision)
 
 
 def _attention(config: Config, **kind: Any) -> Attention:
@@ -129,24 +118,31 @@ def _attention(config: Config, **kind: Any) -> Attention:
     return Attention(heads, text["num_key_value_heads"], text.get("head_dim") or text["hidden_size"] // heads, **kind)
 
 
-def _qwen_tower(config: Config) -> Vision:
+def _tapped_tower(config: Config) -> Vision:
     """Of Qwen3-VL and Qwen3.5: learned positions, and a merger of its own for each tap."""
     text, vision = config["text_config"], config["vision_config"]
     width, merge = vision["hidden_size"], vision["spatial_merge_size"]
     taps, merged = len(vision.get("deepstack_visual_indexes") or ()), width * merge**2
     # Two biases in each merger; the last normalises patches, those of taps visual tokens, all with biases.
     others = (1 + taps) * (merged + text["hidden_size"]) + 2 * width + taps * 2 * merged
+    projector = Projector(((merged, merged), (merged, text["hidden_size"])) * (1 + taps), others)
+    return _qwen_tower(config, width * (1 + vision["num_position_embeddings"]), projector, taps=taps)
+
+
+def _qwen_tower(config: Config, embedding: int, projector: Projector, **kind: Any) -> Vision:
+    """The sizes that all Qwen towers name alike: patches of several frames, merged into tokens."""
+    vision = config["vision_config"]
     return Vision(
-        width,
+        vision["hidden_size"],
         vision["depth"],
         vision["num_heads"],
         vision["intermediate_size"],
         vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
-        merge,
-        width * (1 + vision["num_position_embeddings"]),
-        Projector(((merged, merged), (merged, text["hidden_size"])) * (1 + taps), others),
-        taps,
+        vision["spatial_merge_size"],
+        embedding,
+        projector,
         moments=vision["temporal_patch_size"],
+        **kind,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from opd.plan.activations import FLOAT, Setting, activations, delta_bytes, handed_bytes
+from opd.plan.activations import CHUNK, FLOAT, SEGMENT, Setting, activations, delta_bytes, delta_held, handed_bytes
 from opd.plan.shape import Delta, Layer, Shape, Tune
 from opd.plan.work import KNOWN_BYTES, View, Work
 
@@ -21,7 +21,10 @@ PREFILL_TOKENS = 16384
 """Tokens of prompts whose pass in the rollout is kept for the gradient (`sampling.py` of both)."""
 
 ROOM = 64
-"""Tokens of torch's first buffer of a completion's keys, which doubles when it is full (`attention.py`)."""
+"""Tokens of the first buffer of a completion's keys, which doubles when it is full (`attention.py` of both; MLX's may be smaller)."""
+
+TOGETHER = 2**24
+"""Bytes of gradient that MLX adds at a time (`backend.py`)."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +50,16 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
     student = activations(shape, tune, work, setting, again)
     held = _held(shape, tune, work, setting)
     casts = _casts(shape, tune, setting)
-    cache = _cache(shape, work, setting)
     logits = _sampled(shape, tune, work, setting)
     head = _head(shape, tune, work, setting, top_k)
     gradient = FLOAT * trained
     # What earlier micro-batches summed stays whole until a micro-batch's own gradient is.
     sums = 0 if work.calls == 1 else gradient
-    # Of completions a few at a time: their sum, and what they ask of the prompts' keys and values.
-    asked = 0 if not work.split else gradient + work.together * _kept(shape, work.student.before, setting)
-    teacher = casts + _passing(shape, work, setting, work.teacher, work.together)
-    forward = student.total + (0 if again and not setting.mlx else casts) + head
-    # Between the completions' backward and the prompts', the layers' gradients stand beside the prompts' activations.
-    layers = _layers(shape, tune) * (setting.item if not setting.mlx else FLOAT)
-    middle = student.prompts + student.vision + student.passing[1] + layers + _head_gradient(shape, tune) + (0 if again else casts)
-    last = student.vision + gradient + _head_gradient(shape, tune) + student.passing[0] * again
-    end = gradient + _head_gradient(shape, tune)
     before = sum(held.values())
-    room = max(shape.embedding, shape.hidden * shape.intermediate) * FLOAT if tune.full else 0
-    accumulate = max(teacher, asked + forward + student.passing[2] * (again or setting.mlx), middle, last, end)
-    prefill = casts + _passing(shape, work, setting, work.student, work.sampled)
+    remembered = _remembered(shape, tune, work, setting)
+    read, own = work.sampled * _kept(shape, work.student.before, setting), _cache(shape, work, setting)
+    # A pass that is remembered holds the prompts' keys already.
+    kept = remembered or read
     return Memory(
         held=held,
         parts={
@@ -73,17 +67,53 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
             "weights in bfloat16": casts,
             "activations": student.total,
             "one layer again" if again else "one layer's backward": max(student.passing),
-            "head chunks": head,
-            "key-value cache": cache,
+            "head chunks": sum(head),
+            "key-value cache": read + own,
             "sampled logits": logits,
         },
         phases={
-            "rollout": before + _remembered(shape, tune, work, setting) + max(prefill, casts + cache + logits),
-            "accumulate": before + sums + accumulate,
-            "apply": before + gradient + (gradient if setting.mlx else 2 * room),
+            "rollout": before + casts + max(_passing(shape, work.student, setting, work.sampled, kept), kept + own + logits),
+            "accumulate": before + sums + _accumulate(shape, tune, work, setting, head, again),
+            # torch's optimizer works in place, MLX's makes every array anew.
+            "apply": before + gradient + gradient * setting.mlx,
         },
         checkpointed=again,
         disk=4 * FLOAT * trained,
+    )
+
+
+def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tuple[int, int], again: bool) -> int:
+    """The largest sum of bytes while a micro-batch is differentiated; `head` is `_head`'s."""
+    student, casts, (buffers, found) = activations(shape, tune, work, setting, again), _casts(shape, tune, setting), head
+    gradient, layers = FLOAT * sum(tune.trained(shape).values()), FLOAT * _layers(shape, tune)
+    table = FLOAT * shape.embedding * tune.full
+    slopes = _slopes(shape, tune, again) if setting.mlx else 0
+    remembered = _remembered(shape, tune, work, setting)
+    if served := bool(remembered) and work.sampled == work.together == work.prompts:
+        # The rollout's pass over just these prompts serves them, even where the layers of completions run again.
+        whole = activations(shape, tune, work, setting, again=False)
+        student = replace(student, vision=whole.vision, prompts=whole.prompts, passing=(*whole.passing[:2], student.passing[2]))
+    # Keys and values of the prompts, and what completions ask of them. MLX sums that in float32, into a buffer that is there from the
+    # start, and keeps what the teacher's prompts left as long.
+    kept, asked = (work.together * _kept(shape, work.student.before, one) for one in (setting, _summed(setting)))
+    taught = work.together * _kept(shape, work.teacher.before, setting)
+    beside = asked + taught if setting.mlx else 0
+    prompts = beside + student.vision + student.prompts + (0 if again and not setting.mlx else casts)
+    # Of completions a few at a time: what earlier ones summed, and asked.
+    earlier = layers + table + asked if work.split else 0
+    # As the completions' backward ends, one layer of theirs is left, and all layers have gradients; then the embedding's joins the head's.
+    one = student.passing[2] + (0 if again else student.completions // len(shape.layers)) + slopes * bool(work.split)
+    rest = taught if setting.mlx else kept + asked
+    return max(
+        # The teacher's prompts.
+        served * remembered + casts + _passing(shape, work.teacher, setting, work.together, taught),
+        # The head stage, and where the completions' backward begins.
+        prompts + earlier + student.completions + found + max(buffers, student.passing[2]),
+        prompts + layers + asked + max(table + one, 2 * table),
+        # Where the prompts' backward begins, and where the tower's does; MLX meets the embedding before it, torch behind.
+        prompts + layers + table + student.passing[1] + (slopes if setting.mlx else asked),
+        rest + student.vision + layers + max(table + max(student.passing[0], slopes), 2 * table * setting.mlx),
+        rest + gradient + table * (not setting.mlx),
     )
 
 
@@ -91,15 +121,28 @@ def estimate(shape: Shape, work: Work, setting: Setting) -> int:
     """The backends' own rough count of activations, on which they decide whether to compute layers again (`activation_bytes`)."""
     v, view, prompts, query = shape.vision, work.student, work.together, shape.attention.query
     rows, depth = (work.split or work.completions) * work.tokens, len(shape.layers)
+    deltas = [layer for layer in shape.layers if isinstance(layer, Delta)]
+    attends, tokens = depth - len(deltas), view.before + rows
     if setting.mlx:
-        a_row = 6 * shape.hidden + 3 * shape.intermediate + 6 * query
         scores = 2 * shape.attention.heads * (view.before**2 + rows * (view.before + work.tokens))
-        text = depth * prompts * (a_row * (view.before + rows) + scores)
+        text = depth * tokens * (6 * shape.hidden + 3 * shape.intermediate) + attends * (6 * query * tokens + scores)
         a_patch = 10 * v.hidden + 3 * v.intermediate
-        return setting.item * (text + v.layers * prompts * (view.patches * a_patch + 2 * v.heads * view.pairs()))
-    a_row = 12 * shape.hidden + 4 * shape.intermediate + 8 * query
+        found = setting.item * (text + v.layers * (view.patches * a_patch + 2 * v.heads * view.pairs()))
+        many = rows // work.tokens
+        return prompts * (found + sum(_estimated(one, view.before) + many * _estimated(one, work.tokens) for one in deltas))
+    text = tokens * (depth * (12 * shape.hidden + 4 * shape.intermediate) + attends * 8 * query)
     a_patch = 16 * v.hidden + 4 * v.intermediate
-    return setting.item * prompts * (depth * (view.before + rows) * a_row + v.layers * view.patches * a_patch)
+    found = setting.item * (text + v.layers * view.patches * a_patch)
+    return prompts * (found + sum(tokens * _estimated(one, 0, setting.item) for one in deltas))
+
+
+def _estimated(layer: Delta, length: int, item: int = 0) -> int:
+    """The backends' own count of a delta net (`delta_bytes` of their `forward.py`): of a token in torch's `item`, of `length` in MLX."""
+    keys, states = layer.value_heads * layer.key_dim, 2 * layer.state // CHUNK
+    if item:
+        return item * 3 * layer.channels + FLOAT * (9 * keys + 9 * layer.values + 6 * layer.value_heads * CHUNK + states)
+    solved = 6 * keys + 3 * layer.values + layer.value_heads * CHUNK * (8 + CHUNK // 2) + states if length <= SEGMENT else 0
+    return FLOAT * length * (4 * layer.channels + 4 * layer.values + solved)
 
 
 def _held(shape: Shape, tune: Tune, work: Work, setting: Setting) -> dict[str, int]:
@@ -135,9 +178,20 @@ def _layers(shape: Shape, tune: Tune) -> int:
     return shape.weights if tune.full else sum(tune.trained(shape).values())
 
 
-def _head_gradient(shape: Shape, tune: Tune) -> int:
-    """The head's own gradient, until it is added to what came through the embedding."""
-    return FLOAT * shape.embedding if tune.full else 0
+def _slopes(shape: Shape, tune: Tune, again: bool) -> int:
+    """Gradients that MLX adds at a time (`_add`), beside their sums: a layer's, or of a layer that is not computed again some."""
+
+    def pieces(layer: Layer) -> int:
+        linears = shape.linears(layer).values() if tune.full else tune.adapted(shape, layer)
+        each = [FLOAT * (i * o if tune.full else tune.rank * (i + o)) for i, o in linears]
+        return sum(each) if again else min(sum(each), TOGETHER + max(each, default=0))
+
+    return max(map(pieces, shape.kinds))
+
+
+def _summed(setting: Setting) -> Setting:
+    """In which type of number gradients to the prompts' keys are added up."""
+    return replace(setting, half=False) if setting.mlx else setting
 
 
 def _remembered(shape: Shape, tune: Tune, work: Work, setting: Setting) -> int:
@@ -147,7 +201,8 @@ def _remembered(shape: Shape, tune: Tune, work: Work, setting: Setting) -> int:
     if setting.half or not small:
         return 0
     student = activations(shape, tune, work.limited(work.sampled), setting, again=False)
-    return student.vision + student.prompts
+    starts = _kept(shape, work.student.before, setting) if setting.mlx else 0
+    return student.vision + student.prompts + work.sampled * starts
 
 
 def _kept(shape: Shape, tokens: int, setting: Setting) -> int:
@@ -156,13 +211,11 @@ def _kept(shape: Shape, tokens: int, setting: Setting) -> int:
 
 
 def _cache(shape: Shape, work: Work, setting: Setting) -> int:
-    """What every layer keeps: of prompts once, of completions in buffers."""
-    room = work.tokens
-    if not setting.mlx:
-        room = ROOM
-        while room < work.tokens:
-            room *= 2
-    return work.sampled * (_kept(shape, work.student.before, setting) + work.completions * _kept(shape, room, setting))
+    """What every layer keeps of completions, in buffers that double."""
+    room = min(ROOM, work.tokens) if setting.mlx else ROOM
+    while room < work.tokens:
+        room *= 2
+    return work.sampled * work.completions * _kept(shape, room, setting)
 
 
 def _sampled(shape: Shape, tune: Tune, work: Work, setting: Setting) -> int:
@@ -182,32 +235,37 @@ def _head_copy(tune: Tune, setting: Setting) -> int:
     return setting.item * tune.full + FLOAT * (not setting.gpu)
 
 
-def _head(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int) -> int:
-    """The head stage: chunk buffers, both policies' heads where they are cast, and the gradients of head and hidden states."""
+def _head(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int) -> tuple[int, int]:
+    """The head stage: chunk buffers with both policies' heads where they are cast; and hidden states, their gradient and the head's."""
     rows = work.together * (work.split or work.completions) * work.tokens
     chunk = FLOAT * shape.vocabulary * min(rows, max(16, CHUNK_BYTES // (FLOAT * shape.vocabulary)))
-    # Counted by tests/test_torch_memory.py and tests/test_mlx_memory.py.
-    buffers = 10 if setting.mlx else 4 if not top_k or top_k >= shape.vocabulary else 3.2
+    some = 0 < top_k < shape.vocabulary
+    # Counted by tests/test_torch_memory.py and tests/test_mlx_memory.py; MLX computes a head's gradient first, and frees what it took.
+    buffers = (3.2 if some else 4) if not setting.mlx else (5 if some else 9) if tune.full else (7 if some else 13)
     heads = (1 + tune.full) * shape.embedding * _head_copy(tune, setting)
     states = rows * shape.hidden * (2 * setting.item + FLOAT)
-    return int(buffers * chunk) + heads + states + _head_gradient(shape, tune)
+    return int(buffers * chunk) + heads, states + FLOAT * shape.embedding * tune.full
 
 
-def _passing(shape: Shape, work: Work, setting: Setting, view: View, prompts: int) -> int:
-    """A forward without a backward over `prompts` prompts seen as `view`: what all layers keep, and the widest layer passing by."""
+def _passing(shape: Shape, view: View, setting: Setting, prompts: int, kept: int) -> int:
+    """A forward over `prompts` prompts seen as `view`: what all layers have `kept`, and the widest passing by; or, before them, the
+    tower's."""
     v = shape.vision
     rows = max(_forward(shape, layer, view.before, setting) for layer in shape.kinds)
     patch = v.hidden * 6 * FLOAT + (2 + v.gated) * v.intermediate * setting.item
     # MLX without its fused kernel: scores, less their largest, exponentials, weights.
     scores = 4 * setting.item * setting.mlx * (not setting.gpu) * v.heads * view.pairs()
-    return prompts * max(_kept(shape, view.before, setting) + rows, view.patches * patch + scores)
+    return max(kept + prompts * rows, prompts * (view.patches * patch + scores))
 
 
 def _forward(shape: Shape, layer: Layer, before: int, setting: Setting) -> int:
     """A layer passing by without a backward: rows, three feed-forward arrays, and scores; or what the delta rule solves."""
     if isinstance(layer, Delta):
-        # As counted; MLX frees its triangle's rows as it goes, torch little before the layer ends.
-        return delta_bytes(Tune(), layer, before, setting) // 4 * (2 if setting.mlx else 3)
+        if not setting.mlx:
+            # As counted, here and below: torch frees little before the layer ends, MLX its triangle's rows as it goes.
+            return delta_bytes(Tune(), layer, before, setting) // 4 * 3
+        found = delta_held(Tune(), layer, before, setting) if before > SEGMENT else 0
+        return found + delta_bytes(Tune(), layer, min(before, SEGMENT), setting) // 2
     row = 3 * shape.intermediate * setting.item + 3 * shape.hidden * FLOAT
     scores = 4 * setting.item * setting.mlx * (not setting.gpu) * before
     return before * (row + scores * layer.heads)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from opd.plan.activations import FLOAT, Activations, Setting, activations
-from opd.plan.shape import Shape, Tune
+from opd.plan.activations import FLOAT, Activations, Setting, activations, delta_bytes, delta_held
+from opd.plan.shape import Delta, Shape, Tune
 from opd.plan.work import View, Work, reused
 
 FORWARD, BACKWARD = 3, 5
@@ -49,5 +49,12 @@ def passed(shape: Shape, tune: Tune, work: Work, setting: Setting, again: bool) 
 
 def _kept(shape: Shape, work: Work, setting: Setting, view: View) -> Activations:
     """What a backward of one whole group would need, whatever is trained."""
-    one = replace(work, student=view, prompts=1)
-    return activations(shape, Tune(), one.limited(1), setting, again=False)
+    one, tune = replace(work, student=view, prompts=1), Tune()
+    found = activations(shape, tune, one.limited(1), setting, again=False)
+    # Long rows of a delta net are not held whole, and computed all the same.
+    beside = sum(
+        count * (delta_bytes(tune, layer, view.before, setting) - delta_held(tune, layer, view.before, setting))
+        for layer, count in shape.kinds.items()
+        if isinstance(layer, Delta)
+    )
+    return replace(found, prompts=found.prompts + beside)

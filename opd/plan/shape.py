@@ -190,7 +190,7 @@ class Vision:
 
 @dataclass(frozen=True)
 class Shape:
-    """A vision-language model by its sizes; `norms` of a language layer, 2 or 4."""
+    """A vision-language model by its sizes; `norms` of a language layer, 2 or 4; `gelu` where its feed-forward has that instead of SiLU."""
 
     hidden: int
     intermediate: int
@@ -199,6 +199,7 @@ class Shape:
     layers: tuple[Layer, ...]
     vision: Vision
     norms: int = 2
+    gelu: bool = False
 
     @property
     def attention(self) -> Attention:

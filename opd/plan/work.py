@@ -152,11 +152,13 @@ class Stage:
     """What one stage of a step computes and moves: `operations` at matrix-product speed, which read `moved` bytes meanwhile.
 
     `passed` bytes are those of elementwise work between the products: norms, activations, softmax; they take time of their own.
+    `packed`: those of the operations whose weights stand in 4 bits; in a backward, their transposes.
     """
 
     operations: float
     moved: float = 0.0
     passed: float = 0.0
+    packed: float = 0.0
 
 
 def tower(vision: Vision, view: View) -> Cost:
@@ -201,7 +203,7 @@ def stages(shape: Shape, tune: Tune, work: Work, item: int, checkpointed: bool) 
     image = tower(shape.vision, work.student)
     prompt, teacher_prompt = prefix(shape, work.student), prefix(shape, work.teacher)
     completed = completions(shape, work.student.before, work.tokens, work.completions)
-    teacher = completions(shape, work.teacher.before, work.tokens, work.completions).forward + teacher_prompt.forward
+    teacher_completed = completions(shape, work.teacher.before, work.tokens, work.completions)
     text = prompt.plus(completed)
     differentiated = text.plus(image) if tune.sees else text
     head = 2.0 * shape.embedding
@@ -211,14 +213,25 @@ def stages(shape: Shape, tune: Tune, work: Work, item: int, checkpointed: bool) 
     each = {
         "rollout prefill": prompt.forward + image.forward,
         "rollout decode": completed.forward + rows * head,
-        "teacher forward": teacher + tower(shape.vision, work.teacher).forward,
+        "teacher forward": teacher_completed.forward + teacher_prompt.forward + tower(shape.vision, work.teacher).forward,
         "student forward": text.forward + adapters + image.forward * (not once),
         "student backward": differentiated.backward(full) + 2 * adapters,
         "recomputation": (differentiated.again() + adapters) * checkpointed,
         # Logits of both policies, and the gradients of the student's hidden states and, where it is trained, of the head.
         "head and divergence": (3 + full) * rows * head,
     }
-    found = {name: Stage(work.prompts * operations) for name, operations in each.items()}
+    packed = {
+        "rollout prefill": prompt.products,
+        "rollout decode": completed.products,
+        "teacher forward": teacher_prompt.products + teacher_completed.products,
+        "student forward": text.products,
+        "student backward": text.products,
+        "recomputation": (text.products - text.once) * checkpointed,
+    }
+    found = {
+        name: Stage(work.prompts * operations, packed=work.prompts * packed.get(name, 0.0) * (tune.kind == "qlora"))
+        for name, operations in each.items()
+    }
     found["rollout decode"] = replace(found["rollout decode"], moved=_decoded(shape, work, item))
     count = sum(trained.values())
     found["optimizer"] = Stage(15.0 * count)
