@@ -10,8 +10,6 @@ key-value heads, E head width.
 
 from __future__ import annotations
 
-import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
@@ -19,6 +17,8 @@ from typing import Any, Protocol, TypeAlias, cast
 import mlx.core as mx
 
 from opd_mlx.batch import Masks, Prefixes, Rule
+from opd_mlx.kernels import exponentials
+from opd_mlx.kernels.exponentials import exponential, softmax, swiglu
 
 KeysValues: TypeAlias = tuple[mx.array, mx.array]
 """Keys, with positions rotated in, and values: [B, H / G, P, E] of prompts, [B, H / G, n, T, E] of completions.
@@ -29,23 +29,10 @@ In a recurrent layer, which keeps no keys: whatever two arrays its completions s
 ROOM = 64
 """Tokens of the first buffer of a completion's keys."""
 
-SLOW_EXPONENTIAL = platform.machine() == "x86_64" and mx.default_device() == mx.cpu
-"""There MLX's exp takes 12 ns a number, which is most of an attention's time, and its power takes 5."""
-
-
-def softmax(scores: mx.array) -> mx.array:
-    """Softmax over the last axis, computed in float32."""
-    return cast("mx.array", _softmax_by_power(scores)) if SLOW_EXPONENTIAL else mx.softmax(scores, axis=-1, precise=True)
-
-
-def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + exp(-x)), of which the exponential is most."""
-    return cast("mx.array", _sigmoid_by_power(x)) if SLOW_EXPONENTIAL else mx.sigmoid(x)
-
 
 def attend(query: mx.array, key: mx.array, value: mx.array, scale: float) -> mx.array:
     """Every query attends to every key, [batch, heads, tokens, width] each."""
-    if SLOW_EXPONENTIAL:
+    if exponentials.SLOW_EXPONENTIAL:
         mixed, *_ = cast("tuple[mx.array, ...]", _attend_by_power(query * scale, key, value))
         return mixed
     from mlx_vlm.models.base import ensure_fused_sdpa  # pads widths, such as 72, that Metal's fused kernel does not take
@@ -147,8 +134,7 @@ class AttentionLayer:
     def finish(self, hidden: mx.array, mixed: mx.array, beside: mx.array | None) -> mx.array:
         """Output projection of `mixed` [rows, H * E] and feed-forward, both added to the rows."""
         hidden = hidden + self.module.self_attn.o_proj(mixed)
-        out: mx.array = hidden + self.module.mlp(self.module.post_attention_layernorm(hidden))
-        return out
+        return hidden + feed_forward(self.module.mlp, self.module.post_attention_layernorm(hidden))
 
     def prefix(
         self, hidden: mx.array, angles: KeysValues, prefixes: Prefixes, mask: mx.array | None, last: bool
@@ -195,6 +181,11 @@ class AttentionLayer:
         return rotate(query, *angles), rotate(self.key(rows), *angles), value, beside
 
 
+def feed_forward(module: Any, rows: mx.array) -> mx.array:
+    """mlx-vlm's feed-forward with a gate by SiLU."""
+    return cast("mx.array", module.down_proj(swiglu(module.gate_proj(rows), module.up_proj(rows))))
+
+
 def angles_at(positions: mx.array, base: float, width: int, dtype: mx.Dtype, factor: float = 1.0) -> KeysValues:
     """Cosines and sines [rows, 1, width] of rotary `positions` [rows], divided by `factor` (linear scaling)."""
     frequencies = 1.0 / base ** (mx.arange(0, width, 2, dtype=mx.float32) / width) / factor
@@ -227,22 +218,10 @@ def _over_both(query: mx.array, prefix: KeysValues, own: KeysValues, masks: Mask
 
 
 @mx.custom_function
-def _softmax_by_power(scores: mx.array) -> mx.array:
-    powers = mx.power(mx.array(math.e), (scores - scores.max(-1, keepdims=True)).astype(mx.float32))
-    return (powers / powers.sum(-1, keepdims=True)).astype(scores.dtype)
-
-
-@_softmax_by_power.vjp
-def _softmax_slope(scores: mx.array, slope: mx.array, weights: mx.array) -> mx.array:
-    weighted = slope * weights
-    return weighted - weights * weighted.sum(-1, keepdims=True)
-
-
-@mx.custom_function
 def _attend_by_power(query: mx.array, key: mx.array, value: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """What queries find, and for the backward the powers and their sums. These are a column of the product; it is divided by them last."""
     scores = query @ key.swapaxes(-1, -2)
-    powers = mx.power(mx.array(math.e), (scores - scores.max(-1, keepdims=True)).astype(mx.float32))
+    powers = exponential(scores - scores.max(-1, keepdims=True))
     mixed, sums = mx.split(powers @ _and_ones(value), [value.shape[-1]], axis=-1)
     return (mixed / sums).astype(value.dtype), powers, sums
 
@@ -261,13 +240,3 @@ def _attend_slopes(given: tuple[mx.array, ...], slopes: tuple[mx.array, ...], fo
 def _and_ones(value: mx.array) -> mx.array:
     """`value` [..., E] and a column of ones, in float32."""
     return mx.concatenate([value.astype(mx.float32), mx.ones((*value.shape[:-1], 1))], axis=-1)
-
-
-@mx.custom_function
-def _sigmoid_by_power(x: mx.array) -> mx.array:
-    return (1.0 / (1.0 + mx.power(mx.array(math.e), -x.astype(mx.float32)))).astype(x.dtype)
-
-
-@_sigmoid_by_power.vjp
-def _sigmoid_slope(x: mx.array, slope: mx.array, value: mx.array) -> mx.array:
-    return slope * (value - mx.square(value))

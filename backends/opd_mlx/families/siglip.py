@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opd.types import Prompt
 from opd_mlx.attention import attend
-from opd_mlx.families.qwen3_vl import gelu
+from opd_mlx.kernels.exponentials import gelu
 
 
 def encode(tower: Any, pixels: NDArray[Any], again: bool, places: NDArray[np.int32], real: NDArray[np.int32] | None = None) -> mx.array:
