@@ -307,7 +307,7 @@ def test_bfloat16_computes_on_float32_masters(case):
     assert 1e-4 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.1
     assert {value.dtype for one in (backend._gradient, backend._student) for value in one.values()} == {mx.float32}
     sampled, wanted = (
-        one.sample([groups[0].student], np.full((1, 2, 4), 0.5, np.float32), Sampling(1.0))[0][0] for one in (backend, exact)
+        one.sample([groups[0].student], np.full((1, 2, 4), 0.4, np.float32), Sampling(1.0))[0][0] for one in (backend, exact)
     )
     np.testing.assert_allclose(sampled.logprobs[:1], wanted.logprobs[:1], atol=0.1)
 

@@ -14,6 +14,7 @@ from mlx.nn.utils import checkpoint
 from opd.types import Prompt
 from opd_mlx.attention import KeysValues, Layer, Own
 from opd_mlx.batch import Batch, Prefixes
+from opd_mlx.kernels.scores import KEPT_BYTES
 from opd_mlx.model import Model
 
 Memory: TypeAlias = list[KeysValues]
@@ -77,14 +78,14 @@ def complete(model: Model, batch: Batch, memory: Memory, again: bool = False, ow
 
 
 def activation_bytes(model: Model, batch: Batch) -> int:
-    """Bytes that a backward holds, roughly: what each layer's products and softmax keep, of text and of images."""
+    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images, and scores where they are few."""
     text = model.config["text_config"]
     prompts, width = batch.prefixes.shape
     count, length = batch.shape[1:]
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
     a_row = 6 * text["hidden_size"] + 3 * text["intermediate_size"] + 6 * heads * head
-    scores = 2 * heads * (width * width + count * length * (width + length))
-    layers = text["num_hidden_layers"] * prompts * (a_row * (width + count * length) + scores)
+    rows = model.dtype.size * prompts * a_row * (width + count * length)
+    scores = min(4 * heads * prompts * (width * width + count * length * (width + length)), 2 * KEPT_BYTES)
     images = sum(model.family.vision_bytes(model.config, prompt, model.dtype.size) for prompt in batch.prefixes.sources)
-    return int(model.dtype.size * layers + images)
+    return int(text["num_hidden_layers"] * (rows + scores) + images)

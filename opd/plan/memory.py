@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from opd.plan.activations import FLOAT, Setting, activations, delta_bytes, handed_bytes
+from opd.plan.activations import FLOAT, KEPT_BYTES, Setting, activations, delta_bytes, handed_bytes, passing_scores
 from opd.plan.shape import Delta, Layer, Shape, Tune
 from opd.plan.work import KNOWN_BYTES, View, Work
 
@@ -93,10 +93,10 @@ def estimate(shape: Shape, work: Work, setting: Setting) -> int:
     rows, depth = (work.split or work.completions) * work.tokens, len(shape.layers)
     if setting.mlx:
         a_row = 6 * shape.hidden + 3 * shape.intermediate + 6 * query
-        scores = 2 * shape.attention.heads * (view.before**2 + rows * (view.before + work.tokens))
-        text = depth * prompts * (a_row * (view.before + rows) + scores)
+        scores = FLOAT * shape.attention.heads * prompts * (view.before**2 + rows * (view.before + work.tokens))
+        text = depth * (setting.item * prompts * a_row * (view.before + rows) + min(scores, 2 * KEPT_BYTES))
         a_patch = 10 * v.hidden + 3 * v.intermediate
-        return setting.item * (text + v.layers * prompts * (view.patches * a_patch + 2 * v.heads * view.pairs()))
+        return text + v.layers * prompts * (setting.item * view.patches * a_patch + min(FLOAT * v.heads * view.pairs(), KEPT_BYTES))
     a_row = 12 * shape.hidden + 4 * shape.intermediate + 8 * query
     a_patch = 16 * v.hidden + 4 * v.intermediate
     return setting.item * prompts * (depth * (view.before + rows) * a_row + v.layers * view.patches * a_patch)
@@ -198,8 +198,8 @@ def _passing(shape: Shape, work: Work, setting: Setting, view: View, prompts: in
     v = shape.vision
     rows = max(_forward(shape, layer, view.before, setting) for layer in shape.kinds)
     patch = v.hidden * 6 * FLOAT + (2 + v.gated) * v.intermediate * setting.item
-    # MLX without its fused kernel: scores, less their largest, exponentials, weights.
-    scores = 4 * setting.item * setting.mlx * (not setting.gpu) * v.heads * view.pairs()
+    # MLX without its fused kernel: scores, less their largest, exponentials; of a block.
+    scores = setting.mlx * (not setting.gpu) * passing_scores(4 * FLOAT * v.heads * view.pairs(), setting)
     return prompts * max(_kept(shape, view.before, setting) + rows, view.patches * patch + scores)
 
 
@@ -209,5 +209,5 @@ def _forward(shape: Shape, layer: Layer, before: int, setting: Setting) -> int:
         # As counted; MLX frees its triangle's rows as it goes, torch little before the layer ends.
         return delta_bytes(Tune(), layer, before, setting) // 4 * (2 if setting.mlx else 3)
     row = 3 * shape.intermediate * setting.item + 3 * shape.hidden * FLOAT
-    scores = 4 * setting.item * setting.mlx * (not setting.gpu) * before
-    return before * (row + scores * layer.heads)
+    scores = setting.mlx * (not setting.gpu) * passing_scores(4 * FLOAT * layer.heads * before**2, setting)
+    return before * row + scores

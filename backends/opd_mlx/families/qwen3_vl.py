@@ -20,6 +20,7 @@ from opd.types import Prompt
 from opd_mlx.attention import AttentionLayer, KeysValues, Layer, attend, rotate
 from opd_mlx.batch import Rule
 from opd_mlx.kernels.exponentials import exact_gelu, gelu
+from opd_mlx.kernels.scores import KEPT_BYTES
 from opd_mlx.vision import Piece, visual_features
 
 
@@ -60,11 +61,11 @@ class QwenVL:
         raise NotImplementedError
 
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
-        """What each block's products and softmax keep."""
+        """What each block's products keep, and scores where they are few."""
         vision = config["vision_config"]
         sizes = [t * h * w for t, h, w in prompt.images.get("image_grid_thw", np.zeros((0, 3))).tolist()]
         a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
-        return int(itemsize * vision["depth"] * sum(size * (a_patch + 2 * vision["num_heads"] * size) for size in sizes))
+        return int(vision["depth"] * sum(itemsize * size * a_patch + min(4 * vision["num_heads"] * size**2, KEPT_BYTES) for size in sizes))
 
 
 class Qwen3VL(QwenVL):
