@@ -10,8 +10,6 @@ key-value heads, E head width.
 
 from __future__ import annotations
 
-import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
@@ -19,6 +17,9 @@ from typing import Any, Protocol, TypeAlias, cast
 import mlx.core as mx
 
 from opd_mlx.batch import Masks, Prefixes, Rule
+from opd_mlx.kernels.backward import traced
+from opd_mlx.kernels.exponentials import softmax, swiglu
+from opd_mlx.kernels.scores import attention
 
 KeysValues: TypeAlias = tuple[mx.array, mx.array]
 """Keys, with positions rotated in, and values: [B, H / G, P, E] of prompts, [B, H / G, n, T, E] of completions.
@@ -26,31 +27,21 @@ KeysValues: TypeAlias = tuple[mx.array, mx.array]
 In a recurrent layer, which keeps no keys: whatever two arrays its completions start from.
 """
 
+FUSED = mx.default_device() == mx.gpu
+"""Where MLX's own attention keeps no scores, as long as there is no gradient."""
+
 ROOM = 64
 """Tokens of the first buffer of a completion's keys."""
-
-SLOW_EXPONENTIAL = platform.machine() == "x86_64" and mx.default_device() == mx.cpu
-"""There MLX's exp takes 12 ns a number, which is most of an attention's time, and its power takes 5."""
-
-
-def softmax(scores: mx.array) -> mx.array:
-    """Softmax over the last axis, computed in float32."""
-    return cast("mx.array", _softmax_by_power(scores)) if SLOW_EXPONENTIAL else mx.softmax(scores, axis=-1, precise=True)
-
-
-def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + exp(-x)), of which the exponential is most."""
-    return cast("mx.array", _sigmoid_by_power(x)) if SLOW_EXPONENTIAL else mx.sigmoid(x)
 
 
 def attend(query: mx.array, key: mx.array, value: mx.array, scale: float) -> mx.array:
     """Every query attends to every key, [batch, heads, tokens, width] each."""
-    if SLOW_EXPONENTIAL:
-        mixed, *_ = cast("tuple[mx.array, ...]", _attend_by_power(query * scale, key, value))
-        return mixed
-    from mlx_vlm.models.base import ensure_fused_sdpa  # pads widths, such as 72, that Metal's fused kernel does not take
+    if FUSED and not traced():
+        from mlx_vlm.models.base import ensure_fused_sdpa  # pads widths, such as 72, that Metal's fused kernel does not take
 
-    return cast("mx.array", ensure_fused_sdpa(query, key, value, scale))
+        return cast("mx.array", ensure_fused_sdpa(query, key, value, scale))
+    whole = slice(0, key.shape[-2]), None
+    return attention((query * scale)[:, :, None, None], [(key[:, :, None], value[:, :, None])], lambda rows: [whole]).reshape(query.shape)
 
 
 class Own(Protocol):
@@ -147,8 +138,7 @@ class AttentionLayer:
     def finish(self, hidden: mx.array, mixed: mx.array, beside: mx.array | None) -> mx.array:
         """Output projection of `mixed` [rows, H * E] and feed-forward, both added to the rows."""
         hidden = hidden + self.module.self_attn.o_proj(mixed)
-        out: mx.array = hidden + self.module.mlp(self.module.post_attention_layernorm(hidden))
-        return out
+        return hidden + feed_forward(self.module.mlp, self.module.post_attention_layernorm(hidden))
 
     def prefix(
         self, hidden: mx.array, angles: KeysValues, prefixes: Prefixes, mask: mx.array | None, last: bool
@@ -158,7 +148,13 @@ class AttentionLayer:
         query, key, value = (rows.reshape(*prefixes.shape, *rows.shape[1:]).transpose(0, 2, 1, 3) for rows in (query, key, value))
         if last:
             return hidden, (key, value)
-        mixed = mx.fast.scaled_dot_product_attention(query, key, value, scale=self._scale, mask="causal" if mask is None else mask)
+        if FUSED and not traced():
+            mixed = mx.fast.scaled_dot_product_attention(query, key, value, scale=self._scale, mask="causal" if mask is None else mask)
+        else:
+            grouped = (query * self._scale).reshape(query.shape[0], self._keys, 1, -1, *query.shape[2:])
+            mixed = attention(grouped, [(key[:, :, None], value[:, :, None])], lambda rows: [prefixes.seen(self.rule, rows)]).reshape(
+                query.shape
+            )
         return self.finish(hidden, mixed.transpose(0, 2, 1, 3).reshape(len(hidden), -1), beside), (key, value)
 
     def completion(
@@ -171,7 +167,10 @@ class AttentionLayer:
         query = query.reshape(*shape, self._keys, self._heads // self._keys, -1).transpose(0, 3, 1, 4, 2, 5)
         if own is not None:
             key, value = own.append(key, value)
-        mixed = _over_both(query * self._scale, prefix, (key, value), masks)
+            mixed = _one_more(query * self._scale, prefix, (key, value), masks)
+        else:
+            once = (prefix[0][:, :, None], prefix[1][:, :, None])
+            mixed = attention(query * self._scale, [(key, value), once], masks.seen)
         return self.finish(hidden, mixed.transpose(0, 2, 4, 1, 3, 5).reshape(len(hidden), -1), beside)
 
     def begin(self, prefix: KeysValues, n: int, limit: int) -> OwnKeys:
@@ -195,6 +194,11 @@ class AttentionLayer:
         return rotate(query, *angles), rotate(self.key(rows), *angles), value, beside
 
 
+def feed_forward(module: Any, rows: mx.array) -> mx.array:
+    """mlx-vlm's feed-forward with a gate by SiLU."""
+    return cast("mx.array", module.down_proj(swiglu(module.gate_proj(rows), module.up_proj(rows))))
+
+
 def angles_at(positions: mx.array, base: float, width: int, dtype: mx.Dtype, factor: float = 1.0) -> KeysValues:
     """Cosines and sines [rows, 1, width] of rotary `positions` [rows], divided by `factor` (linear scaling)."""
     frequencies = 1.0 / base ** (mx.arange(0, width, 2, dtype=mx.float32) / width) / factor
@@ -210,64 +214,19 @@ def rotate(heads: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     return turned if rest is None else mx.concatenate([turned, rest], axis=-1)
 
 
-def _over_both(query: mx.array, prefix: KeysValues, own: KeysValues, masks: Masks) -> mx.array:
-    """Attention of queries [B, H / G, n, G, T, E] over the shared prefix and, causally, each completion's own keys: one softmax."""
-    batch, heads, count, groups, length, width = query.shape
-    rows = groups * length
-    shared = (query.reshape(batch, heads, -1, width) @ prefix[0].swapaxes(-1, -2)).reshape(batch, heads, count, rows, -1)
+def _one_more(query: mx.array, prefix: KeysValues, own: KeysValues, masks: Masks) -> mx.array:
+    """Attention of one token of each completion, [B, H / G, n, G, 1, E], over the shared prefix and its completion's own keys.
+
+    Products are in the type of the keys, of which a cast would be as large as they are.
+    """
+    batch, heads, count, groups, _, width = query.shape
+    shared = (query.reshape(batch, heads, -1, width) @ prefix[0].swapaxes(-1, -2)).reshape(batch, heads, count, groups, -1)
     if masks.prefix is not None:
-        shared = shared + mx.tile(masks.prefix, (1, 1, 1, groups if masks.prefix.shape[3] > 1 else 1, 1)).astype(shared.dtype)
-    alone = query.reshape(batch, heads, count, rows, width) @ own[0].swapaxes(-1, -2)
+        shared = shared + masks.prefix.astype(shared.dtype)
+    alone = query.squeeze(-2) @ own[0].swapaxes(-1, -2)
     if masks.own is not None:
-        alone = mx.where(mx.tile(masks.own, (groups, 1)), mx.array(-mx.inf, alone.dtype), alone)
+        alone = alone + masks.own.astype(alone.dtype)
     weights = softmax(mx.concatenate([shared, alone], axis=-1))
     shared, alone = mx.split(weights, [shared.shape[-1]], axis=-1)
-    mixed = (shared.reshape(batch, heads, count * rows, -1) @ prefix[1]).reshape(batch, heads, count, rows, width) + alone @ own[1]
-    return mixed.reshape(query.shape)
-
-
-@mx.custom_function
-def _softmax_by_power(scores: mx.array) -> mx.array:
-    powers = mx.power(mx.array(math.e), (scores - scores.max(-1, keepdims=True)).astype(mx.float32))
-    return (powers / powers.sum(-1, keepdims=True)).astype(scores.dtype)
-
-
-@_softmax_by_power.vjp
-def _softmax_slope(scores: mx.array, slope: mx.array, weights: mx.array) -> mx.array:
-    weighted = slope * weights
-    return weighted - weights * weighted.sum(-1, keepdims=True)
-
-
-@mx.custom_function
-def _attend_by_power(query: mx.array, key: mx.array, value: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """What queries find, and for the backward the powers and their sums. These are a column of the product; it is divided by them last."""
-    scores = query @ key.swapaxes(-1, -2)
-    powers = mx.power(mx.array(math.e), (scores - scores.max(-1, keepdims=True)).astype(mx.float32))
-    mixed, sums = mx.split(powers @ _and_ones(value), [value.shape[-1]], axis=-1)
-    return (mixed / sums).astype(value.dtype), powers, sums
-
-
-@_attend_by_power.vjp
-def _attend_slopes(given: tuple[mx.array, ...], slopes: tuple[mx.array, ...], found: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-    """With w = powers / sums: dw = slope v', and d scores = w (dw - sum of w dw), where that sum is slope . mixed."""
-    (query, key, value), (mixed, powers, sums) = given, found
-    slope = slopes[0] / sums
-    inner = mx.concatenate([slope, -(slope * mixed).sum(-1, keepdims=True)], axis=-1)
-    scores = powers * (inner @ _and_ones(value).swapaxes(-1, -2))
-    wanted = scores @ key, scores.swapaxes(-1, -2) @ query, powers.swapaxes(-1, -2) @ slope
-    return tuple(one.astype(part.dtype) for one, part in zip(wanted, given, strict=True))
-
-
-def _and_ones(value: mx.array) -> mx.array:
-    """`value` [..., E] and a column of ones, in float32."""
-    return mx.concatenate([value.astype(mx.float32), mx.ones((*value.shape[:-1], 1))], axis=-1)
-
-
-@mx.custom_function
-def _sigmoid_by_power(x: mx.array) -> mx.array:
-    return (1.0 / (1.0 + mx.power(mx.array(math.e), -x.astype(mx.float32)))).astype(x.dtype)
-
-
-@_sigmoid_by_power.vjp
-def _sigmoid_slope(x: mx.array, slope: mx.array, value: mx.array) -> mx.array:
-    return slope * (value - mx.square(value))
+    mixed = (shared.reshape(batch, heads, count * groups, -1) @ prefix[1]).reshape(batch, heads, count, groups, width) + alone @ own[1]
+    return mixed[..., None, :]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd.types import Group, IntArray, Prompt
+from opd_mlx.kernels.scores import Seen
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,24 @@ class Rule:
 
 @dataclass(frozen=True)
 class Masks:
-    """What completion rows do not see: of the prefix -inf in [B, 1, 1, T or 1, P], of their own keys True in [T, keys]; None: nothing."""
+    """What completion rows do not see, -inf: of the prefix in [B, 1, 1, T or 1, P], of their own keys in [T, keys]; None: nothing.
+
+    There are `width` keys of the prefix, and the `first` row is that of this token.
+    """
 
     prefix: mx.array | None
     own: mx.array | None
+    width: int
+    first: int
+
+    def seen(self, rows: slice) -> list[Seen]:
+        """What some of the T rows see of their own keys, and of the prefix."""
+        own, prefix, keys = self.own, self.prefix, slice(0, self.first + rows.stop)
+        every = slice(None) if prefix is None or prefix.shape[3] == 1 else rows
+        return [
+            (keys, None if own is None else lambda _: own[rows, keys]),
+            (slice(0, self.width), None if prefix is None else lambda _: prefix[:, :, None, :, every]),
+        ]
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Prefixes:
     """Prompts without their last tokens: `tokens` [B * P], `positions` [axes, B * P], `shape` (B, P), `lengths` [B] of each.
 
     `visual_rows` [S] are the rows of image tokens in the order of `sources`; `images` [B, P] tells the images of a prompt apart, and is
-    -1 at text.
+    -1 at text. `reach` [P] is one past the last key that a row of any prompt sees where images see themselves in both directions.
     """
 
     sources: Sequence[Prompt]
@@ -56,6 +71,7 @@ class Prefixes:
     even: bool
     visual_rows: mx.array
     images: mx.array
+    reach: NDArray[np.intp]
 
     @property
     def real(self) -> mx.array | None:
@@ -67,22 +83,39 @@ class Prefixes:
 
         Padding stands on the right, where no real row looks.
         """
-        blocks = rule.blocks and len(self.visual_rows) > 0
-        window = rule.window if rule.window is not None and rule.window < self.shape[1] else None
-        if not blocks and window is None:
-            return None
-        row, key = mx.arange(self.shape[1])[:, None], mx.arange(self.shape[1])
-        seen = (key <= row)[None]
-        if blocks:
-            seen = seen | ((self.images[:, :, None] == self.images[:, None]) & (self.images >= 0)[:, None])
-        if window is not None:
-            seen = seen & (row - key < window)
-        return seen[:, None]
+        whole = slice(0, self.shape[1])
+        return (
+            self._sees(rule, whole, whole, mx.arange(self.shape[1])[:, None])[:, None]
+            if self._window(rule) is not None or self._blocks(rule)
+            else None
+        )
+
+    def seen(self, rule: Rule, rows: slice) -> Seen:
+        """What some of a prompt's rows see of it."""
+        window = self._window(rule)
+        last = int(self.reach[rows].max()) if self._blocks(rule) else rows.stop
+        keys = slice(0 if window is None else max(0, rows.start + 1 - window), last)
+        return keys, lambda row: mx.where(self._sees(rule, rows, keys, row), 0.0, -mx.inf)[:, None, None, None]
+
+    def _window(self, rule: Rule) -> int | None:
+        return rule.window if rule.window is not None and rule.window < self.shape[1] else None
+
+    def _blocks(self, rule: Rule) -> bool:
+        return rule.blocks and len(self.visual_rows) > 0
+
+    def _sees(self, rule: Rule, rows: slice, keys: slice, row: mx.array) -> mx.array:
+        """[B or 1, rows, keys], True where a row sees a key; `row` [rows, 1] are the rows' numbers."""
+        key = mx.arange(keys.start, keys.stop)
+        seen, window = (key <= row)[None], self._window(rule)
+        if self._blocks(rule):
+            its, others = self.images[:, rows, None], self.images[:, None, keys]
+            seen = seen | ((its == others) & (others >= 0))
+        return seen if window is None else seen & (row - key < window)
 
     def masks(self, rule: Rule, first: int, length: int) -> Masks:
         """What rows `first`, ... of completions, `length` of them, see of the prefix and of all own keys up to the last row."""
         row, key = mx.arange(first, first + length)[:, None], mx.arange(first + length)
-        own = key > row if length > 1 else None
+        own = mx.where(key > row, -mx.inf, 0.0) if length > 1 else None
         real, prefix = self.real, None
         if real is not None:
             prefix = mx.where(real, 0.0, -mx.inf)[:, None, None, None]
@@ -90,8 +123,8 @@ class Prefixes:
             distance = self.lengths[:, None, None] + row - mx.arange(self.shape[1])
             far = mx.where(distance < rule.window, 0.0, -mx.inf)[:, None, None]
             prefix = far if prefix is None else prefix + far
-            own = (key > row) | (row - key >= rule.window)
-        return Masks(prefix, own)
+            own = mx.where((key > row) | (row - key >= rule.window), -mx.inf, 0.0)
+        return Masks(prefix, own, self.shape[1], first)
 
 
 @dataclass(frozen=True)
@@ -131,12 +164,16 @@ def lay_out_prefixes(prompts: Sequence[Prompt], at_least: int = 1) -> Prefixes:
     tokens = np.zeros((count, width), np.int32)
     positions = np.zeros((axes, count, width), np.int32)
     images = np.full((count, width), -1, np.int32)
+    reach = np.arange(1, width + 1)
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         if length in prompt.visual.index:
             raise ValueError("a prompt must not end with an image token")
         tokens[row, :length] = prompt.tokens[:-1]
         positions[:, row, :length] = prompt.positions[:, :-1]
         images[row, prompt.visual.index] = prompt.visual.image
+        ends = np.zeros(len(prompt), np.intp)
+        np.maximum.at(ends, prompt.visual.image, prompt.visual.index + 1)
+        reach[prompt.visual.index] = np.maximum(reach[prompt.visual.index], ends[prompt.visual.image])
     return Prefixes(
         sources=prompts,
         tokens=mx.array(tokens.reshape(-1)),
@@ -146,6 +183,7 @@ def lay_out_prefixes(prompts: Sequence[Prompt], at_least: int = 1) -> Prefixes:
         even=min(lengths) == width,
         visual_rows=mx.array(np.concatenate([row * width + prompt.visual.index for row, prompt in enumerate(prompts)]).astype(np.int32)),
         images=mx.array(images),
+        reach=reach,
     )
 
 

@@ -15,6 +15,7 @@ from opd.types import Prompt
 from opd_mlx.attention import KeysValues, Layer, Own
 from opd_mlx.batch import Batch, Prefixes
 from opd_mlx.families.qwen3_5 import CHUNK, SEGMENT
+from opd_mlx.kernels.scores import KEPT_BYTES
 from opd_mlx.model import Model
 
 Memory: TypeAlias = list[KeysValues]
@@ -78,20 +79,19 @@ def complete(model: Model, batch: Batch, memory: Memory, again: bool = False, ow
 
 
 def activation_bytes(model: Model, batch: Batch) -> int:
-    """Bytes that a backward holds, roughly: what each layer's products and softmax keep, of text and of images."""
+    """Bytes that a backward holds, roughly: what each layer's products keep, of text and of images, and scores where they are few."""
     text = model.config["text_config"]
     prompts, width = batch.prefixes.shape
     count, length = batch.shape[1:]
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
     deltas = list(text.get("layer_types") or ()).count("linear_attention")
-    attends, tokens = text["num_hidden_layers"] - deltas, width + count * length
-    scores = 2 * heads * (width * width + count * length * (width + length))
-    rows = text["num_hidden_layers"] * tokens * (6 * text["hidden_size"] + 3 * text["intermediate_size"])
-    layers = model.dtype.size * (rows + attends * (6 * heads * head * tokens + scores))
-    layers += deltas * (delta_bytes(text, width) + count * delta_bytes(text, length)) if deltas else 0
+    attends, tokens = text["num_hidden_layers"] - deltas, prompts * (width + count * length)
+    rows = text["num_hidden_layers"] * (6 * text["hidden_size"] + 3 * text["intermediate_size"]) + attends * 6 * heads * head
+    scores = min(4 * heads * prompts * (width * width + count * length * (width + length)), 2 * KEPT_BYTES)
+    states = deltas * prompts * (delta_bytes(text, width) + count * delta_bytes(text, length)) if deltas else 0
     images = sum(model.family.vision_bytes(model.config, prompt, model.dtype.size) for prompt in batch.prefixes.sources)
-    return int(prompts * layers + images)
+    return int(model.dtype.size * tokens * rows + attends * scores + states + images)
 
 
 def delta_bytes(text: Mapping[str, Any], length: int) -> int:

@@ -23,6 +23,14 @@ SEGMENT = 4 * CHUNK
 """Tokens of which MLX holds what the delta rule computes; of longer rows it computes each segment again (`qwen3_5.py`)."""
 
 
+KEPT_BYTES = 2**24
+"""Scores of a call, in float32, that MLX keeps for its backward; of more it keeps none (`opd_mlx/kernels/scores.py`)."""
+
+BLOCK_ROWS = {False: 128, True: 1024}
+BLOCK_BYTES = {False: 2**23, True: 2**28}
+"""Rows and scores of a block of MLX's attention, by whether on a GPU (the same file)."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a backend computes: `mlx`, else torch; on a `gpu` products take half precision as it is; `half` is bfloat16."""
@@ -61,9 +69,9 @@ def activations(shape: Shape, tune: Tune, work: Work, setting: Setting, again: b
     """Activations of the student's forward; with `again`, each layer's inputs, and the largest layer once."""
     v, item, view, prompts = shape.vision, setting.item, work.student, work.together
     count = prompts * (work.split or work.completions)
-    seen, windowed = (prompts * tune.sees * _block(v, view, window, setting) for window in (0, v.window))
+    seen, windowed = (prompts * tune.sees * _block(v, view, window, prompts, setting) for window in (0, v.window))
     merged = prompts * tune.sees * _merged(shape, view, setting)
-    prompt = {layer: prompts * _prompt(shape, tune, layer, view, setting) for layer in shape.kinds}
+    prompt = {layer: prompts * _prompt(shape, tune, layer, view, prompts, setting) for layer in shape.kinds}
     completion = {layer: _completion(shape, tune, layer, view, work.tokens, count, setting) for layer in shape.kinds}
     handed = {layer: prompts * handed_bytes(layer, view.before, setting) for layer in shape.kinds}
     final = count * work.tokens * shape.hidden * 3 * FLOAT
@@ -114,36 +122,43 @@ def _passing(shape: Shape, tune: Tune, work: Work, setting: Setting, count: int)
         return found[0], max(found[1], solved[0]), max(found[2], solved[1])
     # The gradients of every array, and what is beside them.
     layers = list(shape.kinds)
-    one = prompts * tune.sees * max(_block(v, view, window, setting) + 2 * item * v.heads * view.pairs(window) for window in (0, v.window))
-    two = prompts * max(_prompt(shape, tune, layer, view, setting) + _beside(tune, layer, view.before, 0, setting) for layer in layers)
+    one = tune.sees * max(
+        prompts * _block(v, view, window, prompts, setting) + passing_scores(2 * FLOAT * prompts * v.heads * view.pairs(window), setting)
+        for window in (0, v.window)
+    )
+    two = max(
+        prompts * _prompt(shape, tune, layer, view, prompts, setting) + _beside(tune, layer, view.before, 0, prompts, setting)
+        for layer in layers
+    )
     three = max(
-        _completion(shape, tune, layer, view, work.tokens, count, setting) + count * _beside(tune, layer, work.tokens, view.before, setting)
+        _completion(shape, tune, layer, view, work.tokens, count, setting) + _beside(tune, layer, work.tokens, view.before, count, setting)
         for layer in layers
     )
     return one, two, three
 
 
-def _beside(tune: Tune, layer: Layer, length: int, before: int, setting: Setting) -> int:
-    """What MLX's backward needs of a layer beside the gradients of what is held, of `length` tokens behind `before` others.
+def _beside(tune: Tune, layer: Layer, length: int, before: int, count: int, setting: Setting) -> int:
+    """What MLX's backward needs of a layer beside the gradients of what is held, of `count` rows of `length` tokens behind `before`
+    others.
 
-    The gradients of attention weights twice; or of what a delta net computes three fifths, as counted, since it is freed on the way, and
-    of a segment that is computed again all else too.
+    Twice the attention weights of a block; or of what a delta net computes three fifths, as counted, since it is freed on the way, and of
+    a segment that is computed again all else too.
     """
     if isinstance(layer, Attention):
-        return 2 * _scores(layer, length, before, setting)
+        return passing_scores(2 * count * _scores(layer, length, before, setting), setting)
     segment = delta_bytes(tune, layer, min(length, SEGMENT), setting)
-    return 8 * segment // 5 if length > SEGMENT else -2 * segment // 5
+    return count * (8 * segment // 5 if length > SEGMENT else -2 * segment // 5)
 
 
-def _prompt(shape: Shape, tune: Tune, layer: Layer, view: View, setting: Setting) -> int:
-    """Bytes of one prompt in a layer."""
+def _prompt(shape: Shape, tune: Tune, layer: Layer, view: View, prompts: int, setting: Setting) -> int:
+    """Bytes of one prompt in a layer that `prompts` pass together."""
     item, rows = setting.item, view.before
     found = rows * _row(shape, tune, layer, setting)
     if isinstance(layer, Delta):
         return found + delta_held(tune, layer, rows, setting)
     if setting.mlx:
         # Queries once more, keys and values twice; and the attention weights.
-        return found + item * rows * (2 * layer.query + 3 * layer.key) + _scores(layer, rows, 0, setting)
+        return found + item * rows * (2 * layer.query + 3 * layer.key) + _kept(_scores(layer, rows, 0, setting), prompts)
     # Rotated queries and keys, values, and what attention gives; a mask in the products' type.
     masked = layer.blocks or (layer.window is not None and layer.window < rows)
     return found + item * (rows * 2 * (layer.query + layer.key) + masked * rows**2)
@@ -158,7 +173,7 @@ def _completion(shape: Shape, tune: Tune, layer: Layer, view: View, length: int,
         forked = handed_bytes(layer, 0, setting)
         return found + count * (delta_held(tune, layer, length, setting) + forked)
     if setting.mlx:
-        return found + item * rows * (3 * layer.query + layer.key) + count * _scores(layer, length, view.before, setting)
+        return found + item * rows * (3 * layer.query + layer.key) + count * _kept(_scores(layer, length, view.before, setting), count)
     if _joined(layer, setting):
         # Rotated queries and keys, values, what attention gives, and of each head the logarithm of a sum in float32.
         return found + rows * (item * 2 * (layer.query + layer.key) + FLOAT * layer.heads)
@@ -197,8 +212,19 @@ def _row(shape: Shape, tune: Tune, layer: Layer, setting: Setting) -> int:
 
 
 def _scores(layer: Layer, length: int, before: int, setting: Setting) -> int:
-    """Bytes of attention weights that MLX keeps of `length` tokens over themselves and `before` others."""
-    return setting.item * layer.heads * length * (before + length) if isinstance(layer, Attention) else 0
+    """Bytes of attention scores of `length` tokens over themselves, in blocks that see no later ones, and over `before` others."""
+    seen = before + (length + min(length, BLOCK_ROWS[setting.gpu])) // 2
+    return FLOAT * layer.heads * length * seen if isinstance(layer, Attention) else 0
+
+
+def _kept(scores: int, together: int) -> int:
+    """Bytes of scores that MLX keeps of one of as many as are computed `together`."""
+    return scores if together * scores <= KEPT_BYTES else 0
+
+
+def passing_scores(size: int, setting: Setting) -> int:
+    """Bytes of arrays as large as all scores, of which a block is alive at a time."""
+    return min(size, 4 * BLOCK_BYTES[setting.gpu])
 
 
 def handed_bytes(layer: Layer, before: int, setting: Setting) -> int:
@@ -235,12 +261,14 @@ def delta_held(tune: Tune, layer: Delta, length: int, setting: Setting) -> int:
     return FLOAT * (4 * length * (layer.channels + layer.values) + layer.state * -(-length // SEGMENT))
 
 
-def _block(vision: Vision, view: View, window: int, setting: Setting) -> int:
+def _block(vision: Vision, view: View, window: int, prompts: int, setting: Setting) -> int:
     """Bytes of an image in a block of the tower that attends within windows of `window` patches, or, at 0, within the whole image."""
     v, item = vision, setting.item
     if setting.mlx:
         # Five arrays for GELU as x * sigmoid, as for a gate; the attention weights.
-        return item * (view.patches * (12 * v.hidden + 5 * v.intermediate) + v.heads * view.pairs(window))
+        # On a CPU images run a tile at a time.
+        scores = _kept(FLOAT * v.heads * view.pairs(window), prompts if setting.gpu else 1)
+        return item * view.patches * (12 * v.hidden + 5 * v.intermediate) + scores
     # Two norms with input and output (and, without biases, what is normalised between); queries with keys and values before rotation,
     # queries and keys after it, and the mixture; of windows that are put together once more.
     mixed = 4 if v.apart else 6 + (window > 0)

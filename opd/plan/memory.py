@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from opd.plan.activations import CHUNK, FLOAT, SEGMENT, Setting, activations, delta_bytes, delta_held, handed_bytes
+from opd.plan.activations import (
+    CHUNK,
+    FLOAT,
+    KEPT_BYTES,
+    SEGMENT,
+    Setting,
+    activations,
+    delta_bytes,
+    delta_held,
+    handed_bytes,
+    passing_scores,
+)
 from opd.plan.shape import Delta, Layer, Shape, Tune
 from opd.plan.work import KNOWN_BYTES, View, Work
 
@@ -124,12 +135,12 @@ def estimate(shape: Shape, work: Work, setting: Setting) -> int:
     deltas = [layer for layer in shape.layers if isinstance(layer, Delta)]
     attends, tokens = depth - len(deltas), view.before + rows
     if setting.mlx:
-        scores = 2 * shape.attention.heads * (view.before**2 + rows * (view.before + work.tokens))
-        text = depth * tokens * (6 * shape.hidden + 3 * shape.intermediate) + attends * (6 * query * tokens + scores)
+        scores = min(FLOAT * shape.attention.heads * prompts * (view.before**2 + rows * (view.before + work.tokens)), 2 * KEPT_BYTES)
+        text = prompts * tokens * (depth * (6 * shape.hidden + 3 * shape.intermediate) + attends * 6 * query)
         a_patch = 10 * v.hidden + 3 * v.intermediate
-        found = setting.item * (text + v.layers * (view.patches * a_patch + 2 * v.heads * view.pairs()))
-        many = rows // work.tokens
-        return prompts * (found + sum(_estimated(one, view.before) + many * _estimated(one, work.tokens) for one in deltas))
+        images = v.layers * prompts * (setting.item * view.patches * a_patch + min(FLOAT * v.heads * view.pairs(), KEPT_BYTES))
+        states = sum(_estimated(one, view.before) + rows // work.tokens * _estimated(one, work.tokens) for one in deltas)
+        return setting.item * text + attends * scores + images + prompts * states
     text = tokens * (depth * (12 * shape.hidden + 4 * shape.intermediate) + attends * 8 * query)
     a_patch = 16 * v.hidden + 4 * v.intermediate
     found = setting.item * (text + v.layers * view.patches * a_patch)
@@ -253,8 +264,8 @@ def _passing(shape: Shape, view: View, setting: Setting, prompts: int, kept: int
     v = shape.vision
     rows = max(_forward(shape, layer, view.before, setting) for layer in shape.kinds)
     patch = v.hidden * 6 * FLOAT + (2 + v.gated) * v.intermediate * setting.item
-    # MLX without its fused kernel: scores, less their largest, exponentials, weights.
-    scores = 4 * setting.item * setting.mlx * (not setting.gpu) * v.heads * view.pairs()
+    # MLX without its fused kernel: scores, less their largest, exponentials; of a block.
+    scores = setting.mlx * (not setting.gpu) * passing_scores(4 * FLOAT * v.heads * view.pairs(), setting)
     return max(kept + prompts * rows, prompts * (view.patches * patch + scores))
 
 
@@ -267,5 +278,5 @@ def _forward(shape: Shape, layer: Layer, before: int, setting: Setting) -> int:
         found = delta_held(Tune(), layer, before, setting) if before > SEGMENT else 0
         return found + delta_bytes(Tune(), layer, min(before, SEGMENT), setting) // 2
     row = 3 * shape.intermediate * setting.item + 3 * shape.hidden * FLOAT
-    scores = 4 * setting.item * setting.mlx * (not setting.gpu) * before
-    return before * (row + scores * layer.heads)
+    scores = setting.mlx * (not setting.gpu) * passing_scores(4 * FLOAT * layer.heads * before**2, setting)
+    return before * row + scores

@@ -16,9 +16,10 @@ import numpy as np
 from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
-from opd_mlx.attention import AttentionLayer, Layer
+from opd_mlx.attention import AttentionLayer, Layer, feed_forward
 from opd_mlx.batch import Rule
 from opd_mlx.families.qwen3_vl import QwenVL, head_counts, image_attention, merged, vision_angles
+from opd_mlx.kernels.exponentials import exact_gelu
 
 
 class Qwen25VL(QwenVL):
@@ -37,7 +38,9 @@ class Qwen25VL(QwenVL):
         theta = config["text_config"]["rope_parameters"]["rope_theta"]
         text = {**config["text_config"], "rope_theta": theta, "rope_scaling": rope, "tie_word_embeddings": tied}
         vision = {**config["vision_config"], "model_type": "qwen2_5_vl"}
-        return Model(ModelConfig(TextConfig.from_dict(text), VisionConfig.from_dict(vision), "qwen2_5_vl"))
+        module = Model(ModelConfig(TextConfig.from_dict(text), VisionConfig.from_dict(vision), "qwen2_5_vl"))
+        module.vision_tower.merger.mlp[1] = exact_gelu
+        return module
 
     def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
         """See `opd_mlx.families.Family`."""
@@ -65,7 +68,7 @@ class Qwen25VL(QwenVL):
 
             def run(hidden: mx.array, block: Any = block, cuts: list[tuple[int, int]] = cuts) -> mx.array:
                 hidden = hidden + _within(block.attn, block.norm1(hidden), (cosines, sines), cuts)
-                out: mx.array = hidden + block.mlp(block.norm2(hidden))
+                out: mx.array = hidden + feed_forward(block.mlp, block.norm2(hidden))
                 return out
 
             hidden = (checkpoint(block, run) if again else run)(hidden)

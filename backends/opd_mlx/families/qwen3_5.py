@@ -17,9 +17,10 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from opd_mlx.attention import KeysValues, Layer
+from opd_mlx.attention import KeysValues, Layer, feed_forward
 from opd_mlx.batch import Masks, Prefixes, Rule
 from opd_mlx.families.qwen3_vl import NormedHeads, Qwen3VL, head_counts
+from opd_mlx.kernels.exponentials import exact_gelu, sigmoid
 
 CHUNK = 64
 """Tokens of which the delta rule is one solve."""
@@ -60,6 +61,7 @@ class Qwen35(Qwen3VL):
             norm.weight = mx.zeros(width)
             return norm
 
+        module.vision_tower.merger.act_fn = exact_gelu
         model.norm = centred(args.hidden_size)
         for layer, kind in zip(model.layers, kinds, strict=True):
             layer.input_layernorm, layer.post_attention_layernorm = centred(args.hidden_size), centred(args.hidden_size)
@@ -91,7 +93,7 @@ class GatedHeads(NormedHeads):
     def finish(self, hidden: mx.array, mixed: mx.array, beside: mx.array | None) -> mx.array:
         """See `AttentionLayer`."""
         assert beside is not None
-        return super().finish(hidden, mixed * mx.sigmoid(beside), None)
+        return super().finish(hidden, mixed * sigmoid(beside), None)
 
 
 @dataclass
@@ -160,8 +162,7 @@ class GatedDelta:
 
     def _finish(self, hidden: mx.array, mixed: mx.array) -> mx.array:
         hidden = hidden + self.module.linear_attn.out_proj(mixed.reshape(len(hidden), -1))
-        out: mx.array = hidden + self.module.mlp(self.module.post_attention_layernorm(hidden))
-        return out
+        return hidden + feed_forward(self.module.mlp, self.module.post_attention_layernorm(hidden))
 
 
 def _mix(net: Any, rows: mx.array, memory: mx.array, window: mx.array, real: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:

@@ -17,8 +17,10 @@ from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
 from opd.types import Prompt
-from opd_mlx.attention import AttentionLayer, KeysValues, Layer, attend, rotate, sigmoid
+from opd_mlx.attention import AttentionLayer, KeysValues, Layer, attend, rotate
 from opd_mlx.batch import Rule
+from opd_mlx.kernels.exponentials import exact_gelu, gelu
+from opd_mlx.kernels.scores import KEPT_BYTES
 from opd_mlx.vision import Piece, visual_features
 
 
@@ -59,11 +61,11 @@ class QwenVL:
         raise NotImplementedError
 
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
-        """What each block's products and softmax keep."""
+        """What each block's products keep, and scores where they are few."""
         vision = config["vision_config"]
         sizes = [t * h * w for t, h, w in prompt.images.get("image_grid_thw", np.zeros((0, 3))).tolist()]
         a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
-        return int(itemsize * vision["depth"] * sum(size * (a_patch + 2 * vision["num_heads"] * size) for size in sizes))
+        return int(vision["depth"] * sum(itemsize * size * a_patch + min(4 * vision["num_heads"] * size**2, KEPT_BYTES) for size in sizes))
 
 
 class Qwen3VL(QwenVL):
@@ -78,7 +80,10 @@ class Qwen3VL(QwenVL):
         text, vision = dict(config["text_config"]), {**config["vision_config"], "model_type": "qwen3_vl"}
         text["rope_theta"], text["rope_scaling"] = text["rope_parameters"]["rope_theta"], text["rope_parameters"]
         text["tie_word_embeddings"] = tied
-        return Model(ModelConfig.from_dict({**config, "text_config": text, "vision_config": vision}))
+        module = Model(ModelConfig.from_dict({**config, "text_config": text, "vision_config": vision}))
+        for merger in (module.vision_tower.merger, *module.vision_tower.deepstack_merger_list):
+            merger.act_fn = exact_gelu
+        return module
 
     def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
         """See `opd_mlx.families.Family`."""
@@ -144,11 +149,6 @@ def image_attention(attention: Any, hidden: mx.array, rotary: tuple[mx.array, mx
     mixed = attend(query, key, value, attention.scale).swapaxes(-3, -2)
     out: mx.array = attention.proj(mixed.reshape(*lead, patches, width))
     return out
-
-
-def gelu(x: mx.array) -> mx.array:
-    """The tanh form of GELU as x * sigmoid: the same function, without the power and the hyperbolic cosine of MLX's own."""
-    return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * mx.square(x)))
 
 
 @lru_cache(maxsize=256)

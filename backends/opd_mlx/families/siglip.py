@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from opd.types import Prompt
 from opd_mlx.attention import attend
-from opd_mlx.families.qwen3_vl import gelu
+from opd_mlx.kernels.exponentials import gelu
+from opd_mlx.kernels.scores import KEPT_BYTES
 
 
 def encode(tower: Any, pixels: NDArray[Any], again: bool, places: NDArray[np.int32], real: NDArray[np.int32] | None = None) -> mx.array:
@@ -47,12 +48,13 @@ def encode(tower: Any, pixels: NDArray[Any], again: bool, places: NDArray[np.int
 
 
 def tower_bytes(config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
-    """Bytes that a backward through the tower holds for a prompt's images: what each layer's products and softmax keep."""
+    """Bytes that a backward through the tower holds for a prompt's images: what products keep, and scores where they are few."""
     vision = config["vision_config"]
     count, _, height, width = prompt.images["pixel_values"].shape if "pixel_values" in prompt.images else (0, 0, 0, 0)
     patches = height * width // vision["patch_size"] ** 2
-    a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"] + 2 * vision["num_attention_heads"] * patches
-    return int(itemsize * vision["num_hidden_layers"] * count * patches * a_patch)
+    a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
+    scores = min(4 * vision["num_attention_heads"] * count * patches**2, KEPT_BYTES)
+    return int(vision["num_hidden_layers"] * (itemsize * count * patches * a_patch + scores))
 
 
 def _attention(attention: Any, hidden: mx.array, keys: mx.array | None) -> mx.array:

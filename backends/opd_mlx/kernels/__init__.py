@@ -1,1 +1,1 @@
-"""What only MLX needs: a backward that learns its cotangent when the forward has run, and streams for each core."""
+"""What only MLX needs: a backward that learns its cotangent when the forward has run, streams for each core, and cheaper exponentials."""

@@ -8,11 +8,26 @@ is in the array. That it is so on the device at hand is checked each time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
+
+
+class _Here(threading.local):
+    """Whether this thread builds a backward."""
+
+    traced = False
+
+
+_HERE = _Here()
+
+
+def traced() -> bool:
+    """Whether a `Backward` is being built of what is computed now."""
+    return _HERE.traced
 
 
 class Backward:
@@ -38,7 +53,11 @@ class Backward:
             self._starts = [mx.zeros(output.shape) for output in self.outputs]
             return cast("mx.array", end(self.outputs))
 
-        _, self._slopes = mx.vjp(whole, list(primals), [mx.zeros(())])
+        _HERE.traced = True
+        try:
+            _, self._slopes = mx.vjp(whole, list(primals), [mx.zeros(())])
+        finally:
+            _HERE.traced = False
         mx.eval(self._starts)
 
     def start(self, gradients: Sequence[mx.array]) -> list[mx.array]:
