@@ -13,8 +13,8 @@ mx = pytest.importorskip("mlx.core")
 
 from opd.objective import Objective, log_softmax
 from opd.types import Sampling
+from opd_mlx import attention, sampling, vision
 from opd_mlx import backend as backend_module
-from opd_mlx import sampling, vision
 from opd_mlx.kernels import exponentials
 from tests.mlx_cases import clone, distribution, loss_of, make_case, plain_loss_and_gradients, relative_error
 from tests.random_models import qwen3_vl
@@ -90,8 +90,9 @@ def test_images_on_several_streams(case, loaded, expected, monkeypatch):
 
 
 def test_what_a_gpu_runs(case, loaded, expected, monkeypatch):
-    """MLX's own attention, and all images on one stream."""
+    """MLX's own attention where there is no gradient, and all images on one stream."""
     monkeypatch.setattr(exponentials, "SLOW_EXPONENTIAL", False)
+    monkeypatch.setattr(attention, "FUSED", True)
     monkeypatch.setattr(vision.LANES, "streams", [mx.default_stream(mx.default_device())])
     backend = clone(loaded)
     backend.accumulate(case.groups, JSD)
