@@ -147,7 +147,7 @@ def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
     """Activations are most of it here."""
     measured = Measured(backend_name, middle, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters)
     # MLX decides by itself in what order it computes, torch does not.
-    alone = {"cpu": 0.08, "mlx": 0.18}[backend_name]
+    alone = {"cpu": 0.08, "mlx": 0.2}[backend_name]
     agree(measured.rollout(), measured.plan(False), "rollout", alone)
     for checkpointed in (False, True):
         agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
