@@ -32,6 +32,9 @@ MODEL = {
 QUICK = {**MODEL, "hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 768, "vision_hidden": 128, "vision_layers": 3,
          "vision_heads": 2, "vision_mlp": 512}  # fmt: skip
 VOCABULARY, QUICK_VOCABULARY = 150_000, 2_000
+# Image, crop, completions and their tokens. MLX has no fast product with weights of 4 bits on a CPU, so there is less for it to do.
+WORK = {"full": ((512, 384), (256, 192), 4, 48), "qlora": ((256, 192), (128, 96), 2, 16)}
+QUICK_WORK = ((96, 96), (64, 64), 2, 8)
 
 STAGES = {
     "rollout": ("rollout prefill", "rollout decode"),
@@ -73,7 +76,7 @@ def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
     from opd.recipe import load
 
     backend_name, tune = name.split("-")
-    image, crop, completions, tokens = ((96, 96), (64, 64), 2, 8) if quick else ((512, 384), (256, 192), 4, 48)
+    image, crop, completions, tokens = QUICK_WORK if quick else WORK.get(tune, WORK["full"])
     keys = {"model.path": folder, "model.tune": tune, "model.vision": "true" if tune == "full" else "false", "rollout.prompts": 2,
             "rollout.completions": completions, "rollout.max_tokens": tokens, "rollout.microbatch_tokens": 1, "rollout.sample_tokens": 1,
             "objective.top_k": 100}  # fmt: skip

@@ -222,6 +222,21 @@ def _kept(scores: int, together: int) -> int:
     return scores if together * scores <= KEPT_BYTES else 0
 
 
+def scores_again(shape: Shape, work: Work, setting: Setting) -> tuple[int, int, int]:
+    """Bytes of attention scores of a group's tower, prompt and completions that MLX does not keep, and so computes again."""
+    if not setting.mlx:
+        return 0, 0, 0
+    v, view = shape.vision, work.student
+    tower = [(many, FLOAT * v.heads * view.pairs(window), 1) for many, window in ((v.whole, 0), (v.windowed, v.window))]
+    prompt = [(many, _scores(layer, view.before, 0, setting), 1) for layer, many in shape.kinds.items()]
+    completions = [(many, _scores(layer, work.tokens, view.before, setting), work.completions) for layer, many in shape.kinds.items()]
+
+    def again(layers: list[tuple[int, int, int]]) -> int:
+        return sum(many * count * (scores - _kept(scores, count)) for many, scores, count in layers)
+
+    return again(tower), again(prompt), again(completions)
+
+
 def passing_scores(size: int, setting: Setting) -> int:
     """Bytes of arrays as large as all scores, of which a block is alive at a time."""
     return min(size, 4 * BLOCK_BYTES[setting.gpu])

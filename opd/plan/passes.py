@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from opd.plan.activations import FLOAT, Activations, Setting, activations, delta_bytes, delta_held
+from opd.plan.activations import FLOAT, Activations, Setting, activations, delta_bytes, delta_held, scores_again
 from opd.plan.shape import Delta, Shape, Tune
 from opd.plan.work import View, Work, reused
 
@@ -51,10 +51,13 @@ def _kept(shape: Shape, work: Work, setting: Setting, view: View) -> Activations
     """What a backward of one whole group would need, whatever is trained."""
     one, tune = replace(work, student=view, prompts=1), Tune()
     found = activations(shape, tune, one.limited(1), setting, again=False)
-    # Long rows of a delta net are not held whole, and computed all the same.
+    # Long rows of a delta net are not held whole, nor are all scores, and computed all the same.
     beside = sum(
         count * (delta_bytes(tune, layer, view.before, setting) - delta_held(tune, layer, view.before, setting))
         for layer, count in shape.kinds.items()
         if isinstance(layer, Delta)
     )
-    return replace(found, prompts=found.prompts + beside)
+    scores = scores_again(shape, one, setting)
+    return replace(
+        found, vision=found.vision + scores[0], prompts=found.prompts + beside + scores[1], completions=found.completions + scores[2]
+    )
