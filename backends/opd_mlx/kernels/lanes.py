@@ -18,6 +18,11 @@ from opd.types import Prompt
 Share = TypeVar("Share")
 Result = TypeVar("Result")
 
+if mx.default_device() == mx.cpu:
+    # MLX walks a graph breadth first as long as that is at most so wide, 20 if nobody says; then depth first, which is one share after
+    # the other. It asks for this once, before it first evaluates anything.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "64")
+
 
 class _Lanes(threading.local):
     """A stream belongs to the thread that made it."""
