@@ -1,13 +1,16 @@
-"""Measuring the regional-to-global gap: accuracy on the crop less accuracy on the full image, with paired bootstrap intervals.
+"""Measuring the regional-to-global gap: accuracy on the crop less accuracy on the full image, with 95 % intervals:
+Wilson's of shares, and of what compares two of them the paired bootstrap's.
 
 Answers are read here and nowhere else. The student answers greedily, once on the full image and once on the evidence crop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -94,23 +97,24 @@ def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "rows": len(answered),
         "rows_with_answer": len(full),
-        **_with_interval("agreement", [same], lambda agreement: agreement),
+        **_share_of("agreement", same),
     }
     if len(full):
-        result |= _with_interval("full_accuracy", [full], lambda full: full)
-        result |= _with_interval("crop_accuracy", [crop], lambda crop: crop)
+        result |= _share_of("full_accuracy", full)
+        result |= _share_of("crop_accuracy", crop)
         result |= _with_interval("gap", [full, crop], lambda full, crop: crop - full)
     return result
 
 
 def gap_closed(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Any]:
-    """(full after - full before) / (crop before - full before), a fraction, with its interval; empty where there was no gap.
+    """(full after - full before) / (crop before - full before), a fraction, with its interval; empty where no gap is certain, since what
+    is divided by it may then be anything.
 
     Losing crop accuracy never counts as success: the crop's accuracy is taken before training.
     """
     full_before, crop_before = _right(before)
     full_after, _ = _right(after)
-    if not len(full_before) or crop_before.mean() <= full_before.mean():
+    if not len(full_before) or accuracies(before)["gap_interval"][0] <= 0:
         return {}
     columns = [full_before, crop_before, full_after]
     return _with_interval("gap_closed", columns, lambda before, crop, after: _share(after - before, crop - before))
@@ -139,6 +143,14 @@ def _judge(example: Example, full: str, crop: str) -> Answered:
 def _right(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     judged = [one for one in answered if one.answer is not None]
     return np.array([one.full_right for one in judged], np.float64), np.array([one.crop_right for one in judged], np.float64)
+
+
+def _share_of(name: str, rows: NDArray[np.float64]) -> dict[str, Any]:
+    """The share of rows that are 1, with Wilson's 95 % interval, which is also right where the share is 0 or 1, or the rows are few."""
+    share, count, z = float(rows.mean()), len(rows), NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle, reach = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    ends = ((middle + sign * reach) / (1 + z**2 / count) for sign in (-1, 1))
+    return {name: share, f"{name}_interval": [min(1.0, max(0.0, end)) for end in ends]}
 
 
 def _with_interval(name: str, columns: Sequence[NDArray[np.float64]], statistic: Callable[..., Any]) -> dict[str, Any]:

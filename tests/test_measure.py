@@ -41,6 +41,20 @@ def test_share_closed_is_of_the_gap_before():
     assert gap_closed(answered("--", "--"), answered("--", "--")) == {}
 
 
+def test_without_a_certain_gap_no_share_is_closed():
+    """One row more on the crop is no gap, and what is divided by it may be anything."""
+    before = answered("r" * 99 + "w", "r" * 100)
+    assert accuracies(before)["gap"] > 0
+    assert gap_closed(before, answered("r" * 60 + "w" * 40, "r" * 100)) == {}
+
+
+@pytest.mark.parametrize(("right", "rows", "low", "high"), [(0, 3, 0.0, 0.561497), (4, 4, 0.510109, 1.0), (81, 263, 0.2553, 0.3662)])
+def test_intervals_of_shares_are_wilsons(right, rows, low, high):
+    """Source of the last: Newcombe 1998, table I (81 of 263: 0.2553 to 0.3662)."""
+    found = accuracies(answered("r" * right + "w" * (rows - right), "r" * rows))
+    assert found["full_accuracy_interval"] == pytest.approx([low, high], abs=5e-5)
+
+
 def test_intervals_are_paired_over_examples():
     rng = np.random.default_rng(0)
     full = "".join(rng.choice(["r", "w"], size=400))

@@ -37,6 +37,8 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
         console.print(table)
         if "gap_closed" in summary:
             console.print(f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)", highlight=False)
+        elif "gap" in before:
+            console.print("gap closed: no gap was certain before training  (95 % intervals)", highlight=False)
     cut, drawn = summary["completions_truncated"], summary["completions"]
     if cut > MANY_CUT * drawn:
         console.print(f"{cut} of {drawn} completions were cut off at rollout.max_tokens", highlight=False)
@@ -141,13 +143,14 @@ def planned(result: Mapping[str, Any]) -> None:
         shares.setdefault((one["matmul_share"], one["bandwidth_share"]), []).append(one["name"])
     for (products, moved), names in shares.items():
         say(f"taken: {products:.0%} of peak TFLOP/s, {moved:.0%} of peak GB/s ({', '.join(names)})")
+    say("not counted: starting kernels, for which small models wait on a GPU")
     for one in result["devices"]:
         say(f"{one['name']}: {one['source']}")
     if batch["largest"] and result["sampling"]["largest"]:
         say(f"\nlargest step that fits on {device}:")
         say(f"  --set rollout.microbatch_tokens={batch['largest']} --set rollout.sample_tokens={result['sampling']['largest']}")
         return
-    say(f"\nnot even one prompt fits on {device}; one change each, and its peak:")
+    say(f"\nnot even one prompt fits on {device}; " + ("one change each, and its peak:" if result["smaller"] else "no single change helps"))
     for change, peak in sorted(result["smaller"].items(), key=lambda pair: int(pair[1])):
         say(f"  {_bytes(peak):>8}  --set {change}" + ("  fits" if peak <= found["usable"] else ""))
 
