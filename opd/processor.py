@@ -137,7 +137,7 @@ def _load(model: Path) -> Any:
     reasons = []
     for choice in ({"backend": "pil"}, {}):  # by pillow, the same on every machine; some have parts that know torchvision alone
         try:
-            processor = AutoProcessor.from_pretrained(model, local_files_only=True, **choice)
+            processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False, **choice)
             break
         except Exception as error:  # transformers raises ImportError, OSError, ValueError, KeyError, TypeError and bare Exception
             reasons.append(error)

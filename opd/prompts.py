@@ -227,12 +227,18 @@ def _load(model: Path) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and bare Exception for broken files
         raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
+    older = model / "chat_template.json"  # where processors kept it before transformers 4.50
+    if not tokenizer.chat_template and older.is_file():
+        tokenizer.chat_template = _json(older).get("chat_template")
     if not tokenizer.chat_template:
-        raise ModelError(f"{model}: the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+        raise ModelError(
+            f"{model}: the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json or "
+            "chat_template.json)"
+        )
     return tokenizer, processor
 
 

@@ -397,6 +397,15 @@ def test_a_broken_model_folder_is_one_line(tmp_path: Path, name: str, content: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """As processors kept it before transformers 4.50."""
+    template = write_model(tmp_path) / "chat_template.jinja"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    wanted = PromptEncoder(tmp_path).encode([], "What?").tokens
+    template.unlink()
+    np.testing.assert_array_equal(PromptEncoder(tmp_path).encode([], "What?").tokens, wanted)
+
+
 def test_a_missing_model_folder_and_a_missing_token_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model folder not found: .*/nowhere$"):
         PromptEncoder(tmp_path / "nowhere")

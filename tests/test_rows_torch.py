@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -268,6 +269,18 @@ def test_models_with_positions_of_several_axes_are_refused(case, monkeypatch):
     monkeypatch.setattr(transformers.LlavaModel, "get_rope_index", lambda self: None, raising=False)
     with pytest.raises(ModelError, match="its positions have several axes"):
         opd_torch.load_cpu(ModelOptions(case.folder))
+
+
+def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
+    """Even where somebody would say yes."""
+    folder = llava(tmp_path / "model")
+    config = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**config, "auto_map": {"AutoProcessor": "processing_own.Own"}}))
+    (folder / "processing_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlavaProcessor as Own\n")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    with contextlib.suppress(ModelError):
+        open_encoder(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_llava_next(tmp_path):
