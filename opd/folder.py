@@ -70,7 +70,7 @@ class RunFolder:
     def open(path: Path) -> RunFolder:
         """The folder of an earlier run. Raises FolderError where there is none."""
         if not (path / CONFIG).is_file():
-            raise FolderError(f"'{path}' is no run folder: it has no {CONFIG}")
+            raise FolderError(f"'{path}' is no run folder: it has no {CONFIG}" if path.exists() else f"run folder '{path}' not found")
         return RunFolder(path)
 
     @property
@@ -84,10 +84,16 @@ class RunFolder:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over."""
+        """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over. Raises FolderError."""
         path = self.path / name
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        return [json.loads(line) for line in lines[:-1] if line]
+        rows = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                rows += [json.loads(line)] if line else []
+            except ValueError as error:
+                raise FolderError(f"'{path}' is damaged at line {number}: {error}; remove that line to go on") from error
+        return rows
 
     def rewrite(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replaces a .jsonl file."""
@@ -109,9 +115,13 @@ class RunFolder:
         with _guarded(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            fill(temporary)
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
+            try:
+                fill(temporary)
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.rename(path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # half a folder would fill a full disk
+                raise
 
     def checkpoint(self, step: int, keep: int, fill: Callable[[Path], None]) -> None:
         """Writes the checkpoint of a step, then removes all but the newest `keep`."""

@@ -247,11 +247,14 @@ class Trainer:
             done, seconds = 0, 0.0
         else:
             done, path = checkpoints[-1]
-            self.backend.load(path)
+            earlier = f"go on from step {checkpoints[-2][0]}" if len(checkpoints) > 1 else "start again"
             try:
+                self.backend.load(path)
                 seconds = float(RunFolder(path).read(STATE)["seconds"])
-            except (OSError, ValueError, KeyError) as error:
-                raise FolderError(f"checkpoint '{path}' is damaged: {STATE}: {error}") from error
+            except (OSError, ValueError, KeyError, FolderError) as error:
+                raise FolderError(f"checkpoint '{path}' is damaged: {error}; remove it to {earlier}") from error
+            if done < self.recipe.run.steps:
+                self.progress.note(f"going on after step {done} of {self.recipe.run.steps}")
         if self.backend.rank == 0:
             for name in ("metrics.jsonl", "rollouts.jsonl", "accuracy.jsonl"):
                 rows = self.folder.rows(name)

@@ -62,6 +62,28 @@ def test_a_half_written_line_is_passed_over(tmp_path):
     assert folder.rows("rollouts.jsonl") == []
 
 
+def test_a_damaged_line_is_named(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "config")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
+    with pytest.raises(FolderError, match=r"metrics.jsonl' is damaged at line 2: .*; remove that line to go on"):
+        folder.rows("metrics.jsonl")
+
+
+def test_half_a_folder_does_not_stay(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "config")
+    folder.checkpoint(1, 2, lambda path: (path / "whole").touch())
+
+    def full(path):
+        (path / "half").touch()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError):
+        folder.checkpoint(2, 2, full)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+
+
 def test_no_run_is_no_run(tmp_path):
+    with pytest.raises(FolderError, match=r"run folder '.*nowhere' not found"):
+        RunFolder.open(tmp_path / "nowhere")
     with pytest.raises(FolderError, match=r"is no run folder: it has no config.toml"):
         RunFolder.open(tmp_path)

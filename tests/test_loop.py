@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from opd import measure
 from opd import recipe as recipes
-from opd.errors import DataError, Stopped
+from opd.errors import DataError, FolderError, Stopped
 from opd.folder import RunFolder
 from opd.loop import Trainer
 from opd.progress import Quiet
@@ -221,6 +222,23 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     resumed.train()
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     same(resumed.backend, whole.backend)
+
+
+def test_where_a_resumed_run_goes_on_is_said(tmp_path):
+    """And of a damaged checkpoint, what to do."""
+    first = trainer(tmp_path / "run")
+    first.train()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
+    notes = []
+    again = trainer(tmp_path / "run")
+    again.progress.note = notes.append
+    again.train()
+    assert "going on after step 4 of 6" in notes
+    for name, way in (("step-000006", "go on from step 4"), ("step-000004", "start again")):
+        (tmp_path / f"run/checkpoints/{name}/state.json").write_text("{")
+        with pytest.raises(FolderError, match=rf"{name}' is damaged: .*; remove it to {way}"):
+            trainer(tmp_path / "run").train()
+        shutil.rmtree(tmp_path / f"run/checkpoints/{name}")
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):

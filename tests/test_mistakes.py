@@ -102,7 +102,7 @@ def refused(here, *arguments):
         (["train", "--out", "full", "--force"], "run folder 'full' exists and is no run; name another with --out"),
         (["train", "--out", "file"], "run folder 'file' is a file; name another with --out"),
         (["train", "--out", "file/run"], "run folder 'file/run' cannot be written"),
-        (["train", "--resume", "nowhere"], "'nowhere' is no run folder: it has no config.toml"),
+        (["train", "--resume", "nowhere"], "run folder 'nowhere' not found"),
         (["train", "--resume", "full"], "'full' is no run folder: it has no config.toml"),
         (["train", "--resume", "old", "--steps", "5"], "--resume goes on with the run's own recipe"),
     ],
@@ -205,7 +205,7 @@ def runs(here):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--out", "out"], "'nowhere' is no run folder: it has no config.toml"),
+        (["nowhere", "--out", "out"], "run folder 'nowhere' not found"),
         (["done"], "Missing option '--out'"),
         (["done", "--out", "full"], "folder 'full' is not empty; name another with --out"),
         (["done", "--out", "file"], "folder 'file' cannot be written: file is not a folder; name another with --out"),
@@ -216,7 +216,7 @@ def runs(here):
         (["lora", "--out", "out", "--as", "adapter"], "run 'lora' has neither adapter/ nor a checkpoint yet"),
         (["done", "--out", "out", "--quantize", "5"], "'5' is not one of '4', '8'"),
         (["done", "--out", "out", "--as", "gguf"], "'gguf' is not one of 'model', 'adapter'"),
-        (["cut", "--out", "out", "--backend", "cpu"], "so there is nothing to resume from"),
+        (["cut", "--out", "out", "--backend", "cpu"], "step-000001: no student.safetensors"),
         (["cut", "--out", "out", "--backend", "gpu"], "unknown backend 'gpu'; known: auto, mlx, cuda, cpu"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import opd_torch
@@ -134,6 +135,17 @@ def half_precision(folder: Path, source: Path) -> Path:
     weights = {name: value.bfloat16() for name, value in load_file(source / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def test_a_full_disk_is_an_error_of_the_disk(loaded, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+
+    def full(*arguments, **more):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("opd_torch.model.save_file", full)
+    with pytest.raises(OSError, match=r"student.safetensors: I/O error: No space left on device"):
+        clone(loaded).save(tmp_path)
 
 
 def test_small_steps_on_a_bfloat16_checkpoint_add_up(case, tmp_path):

@@ -192,7 +192,7 @@ class MlxBackend:
         """Restores what `save` wrote, of either backend. Raises FolderError, and changes nothing then."""
         for name in FILES:
             if not (folder / name).is_file():
-                raise FolderError(f"{folder}: no {name}, so there is nothing to resume from")
+                raise FolderError(f"{folder}: no {name}")
         student, teacher = (read_tensors(folder / name, self._model, self._student, [""])[0] for name in FILES[:2])
         moments, metadata = read_tensors(folder / FILES[2], self._model, self._student, ["first.", "second."])
         mx.eval(student, teacher, moments)

@@ -169,7 +169,7 @@ class TorchBackend:
         expected = (self._parameters, self._teacher_parameters, self._moments())
         for name in FILES:
             if not (folder / name).is_file():
-                raise FolderError(f"{folder}: no {name}, so there is nothing to resume from")
+                raise FolderError(f"{folder}: no {name}")
         self._kept = None
         read = [read_tensors(folder / name, tensors) for name, tensors in zip(FILES, expected, strict=True)]
         with torch.no_grad():
