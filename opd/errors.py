@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class OpdError(Exception):
@@ -58,3 +59,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def no_weights(folder: Path, part: str) -> ModelError:
+    """The error where `part` of a folder's weights is missing."""
+    pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+    if pickled:
+        return ModelError(
+            f"{folder}: no {part}, and {pickled.name} is pickled, so that to read it would run what is in it; "
+            "save the model again as safetensors, with save_pretrained of transformers"
+        )
+    return ModelError(f"{folder}: no {part}; a model folder holds config.json and its weights as safetensors")

@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
 from opd import adapters
-from opd.errors import FolderError, ModelError, RecipeError, nearest
+from opd.errors import FolderError, ModelError, RecipeError, nearest, no_weights
 from opd.types import ModelOptions
 from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
 from opd_mlx.attention import Layer
@@ -190,7 +190,7 @@ def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:
         tensors: dict[str, mx.array] = {}
         for file in files:
             if not (folder / file).is_file():
-                raise ModelError(f"{folder}: no {file}; a model folder holds config.json and its weights as safetensors")
+                raise no_weights(folder, file)
             loaded = mx.load(str(folder / file), return_metadata=True)
             part, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
             if metadata.get("format") == "mlx":  # names and layouts are MLX's, and norms that count from 1

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd import adapters
-from opd.errors import FolderError, ModelError
+from opd.errors import FolderError, ModelError, no_weights
 from opd.types import ModelOptions
 from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
 from opd_torch.families import Family, family, rows
@@ -88,7 +88,7 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             empty = architecture(config) if its else architecture.from_config(config)
         if its:
@@ -138,7 +138,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for part in parts:
         if not (path / part).is_file():
-            raise ModelError(f"{path}: no {part}; a model folder holds config.json and its weights as safetensors")
+            raise no_weights(path, part)
         try:
             with safe_open(path / part, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
@@ -203,7 +203,10 @@ def write_model(model: Any, source: Path, folder: Path) -> None:
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
     """Writes one safetensors file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, file, metadata={"format": "pt", **metadata})
+    try:
+        save_file(contiguous, file, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{file}: {error}") from error
 
 
 def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
