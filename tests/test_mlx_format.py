@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import opd_mlx
 from opd import backend as backends
+from opd.errors import ModelError
 from opd.objective import Objective
 from opd.prompts import PromptEncoder
 from opd.testing import relative_error
@@ -126,6 +127,34 @@ def test_quantised_checkpoints(source, tmp_path, bits, monkeypatch):
     with torch.no_grad(), delta_rule_in_float64():
         wanted = stock_logits(model, groups[0].student, tokens).log_softmax(-1)[range(len(tokens)), tokens]
     np.testing.assert_allclose(logprobs_of(backend, groups, JSD), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_what_transformers_writes_otherwise_is_quantised_too(family, tmp_path, monkeypatch):
+    """Sizes of the text below `text_config`, or beside it: mlx-vlm knows published files alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("hidden_size", 64), ("intermediate_size", 128)):
+            patch.setitem(random_models.TEXT, name, size)
+        source = FAMILIES[family](tmp_path / "model")
+    before = (source / "config.json").read_bytes()
+    (tmp_path / "packed").mkdir()
+    monkeypatch.setattr(opd_mlx, "GROUP", 32)
+    opd_mlx.quantize(source, tmp_path / "packed", 8)
+    assert (source / "config.json").read_bytes() == before
+    text = groups_of(source, 0)
+    found = logprobs_of(adapted(tmp_path / "packed"), text, JSD)
+    np.testing.assert_allclose(found, stock_logprobs(tmp_path / "packed", text), atol=1e-4)
+    np.testing.assert_allclose(found, logprobs_of(backends.load("mlx", ModelOptions(source)), text, JSD), atol=0.05)
+
+
+def test_what_mlx_vlm_cannot_load_is_one_line(tmp_path):
+    source = random_models.qwen3_vl(tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    weights.pop("model.language_model.norm.weight")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="mlx-vlm, which quantises, cannot load this model of type 'qwen3_vl': ") as caught:
+        opd_mlx.quantize(source, tmp_path / "packed", 8)
+    assert "\n" not in str(caught.value)
 
 
 def test_gradients_over_norms_of_mlx(source, tmp_path):

@@ -24,21 +24,46 @@ def load(options: ModelOptions) -> MlxBackend:
 
 
 def quantize(source: Path, folder: Path, bits: int) -> None:
-    """Writes `source`, a model folder, with its language model in `bits` per weight: mlx-vlm's own quantisation and layout."""
+    """Writes `source`, a model folder, with its language model in `bits` per weight: mlx-vlm's own quantisation and layout.
+
+    Raises ModelError where mlx-vlm cannot load the model.
+    """
     import contextlib
     import io
+    import json
     import shutil
+    import tempfile
+    from pathlib import Path
 
     from mlx_vlm import utils
     from mlx_vlm.quant_utils import quantize_model
 
-    model, config = utils.load_model(source, lazy=True), utils.load_config(source)
-    own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints, and our stdout is for results
-        model, config = quantize_model(
-            model, config, GROUP, bits, quant_predicate=lambda path, module: not utils.skip_multimodal_module(path) and own(path, module)
-        )
-    utils.save_weights(folder, model)
+    from opd.errors import ModelError
+    from opd_mlx.families import family
+
+    with tempfile.TemporaryDirectory() as root:
+        # The same files, with a config.json that mlx-vlm reads.
+        for file in source.iterdir():
+            if file.name != "config.json":
+                Path(root, file.name).symlink_to(file.absolute())
+        stated = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        kind = str(stated.get("model_type"))
+        Path(root, "config.json").write_text(json.dumps(family(kind).published(stated)), encoding="utf-8")
+        try:
+            model, config = utils.load_model(Path(root), lazy=True), utils.load_config(Path(root))
+        except Exception as error:  # whatever mlx-vlm and its models raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelError(f"mlx-vlm, which quantises, cannot load this model of type '{kind}': {reason}") from error
+        own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints, and our stdout is for results
+            model, config = quantize_model(
+                model,
+                config,
+                GROUP,
+                bits,
+                quant_predicate=lambda path, module: not utils.skip_multimodal_module(path) and own(path, module),
+            )
+        utils.save_weights(folder, model)
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copyfile(file, folder / file.name)

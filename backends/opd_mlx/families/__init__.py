@@ -71,6 +71,9 @@ class Family(Protocol):
         Prompts of equal key are computed once; without any image there are none. `again` computes blocks again in a backward.
         """
 
+    def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json as published checkpoints have it, which is how mlx-vlm reads it; transformers 5 writes some of it elsewhere."""
+
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
         """Bytes that a backward through the vision tower holds for a prompt's images, roughly."""
 

@@ -91,6 +91,16 @@ class Gemma3:
         places = np.arange(len(tower.embeddings.position_embedding.weight), dtype=np.int32)
         return visual_features(prompts, images, lambda found, _: [module.multi_modal_projector(encode(tower, found, again, places))])
 
+    def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `opd_mlx.families.Family`."""
+        text, kinds = dict(config["text_config"]), config["text_config"].get("rope_parameters", {})
+        for kind, name in (("full_attention", "rope_global_base_freq"), ("sliding_attention", "rope_local_base_freq")):
+            if "rope_theta" in kinds.get(kind, {}):
+                text[name] = kinds[kind]["rope_theta"]
+        if "mm_tokens_per_image" in config:
+            text["mm_tokens_per_image"] = config["mm_tokens_per_image"]
+        return {**config, "text_config": text}
+
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
         """See `opd_mlx.families.Family`."""
         return tower_bytes(config, prompt, itemsize)

@@ -88,6 +88,10 @@ class Idefics3:
 
         return visual_features(prompts, tiles, run)
 
+    def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `opd_mlx.families.Family`."""
+        return dict(config)
+
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
         """See `opd_mlx.families.Family`."""
         return tower_bytes(config, prompt, itemsize)

@@ -42,6 +42,16 @@ class Qwen25VL(QwenVL):
         module.vision_tower.merger.mlp[1] = exact_gelu
         return module
 
+    def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `opd_mlx.families.Family`: the text's sizes stand beside all else."""
+        text = {name: value for name, value in config.get("text_config", {}).items() if name != "model_type"}
+        rope = text.get("rope_parameters", {})
+        if "rope_theta" in rope:
+            text["rope_theta"] = rope["rope_theta"]
+        if "mrope_section" in rope:
+            text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        return {**text, **config, "vision_config": {**config["vision_config"], "model_type": "qwen2_5_vl"}}
+
     def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
         """See `opd_mlx.families.Family`."""
         text = config["text_config"]

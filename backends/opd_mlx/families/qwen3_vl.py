@@ -60,6 +60,10 @@ class QwenVL:
         """Merged features [m, L / merge^2, D] of `patches` [m, L, F], and of further levels."""
         raise NotImplementedError
 
+    def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `opd_mlx.families.Family`."""
+        return dict(config)
+
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
         """What each block's products keep, and scores where they are few."""
         vision = config["vision_config"]
