@@ -112,28 +112,31 @@ class Plan:
         return all(found[phase] <= self.usable for phase in phases)
 
     def smaller(self) -> dict[str, int]:
-        """Peaks of one group sampled and one completion differentiated at a time with one thing changed, by what to set."""
-        work = self.work.divided(1).sampling(1)
-        half = max(1, work.tokens // 2)
+        """Least peaks with one thing changed, by what to set, where that is below the plan's own."""
+        work, fewer, half = self.work, max(1, self.work.completions // 2), max(1, self.work.tokens // 2)
         changes = {
-            "model.tune=lora": replace(self, tune=replace(self.tune, kind="lora", vision=False, projector=False), work=work),
-            "model.tune=qlora": replace(self, tune=replace(self.tune, kind="qlora", vision=False, projector=False), work=work),
-            f"rollout.completions={max(1, work.completions // 2)}": replace(
-                self, work=replace(work, completions=max(1, work.completions // 2)).divided(1).sampling(1)
-            ),
-            f"rollout.max_tokens={half}": replace(self, work=replace(work, tokens=half).divided(1).sampling(1)),
+            "model.tune=lora": replace(self, tune=replace(self.tune, kind="lora", vision=False, projector=False)),
+            "model.tune=qlora": replace(self, tune=replace(self.tune, kind="qlora", vision=False, projector=False)),
+            f"rollout.completions={fewer}": replace(self, work=replace(work, completions=fewer)),
+            f"rollout.max_tokens={half}": replace(self, work=replace(work, tokens=half)),
         }
         if self.smaller_images:
             pixels, student, teacher = self.smaller_images
-            seen = replace(work, student=student, teacher=teacher).divided(1).sampling(1)
-            changes[f"model.max_pixels={pixels}"] = replace(self, work=seen)
+            changes[f"model.max_pixels={pixels}"] = replace(self, work=replace(work, student=student, teacher=teacher))
         if not self.tune.full:
             changes.pop(f"model.tune={self.tune.kind}")
         if self.tune.kind == "qlora":
             changes.pop("model.tune=lora")
         if self.setting.half is False:
-            changes["model.dtype=bfloat16"] = replace(self, setting=replace(self.setting, half=True), work=work)
-        return {name: plan.memory.peak for name, plan in changes.items()}
+            changes["model.dtype=bfloat16"] = replace(self, setting=replace(self.setting, half=True))
+        peaks = {name: plan.least for name, plan in changes.items()}
+        return {name: peak for name, peak in peaks.items() if peak < self.least}
+
+    @property
+    def least(self) -> int:
+        """The peak of the step that takes least: one group sampled, and one group, or one completion, differentiated at a time."""
+        works = (work.sampling(1) for work in (self.work.limited(1), self.work.divided(1)))
+        return min(replace(self, work=work).memory.peak for work in works)
 
 
 def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None) -> Plan:

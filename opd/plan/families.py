@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         # transformers would take the settings of MLX's quantisation for some of its own.
         completed = AutoConfig.for_model(**{name: value for name, value in stated.items() if not name.startswith("quantization")})
     except ModelError as error:
-        raise ModelError(f"{file}: {error}") from None
+        raise ModelError(f"{file}: {error}; of another model nothing can be planned, though torch may train it by rows") from None
     except Exception as error:  # transformers raises its own, TypeError, KeyError and ValueError
         raise ModelError(f"{file} cannot be used: {next(iter(str(error).strip().splitlines()), type(error).__name__)}") from error
     return dict(completed.to_dict())
