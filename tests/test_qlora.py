@@ -134,6 +134,39 @@ def test_quantised_checkpoints_load(case, tmp_path, bits):
         backends.load("mlx", ModelOptions(folder))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
+    """What a GPU would run, by bitsandbytes' own kernels for the CPU: values and gradients equal those over the same weights unpacked.
+
+    A step moves the adapters alone, and what is exported is an adapter for the base as it is stored.
+    """
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("opd_torch.model.check_four_bits", lambda device: None)
+    four, dense = backends.load("cpu", case.options(four_bit=True)), backends.load("cpu", case.options())
+    unpack = bitsandbytes.functional.dequantize_4bit
+    for packed, plain in ((four._student, dense._student), (four._teacher, dense._teacher)):
+        found = {name: module for name, module in packed.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+        assert {name.replace(".base_layer", "") for name in found} == set(LAYERS)
+        for name, module in found.items():
+            module.train()  # or, on a CPU alone, it would be packed again, in a form that has no gradient
+            plain.get_submodule(name).weight.data.copy_(unpack(module.weight.data, module.weight.quant_state))
+    np.testing.assert_allclose(logprobs_of(four, case.groups, JSD), logprobs_of(dense, case.groups, JSD), atol=1e-6)
+    for backend in (four, dense):
+        backend.accumulate(case.groups, JSD)
+    assert relative_error(four.tensors("gradient"), dense.tensors("gradient")) < 1e-6
+    before = logprobs_of(four, case.groups, JSD)
+    for backend in (four, dense):
+        assert backend.apply(Update(1e-2)).taken
+    assert np.abs(logprobs_of(four, case.groups, JSD) - before).max() > 1e-3
+    np.testing.assert_allclose(logprobs_of(four, case.groups, JSD), logprobs_of(dense, case.groups, JSD), atol=1e-4)
+    four.export(tmp_path / "adapter", "adapter")
+    again = backends.load("cpu", case.options(adapter=tmp_path / "adapter"))
+    for name, value in four.tensors("student").items():
+        np.testing.assert_array_equal(again.tensors("student")[name], value)
+
+
 def test_torch_says_what_is_missing(case, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     from opd_torch import quantised
