@@ -142,8 +142,12 @@ def _load(model: Path) -> Any:
         except Exception as error:  # transformers raises ImportError, OSError, ValueError, KeyError, TypeError and bare Exception
             reasons.append(error)
     else:
-        lacks = "torchvision" in str(reasons[-1]).lower()
-        why = "needs torchvision, which is not installed" if lacks else f"cannot be loaded: {one_line(reasons[-1])}"
+        said = str(reasons[-1]).lower()
+        why = f"cannot be loaded: {one_line(reasons[-1])}"
+        if "torchvision" in said:
+            why = "needs torchvision, which is not installed"
+        elif "trust_remote_code" in said:
+            why = "needs Python code of its own files, which is never run; name a model whose processor transformers has"
         raise ModelError(f"{model}: its own processor {why}") from reasons[-1]
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
         raise ModelError(

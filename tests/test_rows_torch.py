@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
@@ -275,10 +274,11 @@ def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
     """Even where somebody would say yes."""
     folder = llava(tmp_path / "model")
     config = json.loads((folder / "processor_config.json").read_text())
-    (folder / "processor_config.json").write_text(json.dumps({**config, "auto_map": {"AutoProcessor": "processing_own.Own"}}))
+    own = {"processor_class": "Own", "auto_map": {"AutoProcessor": "processing_own.Own"}}
+    (folder / "processor_config.json").write_text(json.dumps({**config, **own}))
     (folder / "processing_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlavaProcessor as Own\n")
     monkeypatch.setattr("builtins.input", lambda *question: "y")
-    with contextlib.suppress(ModelError):
+    with pytest.raises(ModelError, match="its own processor needs Python code of its own files, which is never run"):
         open_encoder(folder)
     assert not (tmp_path / "ran").exists()
 
