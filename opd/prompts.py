@@ -19,7 +19,7 @@ from PIL.Image import Image
 
 from opd import families, templates
 from opd.errors import DataError, ModelError
-from opd.families.layout import Layout, tokens_of
+from opd.families.layout import Layout, Tile
 from opd.types import IntArray, Policy, Prompt, VisualTokens
 
 IMAGE_MARKER = "<image>"
@@ -35,6 +35,9 @@ NEEDED = (
 
 TEXTS = 4096
 """Rendered questions, and tokenized texts, that are kept."""
+
+LAYOUTS = 256
+"""Prompts whose tokens and positions are kept, and images whose visual tokens' boxes are: a few hundred kilobytes each at most."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -84,6 +87,7 @@ class PromptEncoder:
         # Student and teacher are asked the same, and so are all epochs.
         self._asked = lru_cache(TEXTS)(lambda question, images: self._render(content(question, images)))
         self._ids = lru_cache(TEXTS)(self._tokenized)
+        self._placed = lru_cache(LAYOUTS)(self._place)
         self._image_token = self._token(model, self._family.image_token)
         self.banned = tuple(self._token(model, token) for token in self._family.banned)
         self.stop = self._stops(model)
@@ -104,28 +108,11 @@ class PromptEncoder:
         if len(parts) != len(images):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.placeholder}'; remove it")
         text = before + "".join(layout.text + part for layout, part in zip(layouts, parts, strict=True))
-        compact = self._ids(text)
-        places = np.flatnonzero(compact == self._image_token)
-        counts = tokens_of(layouts)
-        if len(places) != len(counts):
+        if np.count_nonzero(self._ids(text) == self._image_token) != sum(len(layout.tiles) for layout in layouts):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.image_token}'; remove it")
-        # One token a tile was in the text; a long text of nothing but image tokens would cost more than the images.
-        copies = np.ones(len(compact), dtype=np.int64)
-        copies[places] = counts
-        tokens = np.repeat(compact, copies)
-        grids = [tile.grid for layout in layouts for tile in layout.tiles]
-        boxes = [tile.boxes(*image.size) for layout, image in zip(layouts, images, strict=True) for tile in layout.tiles]
-        return Prompt(
-            tokens=tokens,
-            positions=self._family.positions(tokens, self._image_token, grids),
-            images=arrays,
-            key=self._key(images, self._settings[policy]),
-            visual=VisualTokens(
-                index=np.flatnonzero(tokens == self._image_token).astype(np.int32),
-                image=np.repeat(np.arange(len(images), dtype=np.int32), [sum(tile.tokens for tile in layout.tiles) for layout in layouts]),
-                boxes=np.concatenate([np.zeros((0, 4), dtype=np.float32), *boxes]),
-            ),
-        )
+        tiles = tuple((number, tile) for number, layout in enumerate(layouts) for tile in layout.tiles)
+        tokens, positions, visual = self._placed(text, tiles, tuple(image.size for image in images))
+        return Prompt(tokens, positions, arrays, self._key(images, self._settings[policy]), visual)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion, without special tokens."""
@@ -142,6 +129,27 @@ class PromptEncoder:
         ids = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         ids.flags.writeable = False
         return ids
+
+    def _place(
+        self, text: str, tiles: tuple[tuple[int, Tile], ...], sizes: tuple[tuple[int, int], ...]
+    ) -> tuple[IntArray, IntArray, VisualTokens]:
+        """Tokens, positions and visual tokens of a text in which each of `tiles`, with the number of its image, has one image token.
+
+        A long text of nothing but image tokens would cost more than the images.
+        """
+        compact = self._ids(text)
+        copies = np.ones(len(compact), dtype=np.int64)
+        copies[compact == self._image_token] = [tile.tokens for _, tile in tiles]
+        tokens = np.repeat(compact, copies)
+        visual = VisualTokens(
+            index=np.flatnonzero(tokens == self._image_token).astype(np.int32),
+            image=np.repeat(np.array([image for image, _ in tiles], dtype=np.int32), [tile.tokens for _, tile in tiles]),
+            boxes=np.concatenate([np.zeros((0, 4), dtype=np.float32), *(tile.boxes(*sizes[image]) for image, tile in tiles)]),
+        )
+        positions = self._family.positions(tokens, self._image_token, [tile.grid for _, tile in tiles])
+        for array in (tokens, positions, visual.index, visual.image, visual.boxes):  # prompts share them
+            array.flags.writeable = False
+        return tokens, positions, visual
 
     def _render(self, content: list[dict[str, str]], template: str | None = None) -> str:
         turn = [{"role": "user", "content": content}]

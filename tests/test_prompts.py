@@ -164,6 +164,21 @@ def test_student_and_teacher_differ_only_in_their_image_tokens(folder: Path) -> 
     assert teacher.start == len(teacher) - 9 + 3
 
 
+def test_prompts_of_one_question_share_their_layout_and_those_of_other_sizes_do_not(folder: Path) -> None:
+    encoder, question = PromptEncoder(folder), "What digit is on the red tile?"
+    first, second, other = (encoder.encode([noise(size)], question) for size in ((128, 128), (128, 128), (120, 120)))
+    assert first.positions is second.positions
+    assert first.visual is second.visual
+    with pytest.raises(ValueError, match="read-only"):
+        first.positions[0, 0] = 5
+    # 120 pixels become 112 or 128: as many tokens as 128 have, or other ones, and other boxes in any case.
+    assert other.visual.boxes.max() == 120
+    assert first.visual.boxes.max() == 128
+    fresh = PromptEncoder(folder).encode([noise((120, 120))], question)
+    for mine, its in ((other.tokens, fresh.tokens), (other.positions, fresh.positions), (other.visual.boxes, fresh.visual.boxes)):
+        np.testing.assert_array_equal(mine, its)
+
+
 def test_positions_of_two_small_images_written_out(folder: Path) -> None:
     prompt = PromptEncoder(folder).encode([noise((48, 32)), noise((16, 32))], "<image>What<image>")
     texts = ["<|im_start|>user\n<|vision_start|>", *["<|image_pad|>"] * 6, "<|vision_end|>What<|vision_start|>", *["<|image_pad|>"] * 2]

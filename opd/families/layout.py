@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +51,3 @@ def counted(tokens: IntArray) -> IntArray:
 def plain(values: NDArray[np.generic]) -> NDArray[np.generic]:
     """Floats are features and integers are shapes in every family; backends get one width of each."""
     return np.ascontiguousarray(values, dtype=np.float32 if np.issubdtype(values.dtype, np.floating) else np.int32)
-
-
-def tokens_of(layouts: Sequence[Layout]) -> list[int]:
-    """Visual tokens of every tile of every image."""
-    return [tile.tokens for layout in layouts for tile in layout.tiles]

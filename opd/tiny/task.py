@@ -60,6 +60,9 @@ def draw_glyph(glyph: str) -> Image.Image:
 
 MASKS = tuple(draw_glyph(glyph) for glyph in GLYPHS)
 
+TILE_LOW, TILE_HIGH = [-12, -12, -12, 0, -1, -1], [13, 13, 13, 40, 2, 2]
+"""Bounds of the numbers that `draw_tile` takes, which one call draws for all tiles of a scene."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -159,8 +162,8 @@ def draw_scene(random: np.random.Generator, tiles: int, size: int) -> Scene:
     image = draw_background(random, size)
     canvas = ImageDraw.Draw(image)
     draw_clutter(random, canvas, size)
-    for tile in placed:
-        draw_tile(random, canvas, tile)
+    for tile, numbers in zip(placed, random.integers(TILE_LOW, TILE_HIGH, (tiles, len(TILE_LOW))).tolist(), strict=True):
+        draw_tile(canvas, tile, numbers)
     noise = Image.fromarray(random.integers(0, 21, (size, size, 3), dtype=np.uint8))
     return Scene(ImageChops.add(image, noise, offset=-10), placed, placed[int(random.integers(tiles))])
 
@@ -199,12 +202,14 @@ def draw_clutter(random: np.random.Generator, canvas: ImageDraw.ImageDraw, size:
             canvas.rectangle(outline, fill=tuple(colour))
 
 
-def draw_tile(random: np.random.Generator, canvas: ImageDraw.ImageDraw, tile: Tile) -> None:
-    """Draw a tile in a shade of its colour, and its digit off the centre by up to a pixel: light on dark, or dark on light."""
-    shade = random.integers(-12, 13, 3).tolist()
+def draw_tile(canvas: ImageDraw.ImageDraw, tile: Tile, numbers: Sequence[int]) -> None:
+    """Draw a tile in a shade of its colour, and its digit off the centre by up to a pixel: light on dark, or dark on light.
+
+    `numbers`: what is added to red, green and blue, the darkness or lightness of the ink, and the digit's offset.
+    """
+    *shade, ink, left, top = numbers
     fill = tuple(min(255, max(0, value + change)) for value, change in zip(COLOURS[tile.colour], shade, strict=True))
     canvas.rectangle((tile.x, tile.y, tile.x + TILE - 1, tile.y + TILE - 1), fill=fill)
     bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
-    ink = int(random.integers(0, 40) if bright else random.integers(216, 256))
-    left, top = random.integers(-1, 2, 2).tolist()
+    ink += 0 if bright else 216
     canvas.bitmap((tile.x + 4 + left, tile.y + 2 + top), MASKS[tile.digit], fill=(ink, ink, ink))
