@@ -1,20 +1,30 @@
-"""How do time and memory of the training stage grow with n, P, R and V, and does a term grow faster than the arithmetic says?
+"""How do time and memory of the training stage grow with n, P, R and V, and does a term grow faster than the work that is needed?
 
     python -m benchmarks.growth [--backend torch|mlx] [--json] [--quick] [--plot FILE]
 
-One size at a time is doubled from P 256, R 32, n 4, V 4096. `seconds` are medians, `bytes` the peak above what was resident; `needed` are
-the FLOPs of `arithmetic.py`. `time_growth` is the time's growth over that of the FLOPs since the size before: above 1 where time grows
-faster than the arithmetic. `byte_growth` is the growth in bytes over that of the size: at most 1 where memory is linear or better.
-`worst` are the largest of both along each axis.
+One size at a time is doubled, the others standing at P 256, R 32, n 4, V 4096. `seconds` are medians of one call of `accumulate` with one
+group, `bytes` the peak above what was resident; `needed` are the FLOPs and `functions` the exponentials and the like of `arithmetic.py`.
+`predicted` are needed * a + functions * b seconds, where a and b, at least 0, are fitted once to all points of all axes: least squares of
+the relative error. `fit` gives 1 / a (gflops, of products alone; null where a is 0), b (function_ns), and of all points the largest
+|seconds / predicted - 1| (deviation).
+`time_growth` is the growth of seconds over that of predicted since the size before: above 1 where time grows faster than these two kinds
+of work. What grows as one of them does is in a or b and does not show: judge those by what a product and an exponential take elsewhere.
+`byte_growth` is the growth in bytes over that of the size: at most 1 where memory is linear or better. `worst` are the largest of both
+along each axis.
 """
 
 from __future__ import annotations
 
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks import against_rows, arithmetic, measuring, workload
 from benchmarks.workload import Shape
@@ -31,15 +41,17 @@ def main() -> None:
     parser.add_argument("--backend", choices=("torch", "mlx"), default="torch")
     parser.add_argument("--plot", type=Path, help="also write a picture of the growth")
     options = parser.parse_args()
+    if options.plot and options.no_wall:
+        parser.error("--plot shows times, which --no-wall leaves out")
     points = [(axis, size) for axis, sizes in AXES.items() for size in (sizes[:2] if options.quick else sizes)]
-    rows: list[measuring.Row] = []
-    for axis, size in measuring.track(points, "sizes"):
-        rows.append({"axis": axis, "size": size, **measured(axis, size, options)})
-        if len(rows) > 1 and rows[-2]["axis"] == axis:
-            rows[-1] |= growth(*rows[-2:])
+    rows = [{"axis": axis, "size": size, **measured(axis, size, options)} for axis, size in measuring.track(points, "sizes")]
+    fit = {} if options.no_wall else {"fit": predict(rows)}
+    for before, after in pairwise(rows):
+        if before["axis"] == after["axis"]:
+            after |= growth(before, after)
     names = ("time_growth", "byte_growth") if not options.no_wall else ("byte_growth",)
     worst = {axis: {name: max(row[name] for row in rows if row["axis"] == axis and name in row) for name in names} for axis in AXES}
-    about: dict[str, Any] = {"device": measuring.device_name(), "backend": options.backend, "start": f"{START}, V {VOCABULARY}"}
+    about: dict[str, Any] = {"device": measuring.device_name(), "backend": options.backend, "start": f"{START}, V {VOCABULARY}", **fit}
     shown = {axis: " / ".join(measuring.show(value) for value in one.values()) for axis, one in worst.items()}
     about["worst"] = worst if options.json else shown
     measuring.report(options, "growth", rows, **about, versions=measuring.versions("mlx", "mlx-vlm"))
@@ -48,10 +60,10 @@ def main() -> None:
 
 
 def measured(axis: str, size: int, options: Namespace) -> measuring.Row:
-    """Seconds and bytes of one call of `accumulate` with one size changed, and the FLOPs that it needs."""
+    """Seconds and bytes of one call of `accumulate` with one size changed, and the FLOPs and functions that it needs."""
     import transformers
 
-    shape = START if axis == "V" else replace(START, **{FIELDS[axis]: size})
+    shape = shape_of(axis, size)
     with tempfile.TemporaryDirectory() as root:
         path = workload.folder(Path(root) / "model", size if axis == "V" else VOCABULARY, **SIZES)
         config = transformers.AutoConfig.from_pretrained(path)
@@ -59,23 +71,49 @@ def measured(axis: str, size: int, options: Namespace) -> measuring.Row:
         device = "cpu" if options.backend == "torch" else "mlx"
         run = sides["group"]
         run()
-        found: measuring.Row = {"needed": arithmetic.group(config, shape), "bytes": measuring.peak_bytes(run, device)}
+        found: measuring.Row = {"needed": arithmetic.group(config, shape), "functions": arithmetic.functions(config, shape)}
+        found["bytes"] = measuring.peak_bytes(run, device)
         if not options.no_wall:
             found["seconds"] = measuring.seconds({"group": run}, 1 if options.quick else options.repeats, device)["group"]
             found["gflops"] = found["needed"] / found["seconds"] / 1e9
         return found
 
 
+def shape_of(axis: str, size: int) -> Shape:
+    """The start with one size changed; V is the model's."""
+    return START if axis == "V" else replace(START, **{FIELDS[axis]: size})
+
+
+def predict(rows: Sequence[measuring.Row]) -> dict[str, float | None]:
+    """Gives every row the seconds `predicted` by the costs that fit all of them; returns these, and how far off the worst row is."""
+    flop, function = (float(cost) for cost in costs(rows))
+    for row in rows:
+        row["predicted"] = row["needed"] * flop + row["functions"] * function
+    deviation = max(abs(row["seconds"] / row["predicted"] - 1) for row in rows)
+    return {"gflops": 1e-9 / flop if flop else None, "function_ns": 1e9 * function, "deviation": deviation}
+
+
+def costs(rows: Sequence[measuring.Row]) -> NDArray[np.float64]:
+    """Seconds a FLOP and seconds a function [2]: neither is below 0, and the squares of predicted / seconds - 1 are least."""
+    work = np.array([[row["needed"] / row["seconds"], row["functions"] / row["seconds"]] for row in rows])
+    found: NDArray[np.float64] = np.linalg.lstsq(work, np.ones(len(rows)))[0]
+    if found.min() < 0:  # then the best without negative costs has a zero in its place
+        kept = found > 0
+        found = np.zeros(2)
+        found[kept] = np.linalg.lstsq(work[:, kept], np.ones(len(rows)))[0]
+    return found
+
+
 def growth(before: measuring.Row, after: measuring.Row) -> measuring.Row:
-    """How much more time and memory grew than FLOPs and size."""
+    """How much more time and memory grew than predicted seconds and size."""
     found = {"byte_growth": (after["bytes"] / before["bytes"]) / (after["size"] / before["size"])}
     if "seconds" in after:
-        found["time_growth"] = (after["seconds"] / before["seconds"]) / (after["needed"] / before["needed"])
+        found["time_growth"] = (after["seconds"] / before["seconds"]) / (after["predicted"] / before["predicted"])
     return found
 
 
 def picture(rows: list[measuring.Row], path: Path) -> None:
-    """One column a size: time over the line of the arithmetic, at the rate of the largest; and memory."""
+    """One column a size: time over the line of what is predicted; and memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,8 +123,7 @@ def picture(rows: list[measuring.Row], path: Path) -> None:
     for (above, below), axis in zip(panels.T, AXES, strict=True):
         curve = [row for row in rows if row["axis"] == axis]
         sizes = [row["size"] for row in curve]
-        rate = curve[-1]["seconds"] / curve[-1]["needed"]
-        above.plot(sizes, [row["needed"] * rate for row in curve], color="#7a7a7a", lw=1.5, label="arithmetic, at the rate of the largest")
+        above.plot(sizes, [row["predicted"] for row in curve], color="#7a7a7a", lw=1.5, label="products and functions")
         above.plot(sizes, [row["seconds"] for row in curve], "o", color="#0b6e99", ms=5, label="measured")
         below.plot(sizes, [row["bytes"] / 2**20 for row in curve], "o-", color="#0b6e99", ms=5, lw=1)
         below.set(xlabel=axis, xlim=(0, None), ylim=(0, None))

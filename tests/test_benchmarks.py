@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections import Counter
+from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, plan_against_step, real_shapes, workload
 from benchmarks.workload import Shape
@@ -100,11 +106,116 @@ def test_a_token_step_reads_weights_and_prompts_once(case):
         assert copied == pytest.approx(2 * n * keys, rel=0.05)  # by attention and where the cache grows; with the row's own few tokens
 
 
-def test_growth_is_relative_to_the_arithmetic():
-    before = {"size": 2, "needed": 100, "bytes": 10, "seconds": 1.0}
-    assert growth.growth(before, {"size": 4, "needed": 300, "bytes": 15, "seconds": 3.3}) == pytest.approx(
+def test_growth_is_relative_to_what_is_predicted():
+    before = {"size": 2, "predicted": 0.9, "bytes": 10, "seconds": 1.0}
+    assert growth.growth(before, {"size": 4, "predicted": 2.7, "bytes": 15, "seconds": 3.3}) == pytest.approx(
         {"byte_growth": 0.75, "time_growth": 1.1}
     )
+
+
+def synthetic(seconds):
+    """Rows of the growth benchmark at all its points, which take `seconds(needed, functions, axis, size)`."""
+    config = workload.small_qwen3_vl()
+    rows = []
+    for axis, size in ((axis, size) for axis, sizes in growth.AXES.items() for size in sizes):
+        config.text_config.vocab_size = size if axis == "V" else growth.VOCABULARY
+        shape = growth.shape_of(axis, size)
+        work = {"needed": arithmetic.group(config, shape), "functions": arithmetic.functions(config, shape)}
+        rows.append({"axis": axis, "size": size, "bytes": 1, **work, "seconds": seconds(*work.values(), axis, size)})
+    return rows
+
+
+def worked(needed, functions, *_):
+    return needed * 2e-11 + functions * 5e-9
+
+
+def most_growth(rows):
+    found = {axis: [] for axis in growth.AXES}
+    for before, after in pairwise(rows):
+        if before["axis"] == after["axis"]:
+            found[after["axis"]].append(growth.growth(before, after)["time_growth"])
+    return {axis: max(values) for axis, values in found.items()}
+
+
+@pytest.mark.parametrize(("flop", "function"), [(2e-11, 5e-9), (2e-11, 0.0), (0.0, 5e-9)])
+def test_growth_finds_what_a_flop_and_a_function_cost(flop, function):
+    rows = synthetic(lambda needed, functions, *_: needed * flop + functions * function)
+    assert growth.costs(rows) == pytest.approx([flop, function], rel=1e-6, abs=1e-15)
+    fit = growth.predict(rows)
+    assert fit["deviation"] < 1e-6
+    assert fit["function_ns"] == pytest.approx(1e9 * function, abs=1e-6)
+    assert most_growth(rows) == pytest.approx(dict.fromkeys(growth.AXES, 1.0), abs=1e-6)
+
+
+def test_growth_has_no_negative_cost():
+    """Two points that a negative cost would fit exactly: the other cost is then the best that there is alone."""
+    rows = [{"needed": 2, "functions": 1, "seconds": 1.0}, {"needed": 4, "functions": 1, "seconds": 3.0}]
+    assert growth.costs(rows) == pytest.approx([(2 + 4 / 3) / (2**2 + (4 / 3) ** 2), 0.0])
+    swapped = [{"needed": row["functions"], "functions": row["needed"], "seconds": row["seconds"]} for row in rows]
+    assert growth.predict(swapped)["gflops"] is None
+    assert growth.costs(swapped) == pytest.approx(growth.costs(rows)[::-1])
+
+
+def test_growth_sees_a_term_that_no_work_explains():
+    """Cubic in P, of half the time at P 2048: 4/3 of what its last doubling should take, and the fit cannot take it in."""
+    (largest,) = (row["seconds"] for row in synthetic(worked) if (row["axis"], row["size"]) == ("P", 2048))
+    rows = synthetic(lambda *point: worked(*point) + largest * (growth.shape_of(*point[2:]).prompt / 2048) ** 3)
+    growth.predict(rows)
+    worst = most_growth(rows)
+    assert worst["P"] > 1.25
+    assert max(worst[axis] for axis in "nRV") < 1.06
+
+
+@pytest.mark.parametrize("times", [True, False])
+def test_growth_reports_one_fit_of_all_points(monkeypatch, capsys, times):
+    rows = {(row["axis"], row["size"]): row for row in synthetic(worked)}
+    hidden = set() if times else {"seconds"}
+    monkeypatch.setattr(growth, "measured", lambda *point: {key: rows[point[:2]][key] for key in rows[point[:2]].keys() - hidden})
+    monkeypatch.setattr("sys.argv", ["growth", "--json", *([] if times else ["--no-wall"])])
+    growth.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["rows"]) == len(rows)
+    assert sum("byte_growth" in row for row in found["rows"]) == len(rows) - len(growth.AXES)
+    if times:
+        assert found["fit"] == pytest.approx({"gflops": 50, "function_ns": 5, "deviation": 0}, abs=1e-6)
+        assert {axis: one["time_growth"] for axis, one in found["worst"].items()} == pytest.approx(dict.fromkeys(growth.AXES, 1.0))
+    else:
+        assert "fit" not in found
+        assert not any({"predicted", "time_growth"} & row.keys() for row in found["rows"])
+
+
+class Functions(TorchDispatchMode):
+    """Elementary functions by operator, as torch runs them: elements, and of attention the pairs that are not masked."""
+
+    COUNTED = ("silu", "silu_backward", "gelu", "gelu_backward", "logsumexp", "exp", "expm1", "log1p_", "log", "tanh", "_softmax")
+    LEFT_OUT = ("cos", "sin", "rsqrt", "logaddexp", "sigmoid")
+    ATTENTION: ClassVar = {"_scaled_dot_product_flash_attention_for_cpu": 0, "_scaled_dot_product_flash_attention_for_cpu_backward": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, operator, types, given=(), options=None):
+        name = operator.overloadpacket.__name__
+        if name in self.ATTENTION:
+            query, key = given[self.ATTENTION[name] :][:2]
+            seen = torch.ones(query.shape[2], key.shape[2])
+            causal = any(value is True for value in given)
+            self.found[name] += query.shape[0] * query.shape[1] * int((seen.tril() if causal else seen).sum())
+        elif name in self.COUNTED + self.LEFT_OUT:
+            self.found[name] += given[0].numel()
+        return operator(*given, **(options or {}))
+
+
+def test_functions_are_those_that_torch_runs(case):
+    """In one whole call: student and teacher, whose prompts have 96 and 32 tokens, and 8 completions."""
+    path, config, group = case
+    sides, _ = against_rows.of_torch(path, group)
+    with Functions() as count:
+        sides["group"]()
+    left_out = sum(count.found.pop(name) for name in Functions.LEFT_OUT)
+    assert count.found.total() == arithmetic.functions(config, against_rows.shape_of(OPTIONS))
+    assert 0 < left_out < 0.02 * count.found.total()
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
