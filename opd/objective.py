@@ -28,8 +28,8 @@ Float64 = NDArray[np.float64]
 LOG_RATIO_BOUND = 20.0
 """The importance ratio's logarithm is clipped to plus and minus this before exp."""
 
-TAIL_BOUND = -1e-7
-"""The support's log-mass is kept at most this, so that log(1 - mass) stays finite in float32."""
+LEAST_TAIL = 1e-7
+"""What is outside of the support is taken for at least so probable, so that its logarithm stays finite."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ def _divergence(s: Float64, t: Float64, objective: Objective) -> tuple[Float64, 
         return _between(s, t, objective.alpha)
     ids = np.argpartition(-s, k - 1, axis=-1)[:, :k]
     s_k, t_k = np.take_along_axis(s, ids, -1), np.take_along_axis(t, ids, -1)
-    s_mass, t_mass = _logsumexp(s_k), _logsumexp(t_k)
     if objective.tail:
-        divergence, inner = _between(_with_tail(s_k, s_mass), _with_tail(t_k, t_mass), objective.alpha)
-        # d tail / d s_i = -p_i / (1 - mass), and 0 where the bound holds the mass still.
-        slope = np.where(s_mass < TAIL_BOUND, -1.0 / -np.expm1(np.minimum(s_mass, TAIL_BOUND)), 0.0)
+        s_rest, t_rest = (_rest(x, ids) for x in (s, t))
+        divergence, inner = _between(_with_tail(s_k, s_rest), _with_tail(t_k, t_rest), objective.alpha)
+        # d tail / d s_i = -p_i / tail, and 0 where the bound holds the tail still.
+        slope = np.where(s_rest > LEAST_TAIL, -1.0 / np.maximum(s_rest, LEAST_TAIL), 0.0)
         at_support = inner[:, :k] + inner[:, k:] * slope * np.exp(s_k)
     else:
+        s_mass, t_mass = _logsumexp(s_k), _logsumexp(t_k)
         divergence, inner = _between(s_k - s_mass, t_k - t_mass, objective.alpha)
         at_support = inner - np.exp(s_k - s_mass) * inner.sum(-1, keepdims=True)
     outer = np.zeros_like(s)
@@ -144,9 +145,16 @@ def _divergence(s: Float64, t: Float64, objective: Objective) -> tuple[Float64, 
     return divergence, outer
 
 
-def _with_tail(logprobs: Float64, mass: Float64) -> Float64:
-    """`logprobs` [N, K] and a last bucket with what `mass` [N, 1], their logsumexp, leaves."""
-    return np.concatenate([logprobs, np.log(-np.expm1(np.minimum(mass, TAIL_BOUND)))], axis=-1)
+def _rest(logprobs: Float64, ids: NDArray[np.intp]) -> Float64:
+    """The probability [N, 1] outside of `ids` [N, K], from `logprobs` [N, V]."""
+    outside = np.exp(logprobs)
+    np.put_along_axis(outside, ids, 0.0, -1)
+    return np.asarray(outside.sum(-1, keepdims=True))
+
+
+def _with_tail(logprobs: Float64, rest: Float64) -> Float64:
+    """`logprobs` [N, K] and a last bucket with the probability `rest` [N, 1]."""
+    return np.concatenate([logprobs, np.log(np.maximum(rest, LEAST_TAIL))], axis=-1)
 
 
 def _between(s: Float64, t: Float64, alpha: float) -> tuple[Float64, Float64]:

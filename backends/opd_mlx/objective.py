@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from opd.objective import LOG_RATIO_BOUND, TAIL_BOUND, Objective
+from opd.objective import LEAST_TAIL, LOG_RATIO_BOUND, Objective
+from opd_mlx.kernels.exponentials import exponential, log_softmax
 
 CHUNK_BYTES = 64 * 1024**2
-"""Size of one [C, V] buffer; about ten of them are alive at a time."""
+"""Size of one [C, V] buffer; at most eight of them are alive at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def divergence_head(
     for start in range(0, len(tokens), chunk):
         rows = slice(start, start + chunk)
         student, teacher = student_hidden[rows].astype(dtype), teacher_hidden[rows].astype(dtype)
-        part, slope = _chunk(student @ heads[0].T, teacher @ heads[1].T, tokens[rows], sampler_logprobs[rows], objective, top)
+        part, slope = _chunk([student @ heads[0].T, teacher @ heads[1].T], tokens[rows], sampler_logprobs[rows], objective, top)
         if gradient:
             slope = slope * (weights[rows] * part["ratio"] / objective.temperature)[:, None]
             part["hidden_gradient"] = slope @ heads[0]
@@ -87,71 +88,94 @@ def divergence_head(
 
 
 def _chunk(
-    student: mx.array, teacher: mx.array, tokens: mx.array, sampler: mx.array, objective: Objective, top: int
+    logits: list[mx.array], tokens: mx.array, sampler: mx.array, objective: Objective, top: int
 ) -> tuple[dict[str, mx.array], mx.array]:
-    """Results by name for logits [C, V], and the gradient [C, V] of the divergence to the student's logits / temperature."""
-    part: dict[str, mx.array] = {}
-    s = _log_softmax(student, objective.temperature)
-    t = _log_softmax(teacher, objective.temperature)
-    tokens = tokens.astype(mx.int32)[:, None]
-    for policy, logprobs in (("student", s), ("teacher", t)):
-        part[f"{policy}_logprobs"] = mx.take_along_axis(logprobs, tokens, -1)[:, 0]
-        part[f"{policy}_entropy"] = -(mx.exp(logprobs) * logprobs).sum(-1)
-        if top:
-            ids = mx.argpartition(-logprobs, top - 1, axis=-1)[:, :top] if top < logprobs.shape[-1] else mx.argsort(-logprobs, axis=-1)
-            ids = mx.take_along_axis(ids, mx.argsort(-mx.take_along_axis(logprobs, ids, -1), axis=-1), -1)
-            part[f"{policy}_top_tokens"] = ids.astype(mx.int32)
-            part[f"{policy}_top_logprobs"] = mx.take_along_axis(logprobs, ids, -1)
-    part["ratio"] = _importance_ratio(part["student_logprobs"], sampler, objective.ratio_clip)
-    k = objective.support(s.shape[-1])
-    if objective.form == "sampled":
-        part["divergence"] = part["student_logprobs"] - part["teacher_logprobs"]
-        return part, _scattered(s, tokens, part["divergence"][:, None])
-    if k is None:
-        part["divergence"], outer = _between(s, t, objective.alpha)
-        return part, outer - mx.exp(s) * outer.sum(-1, keepdims=True)
-    ids = mx.argpartition(-s, k - 1, axis=-1)[:, :k]
-    s_k, t_k = mx.take_along_axis(s, ids, -1), mx.take_along_axis(t, ids, -1)
-    part["divergence"], at_support = _on_support(s_k, t_k, objective)
-    return part, _scattered(s, ids, at_support)
+    """Results by name for `logits` [C, V] of student and teacher, and the gradient [C, V] of the divergence to the student's logits /
+    temperature.
 
-
-def _scattered(s: mx.array, ids: mx.array, outer: mx.array) -> mx.array:
-    """Gradient [C, V] to the logits of a function whose derivative to s is `outer` [C, K] at `ids`, and 0 elsewhere.
-
-    Through s = z - logsumexp(z): ds_i/dz_j = 1[i = j] - p_j.
+    Takes `logits` apart, and evaluates one policy before the other begins, so that no array lives longer than it is needed.
     """
-    dense = -mx.exp(s) * outer.sum(-1, keepdims=True)
-    return mx.put_along_axis(dense, ids, mx.take_along_axis(dense, ids, -1) + outer, axis=-1)
+    part: dict[str, mx.array] = {}
+    tokens = tokens.astype(mx.int32)[:, None]
+    k, sampled = objective.support(logits[0].shape[-1]), objective.form == "sampled"
+    s, p = _policy(part, "student", logits, tokens, objective.temperature, top)
+    if not sampled and k is not None:
+        ids = mx.argpartition(-s, k - 1, axis=-1)[:, :k]
+        s_k, s_rest = mx.take_along_axis(s, ids, -1), _rest(p, ids)
+        mx.eval(part, ids, s_k, s_rest)
+        del s
+    t, q = _policy(part, "teacher", logits, tokens, objective.temperature, top)
+    part["ratio"] = _importance_ratio(part["student_logprobs"], sampler, objective.ratio_clip)
+    if sampled:
+        divergence = part["divergence"] = part["student_logprobs"] - part["teacher_logprobs"]
+        inside = (divergence * -mx.expm1(part["student_logprobs"]))[:, None]
+        return part, mx.put_along_axis(-divergence[:, None] * p, tokens, inside, axis=-1)
+    if k is None:
+        mx.eval(part)
+        part["divergence"], outer = _between(s, t, p, q, objective.alpha)
+        return part, outer - p * outer.sum(-1, keepdims=True)
+    part["divergence"], inside, outside = _on_support(s_k, mx.take_along_axis(t, ids, -1), s_rest, _rest(q, ids), objective)
+    mx.eval(part, inside, outside)
+    return part, mx.put_along_axis(outside * p, ids, inside, axis=-1)
 
 
-def _on_support(s: mx.array, t: mx.array, objective: Objective) -> tuple[mx.array, mx.array]:
-    """Divergence [C] over the support's log-probabilities [C, K] (and a tail), and its derivative to s."""
-    s_mass, t_mass = mx.logsumexp(s, -1, keepdims=True), mx.logsumexp(t, -1, keepdims=True)
+def _policy(
+    part: dict[str, mx.array], policy: str, logits: list[mx.array], tokens: mx.array, temperature: float, top: int
+) -> tuple[mx.array, mx.array]:
+    """Log-probabilities and probabilities [C, V] from the first of `logits`, which is taken; results by name go to `part`."""
+    logprobs, probabilities = log_softmax(logits.pop(0) if temperature == 1.0 else logits.pop(0) / temperature)
+    mx.eval(logprobs, probabilities)
+    part[f"{policy}_logprobs"] = mx.take_along_axis(logprobs, tokens, -1)[:, 0]
+    part[f"{policy}_entropy"] = -(probabilities * logprobs).sum(-1)
+    if top:
+        ids = mx.argpartition(-logprobs, top - 1, axis=-1)[:, :top] if top < logprobs.shape[-1] else mx.argsort(-logprobs, axis=-1)
+        ids = mx.take_along_axis(ids, mx.argsort(-mx.take_along_axis(logprobs, ids, -1), axis=-1), -1)
+        part[f"{policy}_top_tokens"] = ids.astype(mx.int32)
+        part[f"{policy}_top_logprobs"] = mx.take_along_axis(logprobs, ids, -1)
+    return logprobs, probabilities
+
+
+def _rest(p: mx.array, ids: mx.array) -> mx.array:
+    """What `p` [C, V] has outside of `ids` [C, K], [C, 1].
+
+    Summed, and not what the others leave of 1: of that, float32 knows nothing below 1e-7.
+    """
+    return mx.put_along_axis(p, ids, mx.zeros(ids.shape, p.dtype), axis=-1).sum(-1, keepdims=True)
+
+
+def _on_support(s: mx.array, t: mx.array, s_rest: mx.array, t_rest: mx.array, objective: Objective) -> tuple[mx.array, mx.array, mx.array]:
+    """Divergence [C] over the support's log-probabilities [C, K] and its tail (of probabilities [C, 1]), and its derivative to the logits
+    (over T): on the support [C, K], and elsewhere in units of the student's probability [C, 1].
+
+    Support and tail are a softmax too, so nothing is divided by what the tail is but a part of it.
+    """
     if not objective.tail:
-        divergence, inner = _between(s - s_mass, t - t_mass, objective.alpha)
-        return divergence, inner - mx.exp(s - s_mass) * inner.sum(-1, keepdims=True)
-    divergence, inner = _between(_with_tail(s, s_mass), _with_tail(t, t_mass), objective.alpha)
-    # d tail / d s_i = -p_i / (1 - mass), and 0 where the bound holds the mass still.
-    slope = mx.where(s_mass < TAIL_BOUND, 1.0 / mx.expm1(mx.minimum(s_mass, TAIL_BOUND)), 0.0)
-    return divergence, inner[:, :-1] + inner[:, -1:] * slope * mx.exp(s)
+        s, t = s - mx.logsumexp(s, -1, keepdims=True), t - mx.logsumexp(t, -1, keepdims=True)
+        p = exponential(s)
+        divergence, inner = _between(s, t, p, exponential(t), objective.alpha)
+        return divergence, inner - p * inner.sum(-1, keepdims=True), mx.zeros_like(s_rest)
+    s_rest, t_rest = (mx.maximum(rest, LEAST_TAIL) for rest in (s_rest, t_rest))
+    p, q = (mx.concatenate([exponential(x), rest], axis=-1) for x, rest in ((s, s_rest), (t, t_rest)))
+    s, t = (mx.concatenate([x, mx.log(rest)], axis=-1) for x, rest in ((s, s_rest), (t, t_rest)))
+    divergence, inner = _between(s, t, p, q, objective.alpha)
+    # Where the bound holds the tail still, nothing moves it.
+    of_tail = mx.where(s_rest > LEAST_TAIL, inner[:, -1:], 0.0)
+    total = inner[:, :-1].sum(-1, keepdims=True) + of_tail
+    return divergence, inner[:, :-1] - p[:, :-1] * total, of_tail / s_rest - total
 
 
-def _with_tail(logprobs: mx.array, mass: mx.array) -> mx.array:
-    """`logprobs` [C, K] and a last bucket with what `mass` [C, 1], their logsumexp, leaves."""
-    return mx.concatenate([logprobs, mx.log(-mx.expm1(mx.minimum(mass, TAIL_BOUND)))], axis=-1)
-
-
-def _between(s: mx.array, t: mx.array, alpha: float) -> tuple[mx.array, mx.array]:
-    """Generalised Jensen-Shannon divergence [C] of two log-distributions [C, K], and its derivative to s."""
-    p, q = mx.exp(s), mx.exp(t)
+def _between(s: mx.array, t: mx.array, p: mx.array, q: mx.array, alpha: float) -> tuple[mx.array, mx.array]:
+    """Generalised Jensen-Shannon divergence [C] of two distributions [C, K], given with their logarithms, and its derivative to s."""
     if alpha == 0.0:
         return (q * (t - s)).sum(-1), -q
     if alpha == 1.0:
         return (p * (s - t)).sum(-1), p * (s - t + 1.0)
-    m = mx.logaddexp(s + mx.log(mx.array(1.0 - alpha, s.dtype)), t + mx.log(mx.array(alpha, s.dtype)))
-    inner = (1.0 - alpha) * p * (s - m)
-    return (inner + alpha * q * (t - m)).sum(-1), inner
+    # Both quotients are bounded, by 1 / (1 - alpha) and 1 / alpha, and exactly 1 where the two agree. What is below the floor is nothing.
+    floor = mx.array(mx.finfo(p.dtype).smallest_normal, p.dtype)
+    m = mx.maximum(p + alpha * (q - p), floor)
+    s_m, t_m = (mx.log(mx.maximum(x, floor) / m) for x in (p, q))
+    inner = (1.0 - alpha) * p * s_m
+    return (inner + alpha * q * t_m).sum(-1), inner
 
 
 def _importance_ratio(student: mx.array, sampler: mx.array, clip: float | None) -> mx.array:
@@ -159,8 +183,3 @@ def _importance_ratio(student: mx.array, sampler: mx.array, clip: float | None) 
     if clip is None:
         return mx.ones_like(student)
     return mx.minimum(mx.exp(mx.clip(student - sampler, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)), clip)
-
-
-def _log_softmax(logits: mx.array, temperature: float) -> mx.array:
-    logits = logits if temperature == 1.0 else logits / temperature
-    return logits - mx.logsumexp(logits, -1, keepdims=True)

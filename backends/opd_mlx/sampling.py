@@ -16,6 +16,7 @@ from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
 from opd_mlx.attention import Own
 from opd_mlx.batch import Batch, Prefixes, lay_out_prefixes, row_positions
 from opd_mlx.forward import Memory, complete, look, prefill
+from opd_mlx.kernels.exponentials import log_softmax
 from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Model
 from opd_mlx.objective import default_chunk
@@ -166,11 +167,10 @@ def _draw(logits: mx.array, uniforms: mx.array, temperature: float, banned: mx.a
         logits = logits + banned
     if temperature:
         logits = logits / temperature
-    s = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    s, probabilities = log_softmax(logits)
     if not temperature:
         token = mx.argmax(logits, axis=-1, keepdims=True)
     else:
-        probabilities = mx.exp(s)
         cumulative = mx.cumsum(probabilities, axis=-1)
         # A uniform at or above the rounded total goes to the last id that adds any probability; and an id of probability 0 is never
         # taken, wherever a parallel sum rounds.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd.objective import LOG_RATIO_BOUND, TAIL_BOUND, Objective
+from opd.objective import LEAST_TAIL, LOG_RATIO_BOUND, Objective
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one float32 array [C, V] at the default chunk."""
@@ -115,28 +115,29 @@ def _chunk(
     s_token, t_token = s.gather(1, tokens)[:, 0], t.gather(1, tokens)[:, 0]
     log_ratio = (s_token - sampler).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = torch.ones_like(s_token) if objective.ratio_clip is None else log_ratio.exp().clamp(max=objective.ratio_clip)
-    k = objective.support(s.shape[1])
-    sampled = objective.form == "sampled"
+    k, sampled = objective.support(s.shape[1]), objective.form == "sampled"
+    some = sampled or k is not None
+    if sampled:
+        s_k, ids = s_token[:, None], tokens
+    elif k is not None:
+        s_k, ids = s.topk(k, sorted=False)
     q = t.exp()
     t_entropy = -_dot(q, t)
-    if sampled or k is not None:
-        del q
+    if some:
+        t_k, t_rest = t.gather(1, ids), _rest(q, ids)
+        del q, t
     p = s.exp()
     s_entropy = -_dot(p, s)
-    if sampled or k is not None:
-        # outer [C, K] at `ids` [C, K]: the derivative to s, which is 0 elsewhere.
+    if some:
+        del s
+        # The derivative to the logits is `inside` [C, K] at `ids` [C, K], and `outside` [C, 1] times p elsewhere.
         if sampled:
-            ids, divergence = tokens, s_token - t_token
-            outer = divergence[:, None]
+            divergence = s_token - t_token
+            inside, outside = divergence[:, None] * -s_k.expm1(), -divergence[:, None]
         else:
-            assert k is not None
-            s_k, ids = s.topk(k, sorted=False)
-            divergence, outer = _on_support(s_k, t.gather(1, ids), objective)
-        del s, t
-        total = outer.sum(1)
+            divergence, inside, outside = _on_support(s_k, t_k, _rest(p, ids), t_rest, objective)
     else:
         divergence, outer = _in_place(s, t, p, q, objective.alpha)
-        ids, total = None, outer.sum(1)
         del s, t, q
     for row, values in zip(statistics, (s_token, t_token, s_entropy, t_entropy, ratio, divergence), strict=True):
         row.copy_(values)
@@ -144,9 +145,9 @@ def _chunk(
         return None
     # Through s = z / T - logsumexp(z / T): ds_i/dz_j = (1[i = j] - p_j) / T.
     scale = (weights * ratio / objective.temperature)[:, None]
-    if ids is None:
-        return outer.addcmul_(p, total[:, None], value=-1).mul_(scale)
-    return p.mul_(-total[:, None] * scale).scatter_add_(1, ids, outer * scale)
+    if not some:
+        return outer.addcmul_(p, outer.sum(1, keepdim=True), value=-1).mul_(scale)
+    return p.mul_(outside * scale).scatter_(1, ids, inside * scale)
 
 
 def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -164,21 +165,34 @@ def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> tuple
     return outer.sum(1).add_(forward, alpha=alpha), outer
 
 
-def _on_support(s_k: Tensor, t_k: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Divergence [C] over the support (`s_k`, `t_k` [C, K]) and its tail, and the derivative [C, K] to `s_k`."""
-    s_mass, t_mass = s_k.logsumexp(1, keepdim=True), t_k.logsumexp(1, keepdim=True)
+def _rest(p: Tensor, ids: Tensor) -> Tensor:
+    """What `p` [C, V] has outside of `ids` [C, K], [C, 1]; overwrites `p` there.
+
+    Summed, and not what the others leave of 1: of that, float32 knows nothing below 1e-7.
+    """
+    return p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
+
+
+def _on_support(s_k: Tensor, t_k: Tensor, s_rest: Tensor, t_rest: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence [C] over the support (`s_k`, `t_k` [C, K]) and its tail (of probabilities `s_rest`, `t_rest` [C, 1]), and its derivative
+    to the logits (over T): on the support [C, K], and elsewhere in units of the student's probability [C, 1].
+
+    Support and tail are a softmax too, so nothing is divided by what the tail is but a part of it.
+    """
     if objective.tail:
-        divergence, inner = _between(_with_tail(s_k, s_mass), _with_tail(t_k, t_mass), objective.alpha)
-        # d tail / d s_i = -p_i / (1 - mass), and 0 where the bound holds the mass still.
-        slope = torch.where(s_mass < TAIL_BOUND, 1.0 / s_mass.clamp(max=TAIL_BOUND).expm1(), torch.zeros_like(s_mass))
-        return divergence, inner[:, :-1] + inner[:, -1:] * slope * s_k.exp()
-    divergence, inner = _between(s_k - s_mass, t_k - t_mass, objective.alpha)
-    return divergence, inner - (s_k - s_mass).exp() * inner.sum(1, keepdim=True)
+        divergence, inner = _between(_with_tail(s_k, s_rest), _with_tail(t_k, t_rest), objective.alpha)
+        # Where the bound holds the tail still, nothing moves it.
+        of_tail = torch.where(s_rest > LEAST_TAIL, inner[:, -1:], torch.zeros_like(s_rest))
+        total = inner[:, :-1].sum(1, keepdim=True) + of_tail
+        return divergence, inner[:, :-1] - s_k.exp() * total, of_tail / s_rest.clamp(min=LEAST_TAIL) - total
+    s_k, t_k = s_k - s_k.logsumexp(1, keepdim=True), t_k - t_k.logsumexp(1, keepdim=True)
+    divergence, inner = _between(s_k, t_k, objective.alpha)
+    return divergence, inner - s_k.exp() * inner.sum(1, keepdim=True), torch.zeros_like(s_rest)
 
 
-def _with_tail(logprobs: Tensor, mass: Tensor) -> Tensor:
-    """`logprobs` [C, K] and a last bucket with what `mass` [C, 1], their logsumexp, leaves."""
-    return torch.cat([logprobs, (-mass.clamp(max=TAIL_BOUND).expm1()).log()], 1)
+def _with_tail(logprobs: Tensor, rest: Tensor) -> Tensor:
+    """`logprobs` [C, K] and a last bucket with the probability `rest` [C, 1]."""
+    return torch.cat([logprobs, rest.clamp(min=LEAST_TAIL).log()], 1)
 
 
 def _between(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -251,8 +251,8 @@ def _head(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int) ->
     rows = work.together * (work.split or work.completions) * work.tokens
     chunk = FLOAT * shape.vocabulary * min(rows, max(16, CHUNK_BYTES // (FLOAT * shape.vocabulary)))
     some = 0 < top_k < shape.vocabulary
-    # Counted by tests/test_torch_memory.py and tests/test_mlx_memory.py; MLX computes a head's gradient first, and frees what it took.
-    buffers = (3.2 if some else 4) if not setting.mlx else (5 if some else 9) if tune.full else (7 if some else 13)
+    # Counted by tests/test_torch_memory.py and tests/test_mlx_memory.py; two of MLX's are freed before a head's gradient is made.
+    buffers = (7 if some else 8) - 2 * tune.full if setting.mlx else (3.2 if some else 4)
     heads = (1 + tune.full) * shape.embedding * _head_copy(tune, setting)
     states = rows * shape.hidden * (2 * setting.item + FLOAT)
     return int(buffers * chunk) + heads, states + FLOAT * shape.embedding * tune.full

@@ -14,14 +14,28 @@ SLOW_EXPONENTIAL = platform.machine() == "x86_64" and mx.default_device() == mx.
 
 
 def exponential(x: mx.array) -> mx.array:
-    """exp(x) in float32; it has a gradient where the exponential is not slow."""
+    """exp(x) in float32, or in float64 where x is; it has a gradient where the exponential is not slow."""
+    if x.dtype == mx.float64:
+        return mx.exp(x)
     x = x.astype(mx.float32)
-    return mx.power(mx.array(math.e), x) if SLOW_EXPONENTIAL else mx.exp(x)
+    # The base must be a number of 24 bits: e is off by 3e-8 of x, its 64th power by 6e-10, and a division by 64 rounds nothing.
+    return mx.power(mx.array(math.exp(64)), x * (1 / 64)) if SLOW_EXPONENTIAL else mx.exp(x)
 
 
 def softmax(scores: mx.array) -> mx.array:
     """Softmax over the last axis, computed in float32."""
     return cast("mx.array", _softmax_by_power(scores)) if SLOW_EXPONENTIAL else mx.softmax(scores, axis=-1, precise=True)
+
+
+def log_softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
+    """Logarithms of the softmax over the last axis, and the softmax."""
+    if not SLOW_EXPONENTIAL:
+        logarithms = scores - mx.logsumexp(scores, -1, keepdims=True)
+        return logarithms, mx.exp(logarithms)
+    scores = scores - scores.max(-1, keepdims=True)
+    powers = exponential(scores)
+    total = powers.sum(-1, keepdims=True)
+    return scores - mx.log(total), powers / total
 
 
 def sigmoid(x: mx.array) -> mx.array:
