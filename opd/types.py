@@ -74,6 +74,7 @@ class Prompt:
     `tokens` [P]; `positions` [axes, P], the rotary positions (3 axes for mRoPE families); completion token t stands at
     `start + t` on every axis. `images` holds the model's own forward arguments by name (`pixel_values`, `image_grid_thw`).
     `key` is a hash of image content and processor settings: equal keys mean equal vision features.
+    Prompts of one question share arrays, which are read-only.
     """
 
     tokens: IntArray

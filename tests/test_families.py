@@ -79,9 +79,9 @@ def test_positions_are_the_own_models(name, folder, sizes):
     bare = SimpleNamespace(config=config)
     bare.get_vision_position_ids = MethodType(kind.get_vision_position_ids, bare)
     types = torch.zeros(1, len(prompt), dtype=torch.int32)
-    types[0, torch.from_numpy(prompt.visual.index).long()] = 1
+    types[0, torch.tensor(prompt.visual.index).long()] = 1
     grid = torch.from_numpy(prompt.images["image_grid_thw"]) if sizes else None
-    positions, deltas = kind.get_rope_index(bare, torch.from_numpy(prompt.tokens)[None].long(), types, image_grid_thw=grid)
+    positions, deltas = kind.get_rope_index(bare, torch.tensor(prompt.tokens)[None].long(), types, image_grid_thw=grid)
     np.testing.assert_array_equal(prompt.positions, positions[:, 0])
     assert prompt.start == len(prompt) + int(deltas[0])
 
