@@ -60,6 +60,20 @@ def test_a_tail_of_next_to_nothing_is_exact(kernel, alpha, depth):
     np.testing.assert_allclose(result["head_gradient"][5:], expected.gradient.T[5:], rtol=5e-4)
 
 
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_the_divergence_of_close_policies_is_exact(kernel, top_k):
+    # Of 1e-6 of logits near 1: what rounding does to a logarithm is as large as the difference, unless the difference itself is taken.
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(V, N)).astype(np.float32)
+    other = (logits + 0.01 * rng.normal(size=(V, N))).astype(np.float32)
+    hidden, tokens, weights = np.eye(N, dtype=np.float32), rng.integers(V, size=N), np.ones(N, np.float32)
+    objective = Objective(0.5, top_k, ratio_clip=None)
+    expected = evaluate(logits.T.astype(np.float64), other.T.astype(np.float64), tokens, np.zeros(N), objective)
+    result = kernel(hidden, logits, hidden, other, tokens, np.zeros(N, np.float32), weights, objective, chunk=CHUNK)
+    assert expected.divergence.max() < 5e-5
+    np.testing.assert_allclose(result["divergence"], expected.divergence, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("alpha", "top_k", "tail", "temperature"), GRID)
 def test_divergence(kernel, alpha, top_k, tail, temperature):
     check(kernel, Objective(alpha, top_k, tail, 2.0, temperature), chunk=CHUNK)

@@ -17,7 +17,7 @@ from opd.objective import LEAST_TAIL, LOG_RATIO_BOUND, Objective
 from opd_mlx.kernels.exponentials import exponential, log_softmax
 
 CHUNK_BYTES = 64 * 1024**2
-"""Size of one [C, V] buffer; at most eight of them are alive at a time."""
+"""Size of one [C, V] buffer; at most nine of them are alive at a time."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,12 @@ def _between(s: mx.array, t: mx.array, p: mx.array, q: mx.array, alpha: float) -
         return (q * (t - s)).sum(-1), -q
     if alpha == 1.0:
         return (p * (s - t)).sum(-1), p * (s - t + 1.0)
-    # Both quotients are bounded, by 1 / (1 - alpha) and 1 / alpha, and exactly 1 where the two agree. What is below the floor is nothing.
-    floor = mx.array(mx.finfo(p.dtype).smallest_normal, p.dtype)
-    m = mx.maximum(p + alpha * (q - p), floor)
-    s_m, t_m = (mx.log(mx.maximum(x, floor) / m) for x in (p, q))
+    # Through the difference, which is exact where the two are close: s - m = log(p / m) and p - m = -alpha (q - p), and so for t. Where one
+    # of the two is next to nothing beside m, its logarithm has a bound, and weighs as little.
+    numbers = mx.finfo(p.dtype)
+    difference = q - p
+    difference = difference / mx.maximum(p + alpha * difference, numbers.smallest_normal)
+    s_m, t_m = (mx.log1p(mx.maximum(share * difference, numbers.eps / 2 - 1)) for share in (-alpha, 1.0 - alpha))
     inner = (1.0 - alpha) * p * s_m
     return (inner + alpha * q * t_m).sum(-1), inner
 

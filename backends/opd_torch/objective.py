@@ -9,7 +9,6 @@ is not the full vocabulary), whatever N is.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -202,9 +201,10 @@ def _between(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         return (q * (t - s)).sum(1), -q
     if alpha == 1.0:
         return (p * (s - t)).sum(1), p * (s - t + 1.0)
-    m = torch.logaddexp(s + math.log1p(-alpha), t + math.log(alpha))
-    inner = (1.0 - alpha) * p * (s - m)
-    return inner.sum(1) + alpha * (q * (t - m)).sum(1), inner
+    d = (t - s).clamp(max=LARGEST_DIFFERENCE)  # as `_in_place`
+    s_m = -(alpha * d.expm1()).log1p()
+    inner = (1.0 - alpha) * p * s_m
+    return inner.sum(1) + alpha * (q * (d + s_m)).sum(1), inner
 
 
 def head_logits(hidden: Tensor, head: Tensor) -> Tensor:

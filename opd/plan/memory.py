@@ -252,7 +252,7 @@ def _head(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int) ->
     chunk = FLOAT * shape.vocabulary * min(rows, max(16, CHUNK_BYTES // (FLOAT * shape.vocabulary)))
     some = 0 < top_k < shape.vocabulary
     # Counted by tests/test_torch_memory.py and tests/test_mlx_memory.py; two of MLX's are freed before a head's gradient is made.
-    buffers = (7 if some else 8) - 2 * tune.full if setting.mlx else (3.2 if some else 4)
+    buffers = (7 if some else 9) - 2 * tune.full if setting.mlx else (3.2 if some else 4)
     heads = (1 + tune.full) * shape.embedding * _head_copy(tune, setting)
     states = rows * shape.hidden * (2 * setting.item + FLOAT)
     return int(buffers * chunk) + heads, states + FLOAT * shape.embedding * tune.full
