@@ -22,7 +22,7 @@ def turns(cosines: Tensor, sines: Tensor) -> Tensor:
 
 def rotate(heads: Tensor, angles: Tensor) -> Tensor:
     """`heads` [N, H, d] by `angles` [N, 1, w / 2] of `turns`; what is behind w stays as it is."""
-    turned: Tensor = _Rotate.apply(heads, angles)
+    turned: Tensor = _Rotate.apply(heads, angles) if torch.is_grad_enabled() else _rotated(heads, angles)
     return turned
 
 
@@ -30,6 +30,12 @@ def rotated_heads(packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Queries and keys of `packed` [m, L, 3, H, d], turned by `angles` [L, 1, 1, d / 2], and its values, [m, L, H, d] each."""
     query, key, value = _Heads.apply(packed, angles)
     return query, key, value
+
+
+def _rotated(heads: Tensor, angles: Tensor) -> Tensor:
+    width = 2 * angles.shape[-1]
+    turned = _turn(heads[..., :width], angles)
+    return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)
 
 
 def _turn(heads: Tensor, angles: Tensor) -> Tensor:
@@ -50,9 +56,7 @@ class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
     @staticmethod
     def forward(ctx: Any, heads: Tensor, angles: Tensor) -> Tensor:
         ctx.save_for_backward(angles)
-        width = 2 * angles.shape[-1]
-        turned = _turn(heads[..., :width], angles)
-        return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)
+        return _rotated(heads, angles)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -74,10 +78,7 @@ class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        angles = ctx.saved_tensors[0].squeeze(-3)
         packed = gradients[0].new_empty(ctx.shape)
-        query, key, value = packed.unbind(-3)
-        _turn_back(gradients[0], angles, query)
-        _turn_back(gradients[1], angles, key)
-        value.copy_(gradients[2])
+        _turn_back(torch.stack(gradients[:2], -3), ctx.saved_tensors[0], packed[..., :2, :, :])
+        packed[..., 2, :, :] = gradients[2]
         return packed, None
