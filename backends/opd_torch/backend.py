@@ -108,7 +108,7 @@ class TorchBackend:
         else:
             with torch.no_grad(), self._autocast():
                 prefixes, memory = rollout.read(model, prompts, self._device)
-        with torch.no_grad(), self._autocast():
+        with torch.inference_mode(), self._autocast():
             return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
