@@ -26,26 +26,26 @@ def group(config: Any, shape: Shape, again: bool = False) -> int:
 def functions(config: Any, shape: Shape) -> int:
     """The elementary functions of the same, with the full vocabulary's Jensen-Shannon divergence.
 
-    A backward takes as many as its forward: weights of attention from their scores again, slopes of gates from what went in. A logit takes
-    six: in each policy an exponential for the log-softmax and one for the probability, and for the mixture an expm1 and a log1p. What
-    comes once a row and head, or once for all layers, is left out.
+    A backward takes as many as its forward: weights of attention from their scores again, slopes of gates from what went in; but the
+    tower's GELU, which keeps its slope. A logit takes six: in each policy an exponential for the log-softmax and one for the probability,
+    and for the mixture an expm1 and a log1p. What comes once a row and head, or once for all layers, is left out.
     """
     head: int = 6 * shape.n * shape.completion * config.text_config.vocab_size
-    student, teacher = (trunk_functions(config, prompt, shape.completion, shape.n) for prompt in (shape.prompt, shape.crop or shape.prompt))
-    return head + 2 * student + teacher
+    student = trunk_functions(config, shape.prompt, shape.completion, shape.n, backward=True)
+    return head + student + trunk_functions(config, shape.crop or shape.prompt, shape.completion, shape.n)
 
 
-def trunk_functions(config: Any, prompt: int, completion: int, n: int) -> int:
-    """Those of one policy's forward without the head: one for each pair and head of attention, and one for each activation of a gate."""
+def trunk_functions(config: Any, prompt: int, completion: int, n: int, backward: bool = False) -> int:
+    """Those of one policy without the head: one for each pair and head of attention, and one for each activation of a gate."""
     text, vision = config.text_config, config.vision_config
     assert not text.model_type.startswith("qwen3_5"), "functions of gated attention and delta nets are not counted"
     layers, (of_prompt, of_completions) = text.num_hidden_layers, pairs(prompt, completion, n)
     attended: int = text.num_attention_heads * ((layers - 1) * of_prompt + layers * of_completions)
     gates: int = text.intermediate_size * ((layers - 1) * (prompt - 1) + layers * n * completion)
     patches = patches_of(vision, prompt)
-    a_block = vision.num_heads * patches + vision.intermediate_size
-    tower: int = patches * (vision.depth * a_block + mergers(vision) * vision.hidden_size)
-    return attended + gates + tower
+    tower: int = patches * (vision.depth * vision.num_heads * patches + mergers(vision) * vision.hidden_size)
+    kept: int = patches * vision.depth * vision.intermediate_size
+    return (2 if backward else 1) * (attended + gates + tower) + kept
 
 
 def pairs(prompt: int, completion: int, n: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from opd.errors import FolderError, ModelError, no_weights
 from opd.types import ModelOptions
 from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
 from opd_torch.families import Family, family, rows
+from opd_torch.kernels.pointwise import quicken
 from opd_torch.quantised import check_four_bits, four_bits
 from opd_torch.vision import KnownFeatures
 
@@ -69,6 +70,8 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
             rows.freeze_vision(model, str(path))
     frozen = not any(parameter.requires_grad for module in vision for parameter in module.parameters())
     model.known = KnownFeatures() if vision and frozen else None
+    if device.type == "cpu" and options.dtype == "float32":
+        quicken(model)
     return (model if options.four_bit else model.to(device)).eval()
 
 
