@@ -27,10 +27,10 @@ def functions(config: Any, shape: Shape) -> int:
     """The elementary functions of the same, with the full vocabulary's Jensen-Shannon divergence.
 
     A backward takes as many as its forward: weights of attention from their scores again, slopes of gates from what went in; but the
-    tower's GELU, which keeps its slope. A logit takes six: in each policy an exponential for the log-softmax and one for the probability,
-    and for the mixture an expm1 and a log1p. What comes once a row and head, or once for all layers, is left out.
+    tower's GELU, which keeps its slope. A logit takes four: an exponential in each policy, and for the mixture an expm1 and a log1p. What
+    comes once a row and head, or once for all layers, is left out.
     """
-    head: int = 6 * shape.n * shape.completion * config.text_config.vocab_size
+    head: int = 4 * shape.n * shape.completion * config.text_config.vocab_size
     student = trunk_functions(config, shape.prompt, shape.completion, shape.n, backward=True)
     return head + student + trunk_functions(config, shape.crop or shape.prompt, shape.completion, shape.n)
 

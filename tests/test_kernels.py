@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from opd.objective import Objective, evaluate, log_softmax
+from tests.conftest import BACKENDS
 
 N, D, V, CHUNK = 10, 6, 37, 3
 GRID = list(itertools.product([0.0, 0.3, 0.5, 1.0], [None, 5, V], [True, False], [0.7, 1.0, 1.3]))
@@ -91,6 +92,18 @@ def test_no_ratio(kernel):
 @pytest.mark.parametrize("chunk", [1, N, 100])
 def test_chunks_change_nothing(kernel, chunk):
     check(kernel, Objective(top_k=5), chunk=chunk)
+
+
+@pytest.mark.parametrize("objective", [Objective(top_k=None, temperature=1.3), Objective(top_k=5), Objective(form="sampled")])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_blocks_change_nothing(kernel, backend_name, objective, rows, monkeypatch):
+    """Of chunks of seven rows and a last one of three."""
+    arguments = *case()[0], case()[1], np.zeros(N, np.float32), case()[2], objective
+    whole = kernel(*arguments, chunk=N, top=3)
+    monkeypatch.setattr(f"{BACKENDS[backend_name]}.objective.BLOCK_BYTES", 4 * V * rows)
+    check(kernel, objective, chunk=7)
+    for name, value in kernel(*arguments, chunk=7, top=3).items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_confident_student_stays_finite(kernel):

@@ -3,8 +3,9 @@
 Legend: N rows (completion tokens), D hidden width, V vocabulary, K support, C rows of a chunk.
 Small letters s, t, m are log-probabilities of student, teacher and their mixture; p, q the probabilities of student and teacher.
 
-The gradient is made in the forward, so nothing is kept for a backward: at most four arrays [C, V] live at a time (three where the support
-is not the full vocabulary), whatever N is.
+The gradient is made in the forward, so nothing is kept for a backward, whatever N is: both policies' logits [C, V], of which the student's
+become the gradient, and two more arrays (one where the support is not the full vocabulary). On a CPU these two have only the rows of a
+block, so that all between the products of a chunk stays in the caches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from opd.objective import LEAST_TAIL, LOG_RATIO_BOUND, Objective
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one float32 array [C, V] at the default chunk."""
+
+BLOCK_BYTES = 2**20
+"""Size of one array of the rows that a CPU takes through all but the products at a time."""
 
 LARGEST_DIFFERENCE = 80.0
 """Of two log-probabilities: exp of it is still finite in float32, and exp of its negative is next to nothing."""
@@ -79,23 +83,24 @@ def divergence_head(
     hidden_gradient = student_hidden.new_empty(student_hidden.shape, dtype=dtype) if gradient else None
     head_gradient = student_hidden.new_zeros(student_head.shape, dtype=dtype) if gradient and train_head else None
     tops: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    size = max(1, BLOCK_BYTES // (4 * vocabulary)) if student_hidden.device.type == "cpu" else chunk
     with torch.no_grad():
         for start in range(0, count, chunk):
             rows = slice(start, min(start + chunk, count))
             h = operand(student_hidden[rows])
-            # In a list, which `_chunk` empties: no other name may keep these two arrays [C, V] alive.
-            policies = [
-                _log_probabilities(h, student_head, objective.temperature),
-                _log_probabilities(teacher_hidden[rows], teacher_head, objective.temperature),
-            ]
-            for number in range(2 if top else 0):
-                tops[number].append(policies[number].topk(min(top, vocabulary)))
-            outer = _chunk(policies, tokens[rows, None], sampler_logprobs[rows], weights[rows], objective, statistics[:, rows], gradient)
-            if outer is not None and hidden_gradient is not None:
+            logits = [head_logits(h, student_head), head_logits(teacher_hidden[rows], teacher_head)]
+            inputs = tokens[rows, None], sampler_logprobs[rows], weights[rows], *logits, statistics[:, rows].T
+            for first in range(0, len(h), size):
+                block = [x[first : first + size] for x in inputs]
+                for number, policy in enumerate(_block(objective, gradient, top, *block)):
+                    tops[number].append(policy)
+            if hidden_gradient is not None:
+                outer = logits[0]
                 hidden_gradient[rows] = _product(outer.to(h.dtype), student_head)
                 if head_gradient is not None:
                     head_gradient.addmm_(outer.T, h.to(dtype))
-            del outer  # or it would live on through the next chunk
+                del outer
+            del logits, inputs, block  # or they would live on through the next chunk
     student_top, teacher_top = (_joined(policy) for policy in tops)
     columns = dict(zip(STATISTICS, statistics, strict=True))
     return HeadResult(
@@ -103,65 +108,81 @@ def divergence_head(
     )
 
 
-def _chunk(
-    policies: list[Tensor], tokens: Tensor, sampler: Tensor, weights: Tensor, objective: Objective, statistics: Tensor, gradient: bool
-) -> Tensor | None:
-    """Fills `statistics` [6, C]; returns the gradient [C, V] to the student's raw logits.
+def _block(
+    objective: Objective,
+    gradient: bool,
+    top: int,
+    tokens: Tensor,
+    sampler: Tensor,
+    weights: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+) -> list[tuple[Tensor, Tensor]]:
+    """Fills `statistics` [C, 6], and turns the `student` logits [C, V] into the gradient to them; those of the `teacher` are overwritten.
 
-    Takes `policies` apart, so that the two arrays [C, V] in it can be overwritten and freed on the way.
+    Returns the `top` likeliest tokens of both policies and their log-probabilities, [C, top] each.
     """
-    t, s = policies.pop(), policies.pop()
-    s_token, t_token = s.gather(1, tokens)[:, 0], t.gather(1, tokens)[:, 0]
+    k, sampled = objective.support(student.shape[1]), objective.form == "sampled"
+    full = k is None and not sampled
+    ids = tokens if sampled or k is None else student.topk(k, sorted=False).indices
+    t, q = _policy(teacher, objective.temperature)
+    t_token, t_entropy = t.gather(1, tokens)[:, 0], -_dot(q, t)
+    if not full:
+        t_k, t_rest = t.gather(1, ids), _rest(q, ids) if objective.tail else None
+        del q
+    s, p = _policy(student, objective.temperature)
+    s_token, s_entropy = s.gather(1, tokens)[:, 0], -_dot(p, s)
+    found = [x.topk(min(top, x.shape[1])) for x in (s, t)] if top else []
     log_ratio = (s_token - sampler).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = torch.ones_like(s_token) if objective.ratio_clip is None else log_ratio.exp().clamp(max=objective.ratio_clip)
-    k, sampled = objective.support(s.shape[1]), objective.form == "sampled"
-    some = sampled or k is not None
-    if sampled:
-        s_k, ids = s_token[:, None], tokens
-    elif k is not None:
-        s_k, ids = s.topk(k, sorted=False)
-    q = t.exp()
-    t_entropy = -_dot(q, t)
-    if some:
-        t_k, t_rest = t.gather(1, ids), _rest(q, ids)
-        del q, t
-    p = s.exp()
-    s_entropy = -_dot(p, s)
-    if some:
-        del s
+    # Through s = z / T - logsumexp(z / T): ds_i/dz_j = (1[i = j] - p_j) / T.
+    scale = (weights * ratio / objective.temperature)[:, None]
+    if full:
+        divergence = _in_place(s, t, p, q, objective.alpha)
+        if gradient:
+            s.addcmul_(p, s.sum(1, keepdim=True), value=-1).mul_(scale)
+    else:
         # The derivative to the logits is `inside` [C, K] at `ids` [C, K], and `outside` [C, 1] times p elsewhere.
+        s_k = s.gather(1, ids)
         if sampled:
             divergence = s_token - t_token
             inside, outside = divergence[:, None] * -s_k.expm1(), -divergence[:, None]
         else:
-            divergence, inside, outside = _on_support(s_k, t_k, _rest(p, ids), t_rest, objective)
-    else:
-        divergence, outer = _in_place(s, t, p, q, objective.alpha)
-        del s, t, q
-    for row, values in zip(statistics, (s_token, t_token, s_entropy, t_entropy, ratio, divergence), strict=True):
-        row.copy_(values)
-    if not gradient:
-        return None
-    # Through s = z / T - logsumexp(z / T): ds_i/dz_j = (1[i = j] - p_j) / T.
-    scale = (weights * ratio / objective.temperature)[:, None]
-    if not some:
-        return outer.addcmul_(p, outer.sum(1, keepdim=True), value=-1).mul_(scale)
-    return p.mul_(outside * scale).scatter_(1, ids, inside * scale)
+            divergence, inside, outside = _on_support(s_k, t_k, _rest(p, ids) if objective.tail else None, t_rest, objective.alpha)
+        if gradient:
+            torch.mul(p, outside * scale, out=s).scatter_(1, ids, inside * scale)
+    for column, values in zip(statistics.T, (s_token, t_token, s_entropy, t_entropy, ratio, divergence), strict=True):
+        column.copy_(values)
+    return found
 
 
-def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Divergence [C] over the full vocabulary and its derivative [C, V] to s; overwrites `s`, `t` and `q`."""
+def _policy(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [C, V], in the place of `logits`, and probabilities, from one exponential each."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+    logprobs = logits.sub_(logits.amax(1, keepdim=True))
+    powers = logprobs.exp()
+    total = powers.sum(1, keepdim=True)
+    return logprobs.sub_(total.log()), powers.div_(total)
+
+
+def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> Tensor:
+    """Divergence [C] over the full vocabulary; its derivative [C, V] to s takes the place of `s`. Overwrites `t`."""
     if alpha == 0.0:
-        return _dot(q, t.sub_(s)), q.neg_()
+        divergence = _dot(q, t.sub_(s))
+        torch.neg(q, out=s)
+        return divergence
     if alpha == 1.0:
         divergence = _dot(p, s.sub_(t))
-        return divergence, torch.mul(p, s.add_(1.0), out=q)
+        s.add_(1.0).mul_(p)
+        return divergence
     # With d = t - s: s - m = -log(1 + alpha (exp(d) - 1)) and t - m = d + (s - m). Where d is beyond the bound, p is nothing.
     d = s.neg_().add_(t).clamp_(max=LARGEST_DIFFERENCE)
     s_m = torch.expm1(d, out=t).mul_(alpha).log1p_().neg_()
     forward = _dot(q, d.add_(s_m))
-    outer = torch.mul(p, s_m, out=q).mul_(1.0 - alpha)
-    return outer.sum(1).add_(forward, alpha=alpha), outer
+    outer = torch.mul(p, s_m, out=s).mul_(1.0 - alpha)
+    return outer.sum(1).add_(forward, alpha=alpha)
 
 
 def _rest(p: Tensor, ids: Tensor) -> Tensor:
@@ -172,21 +193,21 @@ def _rest(p: Tensor, ids: Tensor) -> Tensor:
     return p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
 
 
-def _on_support(s_k: Tensor, t_k: Tensor, s_rest: Tensor, t_rest: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence [C] over the support (`s_k`, `t_k` [C, K]) and its tail (of probabilities `s_rest`, `t_rest` [C, 1]), and its derivative
-    to the logits (over T): on the support [C, K], and elsewhere in units of the student's probability [C, 1].
+def _on_support(s_k: Tensor, t_k: Tensor, s_rest: Tensor | None, t_rest: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence [C] over the support (`s_k`, `t_k` [C, K]) and, where they are given, its tail (of probabilities `s_rest`, `t_rest`
+    [C, 1]), and its derivative to the logits (over T): on the support [C, K], and elsewhere in units of the student's probability [C, 1].
 
     Support and tail are a softmax too, so nothing is divided by what the tail is but a part of it.
     """
-    if objective.tail:
-        divergence, inner = _between(_with_tail(s_k, s_rest), _with_tail(t_k, t_rest), objective.alpha)
+    if s_rest is not None and t_rest is not None:
+        divergence, inner = _between(_with_tail(s_k, s_rest), _with_tail(t_k, t_rest), alpha)
         # Where the bound holds the tail still, nothing moves it.
         of_tail = torch.where(s_rest > LEAST_TAIL, inner[:, -1:], torch.zeros_like(s_rest))
         total = inner[:, :-1].sum(1, keepdim=True) + of_tail
         return divergence, inner[:, :-1] - s_k.exp() * total, of_tail / s_rest.clamp(min=LEAST_TAIL) - total
     s_k, t_k = s_k - s_k.logsumexp(1, keepdim=True), t_k - t_k.logsumexp(1, keepdim=True)
-    divergence, inner = _between(s_k, t_k, objective.alpha)
-    return divergence, inner - s_k.exp() * inner.sum(1, keepdim=True), torch.zeros_like(s_rest)
+    divergence, inner = _between(s_k, t_k, alpha)
+    return divergence, inner - s_k.exp() * inner.sum(1, keepdim=True), torch.zeros_like(s_k[:, :1])
 
 
 def _with_tail(logprobs: Tensor, rest: Tensor) -> Tensor:
@@ -210,14 +231,6 @@ def _between(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """Logits [C, V] of `hidden` [C, D] and `head` [V, D], in float32 (float64 where they are)."""
     return _product(operand(hidden), operand(head).T)
-
-
-def _log_probabilities(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """log_softmax of the logits over temperature [C, V], in place."""
-    logits = head_logits(hidden, head)
-    if temperature != 1.0:
-        logits.div_(temperature)
-    return logits.sub_(logits.logsumexp(1, keepdim=True))
 
 
 def operand(x: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ CHECKPOINT_ABOVE = 2 * 2**30
 CHUNK_BYTES = 64 * 2**20
 """A float32 array of logits in the head stage (`objective.py` of both)."""
 
+BLOCK_BYTES = 2**20
+"""An array of the rows that go through the head stage together on a CPU (`objective.py` of both)."""
+
 PREFILL_TOKENS = 16384
 """Tokens of prompts whose pass in the rollout is kept for the gradient (`sampling.py` of both)."""
 
@@ -249,13 +252,22 @@ def _head_copy(tune: Tune, setting: Setting) -> int:
 def _head(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int) -> tuple[int, int]:
     """The head stage: chunk buffers with both policies' heads where they are cast; and hidden states, their gradient and the head's."""
     rows = work.together * (work.split or work.completions) * work.tokens
-    chunk = FLOAT * shape.vocabulary * min(rows, max(16, CHUNK_BYTES // (FLOAT * shape.vocabulary)))
+    most = max(16, CHUNK_BYTES // (FLOAT * shape.vocabulary))
+    chunk = FLOAT * shape.vocabulary * min(rows, most)
     some = 0 < top_k < shape.vocabulary
-    # Counted by tests/test_torch_memory.py and tests/test_mlx_memory.py; two of MLX's are freed before a head's gradient is made.
-    buffers = (7 if some else 9) - 2 * tune.full if setting.mlx else (3.2 if some else 4)
+    block = chunk if setting.gpu else min(chunk, BLOCK_BYTES)
+    # Counted by tests/test_torch_memory.py and tests/test_mlx_memory.py.
+    if not setting.mlx:
+        buffers = 2 * chunk + (1.2 if some else 2) * block
+    else:
+        buffers = 3 * chunk + (5 if some else 8) * block if block < chunk else (7 if some else 9) * chunk
+        if tune.full:
+            # The first chunk's gradient to the head is made after its buffers, and every later one beside the sum before it.
+            table, later = FLOAT * shape.embedding, rows > most
+            buffers = max(buffers - table * (not later), 2 * chunk + table * later)
     heads = (1 + tune.full) * shape.embedding * _head_copy(tune, setting)
     states = rows * shape.hidden * (2 * setting.item + FLOAT)
-    return int(buffers * chunk) + heads, states + FLOAT * shape.embedding * tune.full
+    return int(buffers) + heads, states + FLOAT * shape.embedding * tune.full
 
 
 def _passing(shape: Shape, view: View, setting: Setting, prompts: int, kept: int) -> int:
