@@ -153,4 +153,4 @@ def most(backend: Backend, count: int) -> int:
 
 
 def _usable(completion: Completion, banned: Sequence[int]) -> bool:
-    return len(completion) > 0 and not np.isin(completion.tokens, banned).any()
+    return len(completion) > 0 and set(banned).isdisjoint(completion.tokens.tolist())

@@ -75,7 +75,7 @@ def test_intervals_cover_the_truth_19_times_of_20():
 
 
 def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
-    """And in any slices the answers are the same."""
+    """Full images and crops together; and in any slices the answers are the same."""
     whole = answer(ToyBackend(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6)
     monkeypatch.setattr(measure, "SLICE", 2)
     asked = []
@@ -86,7 +86,7 @@ def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
             return super().sample(prompts, uniforms, sampling, policy)
 
     assert answer(Counting(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6) == whole
-    assert asked == [2, 2, 2, 2, 1, 1]
+    assert asked == [4, 4, 2]
 
 
 def test_answers_are_greedy_on_the_full_image_and_on_the_crop():

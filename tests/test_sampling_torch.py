@@ -100,6 +100,19 @@ def test_prompts_run_in_parts(case, double, monkeypatch):
     assert seen[: len(parts) + 1] == [*parts, 8]
 
 
+def test_short_prompts_do_not_run_padded_to_long_ones(case, double):
+    """Of less than half their length, they run apart; greedily, since a pass that is kept is one."""
+    long, middle, short = (case.encoder.encode([], "digit " * count) for count in (60, 40, 1))
+    assert 2 * len(short) < len(long) <= 2 * len(middle) < 2 * len(long)
+    prompts, uniforms = [long, long, middle, short, short], np.zeros((5, 1, 4), np.float32)
+    backend = clone(double)
+    seen = watched(backend)
+    found = backend.sample(prompts, uniforms, Sampling(0.0))
+    assert seen[:2] == [2 * (len(long) - 1) + len(middle) - 1, 2 * (len(short) - 1)]
+    for prompt, its in zip(prompts, found, strict=True):
+        same(clone(double).sample([prompt], uniforms[:1], Sampling(0.0)), [its])
+
+
 def rolled_out(backend, case):
     """A rollout, and groups of what it sampled in another order than the prompts'."""
     groups = case.groups[:3]

@@ -223,5 +223,7 @@ def lay_out_targets(groups: Sequence[Group]) -> Targets:
 
 def row_positions(prompt: Prompt, length: int) -> IntArray:
     """Rotary positions [axes, T] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
-    later = np.arange(prompt.start, prompt.start + length - 1, dtype=np.int32)
-    return np.concatenate([prompt.positions[:, -1:], np.tile(later, (len(prompt.positions), 1))], axis=1)
+    positions = np.empty((len(prompt.positions), length), np.int32)
+    positions[:, :1] = prompt.positions[:, -1:]
+    positions[:, 1:] = np.arange(prompt.start, prompt.start + length - 1)
+    return positions

@@ -29,10 +29,13 @@ WORTH = 0.75
 
 
 def read(model: Any, prompts: Sequence[Prompt], device: torch.device) -> tuple[Prefixes, list[Memory]]:
-    """All prompts laid out, and what every layer keeps of them."""
+    """All prompts laid out, and what every layer keeps of them.
+
+    Longer ones come first in a batch; such as are less than half of the first that would run with them run apart, since attention pads.
+    """
     parts: list[list[Prompt]] = []
     for prompt in prompts:
-        if parts and sum(map(len, parts[-1])) + len(prompt) <= PREFILL_TOKENS:
+        if parts and sum(map(len, parts[-1])) + len(prompt) <= PREFILL_TOKENS and 2 * len(prompt) >= len(parts[-1][0]):
             parts[-1].append(prompt)
         else:
             parts.append([prompt])

@@ -40,7 +40,7 @@ class Qwen25VL(QwenVision, Decoder):
 
 
 def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor]:
-    """Merged features [m, L / merge^2, width] of `patches` [m, L, F].
+    """Merged features [m, L / merge^2, width] of `patches` [m, L, ...].
 
     Patches stand window by window, windows of equal length together, so that each length is one batch. No block sees the order.
     """

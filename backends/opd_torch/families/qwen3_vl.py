@@ -53,7 +53,8 @@ class Qwen3VL(QwenVision, NormedDecoder):
 def frames(prompt: Prompt, visual: Any) -> Frames:
     """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a frame.
 
-    A patch shows several moments, and of a still image they are all alike: then one is left, [L, F / moments].
+    A patch shows several moments, and of a still image they are all alike: then one is left, [L, channels, F / moments / channels], and
+    not copied before images are put together.
     """
     sizes = [(rows, columns) for times, rows, columns in prompt.images["image_grid_thw"].tolist() for _ in range(times)]
     cuts = np.cumsum([rows * columns for rows, columns in sizes])[:-1]
@@ -62,12 +63,12 @@ def frames(prompt: Prompt, visual: Any) -> Frames:
     for size, patches in zip(sizes, np.split(prompt.images["pixel_values"], cuts), strict=True):
         cut = patches.reshape(len(patches), channels, moments, -1)
         still = all(np.array_equal(cut[:, :, 0], cut[:, :, moment]) for moment in range(1, moments))
-        found.append((size, cut[:, :, 0].reshape(len(patches), -1) if still else patches))
+        found.append((size, cut[:, :, 0] if still else patches))
     return found
 
 
 def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor]:
-    """Merged features [m, L / merge^2, width] of `patches` [m, L, F], and those of each deepstack layer."""
+    """Merged features [m, L / merge^2, width] of `patches` [m, L, ...], and those of each deepstack layer."""
     taps, weights, places = (x.to(patches.device) for x in _grid(size, visual.num_grid_per_side, visual.spatial_merge_size))
     hidden = embed(visual, patches)
     positions = (visual.pos_embed(taps) * weights[:, :, None]).sum(1)
@@ -83,8 +84,8 @@ def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor
 
 
 def embed(visual: Any, patches: Tensor) -> Tensor:
-    """Embeddings [m, L, D] of `patches` [m, L, F]: the convolution's kernel is as large as a patch, so it is one matrix product."""
-    projection = visual.patch_embed.proj
+    """Embeddings [m, L, D] of `patches` [m, L, ...]: the convolution's kernel is as large as a patch, so it is one matrix product."""
+    projection, patches = visual.patch_embed.proj, patches.flatten(2)
     weight = projection.weight
     kernel = weight if weight[0].numel() == patches.shape[-1] else weight.sum(2)  # of a moment that stands for all
     return linear(patches.to(weight.dtype), kernel.flatten(1), projection.bias)
