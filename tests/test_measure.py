@@ -8,6 +8,7 @@ import pytest
 from opd import measure
 from opd.measure import Answered, accuracies, answer, gap_closed
 from opd.toy import ToyBackend, ToyEncoder
+from opd.types import Sampling
 from opd.view import ViewOptions
 from tests.conftest import coloured
 
@@ -97,6 +98,11 @@ def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
     assert sum(heard) == 10
     assert [one.id for one in found] == [example.id for example in examples]
     assert any(one.full != one.crop for one in found)
+    encoders = {"full": measure.encode_student, "crop": lambda *given: measure.encode_teacher(*given, ViewOptions(margin=0))}
+    for view, encode in encoders.items():
+        prompts = [encode(encoder, example) for example in examples]
+        alone = backend.sample(prompts, np.zeros((5, 1, 4), np.float32), Sampling(0.0, encoder.stop, encoder.banned))
+        assert [getattr(one, view) for one in found] == [encoder.decode(group[0].tokens) for group in alone]
     again = answer(backend, encoder, examples, ViewOptions(kind="crop", margin=0), 4, 1)
     assert found == again
     assert all(one.full_right is (one.full == "abc") for one in found)
