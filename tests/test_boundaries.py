@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import opd_cli
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
@@ -39,6 +42,17 @@ def test_packages_import_only_what_they_may(package):
 def test_the_command_line_loads_no_framework():
     help = "from opd_cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
     assert not loaded_by(help) & (HEAVY | {"numpy"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
+@pytest.mark.parametrize(("given", "found"), [({}, opd_cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_threads_of_torch_do_not_spin_for_long(given, found):
+    """As libgomp itself says, which is loaded after the command line; what the user has set stays."""
+    pytest.importorskip("torch")
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-m", "opd_cli", "backends", "cpu"]
+    done = subprocess.run(command, env={**kept, "OMP_DISPLAY_ENV": "verbose", **given}, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{found}'" in done.stderr
 
 
 def test_the_core_loads_no_framework():
