@@ -308,7 +308,7 @@ CHECKS: tuple[tuple[str, Callable[[Material], float], float], ...] = (
     ("split groups are whole", split_groups_are_whole, GRADIENT),
     ("calls add up", calls_add_up, GRADIENT),
     ("score is accumulate without gradient", score_is_accumulate_without_gradient, VALUE),
-    ("on-policy ratio is one", on_policy_ratio_is_one, 10 * VALUE),
+    ("on-policy ratio is one", on_policy_ratio_is_one, 5 * VALUE),
     ("sampling keeps the rules", sampling_keeps_the_rules, EXACT),
     ("the gradient is the loss's derivative", the_gradient_is_the_losss_derivative, 2e-2),
     ("weights scale the gradient", weights_scale_the_gradient, GRADIENT),
