@@ -88,6 +88,13 @@ class Prompt:
         """Position of the first completion token: largest prompt position + 1, which is not P where images compress positions."""
         return int(self.positions.max()) + 1
 
+    def row_positions(self, length: int) -> IntArray:
+        """Rotary positions [axes, length] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
+        positions = np.empty((len(self.positions), length), np.int32)
+        positions[:, :1] = self.positions[:, -1:]
+        positions[:, 1:] = np.arange(self.start, self.start + length - 1)
+        return positions
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -195,7 +195,7 @@ def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
     positions = np.zeros((len(prompts[0].positions), *shape), np.int32)
     for row, (prompt, members) in enumerate(zip(prompts, completions, strict=True)):
         inputs[row, :, 0] = prompt.tokens[-1]
-        positions[:, row] = row_positions(prompt, shape[2])[:, None]
+        positions[:, row] = prompt.row_positions(shape[2])[:, None]
         for column, tokens in enumerate(members):
             inputs[row, column, 1 : len(tokens)] = tokens[:-1]
             real[row, column, : len(tokens)] = True
@@ -219,11 +219,3 @@ def lay_out_targets(groups: Sequence[Group]) -> Targets:
         lengths=[len(completion) for completion in completions],
         counts=[len(group.completions) for group in groups],
     )
-
-
-def row_positions(prompt: Prompt, length: int) -> IntArray:
-    """Rotary positions [axes, T] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
-    positions = np.empty((len(prompt.positions), length), np.int32)
-    positions[:, :1] = prompt.positions[:, -1:]
-    positions[:, 1:] = np.arange(prompt.start, prompt.start + length - 1)
-    return positions

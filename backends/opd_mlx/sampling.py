@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
 from opd_mlx.attention import Own
-from opd_mlx.batch import Batch, Prefixes, lay_out_prefixes, row_positions
+from opd_mlx.batch import Batch, Prefixes, lay_out_prefixes
 from opd_mlx.forward import Memory, complete, look, prefill
 from opd_mlx.kernels.exponentials import log_softmax
 from opd_mlx.kernels.lanes import LANES
@@ -143,7 +143,7 @@ def _begin(model: Model, prompted: Prompted, n: int, limit: int) -> Running:
     """All completions of prompts that have run, before their first tokens."""
     return Running(
         rows=np.array(prompted.indices)[:, None] * n + np.arange(n),
-        positions=np.stack([row_positions(prompt, limit) for prompt in prompted.prefixes.sources], axis=1),
+        positions=np.stack([prompt.row_positions(limit) for prompt in prompted.prefixes.sources], axis=1),
         prefixes=prompted.prefixes,
         memory=prompted.memory,
         own=[layer.begin(state, n, limit) for layer, state in zip(model.layers, prompted.memory, strict=True)],

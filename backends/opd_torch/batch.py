@@ -246,7 +246,7 @@ def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntAr
     device = prefixes.tokens.device
     flat = [(prompt, tokens) for prompt, members in zip(prefixes.sources, completions, strict=True) for tokens in members]
     inputs = [np.append(prompt.tokens[-1:], tokens[:-1]) for prompt, tokens in flat if len(tokens)]
-    positions = [row_positions(prompt, len(tokens)) for prompt, tokens in flat if len(tokens)]
+    positions = [prompt.row_positions(len(tokens)) for prompt, tokens in flat if len(tokens)]
     return Batch(
         prefixes=prefixes,
         tokens=_index(np.concatenate(inputs), device),
@@ -255,14 +255,6 @@ def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntAr
         prompts=Ragged(np.array([sum(map(len, members)) for members in completions], dtype=np.int64), device),
         owner=Owner([len(members) for members in completions], device),
     )
-
-
-def row_positions(prompt: Prompt, length: int) -> IntArray:
-    """Rotary positions [axes, length] of a completion's rows: the last prompt token's, then those of the completion's tokens."""
-    positions = np.empty((len(prompt.positions), length), np.int32)
-    positions[:, :1] = prompt.positions[:, -1:]
-    positions[:, 1:] = np.arange(prompt.start, prompt.start + length - 1)
-    return positions
 
 
 def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.types import Completion, FloatArray, Prompt, Sampling
-from opd_torch.batch import Prefixes, lay_out_prefixes, row_positions
+from opd_torch.batch import Prefixes, lay_out_prefixes
 from opd_torch.forward import Memory, decode, joined_memory, narrowed, prefill
 from opd_torch.objective import default_chunk, head_logits, operand
 
@@ -62,7 +62,7 @@ def _lockstep(
     draws = torch.from_numpy(uniforms.reshape(count * n, limit)).to(device)
     banned, stop = (torch.tensor(ids, dtype=torch.int64, device=device) for ids in (sampling.banned, sampling.stop))
     # [axes, R, limit]; the first row is the prompt's last token.
-    places = np.stack([row_positions(prompt, limit) for prompt in prefixes.sources], 1)
+    places = np.stack([prompt.row_positions(limit) for prompt in prefixes.sources], 1)
     positions = torch.from_numpy(places).to(device).repeat_interleave(n, 1)
     token = torch.tensor([prompt.tokens[-1] for prompt in prefixes.sources], device=device).repeat_interleave(n)
     tokens, logprobs = torch.zeros_like(draws, dtype=torch.int64), torch.zeros_like(draws)
