@@ -24,7 +24,9 @@ JSD = Objective(alpha=0.5, top_k=20)
 @pytest.fixture(scope="module", params=random_models.FAMILIES)
 def case(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
-    return make_case(root, random_models.FAMILIES[request.param](root / "model"))
+    made = make_case(root, random_models.FAMILIES[request.param](root / "model"))
+    made.kind = request.param
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,10 @@ def prompts_of(case):
     return [group.student for group in case.groups[:4]]
 
 
-def same(ours, theirs):
+def same(ours, theirs, most=1e-6):
     for one, other in zip(chain(*ours), chain(*theirs), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=most)
         assert one.finished == other.finished
 
 
@@ -110,7 +112,8 @@ def test_short_prompts_do_not_run_padded_to_long_ones(case, double):
     found = backend.sample(prompts, uniforms, Sampling(0.0))
     assert seen[:2] == [2 * (len(long) - 1) + len(middle) - 1, 2 * (len(short) - 1)]
     for prompt, its in zip(prompts, found, strict=True):
-        same(clone(double).sample([prompt], uniforms[:1], Sampling(0.0)), [its])
+        # The norms of Qwen3.5 are float32 in a float64 model too, and round otherwise where rows stand in another layout.
+        same(clone(double).sample([prompt], uniforms[:1], Sampling(0.0)), [its], most=1e-5 if case.kind == "qwen3_5" else 1e-6)
 
 
 def rolled_out(backend, case):
