@@ -202,8 +202,9 @@ def widen(path: Path, vocabulary: int) -> None:
 
 def apart(backend: Any, amount: float = 0.1) -> None:
     """Moves the teacher away from the student, so that the divergence and its gradient are not 0."""
-    generator = torch.Generator().manual_seed(7)
+    device = next(iter(backend._teacher_parameters.values())).device
+    generator = torch.Generator(device).manual_seed(7)
     with torch.no_grad():
         for parameter in backend._teacher_parameters.values():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             parameter.add_(amount * parameter.std() * noise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -75,18 +76,36 @@ def test_a_completion_longer_than_the_window(case, double):
     assert relative_error(gradients_of(backend), gradients) < 1e-5
 
 
-def test_layers_computed_again_in_the_backward(case, double, expected, monkeypatch):
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_layers_computed_again_in_the_backward(case, double, expected, monkeypatch, share):
+    """All, or as many of the first as do not fit in a GPU's memory."""
     from opd_torch import vision
 
     calls = []
     real = vision.checkpoint
-    monkeypatch.setattr(vision, "checkpoint", lambda *arguments, **options: calls.append(1) or real(*arguments, **options))
+    monkeypatch.setattr(vision, "checkpoint", lambda function, *rest, **options: calls.append(function) or real(function, *rest, **options))
     monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
     backend = clone(double)
+    if share < 1:
+        monkeypatch.setattr(backend_module.TorchBackend, "_again", lambda self, wanted: share)
     backend.accumulate(case.groups, JSD)
     text, tower = case.stock().config.text_config, case.stock().config.vision_config
-    assert len(calls) >= 2 * text.num_hidden_layers + (getattr(tower, "depth", 0) or tower.num_hidden_layers)
+    layers, blocks = text.num_hidden_layers, getattr(tower, "depth", 0) or tower.num_hidden_layers
+    names = [getattr(function, "__name__", "block") for function in calls]
+    assert names.count("prefix_layer") == names.count("completion_layer") == ceil(share * layers)
+    assert (len(names) - 2 * ceil(share * layers)) % ceil(share * blocks) == 0 < len(names) - 2 * ceil(share * layers)
     assert relative_error(gradients_of(backend), expected[1]) < 1e-6
+
+
+def test_a_gpu_keeps_what_fits(double, monkeypatch):
+    """Above the bound: all but the share whose activations fit; a CPU computes all layers again."""
+    backend = clone(double)
+    monkeypatch.setattr(backend, "_spare", lambda: 6 * 2**30)
+    assert [backend._again(wanted * 2**30) for wanted in (1, 2, 3)] == [0, 0, 1]
+    backend._device = torch.device("cuda")
+    assert [backend._again(wanted * 2**30) for wanted in (2, 6, 8)] == [0, 0, 0.25]
+    monkeypatch.setattr(backend, "_spare", lambda: -1)
+    assert backend._again(8 * 2**30) == 1
 
 
 def test_score_is_the_stock_distribution(case, double):

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import Group, Sampling, Update
+from opd_torch import attention
 from opd_torch import backend as backend_module
 from opd_torch import sampling as module
 from opd_torch.batch import Ragged
@@ -83,6 +84,42 @@ def test_questions_are_rare_on_a_gpu(case, double, monkeypatch):
     whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
     monkeypatch.setattr(module, "asks", lambda device, step: step % 4 == 3)
     same(clone(double).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_recorded_steps(case, double, monkeypatch, multiple):
+    """As a GPU runs them: every step of one shape is the step that was recorded, reads whole buffers, and masks what stands behind its row;
+    prompts may be padded. Rows leave, and buffers double."""
+    ran, shapes = [], []
+
+    class Recorder:
+        records = True
+
+        def __init__(self, device, model):
+            self.step = None
+
+        def run(self, shape, step):
+            if not shapes or shape != shapes[-1] or self.step is None:
+                shapes.append(shape)
+                self.step = None if not ran or shape != ran[-1] else step
+            ran.append(shape)
+            step = self.step or step
+            step.args[0]._masks.clear()  # their kernels are recorded too
+            step()
+
+    prompts, uniforms = prompts_of(case), np.random.default_rng(8).random((4, 3, 14), dtype=np.float32)
+    free = clone(double).sample(prompts, uniforms, Sampling(0.9))
+    stop = tuple({int(one.tokens[4]) for one in chain(*free)} - {int(token) for token in free[2][1].tokens})
+    monkeypatch.setattr(module, "ASK_EVERY", 3)
+    whole = clone(double).sample(prompts, uniforms, Sampling(0.9, stop))
+    monkeypatch.setattr(module, "Recorder", Recorder)
+    monkeypatch.setattr(module, "asks", lambda device, step: step % 3 == 2)
+    monkeypatch.setattr(attention, "ROOM", 4)
+    monkeypatch.setattr(module, "align", lambda device: multiple)
+    monkeypatch.setattr(backend_module.TorchBackend, "_keeps", lambda self, prompts: False)
+    same(clone(double).sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)
+    assert {count for _, count in shapes} == {4, 8, 16}
+    assert len({rows for rows, _ in shapes}) > 1
 
 
 def test_prompts_run_in_parts(case, double, monkeypatch):

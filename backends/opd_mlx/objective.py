@@ -194,18 +194,23 @@ def _on_support(s: mx.array, t: mx.array, s_rest: mx.array, t_rest: mx.array, ob
     p, q = (mx.concatenate([exponential(x), rest], axis=-1) for x, rest in ((s, s_rest), (t, t_rest)))
     s, t = (mx.concatenate([x, mx.log(rest)], axis=-1) for x, rest in ((s, s_rest), (t, t_rest)))
     divergence, inner = _between(s, t, p, q, objective.alpha)
-    # Where the bound holds the tail still, nothing moves it.
-    of_tail = mx.where(s_rest > LEAST_TAIL, inner[:, -1:], 0.0)
-    total = inner[:, :-1].sum(-1, keepdims=True) + of_tail
-    return divergence, inner[:, :-1] - p[:, :-1] * total, of_tail / s_rest - total
+    # Where the bound holds the tail still, nothing moves it; but of p, which `_between` leaves out, the tail's part is missing then.
+    left_out = float(objective.alpha == 1.0)
+    rate = mx.where(s_rest > LEAST_TAIL, inner[:, -1:] / s_rest, -left_out)
+    total = inner[:, :-1].sum(-1, keepdims=True) + rate * s_rest
+    return divergence, inner[:, :-1] - p[:, :-1] * total, rate - total
 
 
 def _between(s: mx.array, t: mx.array, p: mx.array, q: mx.array, alpha: float) -> tuple[mx.array, mx.array]:
-    """Generalised Jensen-Shannon divergence [C] of two distributions [C, K], given with their logarithms, and its derivative to s."""
+    """Generalised Jensen-Shannon divergence [C] of two distributions [C, K], given with their logarithms, and its derivative to s.
+
+    The derivative may lack a multiple of p: no softmax lets it through, and beside it the rest would be rounded.
+    """
     if alpha == 0.0:
         return (q * (t - s)).sum(-1), -q
     if alpha == 1.0:
-        return (p * (s - t)).sum(-1), p * (s - t + 1.0)
+        inner = p * (s - t)
+        return inner.sum(-1), inner
     # Through the difference, which is exact where the two are close: s - m = log(p / m) and p - m = -alpha (q - p), and so for t. Where one
     # of the two is next to nothing beside m, its logarithm has a bound, and weighs as little.
     numbers = mx.finfo(p.dtype)

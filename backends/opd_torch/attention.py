@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from opd_torch.batch import Batch, Prefixes
+from opd_torch.batch import Batch, Prefixes, Step
 from opd_torch.kernels.joined import joinable, joined
 
 if TYPE_CHECKING:
@@ -34,24 +34,28 @@ ROOM = 64
 """Tokens of a completion that fresh buffers hold; they double when they are full."""
 
 
+def room(count: int) -> int:
+    """Tokens that the buffers of a completion of `count` tokens hold."""
+    return int(ROOM << max(0, -(-count // ROOM) - 1).bit_length())
+
+
 @dataclass
 class Own:
-    """A completion layer's own keys and values in decoding: buffers [R, G, room, d], filled up to `length`."""
+    """A completion layer's own keys and values in decoding: buffers [R, G, room, d], with zeros where no token stands yet."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
-    length: int = 0
 
-    def append(self, key: Tensor, value: Tensor) -> KeysValues:
-        """Adds one token's keys and values [R, G, d]; returns all so far."""
+    def append(self, key: Tensor, value: Tensor, step: Step) -> KeysValues:
+        """Adds one token's keys and values [R, G, d]; returns the first `step.count` of all."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = (x.new_empty(*x.shape[:2], ROOM, x.shape[2]) for x in (key, value))
-        elif self.length == self.keys.shape[2]:
-            self.keys, self.values = (torch.cat([x, torch.empty_like(x)], 2) for x in (self.keys, self.values))
-        self.keys[:, :, self.length] = key
-        self.values[:, :, self.length] = value
-        self.length += 1
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+            self.keys, self.values = (x.new_zeros(*x.shape[:2], room(step.count), x.shape[2]) for x in (key, value))
+        elif step.count > self.keys.shape[2]:
+            more = (0, 0, 0, room(step.count) - self.keys.shape[2])
+            self.keys, self.values = (torch.nn.functional.pad(x, more) for x in (self.keys, self.values))
+        self.keys.index_copy_(2, step.number, key[:, :, None])
+        self.values.index_copy_(2, step.number, value[:, :, None])
+        return self.keys[:, :, : step.count], self.values[:, :, : step.count]
 
     def select(self, rows: Tensor) -> None:
         """Leaves only some completions."""
@@ -110,14 +114,13 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues, batch
     return batch.ragged.unpad(mixed.view(rows, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width))
 
 
-def decode_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: KeysValues, prefixes: Prefixes, own: Own) -> Tensor:
+def decode_layer(
+    family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: KeysValues, prefixes: Prefixes, own: Own, step: Step
+) -> Tensor:
     """The next row of every completion [R, D] through one layer, n to a prompt; a prompt's keys are read once for all n."""
-    reach = family.reach(layer)
-    mask = prefixes.seen(reach, own.length, 1)
+    of_prompt, of_itself = step.masks(prefixes, family.reach(layer))
     normed = layer.input_layernorm(hidden)
-    key, value = own.append(*family.keys_values(layer, normed, angles))
-    if reach.window is not None:
-        key, value = key[:, :, -reach.window :], value[:, :, -reach.window :]
+    key, value = own.append(*family.keys_values(layer, normed, angles), step)
     query, gate = family.queries(layer, normed, angles)
     query = query.to(value.dtype) * layer.self_attn.scaling
     prompts, groups, longest, width = prefix[0].shape
@@ -133,9 +136,11 @@ def decode_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, pre
         return x.view(prompts, groups, n, shared, -1).transpose(1, 2).reshape(prompts * n, groups, shared, -1)
 
     to_prefix = fold(query) @ prefix[0].transpose(2, 3)
-    if mask is not None:
-        to_prefix = to_prefix.masked_fill(~mask, float("-inf"))
+    if of_prompt is not None:
+        to_prefix = to_prefix.masked_fill(~of_prompt, float("-inf"))
     to_own = query.flatten(0, 1) @ key.transpose(2, 3)
+    if of_itself is not None:
+        to_own = to_own.masked_fill(~of_itself, float("-inf"))
     # One softmax over both parts, in float32.
     weights = torch.cat([unfold(to_prefix), to_own], -1).softmax(-1, dtype=torch.promote_types(value.dtype, torch.float32))
     of_prefix, of_own = weights.to(value.dtype).split([longest, key.shape[2]], -1)

@@ -99,17 +99,19 @@ class TorchBackend:
         if not uniforms.size:
             return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in row] for row in uniforms]
         self._kept = None
+        memory = None
         if policy == "student" and sampling.temperature > 0 and self._keeps(prompts):
             prefixes = lay_out_prefixes(prompts, self._device)
             kept = remember(model, prefixes)
             self._kept = prompts, kept
             with torch.no_grad():
                 memory = joined_memory(model, [list(kept)])
-        else:
-            with torch.no_grad(), self._autocast():
+        # Autocast keeps no casts of weights in inference mode, and would make them anew at every token.
+        with torch.no_grad(), self._autocast():
+            if memory is None:
                 prefixes, memory = rollout.read(model, prompts, self._device)
-        with torch.inference_mode(), self._autocast():
-            return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
+            with torch.no_grad() if self._dtype == torch.bfloat16 else torch.inference_mode():
+                return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""
@@ -249,10 +251,10 @@ class TorchBackend:
         model, prompts = self._student, [group.student for group in groups]
         prefixes = lay_out_prefixes(prompts, self._device)
         batches = [lay_out_completions(prefixes, _tokens(part)) for part in parts]
-        again = max(activation_bytes(model, batch, self._dtype.itemsize) for batch in batches) > CHECKPOINT_ABOVE
+        again = self._again(max(activation_bytes(model, batch, self._dtype.itemsize) for batch in batches))
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
-        # Graphs that hold casts of weights share them; where layers are computed again none does, and each part's are freed with it.
-        with nullcontext() if again else torch.autocast(self._device.type, enabled=False):
+        # Graphs that hold casts of weights share them; where all layers are computed again none does, and each part's are freed with it.
+        with nullcontext() if again == 1 else torch.autocast(self._device.type, enabled=False):
             with self._autocast():
                 memory = memory or remember(model, prefixes, again)
             leaves = [tuple(x.detach().requires_grad_(x.requires_grad) for x in layer) for layer in memory]
@@ -274,6 +276,19 @@ class TorchBackend:
         if ends:
             torch.autograd.backward(*zip(*ends, strict=True))
         return statistics
+
+    def _again(self, wanted: int) -> float:
+        """The share of layers to compute again in a backward that would hold `wanted` bytes of activations."""
+        if wanted <= CHECKPOINT_ABOVE:
+            return 0.0
+        return max(0.0, 1 - max(0, self._spare()) / wanted) if self._device.type == "cuda" else 1.0
+
+    def _spare(self) -> int:
+        """Bytes of the GPU that nothing will need before the gradient is there; a tenth is left for what no formula knows."""
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        gradient = sum(parameter.nbytes for parameter in self._parameters.values())
+        casts = gradient // 4 * self._dtype.itemsize if self._dtype == torch.bfloat16 else 0
+        return int(0.9 * (torch.cuda.mem_get_info(self._device)[0] + unused - gradient - casts))
 
     def _keeps(self, prompts: Sequence[Prompt]) -> bool:
         """Whether a rollout's pass over its prompts is kept for `accumulate`: where it is small, and holds no casts of all weights."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,17 @@ class Ragged:
     def __init__(self, lengths: NDArray[np.int64], device: torch.device, longest: int = 0) -> None:
         self.lengths = lengths
         self.rows, self.longest, self.total = len(lengths), max(longest, int(lengths.max())), int(lengths.sum())
+        self._device = device
         self.even = self.rows * self.longest == self.total
         if not self.even:
             valid = np.arange(self.longest) < lengths[:, None]
             self._packed = torch.from_numpy(np.flatnonzero(valid)).to(device)
             self._padded = torch.from_numpy(np.where(valid.ravel(), np.cumsum(valid.ravel()) - 1, 0)).to(device)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """`lengths` on the device."""
+        return torch.from_numpy(self.lengths).to(self._device)
 
     def pad(self, packed: Tensor) -> Tensor:
         """From [total, ...] to [rows, longest, ...]."""
@@ -56,7 +63,7 @@ class Ragged:
         return padded.view(self.rows, self.longest, *packed.shape[1:])
 
     def fill(self, packed: Tensor, value: float) -> Tensor:
-        """As `pad`, with `value` for padding and no gradient."""
+        """As `pad`, with `value` for padding."""
         if self.even:
             return packed.view(self.rows, self.longest, *packed.shape[1:])
         padded = packed.new_full((self.rows * self.longest, *packed.shape[1:]), value)
@@ -123,7 +130,6 @@ class Prefixes:
     ragged: Ragged
     visual_rows: Tensor
     _masks: dict[Reach, Tensor | None] = field(default_factory=dict)
-    _seen: dict[Reach, tuple[tuple[int, int], Tensor | None]] = field(default_factory=dict)
     _bias: dict[torch.dtype, Tensor | None] = field(default_factory=dict)
 
     def mask(self, reach: Reach) -> Tensor | None:
@@ -143,19 +149,22 @@ class Prefixes:
             self._masks[reach] = None if window is None and images is None else allowed
         return self._masks[reach]
 
-    def seen(self, reach: Reach, first: int, count: int) -> Tensor | None:
-        """Which keys of its prompt the rows `first` to `first + count` of a completion attend to [B, 1, count or 1, P]; None for all."""
-        window = reach.window if reach.window is not None and reach.window < self.ragged.longest + first + count else None
-        rows = (0, 0) if window is None else (first, count)
-        if reach not in self._seen or self._seen[reach][0] != rows:
-            self._seen[reach] = rows, None if self.ragged.even and window is None else self._real(window, first, count)
-        return self._seen[reach][1]
+    def seen(self, reach: Reach, rows: Tensor, count: int) -> Tensor | None:
+        """Which keys of its prompt the `rows` [T, 1] of a completion attend to, all of them below `count`: [B, 1, T or 1, P]; None for all.
+
+        The first row of a completion stands right behind its prompt's prefix.
+        """
+        window = reach.window if reach.window is not None and reach.window < self.ragged.longest + count else None
+        if window is None:
+            return None if self.ragged.even else self._real
+        behind = self.ragged.counts[:, None, None, None] + rows - torch.arange(self.ragged.longest, device=rows.device)
+        return self._real & (behind < window)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores of a prompt's keys [B, 1, 1, P]: 0, and minus infinity for padding; None where there is none."""
         if dtype not in self._bias:
-            real = None if self.ragged.even else self._real(None, 0, 1)
-            self._bias[dtype] = None if real is None else torch.zeros_like(real, dtype=dtype).masked_fill_(~real, float("-inf"))
+            real = None if self.ragged.even else torch.zeros_like(self._real, dtype=dtype).masked_fill_(~self._real, float("-inf"))
+            self._bias[dtype] = real
         return self._bias[dtype]
 
     def select(self, prompts: NDArray[np.int64]) -> Prefixes:
@@ -163,13 +172,33 @@ class Prefixes:
         its = lay_out_prefixes([self.sources[prompt] for prompt in prompts], self.tokens.device)
         return replace(its, ragged=Ragged(its.ragged.lengths, self.tokens.device, self.ragged.longest))
 
-    def _real(self, window: int | None, first: int, count: int) -> Tensor:
-        device = self.tokens.device
-        lengths = torch.from_numpy(self.ragged.lengths).to(device)[:, None, None, None]
-        place = torch.arange(self.ragged.longest, device=device)
-        # The first row of a completion stands right behind its prompt's prefix.
-        rows = torch.arange(first, first + count, device=device)[:, None]
-        return place < lengths if window is None else (place < lengths) & (lengths + rows - place < window)
+    @cached_property
+    def _real(self) -> Tensor:
+        """Where there is a key and no padding, [B, 1, 1, P]."""
+        return torch.arange(self.ragged.longest, device=self.tokens.device) < self.ragged.counts[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token step of decoding: its `number` [1], on the device, and of how many own rows every layer reads keys.
+
+    `count` is number + 1, or more where `exact` is false: then a device that runs one recorded step again and again reads as much in each.
+    """
+
+    number: Tensor
+    count: int
+    exact: bool
+    _masks: dict[Reach, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+
+    def masks(self, prefixes: Prefixes, reach: Reach) -> tuple[Tensor | None, Tensor | None]:
+        """Which keys of its prompt [B, 1, 1, P] and which of its own [count] a completion's row attends to; None for all."""
+        if reach not in self._masks:
+            behind = self.number - torch.arange(self.count, device=self.number.device)
+            own = None if self.exact else behind >= 0
+            if reach.window is not None and reach.window < self.count:
+                own = behind < reach.window if own is None else own & (behind < reach.window)
+            self._masks[reach] = prefixes.seen(reach, self.number[:, None], self.count), own
+        return self._masks[reach]
 
 
 @dataclass(frozen=True)
@@ -195,7 +224,7 @@ class Batch:
             place = torch.arange(length, device=self.tokens.device)
             behind = place[:, None] - place
             own = ((behind >= 0) if reach.window is None else (behind >= 0) & (behind < reach.window))[None, None]
-            seen = self.prefixes.seen(reach, 0, length)
+            seen = self.prefixes.seen(reach, place[:, None], length)
             if seen is None:
                 self._masks[reach] = torch.cat([own.new_ones(1, 1, length, self.prefixes.ragged.longest), own], -1)
             else:
@@ -220,8 +249,8 @@ class Targets:
         return [[next(pieces) for _ in range(count)] for count in self.counts]
 
 
-def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device) -> Prefixes:
-    """Packs `prompts` without their last tokens."""
+def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device, multiple: int = 1) -> Prefixes:
+    """Packs `prompts` without their last tokens; the longest is padded to a `multiple` of tokens where attention pads."""
     lengths = np.array([len(prompt) - 1 for prompt in prompts], dtype=np.int64)
     for prompt, length in zip(prompts, lengths, strict=True):
         if length < 1 or length in prompt.visual.index:
@@ -231,7 +260,7 @@ def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device) -> Prefixe
         sources=prompts,
         tokens=_index(np.concatenate([prompt.tokens[:-1] for prompt in prompts]), device),
         positions=_index(np.concatenate([prompt.positions[:, :-1] for prompt in prompts], axis=1), device),
-        ragged=Ragged(lengths, device),
+        ragged=Ragged(lengths, device, -(-int(lengths.max()) // multiple) * multiple),
         visual_rows=_index(np.concatenate(visual), device),
     )
 

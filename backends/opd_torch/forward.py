@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.types import Prompt
-from opd_torch.batch import Batch, Prefixes
+from opd_torch.batch import Batch, Prefixes, Step
 from opd_torch.families import rows
 from opd_torch.families.gated_delta import CHUNK
 from opd_torch.vision import computed
@@ -24,20 +24,24 @@ Memory: TypeAlias = tuple[Tensor, Tensor]
 """What a layer keeps of the prompts: keys and values, or what another kind of layer hands on; [B, ...] each."""
 
 CHECKPOINT_ABOVE = 2 * 1024**3
-"""Bytes of activations that a backward may hold; where a call is estimated above it, each layer is computed again instead."""
+"""Bytes of activations that a backward may hold; where a call is estimated above it, layers are computed again instead: all, and on a GPU
+those whose activations do not fit in the memory that is free."""
 
 
-def hidden_states(model: Any, batch: Batch, again: bool = False) -> Tensor:
-    """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
+def hidden_states(model: Any, batch: Batch, again: float = 0) -> Tensor:
+    """Final hidden states [M, D] of exactly the rows that predict completion tokens.
+
+    `again` is the share of layers, the first, that are computed again in the backward instead of keeping their activations.
+    """
     return complete(model, batch, remember(model, batch.prefixes, again), again)
 
 
-def remember(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]:
+def remember(model: Any, prefixes: Prefixes, again: float = 0) -> list[Memory]:
     """`prefill` for `complete`; nothing without a family, where every completion reads its prompt by itself."""
     return [] if model.family is None else prefill(model, prefixes, again)
 
 
-def complete(model: Any, batch: Batch, memory: list[Memory], again: bool = False) -> Tensor:
+def complete(model: Any, batch: Batch, memory: list[Memory], again: float = 0) -> Tensor:
     """Final hidden states [M, D] of completion rows over what their prompts left."""
     family = model.family
     if family is None:
@@ -45,13 +49,14 @@ def complete(model: Any, batch: Batch, memory: list[Memory], again: bool = False
     text = family.language(model)
     hidden = text.embed_tokens(batch.tokens)
     angles = family.angles(text, batch.positions, hidden)
-    for layer, its_angles, prefix in zip(text.layers, angles, memory, strict=True):
-        hidden = computed(again, family.mixer(layer).completion_layer, family, layer, hidden, its_angles, prefix, batch)
+    for number, (layer, its_angles, prefix) in enumerate(zip(text.layers, angles, memory, strict=True)):
+        its = number < again * len(text.layers)
+        hidden = computed(its, family.mixer(layer).completion_layer, family, layer, hidden, its_angles, prefix, batch)
     out: Tensor = text.norm(hidden)
     return out
 
 
-def prefill(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]:
+def prefill(model: Any, prefixes: Prefixes, again: float = 0) -> list[Memory]:
     """What every layer keeps of all prompts' prefixes; without a family, the caches of the prompts."""
     family = model.family
     if family is None:
@@ -67,15 +72,17 @@ def prefill(model: Any, prefixes: Prefixes, again: bool = False) -> list[Memory]
     angles = family.angles(text, prefixes.positions, hidden)
     found = []
     for number, layer in enumerate(text.layers):
-        last = number + 1 == len(text.layers)
-        hidden, memory = computed(again, family.mixer(layer).prefix_layer, family, layer, hidden, angles[number], prefixes, last)
+        last, its = number + 1 == len(text.layers), number < again * len(text.layers)
+        hidden, memory = computed(its, family.mixer(layer).prefix_layer, family, layer, hidden, angles[number], prefixes, last)
         found.append(memory)
         if number + 1 < len(features) and not last:
             hidden = hidden.index_add(0, prefixes.visual_rows, features[number + 1].to(hidden.dtype))
     return found
 
 
-def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], prefixes: Prefixes, own: list[Any]) -> Tensor:
+def decode(
+    model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], prefixes: Prefixes, own: list[Any], step: Step
+) -> Tensor:
     """Final hidden states [R, D] of one more row of every completion: `tokens` [R] at `positions` [axes, R], after those in `own`.
 
     `own` is what the layers keep of the completions themselves; an empty list before the first row.
@@ -88,7 +95,7 @@ def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], 
     angles = family.angles(text, positions, hidden)
     own += [family.mixer(layer).Own() for layer in text.layers[len(own) :]]
     for layer, its_angles, prefix, mine in zip(text.layers, angles, memory, own, strict=True):
-        hidden = family.mixer(layer).decode_layer(family, layer, hidden, its_angles, prefix, prefixes, mine)
+        hidden = family.mixer(layer).decode_layer(family, layer, hidden, its_angles, prefix, prefixes, mine, step)
     out: Tensor = text.norm(hidden)
     return out
 

@@ -96,10 +96,11 @@ def divergence_head(
                     tops[number].append(policy)
             if hidden_gradient is not None:
                 outer = logits[0]
-                hidden_gradient[rows] = _product(outer.to(h.dtype), student_head)
+                slopes = outer.to(h.dtype)
+                hidden_gradient[rows] = _product(slopes, student_head)
                 if head_gradient is not None:
-                    head_gradient.addmm_(outer.T, h.to(dtype))
-                del outer
+                    _add_product(head_gradient, slopes.T, h)
+                del outer, slopes
             del logits, inputs, block  # or they would live on through the next chunk
     student_top, teacher_top = (_joined(policy) for policy in tops)
     columns = dict(zip(STATISTICS, statistics, strict=True))
@@ -168,14 +169,17 @@ def _policy(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> Tensor:
-    """Divergence [C] over the full vocabulary; its derivative [C, V] to s takes the place of `s`. Overwrites `t`."""
+    """Divergence [C] over the full vocabulary; its derivative [C, V] to s takes the place of `s`. Overwrites `t`.
+
+    The derivative may lack a multiple of p, here and in `_between`: no softmax lets it through, and beside it the rest would be rounded.
+    """
     if alpha == 0.0:
         divergence = _dot(q, t.sub_(s))
         torch.neg(q, out=s)
         return divergence
     if alpha == 1.0:
         divergence = _dot(p, s.sub_(t))
-        s.add_(1.0).mul_(p)
+        s.mul_(p)
         return divergence
     # With d = t - s: s - m = -log(1 + alpha (exp(d) - 1)) and t - m = d + (s - m). Where d is beyond the bound, p is nothing.
     d = s.neg_().add_(t).clamp_(max=LARGEST_DIFFERENCE)
@@ -201,10 +205,11 @@ def _on_support(s_k: Tensor, t_k: Tensor, s_rest: Tensor | None, t_rest: Tensor 
     """
     if s_rest is not None and t_rest is not None:
         divergence, inner = _between(_with_tail(s_k, s_rest), _with_tail(t_k, t_rest), alpha)
-        # Where the bound holds the tail still, nothing moves it.
-        of_tail = torch.where(s_rest > LEAST_TAIL, inner[:, -1:], torch.zeros_like(s_rest))
-        total = inner[:, :-1].sum(1, keepdim=True) + of_tail
-        return divergence, inner[:, :-1] - s_k.exp() * total, of_tail / s_rest.clamp(min=LEAST_TAIL) - total
+        # Where the bound holds the tail still, nothing moves it; but of p, which `_between` leaves out, the tail's part is missing then.
+        left_out = float(alpha == 1.0)
+        rate = torch.where(s_rest > LEAST_TAIL, inner[:, -1:] / s_rest.clamp(min=LEAST_TAIL), -left_out)
+        total = inner[:, :-1].sum(1, keepdim=True) + rate * s_rest
+        return divergence, inner[:, :-1] - s_k.exp() * total, rate - total
     s_k, t_k = s_k - s_k.logsumexp(1, keepdim=True), t_k - t_k.logsumexp(1, keepdim=True)
     divergence, inner = _between(s_k, t_k, alpha)
     return divergence, inner - s_k.exp() * inner.sum(1, keepdim=True), torch.zeros_like(s_k[:, :1])
@@ -221,7 +226,8 @@ def _between(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     if alpha == 0.0:
         return (q * (t - s)).sum(1), -q
     if alpha == 1.0:
-        return (p * (s - t)).sum(1), p * (s - t + 1.0)
+        inner = p * (s - t)
+        return inner.sum(1), inner
     d = (t - s).clamp(max=LARGEST_DIFFERENCE)  # as `_in_place`
     s_m = -(alpha * d.expm1()).log1p()
     inner = (1.0 - alpha) * p * s_m
@@ -241,6 +247,14 @@ def operand(x: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 from operands of half precision too, or in float64."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a @ b to `total`, which is float32 where the operands are of half precision."""
+    if a.dtype == torch.bfloat16:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

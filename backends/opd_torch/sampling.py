@@ -6,6 +6,7 @@ Legend: B prompts, n completions of a prompt, R = B * n, V vocabulary; B, n and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.types import Completion, FloatArray, Prompt, Sampling
-from opd_torch.batch import Prefixes, lay_out_prefixes
+from opd_torch.attention import room
+from opd_torch.batch import Prefixes, Step, lay_out_prefixes
 from opd_torch.forward import Memory, decode, joined_memory, narrowed, prefill
 from opd_torch.objective import default_chunk, head_logits, operand
+from opd_torch.recorder import Recorder
 
 PREFILL_TOKENS = 16384
 """Tokens of prompts that run together, so that many prompts can decode together without their layers' peak."""
 
 ASK_EVERY = 8
 """Token steps between two questions of whether completions have ended, on a GPU, where each waits for all that is queued."""
+
+ALIGNED = 64
+"""Tokens of which prompts are padded to a multiple on a GPU, whose products of odd widths take several times as long."""
 
 WORTH = 0.75
 """Completions that have ended leave the batch where no more than this share of its rows stays."""
@@ -39,8 +45,8 @@ def read(model: Any, prompts: Sequence[Prompt], device: torch.device) -> tuple[P
             parts[-1].append(prompt)
         else:
             parts.append([prompt])
-    found = [prefill(model, lay_out_prefixes(part, device)) for part in parts]
-    return lay_out_prefixes(prompts, device), joined_memory(model, found)
+    found = [prefill(model, lay_out_prefixes(part, device, align(device))) for part in parts]
+    return lay_out_prefixes(prompts, device, align(device)), joined_memory(model, found)
 
 
 def sample(
@@ -68,12 +74,23 @@ def _lockstep(
     tokens, logprobs = torch.zeros_like(draws, dtype=torch.int64), torch.zeros_like(draws)
     rows, own = torch.arange(count * n, device=device), list[Any]()
     ended = torch.zeros(count * n, dtype=torch.bool, device=device)
-    for step in range(limit):
-        hidden = decode(model, token, positions[:, rows, step], memory, prefixes, own)
-        token, logprob = draw(hidden.to(dtype), head, draws[rows, step], sampling.temperature, banned)
-        tokens[rows, step], logprobs[rows, step] = token, logprob
-        ended |= torch.isin(token, stop)
-        if asks(device, step):
+    number = torch.zeros(1, dtype=torch.int64, device=device)
+    recorder = Recorder(device, model)
+
+    def advance(step: Step) -> None:
+        """One token of every live row. All that it changes, it changes in place, so that a recorded step can be run again."""
+        hidden = decode(model, token, positions.index_select(2, number)[..., 0], memory, prefixes, own, step)
+        found, logprob = draw(hidden.to(dtype), head, draws.index_select(1, number)[:, 0], sampling.temperature, banned)
+        tokens.index_put_((rows, number), found)
+        logprobs.index_put_((rows, number), logprob)
+        token.copy_(found)
+        ended.logical_or_((found[:, None] == stop).any(1))
+        number.add_(1)
+
+    for done in range(1, limit + 1):
+        own_keys = room(done) if recorder.records else done
+        recorder.run((len(rows), own_keys), partial(advance, Step(number, own_keys, exact=not recorder.records)))
+        if asks(device, done - 1):
             live = ~ended.view(len(prefixes.sources), -1).cpu().numpy()
             if not live.any():
                 break
@@ -82,8 +99,13 @@ def _lockstep(
                 kept = torch.from_numpy((prompts[:, None] * live.shape[1] + members).ravel()).to(device)
                 prefixes = prefixes.select(prompts)
                 memory, own = narrowed(model, memory, own, prompts, kept)
-                rows, token, ended = rows[kept], token[kept], ended[kept]
-    return tokens[:, : step + 1].cpu().numpy(), logprobs[:, : step + 1].cpu().numpy()
+                rows, token, ended, draws, positions = rows[kept], token[kept], ended[kept], draws[kept], positions[:, kept]
+    return tokens[:, :done].cpu().numpy(), logprobs[:, :done].cpu().numpy()
+
+
+def align(device: torch.device) -> int:
+    """Of how many tokens a prompt's keys are a multiple."""
+    return ALIGNED if device.type == "cuda" else 1
 
 
 def asks(device: torch.device, step: int) -> bool:

@@ -48,10 +48,10 @@ class Family(Protocol):
     def patches(self, prompt: Prompt, model: Any) -> int:
         """Rows of the vision tower that a prompt's images take."""
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
+    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
         """Image features [S, D] in the order of visual tokens: for the embeddings, then what is added after each of the first layers.
 
-        Empty where no prompt has an image. `again` computes the tower's layers again in the backward.
+        Empty where no prompt has an image. `again` is the share of the tower's layers, the first, that are computed again in the backward.
         """
 
     def angles(self, text: Any, positions: Tensor, hidden: Tensor) -> list[Angles]:

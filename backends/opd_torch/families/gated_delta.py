@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad, silu, softplus
 
 from opd_torch.attention import Angles
-from opd_torch.batch import Batch, Prefixes, Ragged
+from opd_torch.batch import Batch, Prefixes, Ragged, Step
 
 if TYPE_CHECKING:
     from opd_torch.families import Family
@@ -55,13 +55,18 @@ def completion_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles,
     return _finish(layer, hidden, _mix(layer, layer.input_layernorm(hidden), batch.ragged, (window, state))[0])
 
 
-def decode_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: Memory, prefixes: Prefixes, own: Own) -> Tensor:
+def decode_layer(
+    family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: Memory, prefixes: Prefixes, own: Own, step: Step
+) -> Tensor:
     """The next row of every completion [R, D] through one layer, n to a prompt."""
     if own.memory is None:
         n = len(hidden) // len(prefix[0])
         own.memory = prefix[0].repeat_interleave(n, 0), prefix[1].repeat_interleave(n, 0)
     rows = Ragged(np.ones(len(hidden), dtype=np.int64), hidden.device)
-    mixed, own.memory = _mix(layer, layer.input_layernorm(hidden), rows, own.memory)
+    mixed, memory = _mix(layer, layer.input_layernorm(hidden), rows, own.memory)
+    # In place: a recorded step finds its memory where it stood.
+    for old, new in zip(own.memory, memory, strict=True):
+        old.copy_(new)
     return _finish(layer, hidden, mixed)
 
 
@@ -86,16 +91,18 @@ def _mix(layer: Any, normed: Tensor, ragged: Ragged, memory: Memory | None) -> t
         )
     seen = torch.cat([memory[0].to(inputs.dtype), inputs], -1)
     # Where a row ends, the window behind it is the last W - 1 of what it has seen.
-    ends = torch.from_numpy(ragged.lengths).to(seen.device)[:, None] + torch.arange(net.conv_kernel_size - 1, device=seen.device)
-    window = seen.gather(2, ends[:, None].expand(-1, seen.shape[1], -1))
+    if ragged.even:
+        window = seen[..., ragged.longest :]
+    else:
+        ends = ragged.counts[:, None] + torch.arange(net.conv_kernel_size - 1, device=seen.device)
+        window = seen.gather(2, ends[:, None].expand(-1, seen.shape[1], -1))
     kernel = net.conv1d.weight.to(seen.dtype)
     channels = silu(conv1d(seen, kernel, groups=len(kernel))).transpose(1, 2)
     query, key, value = channels.split([net.key_dim, net.key_dim, net.value_dim], -1)
     # As transformers rounds it; padding neither decays the state nor writes to it.
     decay = -net.A_log.float().exp() * softplus(net.in_proj_a(normed).float() + net.dt_bias)
     rate = net.in_proj_b(normed).sigmoid()
-    real = torch.from_numpy(ragged.lengths).to(seen.device)[:, None, None] > torch.arange(ragged.longest, device=seen.device)[:, None]
-    decay, rate = (ragged.pad(x) * real for x in (decay, rate))
+    decay, rate = (ragged.fill(x, 0.0) for x in (decay, rate))
     heads = (query.unflatten(-1, (-1, net.head_k_dim)), key.unflatten(-1, (-1, net.head_k_dim)), value.unflatten(-1, (-1, net.head_v_dim)))
     with torch.autocast(seen.device.type, enabled=False):
         found, state = gated_delta_rule(*heads, decay, rate, memory[1])

@@ -40,15 +40,15 @@ class Gemma3(NormedDecoder):
         vision = model.config.vision_config
         return len(prompt.images["pixel_values"]) * (vision.image_size // vision.patch_size) ** 2 if prompt.images else 0
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
+    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
         """Features of all visual tokens."""
         tower, projector = model.model.vision_tower, model.model.multi_modal_projector
         weight = projector.mm_input_projection_weight
 
         def run(pixels: Tensor) -> list[Tensor]:
             hidden = tower.embeddings(pixels.to(weight.dtype))
-            for layer in tower.encoder.layers:
-                hidden = computed(again, layer, hidden, None)
+            for number, layer in enumerate(tower.encoder.layers):
+                hidden = computed(number < again * len(tower.encoder.layers), layer, hidden, None)
             return [projector(tower.post_layernorm(hidden))]
 
         return visual_features(prompts, images, lambda pixels, _: run(pixels), weight.device)

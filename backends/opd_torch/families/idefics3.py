@@ -35,7 +35,7 @@ class Idefics3(Decoder):
         """Of all tiles."""
         return prompt.images["pixel_attention_mask"].size // model.config.vision_config.patch_size**2 if prompt.images else 0
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
+    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
         """Features of all visual tokens, tile after tile."""
         tower, connector = model.model.vision_model, model.model.connector
         weight = tower.embeddings.position_embedding.weight
@@ -45,8 +45,8 @@ class Idefics3(Decoder):
             real = max_pool2d(mask, tower.patch_size)[:, 0] > 0
             hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=real)
             keys = None if bool(real.all()) else real.flatten(1)[:, None, None].expand(-1, 1, hidden.shape[1], -1)
-            for layer in tower.encoder.layers:
-                hidden = computed(again, layer, hidden, keys)
+            for number, layer in enumerate(tower.encoder.layers):
+                hidden = computed(number < again * len(tower.encoder.layers), layer, hidden, keys)
             return [connector(tower.post_layernorm(hidden))]
 
         return visual_features(prompts, tiles, lambda found, _: run(found), weight.device)

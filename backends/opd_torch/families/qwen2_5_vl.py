@@ -30,7 +30,7 @@ class Qwen25VL(QwenVision, Decoder):
         f"model.{part}": f"model.language_model.{part}" for part in ("embed_tokens.", "layers.", "norm.")
     }
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
+    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
         """Features of all visual tokens."""
         visual = model.model.visual
         device = visual.patch_embed.proj.weight.device
@@ -39,7 +39,7 @@ class Qwen25VL(QwenVision, Decoder):
         )
 
 
-def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor]:
+def _tower(visual: Any, patches: Tensor, size: Size, again: float) -> list[Tensor]:
     """Merged features [m, L / merge^2, width] of `patches` [m, L, ...].
 
     Patches stand window by window, windows of equal length together, so that each length is one batch. No block sees the order.
@@ -51,7 +51,8 @@ def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor
     places = get_vision_position_ids(torch.tensor([[1, *size]]), merge).to(patches.device)
     angles = turns(*(x[order, None, None] for x in visual.rotary_pos_emb(hidden, places)))
     for number, layer in enumerate(visual.blocks):
-        hidden = computed(again, block, layer, hidden, angles, () if number in visual.fullatt_block_indexes else windows)
+        cut = () if number in visual.fullatt_block_indexes else windows
+        hidden = computed(number < again * len(visual.blocks), block, layer, hidden, angles, cut)
     merged = visual.merger(hidden).view(len(patches), -1, visual.merger.mlp[-1].out_features)
     return [merged.index_select(1, (order[:: merge**2] // merge**2).argsort())]
 

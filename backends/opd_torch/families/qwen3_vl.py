@@ -39,7 +39,7 @@ class Qwen3VL(QwenVision, NormedDecoder):
     model_types = ("qwen3_vl",)
     architecture = "Qwen3VLForConditionalGeneration"
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: bool) -> list[Tensor]:
+    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
         """Features of all visual tokens, and those of each deepstack layer."""
         visual = model.model.visual
         return visual_features(
@@ -67,7 +67,7 @@ def frames(prompt: Prompt, visual: Any) -> Frames:
     return found
 
 
-def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor]:
+def _tower(visual: Any, patches: Tensor, size: Size, again: float) -> list[Tensor]:
     """Merged features [m, L / merge^2, width] of `patches` [m, L, ...], and those of each deepstack layer."""
     taps, weights, places = (x.to(patches.device) for x in _grid(size, visual.num_grid_per_side, visual.spatial_merge_size))
     hidden = embed(visual, patches)
@@ -77,7 +77,7 @@ def _tower(visual: Any, patches: Tensor, size: Size, again: bool) -> list[Tensor
     taken = list(getattr(visual, "deepstack_visual_indexes", ()))
     levels = []
     for number, layer in enumerate(visual.blocks):
-        hidden = computed(again, block, layer, hidden, angles)
+        hidden = computed(number < again * len(visual.blocks), block, layer, hidden, angles)
         if number in taken:
             levels.append(visual.deepstack_merger_list[taken.index(number)](hidden))
     return [level.view(len(patches), -1, level.shape[-1]) for level in [visual.merger(hidden), *levels]]
