@@ -5,13 +5,16 @@
 
 bfloat16 compute on float32 parameters, teacher, moments and gradient: the 4B model takes 90 GB before activations. `needed` are the
 FLOPs of `arithmetic.py`, without computing layers again; MFU is those over seconds and `--peak-tflops` (dense bfloat16: H100 and H200
-989, A100 312).
-Against it: n rows through our own code, one by one, and with `--trl` TRL's `DistillationTrainer` on one row at a time. Before anything is
-timed, the loss and the gradient of both are compared with ours. Writes results/on_gpu_PROMPT_COMPLETION.json.
+989, A100 312). Decoding is bound by memory: `mbu` is the weights, and the prompt's keys and values once, over seconds a token and
+`--bandwidth-tbs` (H200 4.8, H100 3.35).
+Against it: n rows through our own code, one by one, and with `--trl` TRL's `DistillationTrainer` on stock modules of the same weights, one
+row at a time: its training stage, and a step of `generate` for all n rows and that stage, without an optimizer's, which ours has. Before
+anything is timed, the loss and the gradient of both are compared with ours. Writes results/on_gpu_PROMPT_COMPLETION.json.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -26,7 +29,7 @@ from benchmarks.against_rows import FULL
 from benchmarks.workload import Shape
 from opd.types import Group, Sampling, Update
 from opd_torch.batch import lay_out, lay_out_targets
-from opd_torch.forward import CHECKPOINT_ABOVE, activation_bytes, hidden_states
+from opd_torch.forward import activation_bytes, hidden_states
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small model and shape, and nothing written")
     parser.add_argument("--trl", action="store_true", help="also TRL")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bfloat16 TFLOP/s of the card")
+    parser.add_argument("--bandwidth-tbs", type=float, default=4.8, help="TB/s of the card's memory")
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.exit(2, "torch sees no GPU on this machine; --small --device cpu shows that the script runs\n")
@@ -46,18 +50,24 @@ def main() -> None:
         measuring.peer("trl")
     shape = Shape(96, 16, 4, 32) if options.small else Shape(options.prompt, options.completion, options.n, options.crop)
     config = workload.small_qwen3_vl() if options.small else workload.qwen3_vl_4b()
-    backend = workload.backend(workload.model(config, options.device), "bfloat16")
+    made = workload.model(config, options.device)
+    stock = _sharing(made, made.parameters())
+    backend = workload.backend(made, "bfloat16")
     workload.apart(backend)
     group = workload.group(config, shape)
     stages = ours(backend, group, config)
     rivals = {"own rows": rows_side(backend, group)}
     with tempfile.TemporaryDirectory() as out:
         if options.trl:
-            rivals["TRL"] = trl_side(backend, group, Path(out), options.device)
+            teacher = _sharing(stock, backend._teacher.parameters())
+            rivals["TRL"], generate = trl_side(stock, teacher, group, Path(out), options.device)
         errors = {name: agree(stages["training stage"], side) for name, side in rivals.items()}
-        rows = [measured(name, run, options) for name, run in {**stages, **rivals}.items()]
-    with_flops(rows, config, shape, options.peak_tflops)
-    about = {"device": measuring.device_name(options.device), "shape": str(shape), "sizes": against_rows.sizes(config), "errors": errors}
+        runs = {**stages, **rivals, **({"TRL, rollout": generate} if options.trl else {})}
+        rows = [measured(name, run, options) for name, run in runs.items()]
+    with_flops(rows, config, shape, options)
+    again = backend._again(activation_bytes(made, lay_out([group.student], [[one.tokens for one in group.completions]], made.device), 2))
+    about = {"device": measuring.device_name(options.device), "shape": str(shape), "sizes": against_rows.sizes(config), "errors": errors,
+             "layers_computed_again": again}  # fmt: skip
     result = measuring.report(options, "on_gpu", rows, **about, versions=measuring.versions("trl", "triton"))
     if not options.small:
         RESULTS.mkdir(exist_ok=True)
@@ -77,7 +87,7 @@ def ours(backend: Any, group: Group, config: Any) -> dict[str, Callable[[], Any]
         backend.sample([group.student], uniforms[:, :, :tokens], sampling)
 
     def student() -> None:
-        again = activation_bytes(backend._student, batch, backend._dtype.itemsize) > CHECKPOINT_ABOVE
+        again = backend._again(activation_bytes(backend._student, batch, backend._dtype.itemsize))
         with backend._autocast():
             found = hidden_states(backend._student, batch, again)
         torch.autograd.grad(found, list(backend._parameters.values()), torch.ones_like(found), allow_unused=True)
@@ -87,11 +97,14 @@ def ours(backend: Any, group: Group, config: Any) -> dict[str, Callable[[], Any]
         found, backend._gradient = backend._gradient, {}
         return loss, found
 
+    def optimizer() -> None:
+        backend.apply(Update(learning_rate=0.0))  # the weights stay, and with them what the sides are compared on
+        backend.move_teacher(0.0)
+
     def step() -> None:
         rollout(length)
         backend.accumulate([group], FULL)
-        backend.apply(Update(learning_rate=0.0))  # the weights stay, and with them what the sides are compared on
-        backend.move_teacher(0.0)
+        optimizer()
 
     return {
         "rollout, 1 token": lambda: rollout(1),
@@ -100,6 +113,7 @@ def ours(backend: Any, group: Group, config: Any) -> dict[str, Callable[[], Any]
         "student": student,
         "head": lambda: backend._divergence(student_hidden, teacher_hidden, targets, FULL, gradient=True),
         "training stage": stage,
+        "optimizer": optimizer,
         "step": step,
     }
 
@@ -115,13 +129,20 @@ def rows_side(backend: Any, group: Group) -> Callable[[], tuple[float, dict[str,
     return run
 
 
-def trl_side(backend: Any, group: Group, out: Path, device: str) -> Callable[[], tuple[float, dict[str, Any]]]:
-    """The training stage by TRL on the backend's own modules, a row at a time, with TRL's defaults: bfloat16 and layers computed again."""
+def _sharing(model: Any, parameters: Any) -> Any:
+    """A copy of a model's modules over other `parameters`."""
+    return copy.deepcopy(model, {id(old): new for old, new in zip(model.parameters(), parameters, strict=True)})
+
+
+def trl_side(
+    student: Any, teacher: Any, group: Group, out: Path, device: str
+) -> tuple[Callable[[], tuple[float, dict[str, Any]]], Callable[[], None]]:
+    """The training stage by TRL, a row at a time, with TRL's defaults: bfloat16 and layers computed again; and its rollout, which is
+    transformers' `generate` for all rows at once."""
     import transformers
 
     from benchmarks import against_trl
 
-    student, teacher = backend._student, backend._teacher
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(workload.__file__).parent.parent / "opd" / "tiny" / "model")
     made = against_trl.trainer(student, teacher, tokenizer, out, again=True, bf16=device.startswith("cuda"))
     run = against_trl.side(made, group, 1, device)
@@ -133,16 +154,36 @@ def trl_side(backend: Any, group: Group, out: Path, device: str) -> Callable[[],
         student.eval()
         return found
 
-    return in_bfloat16
+    n, length = len(group.completions), len(group.completions[0])
+    prompts = against_trl.batch(group.student, group, range(n), student.config.image_token_id, device)
+    inputs = {
+        "input_ids": prompts["prompt_ids"],
+        "attention_mask": prompts["prompt_mask"],
+        "mm_token_type_ids": prompts["mm_token_type_ids"][:, : prompts["prompt_ids"].shape[1]],
+        "pixel_values": prompts["pixel_values"],
+        "image_grid_thw": prompts["image_grid_thw"],
+    }
+    free = transformers.GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=length, min_new_tokens=length, pad_token_id=0)
+
+    def generate() -> None:
+        student.eval()
+        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+            found = student.generate(**inputs, generation_config=free)
+        assert found.shape == (n, prompts["prompt_ids"].shape[1] + length)
+
+    return in_bfloat16, generate
 
 
 def agree(ours: Callable[[], Any], theirs: Callable[[], Any]) -> measuring.Row:
     """Errors of loss and gradient; bfloat16 sides agree to some percent."""
     loss, gradient = ours()
-    gradient = {name: value.float().cpu() for name, value in gradient.items()}
+    gradient = {name: value.float().cpu() for name, value in gradient.items()}  # the card holds one gradient at a time
     their_loss, their_gradient = theirs()
-    difference = sum(float((gradient[name] - value.float().cpu()).square().sum()) for name, value in their_gradient.items())
-    norm = sum(float(value.float().cpu().square().sum()) for value in their_gradient.values())
+    difference = norm = 0.0
+    for name, value in their_gradient.items():
+        value = value.float()
+        difference += float((gradient[name].to(value.device) - value).square().sum())
+        norm += float(value.square().sum())
     return measuring.same((loss, their_loss), (difference / norm) ** 0.5, most=0.05)
 
 
@@ -155,8 +196,8 @@ def measured(name: str, run: Callable[[], Any], options: Any) -> measuring.Row:
     }
 
 
-def with_flops(rows: list[measuring.Row], config: Any, shape: Shape, peak: float) -> None:
-    """Adds what each stage needs, its MFU, and the ratios to our training stage."""
+def with_flops(rows: list[measuring.Row], config: Any, shape: Shape, options: Any) -> None:
+    """Adds what each stage needs, its MFU or MBU, and the ratios to our training stage and to our step."""
     head = 4 * 2 * shape.n * shape.completion * config.text_config.hidden_size * config.text_config.vocab_size
     teacher = arithmetic.trunk(config, shape.crop or shape.prompt, shape.completion, shape.n)
     student = arithmetic.trunk(config, shape.prompt, shape.completion, shape.n, backward=True)
@@ -166,13 +207,26 @@ def with_flops(rows: list[measuring.Row], config: Any, shape: Shape, peak: float
     }  # fmt: skip
     by_name = {row["stage"]: row for row in rows}
     for name, value in needed.items():
-        by_name[name] |= {"needed": value, "mfu": value / by_name[name]["seconds"] / (peak * 1e12)}
-    decode = by_name["rollout"]["seconds"] - by_name["rollout, 1 token"]["seconds"]
-    by_name["rollout"]["decode_tokens_per_second"] = shape.n * (shape.completion - 1) / decode
-    stage = by_name["training stage"]
+        by_name[name] |= {"needed": value, "mfu": value / by_name[name]["seconds"] / (options.peak_tflops * 1e12)}
+    token = (by_name["rollout"]["seconds"] - by_name["rollout, 1 token"]["seconds"]) / (shape.completion - 1)
+    by_name["rollout"] |= {"ms_a_token": 1e3 * token, "mbu": token_bytes(config, shape) / token / (options.bandwidth_tbs * 1e12)}
+    stage, step = by_name["training stage"], by_name["step"]
     for name in ("own rows", "TRL"):
         if name in by_name:
             by_name[name] |= measuring.ratios(stage, by_name[name])
+    if options.trl:
+        rollout, training = by_name["TRL, rollout"], by_name["TRL"]
+        whole = {name: rollout[name] + training[name] for name in ("seconds",)} | {"bytes": max(rollout["bytes"], training["bytes"])}
+        rollout |= measuring.ratios(by_name["rollout"], rollout)
+        rows.append({"stage": "TRL, step", **whole, **measuring.ratios(step, whole)})
+
+
+def token_bytes(config: Any, shape: Shape) -> int:
+    """Least bytes that a token step of all n completions reads in bfloat16: the weights, and the prompt's keys and values once."""
+    text = config.text_config
+    heads, groups = (count * text.head_dim for count in (text.num_attention_heads, text.num_key_value_heads))
+    layer = text.hidden_size * (2 * heads + 2 * groups + 3 * text.intermediate_size)
+    return 2 * (text.num_hidden_layers * (layer + 2 * groups * shape.prompt) + text.vocab_size * text.hidden_size)
 
 
 if __name__ == "__main__":

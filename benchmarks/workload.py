@@ -170,8 +170,10 @@ def model(config: Any, device: str, seed: int = 0) -> Any:
 def backend(made: Any, dtype: str = "float32") -> TorchBackend:
     """The torch backend on a model that no folder holds; the teacher is a copy."""
     from opd_torch.families import family as torch_family
+    from opd_torch.kernels.pointwise import quicken
 
     made.family, made.known = torch_family(made.config.model_type), None
+    quicken(made, next(made.parameters()).device, dtype)
     with mock.patch.object(backend_module, "load_model", return_value=made):
         return TorchBackend(ModelOptions(Path(), dtype), next(made.parameters()).device)
 

@@ -41,7 +41,7 @@ def test_norm(norm, shape, size):
     exact = torch.nn.Sequential(norm(WIDTH, EPSILON))
     torch.nn.init.normal_(exact[0].weight)
     quick = copy.deepcopy(exact)
-    quicken(quick)
+    quicken(quick, torch.device("cpu"), "float32")
     assert isinstance(quick[0], RMSNorm)
     x, gradient = size * torch.randn(shape), torch.randn(shape)
     # transformers' norm rounds to float32 even here.
@@ -78,7 +78,7 @@ def test_others_stay():
     """Norms by one more than their weight, or with a gate, and the exact GELU."""
     modules = [Gemma3RMSNorm(8), Qwen3_5RMSNorm(8), Qwen3_5RMSNormGated(8), ACT2FN["gelu"], torch.nn.LayerNorm(8)]
     model = torch.nn.ModuleList(modules)
-    quicken(model)
+    quicken(model, torch.device("cpu"), "float32")
     assert list(model) == modules
 
 

@@ -18,6 +18,7 @@ from opd.types import Prompt
 from opd_torch.batch import Batch, Prefixes, Step
 from opd_torch.families import rows
 from opd_torch.families.gated_delta import CHUNK
+from opd_torch.kernels.pointwise import HalfNorm
 from opd_torch.vision import computed
 
 Memory: TypeAlias = tuple[Tensor, Tensor]
@@ -80,9 +81,7 @@ def prefill(model: Any, prefixes: Prefixes, again: float = 0) -> list[Memory]:
     return found
 
 
-def decode(
-    model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], prefixes: Prefixes, own: list[Any], step: Step
-) -> Tensor:
+def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], prefixes: Prefixes, own: list[Any], step: Step) -> Tensor:
     """Final hidden states [R, D] of one more row of every completion: `tokens` [R] at `positions` [axes, R], after those in `own`.
 
     `own` is what the layers keep of the completions themselves; an empty list before the first row.
@@ -149,9 +148,13 @@ def prompt_bytes(model: Any, prompts: Sequence[Prompt], tokens: int, itemsize: i
     text, vision = model.config.text_config, model.config.vision_config
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     deltas = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
-    rows = text.num_hidden_layers * (12 * text.hidden_size + 4 * text.intermediate_size) + (text.num_hidden_layers - deltas) * 8 * heads
+    # Residuals and norms, feed-forward, heads; of the text, and of the tower. Kernels that do several operations at once keep less.
+    fused = isinstance(model.family.language(model).norm, HalfNorm)
+    wide, forward, its_heads, its_wide, its_forward = (8, 3, 4, 12, 2) if fused else (12, 4, 8, 16, 4)
+    rows = text.num_hidden_layers * (wide * text.hidden_size + forward * text.intermediate_size)
+    rows += (text.num_hidden_layers - deltas) * its_heads * heads
     a_token = itemsize * rows + (deltas * delta_bytes(text, itemsize) if deltas else 0)
-    a_patch = 16 * vision.hidden_size + 4 * vision.intermediate_size
+    a_patch = its_wide * vision.hidden_size + its_forward * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
     patches = sum(model.family.patches(prompt, model) for prompt in prompts)
     return int(tokens * a_token + itemsize * depth * patches * a_patch)

@@ -70,8 +70,7 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
             rows.freeze_vision(model, str(path))
     frozen = not any(parameter.requires_grad for module in vision for parameter in module.parameters())
     model.known = KnownFeatures() if vision and frozen else None
-    if device.type == "cpu" and options.dtype == "float32":
-        quicken(model)
+    quicken(model, device, options.dtype)
     return (model if options.four_bit else model.to(device)).eval()
 
 

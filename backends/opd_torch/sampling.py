@@ -18,8 +18,8 @@ from opd.types import Completion, FloatArray, Prompt, Sampling
 from opd_torch.attention import room
 from opd_torch.batch import Prefixes, Step, lay_out_prefixes
 from opd_torch.forward import Memory, decode, joined_memory, narrowed, prefill
+from opd_torch.kernels.recorder import Recorder
 from opd_torch.objective import default_chunk, head_logits, operand
-from opd_torch.recorder import Recorder
 
 PREFILL_TOKENS = 16384
 """Tokens of prompts that run together, so that many prompts can decode together without their layers' peak."""

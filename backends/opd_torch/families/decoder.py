@@ -13,7 +13,8 @@ from torch import Tensor
 from opd_torch import attention
 from opd_torch.attention import Angles, KeysValues
 from opd_torch.batch import Reach
-from opd_torch.kernels.rotary import rotate, turns
+from opd_torch.kernels.pointwise import feed_forward
+from opd_torch.kernels.rotary import normed_turned, turns
 
 
 class Decoder:
@@ -43,37 +44,34 @@ class Decoder:
         module = layer.self_attn
         key, value = (project(normed).unflatten(-1, (-1, module.head_dim)) for project in (module.k_proj, module.v_proj))
         # Under autocast norms and rotations come out in float32.
-        return rotate(self.norm_key(layer, key), angles).to(value.dtype), value
+        return normed_turned(key, self.key_norm(layer), angles).to(value.dtype), value
 
     def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
         """Queries [N, H, d], with positions rotated in; no gate."""
         query = layer.self_attn.q_proj(normed).unflatten(-1, (-1, layer.self_attn.head_dim))
-        return rotate(self.norm_query(layer, query), angles), None
+        return normed_turned(query, self.query_norm(layer), angles), None
 
-    def norm_key(self, layer: Any, key: Tensor) -> Tensor:
-        """Keys before their rotation."""
-        return key
+    def key_norm(self, layer: Any) -> Any:
+        """The norm of each head's keys; none."""
+        return None
 
-    def norm_query(self, layer: Any, query: Tensor) -> Tensor:
-        """Queries before their rotation."""
-        return query
+    def query_norm(self, layer: Any) -> Any:
+        """The norm of each head's queries; none."""
+        return None
 
     def finish(self, layer: Any, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """Output projection and feed-forward, both added to the rows."""
         hidden = hidden + layer.self_attn.o_proj(mixed.reshape(len(hidden), -1))
-        out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return out
+        return hidden + feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
 class NormedDecoder(Decoder):
     """With a norm over each head's keys and queries."""
 
-    def norm_key(self, layer: Any, key: Tensor) -> Tensor:
-        """Keys before their rotation."""
-        out: Tensor = layer.self_attn.k_norm(key)
-        return out
+    def key_norm(self, layer: Any) -> Any:
+        """The norm of each head's keys."""
+        return layer.self_attn.k_norm
 
-    def norm_query(self, layer: Any, query: Tensor) -> Tensor:
-        """Queries before their rotation."""
-        out: Tensor = layer.self_attn.q_norm(query)
-        return out
+    def query_norm(self, layer: Any) -> Any:
+        """The norm of each head's queries."""
+        return layer.self_attn.q_norm

@@ -20,6 +20,7 @@ from torch.nn.functional import conv1d, pad, silu, softplus
 
 from opd_torch.attention import Angles
 from opd_torch.batch import Batch, Prefixes, Ragged, Step
+from opd_torch.kernels.pointwise import feed_forward
 
 if TYPE_CHECKING:
     from opd_torch.families import Family
@@ -70,14 +71,9 @@ def decode_layer(
     return _finish(layer, hidden, mixed)
 
 
-def feed_forward(layer: Any, hidden: Tensor) -> Tensor:
-    """Rows with the feed-forward added."""
-    out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return out
-
-
 def _finish(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
-    return feed_forward(layer, hidden + layer.linear_attn.out_proj(mixed))
+    hidden = hidden + layer.linear_attn.out_proj(mixed)
+    return hidden + feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
 def _mix(layer: Any, normed: Tensor, ragged: Ragged, memory: Memory | None) -> tuple[Tensor, Memory]:

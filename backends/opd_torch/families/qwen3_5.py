@@ -14,7 +14,7 @@ from opd_torch import attention
 from opd_torch.attention import Angles
 from opd_torch.families import gated_delta
 from opd_torch.families.qwen3_vl import Qwen3VL
-from opd_torch.kernels.rotary import rotate
+from opd_torch.kernels.rotary import normed_turned
 
 
 class Qwen35(Qwen3VL):
@@ -30,11 +30,10 @@ class Qwen35(Qwen3VL):
     def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
         """Queries and their gate, head by head from one projection."""
         query, gate = layer.self_attn.q_proj(normed).unflatten(-1, (-1, 2 * layer.self_attn.head_dim)).chunk(2, -1)
-        return rotate(self.norm_query(layer, query), angles), gate.flatten(1)
+        return normed_turned(query, self.query_norm(layer), angles), gate.flatten(1)
 
     def finish(self, layer: Any, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """As everywhere, from what the gate lets through."""
         assert gate is not None
         mixed = mixed.reshape(len(hidden), -1) * torch.sigmoid(gate)
-        hidden = hidden + layer.self_attn.o_proj(mixed)
-        return gated_delta.feed_forward(layer, hidden)
+        return super().finish(layer, hidden, mixed, None)

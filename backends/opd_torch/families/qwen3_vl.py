@@ -17,6 +17,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from opd.types import Prompt
 from opd_torch.families.decoder import NormedDecoder
+from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.kernels.rotary import rotated_heads, turns
 from opd_torch.vision import Frames, Size, computed, visual_features
 
@@ -107,8 +108,7 @@ def block(layer: Any, hidden: Tensor, angles: Tensor, windows: Sequence[tuple[in
     else:
         mixed = _mix(heads, attention.scaling)
     hidden = hidden + attention.proj(mixed.flatten(2))
-    out: Tensor = hidden + layer.mlp(layer.norm2(hidden))
-    return out
+    return hidden + feed_forward(layer.mlp, layer.norm2(hidden))
 
 
 def _mix(heads: Sequence[Tensor], scaling: float) -> Tensor:

@@ -1,5 +1,7 @@
-"""Norms and GELU for float32 on a CPU, where torch runs every operation of transformers' modules by itself: fewer passes over memory, and
-backwards of their own, which keep one array where autograd keeps three.
+"""Norms and activations in fewer passes over memory than transformers' modules, of which torch runs every operation by itself.
+
+For float32 on a CPU: RMSNorm and GELU with backwards of their own, which keep one array where autograd keeps three. For half precision on a
+GPU: `opd_torch.kernels.fused`.
 
 Legend: N rows, D their width.
 """
@@ -13,19 +15,36 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from opd_torch.kernels import fused
+
 INNER, CUBE = math.sqrt(8 / math.pi), 0.044715
 """GELU is x sigmoid(INNER (x + CUBE x^3)), which is the form with a tanh by another name; an exponential takes a third of a tanh's time."""
 
 
-def quicken(model: nn.Module) -> None:
-    """Puts `RMSNorm` and `GELU` in the place of transformers' own modules, with their parameters; all else stays."""
+def quicken(model: nn.Module, device: torch.device, dtype: str) -> None:
+    """Puts modules of this file in the place of transformers' own, with their parameters, where `dtype` on `device` is served; all else
+    stays."""
+    on_cpu, on_gpu = (device.type, dtype) == ("cpu", "float32"), (device.type, dtype) == ("cuda", "bfloat16")
     gelu = type(ACT2FN["gelu_pytorch_tanh"])
     for name, module in list(model.named_modules()):
-        # Only norms that multiply by their weight have this attribute, but some of them have a gate too.
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        # Norms that multiply by their weight have another attribute than those that multiply by 1 + weight. Some have a gate too.
+        norm = type(module).__name__.endswith("RMSNorm")
+        if norm and on_gpu:
+            multiplies = hasattr(module, "variance_epsilon")
+            model.set_submodule(name, HalfNorm(module.weight, module.variance_epsilon if multiplies else module.eps, 1.0 - multiplies))
+        elif norm and on_cpu and hasattr(module, "variance_epsilon"):
             model.set_submodule(name, RMSNorm(module.weight, module.variance_epsilon))
-        elif isinstance(module, gelu):
+        elif on_cpu and isinstance(module, gelu):
             model.set_submodule(name, GELU())
+
+
+def feed_forward(mlp: Any, rows: Tensor) -> Tensor:
+    """What a layer's feed-forward makes of rows [N, D]; with a SiLU for its gate, in one kernel between its products."""
+    if fused.usable(rows) and isinstance(getattr(mlp, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"]))):
+        out: Tensor = mlp.down_proj(fused.swiglu(mlp.gate_proj(rows), mlp.up_proj(rows)))
+    else:
+        out = mlp(rows)
+    return out
 
 
 class RMSNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
@@ -42,6 +61,27 @@ class RMSNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
             return _normed(x, self.epsilon)[0].mul_(self.weight)
         out: Tensor = _Norm.apply(x, self.weight, self.epsilon)
         return out
+
+
+class HalfNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
+    """x / sqrt(mean(x^2) + epsilon) * (weight + more) over the last axis, rounded once, to what products take."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, more: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon, self.more = weight, epsilon, more
+
+    @property
+    def scale(self) -> Tensor:
+        """What rows are multiplied by, in float32."""
+        wide = self.weight.float()
+        return wide + self.more if self.more else wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of rows [..., D]."""
+        if fused.usable(x):
+            return fused.rms_norm(x, self.scale, self.epsilon, torch.bfloat16)
+        wide = x.float()
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.epsilon).rsqrt() * self.scale).to(x.dtype)
 
 
 class GELU(nn.Module):  # type: ignore[misc]  # torch is untyped here

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_torch.kernels import fused
+from opd_torch.kernels.pointwise import HalfNorm
+
 
 def turns(cosines: Tensor, sines: Tensor) -> Tensor:
     """Complex numbers [..., w / 2] of angles [..., w] whose halves are alike, in float32 or above."""
@@ -26,9 +29,16 @@ def rotate(heads: Tensor, angles: Tensor) -> Tensor:
     return turned
 
 
+def normed_turned(heads: Tensor, norm: Any, angles: Tensor) -> Tensor:
+    """`rotate` of `heads` that `norm`, if it is not None, has normalised; at once where there is a kernel."""
+    if fused.usable(heads) and (norm is None or isinstance(norm, HalfNorm)):
+        return fused.normed_turned(heads, None if norm is None else norm.scale, 0.0 if norm is None else norm.epsilon, angles)
+    return rotate(heads if norm is None else norm(heads), angles)
+
+
 def rotated_heads(packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys of `packed` [m, L, 3, H, d], turned by `angles` [L, 1, 1, d / 2], and its values, [m, L, H, d] each."""
-    query, key, value = _Heads.apply(packed, angles)
+    query, key, value = fused.turned_heads(packed, angles) if fused.usable(packed) else _Heads.apply(packed, angles)
     return query, key, value
 
 
