@@ -27,10 +27,13 @@ from tests.torch_cases import loss_of, make_case, relative_error
 JSD = Objective(alpha=0.5, top_k=None)  # of a support, half precision may choose another
 
 
-@pytest.fixture(scope="module", params=random_models.FAMILIES)
+MODELS = {**random_models.FAMILIES, "of heads that flash attention takes": lambda path: random_models.qwen3_vl(path, head_dim=16)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def case(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp(request.param)
-    made = make_case(root, random_models.FAMILIES[request.param](root / "model"))
+    root = tmp_path_factory.mktemp(request.param.split()[0])
+    made = make_case(root, MODELS[request.param](root / "model"))
     made.kind = request.param
     return made
 
@@ -71,7 +74,7 @@ def test_half_precision(case, exact, again, monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_samples(case, exact, temperature):
     """Longer than a window and than what fresh buffers hold; some end early, so that rows leave."""
-    prompts, uniforms = [group.student for group in case.groups[:4]], np.random.default_rng(5).random((4, 3, 150), dtype=np.float32)
+    prompts, uniforms = [group.student for group in case.groups[:4]], np.random.default_rng(5).random((4, 3, 300), dtype=np.float32)
     free = exact.sample(prompts, uniforms, Sampling(temperature))
     stop = tuple({int(one.tokens[9]) for one in chain(*free)} - {int(token) for token in free[1][0].tokens})
     wanted = exact.sample(prompts, uniforms, Sampling(temperature, stop))

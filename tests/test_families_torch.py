@@ -19,6 +19,7 @@ from opd.objective import Objective
 from opd.testing import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_torch import backend as backend_module
+from opd_torch import vision
 from opd_torch.families import gated_delta
 from tests import random_models
 from tests.torch_cases import (
@@ -79,8 +80,6 @@ def test_a_completion_longer_than_the_window(case, double):
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_layers_computed_again_in_the_backward(case, double, expected, monkeypatch, share):
     """All, or as many of the first as do not fit in a GPU's memory."""
-    from opd_torch import vision
-
     calls = []
     real = vision.checkpoint
     monkeypatch.setattr(vision, "checkpoint", lambda function, *rest, **options: calls.append(function) or real(function, *rest, **options))
@@ -150,6 +149,25 @@ def test_text_without_images(case, double):
     with torch.no_grad():
         logprobs = stock_logits(case.stock(), prompt, sampled.tokens).log_softmax(-1)
     np.testing.assert_allclose(sampled.logprobs, logprobs[range(3), sampled.tokens], rtol=1e-6)
+
+
+def test_images_stay_on_a_gpu(case, double, expected, monkeypatch):
+    """Between the passes of a step, in a store whose oldest entries go first; what is computed of them is the same."""
+    known, uploads = {}, []
+    monkeypatch.setattr(vision, "_uploaded", known)
+    monkeypatch.setattr(vision, "stays", lambda device: True)
+    real = vision._on_device
+    monkeypatch.setattr(
+        vision, "_on_device", lambda prompt, frames, device: real(prompt, lambda one: uploads.append(1) or frames(one), device)
+    )
+    backend = clone(double)
+    backend.accumulate(case.groups, JSD)
+    assert relative_error(gradients_of(backend), expected[1]) < 1e-6
+    keys = {prompt.key for group in case.groups if group.tokens for prompt in (group.student, group.teacher)}
+    assert len(uploads) == len(known) == len(keys)
+    monkeypatch.setattr(vision, "UPLOADED_BYTES", 1)
+    clone(double).accumulate(case.groups[:1], JSD)
+    assert list(known) == [(case.groups[0].student.key, torch.device("cpu"))]
 
 
 def test_frozen_vision(case, tmp_path, expected):

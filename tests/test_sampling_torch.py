@@ -115,6 +115,7 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     monkeypatch.setattr(module, "Recorder", Recorder)
     monkeypatch.setattr(module, "asks", lambda device, step: step % 3 == 2)
     monkeypatch.setattr(attention, "ROOM", 4)
+    monkeypatch.setattr(module, "RECORDED", 1)
     monkeypatch.setattr(module, "align", lambda device: multiple)
     monkeypatch.setattr(backend_module.TorchBackend, "_keeps", lambda self, prompts: False)
     same(clone(double).sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)

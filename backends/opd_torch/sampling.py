@@ -30,6 +30,9 @@ ASK_EVERY = 8
 ALIGNED = 64
 """Tokens of which prompts are padded to a multiple on a GPU, whose products of odd widths take several times as long."""
 
+RECORDED = 256
+"""Own rows of a completion that a recorded step reads at least: recording one takes as long as some ten steps of reading them."""
+
 WORTH = 0.75
 """Completions that have ended leave the batch where no more than this share of its rows stays."""
 
@@ -88,7 +91,7 @@ def _lockstep(
         number.add_(1)
 
     for done in range(1, limit + 1):
-        own_keys = room(done) if recorder.records else done
+        own_keys = room(max(done, RECORDED)) if recorder.records else done
         recorder.run((len(rows), own_keys), partial(advance, Step(number, own_keys, exact=not recorder.records)))
         if asks(device, done - 1):
             live = ~ended.view(len(prefixes.sources), -1).cpu().numpy()

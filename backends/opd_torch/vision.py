@@ -5,6 +5,7 @@ Legend: m images (or tiles) of one size, S visual tokens of all prompts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -25,6 +26,9 @@ Frames: TypeAlias = list[tuple[Size, NDArray[np.generic]]]
 Batch: TypeAlias = tuple[Size, tuple[int, ...]]
 """Images that run together are of one size, and their arrays of one shape."""
 
+UPLOADED_BYTES = 2**29
+"""Images that stay on a GPU between the passes of a step, so that no pass waits for the host to cut and copy them."""
+
 KNOWN_BYTES = 2**30
 """Features of a frozen tower that are kept, of all prompts together."""
 
@@ -37,16 +41,17 @@ def visual_features(
     `tower` takes m images of one size and gives [m, tokens of each, width] of each level. Prompts of equal key are computed once.
     Empty where no prompt has an image.
     """
-    images: dict[Batch, list[NDArray[np.generic]]] = {}
+    images: dict[Batch, list[Tensor]] = {}
     places: dict[str, list[tuple[Batch, int]]] = {}
     for prompt in prompts:
         if prompt.key not in places and len(prompt.visual.index):
             places[prompt.key] = []
-            for size, image in frames(prompt):
-                members = images.setdefault((size, image.shape), [])
-                places[prompt.key].append(((size, image.shape), len(members)))
+            for size, image in _on_device(prompt, frames, device):
+                its = size, tuple(image.shape)
+                members = images.setdefault(its, [])
+                places[prompt.key].append((its, len(members)))
                 members.append(image)
-    outputs = {its: tower(torch.from_numpy(np.stack(members)).to(device), its[0]) for its, members in images.items()}
+    outputs = {its: tower(torch.stack(members), its[0]) for its, members in images.items()}
     wanted = [place for prompt in prompts if len(prompt.visual.index) for place in places[prompt.key]]
     if not wanted:
         return []
@@ -54,6 +59,30 @@ def visual_features(
     if len(images) == 1 and [place for _, place in wanted] == list(range(len(images[wanted[0][0]]))):
         return [outputs[wanted[0][0]][level].flatten(0, 1) for level in levels]
     return [torch.cat([outputs[its][level][place] for its, place in wanted]) for level in levels]
+
+
+def stays(device: torch.device) -> bool:
+    """Whether images stay on a device: where they are copies."""
+    return device.type == "cuda"
+
+
+_uploaded: dict[tuple[str, torch.device], list[tuple[Size, Tensor]]] = {}
+
+
+def _on_device(prompt: Prompt, frames: Callable[[Prompt], Frames], device: torch.device) -> list[tuple[Size, Tensor]]:
+    """`frames` of a prompt, from memory where they are there; the oldest are forgotten above UPLOADED_BYTES."""
+    found = _uploaded.pop((prompt.key, device), None)
+    if found is None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
+            found = [(size, torch.from_numpy(image).to(device)) for size, image in frames(prompt)]
+    if stays(device):
+        _uploaded[prompt.key, device] = found
+        spare = sum(image.nbytes for its in _uploaded.values() for _, image in its) - UPLOADED_BYTES
+        for key in list(_uploaded)[:-1]:
+            if spare > 0:
+                spare -= sum(image.nbytes for _, image in _uploaded.pop(key))
+    return found
 
 
 class KnownFeatures:

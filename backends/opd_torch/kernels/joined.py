@@ -80,7 +80,8 @@ class _Joined(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
         def back(its: Ragged, part: slice, keys: Sequence[Tensor], bias: Tensor | None, causal: bool) -> tuple[Tensor, ...]:
             asked, queries, found = (its.pad(x[part]).transpose(1, 2) for x in (gradient, query, mixed))
             # Divided by an infinite sum, padding has no weights and thus no gradient, whatever its scores are.
-            totals = its.fill(joint[part], float("inf")).transpose(1, 2)
+            # The kernel of CUDA reads the sums one behind the other, however they stand.
+            totals = its.fill(joint[part], float("inf")).transpose(1, 2).contiguous()
             its_query, *rest = fused_backward(asked, queries, keys[0], keys[1], found, totals, next(kept), bias, causal, ctx.scale)
             return its.unpad(its_query.transpose(1, 2)), *rest
 
