@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,8 +63,13 @@ def main() -> None:
             teacher = _sharing(stock, backend._teacher.parameters())
             rivals["TRL"], generate = trl_side(stock, teacher, group, Path(out), options.device)
         errors = {name: agree(stages["training stage"], side) for name, side in rivals.items()}
+        print(f"errors: {errors}", file=sys.stderr, flush=True)
         runs = {**stages, **rivals, **({"TRL, rollout": generate} if options.trl else {})}
-        rows = [measured(name, run, options) for name, run in runs.items()]
+        rows = []
+        for name, run in runs.items():
+            rows.append(measured(name, run, options))
+            # Time on such a card is dear: what was measured is told at once.
+            print(f"{name}: {rows[-1]['seconds']:.4f} s, {rows[-1]['bytes'] / 1e9:.2f} GB", file=sys.stderr, flush=True)
     with_flops(rows, config, shape, options)
     again = backend._again(activation_bytes(made, lay_out([group.student], [[one.tokens for one in group.completions]], made.device), 2))
     about = {"device": measuring.device_name(options.device), "shape": str(shape), "sizes": against_rows.sizes(config), "errors": errors,
@@ -177,13 +183,11 @@ def trl_side(
 def agree(ours: Callable[[], Any], theirs: Callable[[], Any]) -> measuring.Row:
     """Errors of loss and gradient; bfloat16 sides agree to some percent."""
     loss, gradient = ours()
-    gradient = {name: value.float().cpu() for name, value in gradient.items()}  # the card holds one gradient at a time
     their_loss, their_gradient = theirs()
     difference = norm = 0.0
     for name, value in their_gradient.items():
-        value = value.float()
-        difference += float((gradient[name].to(value.device) - value).square().sum())
-        norm += float(value.square().sum())
+        difference += float((gradient[name].float() - value.float()).square().sum())
+        norm += float(value.float().square().sum())
     return measuring.same((loss, their_loss), (difference / norm) ** 0.5, most=0.05)
 
 
