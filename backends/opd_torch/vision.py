@@ -5,7 +5,6 @@ Legend: m images (or tiles) of one size, S visual tokens of all prompts.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -41,17 +40,17 @@ def visual_features(
     `tower` takes m images of one size and gives [m, tokens of each, width] of each level. Prompts of equal key are computed once.
     Empty where no prompt has an image.
     """
-    images: dict[Batch, list[Tensor]] = {}
+    images: dict[Batch, list[Any]] = {}
     places: dict[str, list[tuple[Batch, int]]] = {}
     for prompt in prompts:
         if prompt.key not in places and len(prompt.visual.index):
             places[prompt.key] = []
-            for size, image in _on_device(prompt, frames, device):
+            for size, image in _on_device(prompt, frames, device) if stays(device) else frames(prompt):
                 its = size, tuple(image.shape)
                 members = images.setdefault(its, [])
                 places[prompt.key].append((its, len(members)))
                 members.append(image)
-    outputs = {its: tower(torch.stack(members), its[0]) for its, members in images.items()}
+    outputs = {its: tower(_stacked(members).to(device), its[0]) for its, members in images.items()}
     wanted = [place for prompt in prompts if len(prompt.visual.index) for place in places[prompt.key]]
     if not wanted:
         return []
@@ -63,7 +62,7 @@ def visual_features(
 
 def stays(device: torch.device) -> bool:
     """Whether images stay on a device: where they are copies."""
-    return device.type == "cuda"
+    return bool(device.type == "cuda")
 
 
 _uploaded: dict[tuple[str, torch.device], list[tuple[Size, Tensor]]] = {}
@@ -73,16 +72,18 @@ def _on_device(prompt: Prompt, frames: Callable[[Prompt], Frames], device: torch
     """`frames` of a prompt, from memory where they are there; the oldest are forgotten above UPLOADED_BYTES."""
     found = _uploaded.pop((prompt.key, device), None)
     if found is None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
-            found = [(size, torch.from_numpy(image).to(device)) for size, image in frames(prompt)]
-    if stays(device):
-        _uploaded[prompt.key, device] = found
-        spare = sum(image.nbytes for its in _uploaded.values() for _, image in its) - UPLOADED_BYTES
-        for key in list(_uploaded)[:-1]:
-            if spare > 0:
-                spare -= sum(image.nbytes for _, image in _uploaded.pop(key))
+        found = [(size, torch.from_numpy(image.copy()).to(device)) for size, image in frames(prompt)]
+    _uploaded[prompt.key, device] = found
+    spare = sum(image.nbytes for its in _uploaded.values() for _, image in its) - UPLOADED_BYTES
+    for key in list(_uploaded)[:-1]:
+        if spare > 0:
+            spare -= sum(image.nbytes for _, image in _uploaded.pop(key))
     return found
+
+
+def _stacked(images: list[Any]) -> Tensor:
+    """Images of one shape as one tensor, from tensors or arrays."""
+    return torch.stack(images) if isinstance(images[0], Tensor) else torch.from_numpy(np.stack(images))
 
 
 class KnownFeatures:
