@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from opd_torch import attention
 from opd_torch import backend as backend_module
 from opd_torch import sampling as module
 from opd_torch.batch import Ragged
+from opd_torch.kernels import recorder
 from opd_torch.kernels.rotary import rotate, rotated_heads, turns
 from tests import random_models
 from tests.torch_cases import clone, gradients_of, make_case, relative_error
@@ -121,6 +123,39 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     same(clone(double).sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)
     assert {count for _, count in shapes} == {4, 8, 16}
     assert len({rows for rows, _ in shapes}) > 1
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_recorder(monkeypatch, caplog, refused):
+    """The first step of a shape runs, the second is recorded, and what is recorded is run again; what CUDA refuses runs every time."""
+    ran, recorded = [], []
+
+    class Graph:
+        def __init__(self, step):
+            self.replay = lambda: ran.append("again")
+
+    def record(step):
+        recorded.append(step)
+        if refused:
+            raise RuntimeError("operation not permitted\nwhen a stream is captured")
+        return Graph(step)
+
+    monkeypatch.setattr(recorder, "_recorded", record)
+    model = SimpleNamespace(family=object(), parameters=lambda: [torch.zeros(1)])
+    its = recorder.Recorder(torch.device("cuda"), model)
+    for shape in ("a", "a", "a", "b", "b"):
+        its.run(shape, lambda shape=shape: ran.append(shape))
+    if refused:
+        assert (ran, len(recorded)) == (["a", "a", "a", "b", "b"], 1)
+        assert [record.getMessage() for record in caplog.records] == [
+            "token steps run one by one, several times slower: CUDA cannot record them (operation not permitted)"
+        ]
+    else:
+        assert (ran, len(recorded)) == (["a", "again", "again", "b", "again"], 2)
+    assert not recorder.Recorder(torch.device("cpu"), model).records
+    assert not recorder.Recorder(torch.device("cuda"), SimpleNamespace(family=None, parameters=model.parameters)).records
+    four_bits = SimpleNamespace(family=object(), parameters=lambda: [torch.zeros(1, dtype=torch.uint8)])
+    assert not recorder.Recorder(torch.device("cuda"), four_bits).records
 
 
 def test_prompts_run_in_parts(case, double, monkeypatch):

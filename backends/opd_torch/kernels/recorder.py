@@ -6,6 +6,7 @@ shapes than the last is run as it is, which also loads its kernels, and recorded
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -21,6 +22,7 @@ class Recorder:
         self.records = device.type == "cuda" and model.family is not None and floating
         self._shape: Hashable = None
         self._graph: Any = None
+        self._refused = False
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
         """Runs `step`; `shape` tells apart steps whose tensors are others."""
@@ -29,10 +31,22 @@ class Recorder:
         elif shape != self._shape:
             self._shape, self._graph = shape, None
             step()
-        else:
-            if self._graph is None:
-                self._graph = _recorded(step)
+        elif self._graph is not None or self._record(step):
             self._graph.replay()
+        else:
+            step()
+
+    def _record(self, step: Callable[[], None]) -> bool:
+        """Whether `step` is recorded now. Where CUDA refuses, which does not run any of it, steps stay as they are."""
+        try:
+            self._graph = None if self._refused else _recorded(step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._refused = True
+            reason = str(error).strip().partition("\n")[0]
+            logging.getLogger(__name__).warning("token steps run one by one, several times slower: CUDA cannot record them (%s)", reason)
+        return self._graph is not None
 
 
 def _recorded(step: Callable[[], None]) -> Any:
