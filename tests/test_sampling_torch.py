@@ -141,6 +141,7 @@ def test_recorder(monkeypatch, caplog, refused):
         return Graph(step)
 
     monkeypatch.setattr(recorder, "_recorded", record)
+    monkeypatch.setattr(recorder.Recorder, "refused", False)
     model = SimpleNamespace(family=object(), parameters=lambda: [torch.zeros(1)])
     its = recorder.Recorder(torch.device("cuda"), model)
     for shape in ("a", "a", "a", "b", "b"):

@@ -16,13 +16,15 @@ import torch
 class Recorder:
     """Runs steps of `model` on `device`, and records them where that can be done."""
 
+    refused = False
+    """Whether CUDA has refused once in this process, which is said once and not tried again."""
+
     def __init__(self, device: torch.device, model: Any) -> None:
         # A model without a family file keeps caches that grow, and what kernels over weights in few bits do is not ours to know.
         floating = all(parameter.is_floating_point() for parameter in model.parameters())
         self.records = device.type == "cuda" and model.family is not None and floating
         self._shape: Hashable = None
         self._graph: Any = None
-        self._refused = False
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
         """Runs `step`; `shape` tells apart steps whose tensors are others."""
@@ -39,11 +41,11 @@ class Recorder:
     def _record(self, step: Callable[[], None]) -> bool:
         """Whether `step` is recorded now. Where CUDA refuses, which does not run any of it, steps stay as they are."""
         try:
-            self._graph = None if self._refused else _recorded(step)
+            self._graph = None if self.refused else _recorded(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._refused = True
+            Recorder.refused = True
             reason = str(error).strip().partition("\n")[0]
             logging.getLogger(__name__).warning("token steps run one by one, several times slower: CUDA cannot record them (%s)", reason)
         return self._graph is not None
