@@ -114,6 +114,15 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     stop = tuple({int(one.tokens[4]) for one in chain(*free)} - {int(token) for token in free[2][1].tokens})
     monkeypatch.setattr(module, "ASK_EVERY", 3)
     whole = clone(double).sample(prompts, uniforms, Sampling(0.9, stop))
+    places, decode = {}, module.decode
+
+    def watched_decode(*arguments):
+        found, own = decode(*arguments), arguments[5]
+        held = [x.data_ptr() for mine in own for x in (mine.memory if hasattr(mine, "memory") else (mine.keys, mine.values))]
+        places.setdefault(shapes[-1], set()).add(tuple(held))
+        return found
+
+    monkeypatch.setattr(module, "decode", watched_decode)
     monkeypatch.setattr(module, "Recorder", Recorder)
     monkeypatch.setattr(module, "asks", lambda device, step: step % 3 == 2)
     monkeypatch.setattr(attention, "ROOM", 4)
@@ -123,6 +132,7 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     same(clone(double).sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)
     assert {count for _, count in shapes} == {4, 8, 16}
     assert len({rows for rows, _ in shapes}) > 1
+    assert {len(found) for found in places.values()} == {1}, "a recorded step would look where the memory of completions no longer stands"
 
 
 @pytest.mark.parametrize("refused", [False, True])
