@@ -46,11 +46,14 @@ def chunk_buffers(count, objective, gradient=True):
 )
 @pytest.mark.parametrize(("rows", "most"), [(CHUNK, 7.1), (4, 4.1)])
 def test_head_stage(objective, rows, most, monkeypatch):
-    """A GPU's block is the chunk."""
+    """A GPU's block is the chunk. Where blocks are smaller, one may or may not be gone when the next begins: MLX frees it in a thread of
+    its own, after it told of the end. Were one left behind by every chunk, twelve more would show here.
+    """
     monkeypatch.setattr(objective_module, "BLOCK_BYTES", 4 * V * rows)
-    once, twice = chunk_buffers(4 * CHUNK, objective), chunk_buffers(8 * CHUNK, objective)
-    assert 2 < once <= most
-    assert twice <= once + 0.1
+    few, many = chunk_buffers(4 * CHUNK, objective), chunk_buffers(16 * CHUNK, objective)
+    late = rows / CHUNK if rows < CHUNK else 0
+    assert 2 < few <= most
+    assert many <= few + late + 0.1
 
 
 def test_a_chunk_is_64_mib():
