@@ -126,9 +126,10 @@ class TorchBackend:
             statistics = self._differentiate(filled, parts, teacher, memory, objective)
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
-                    summed = self._gradient.setdefault(name, parameter.grad)
-                    if summed is not parameter.grad:
-                        summed += parameter.grad
+                    if name in self._gradient:
+                        self._gradient[name] += parameter.grad
+                    else:
+                        self._gradient[name] = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None
@@ -264,10 +265,11 @@ class TorchBackend:
                 targets = lay_out_targets(part, self._device)
                 result = self._divergence(student.detach(), its_teacher, targets, objective, gradient=True)
                 assert result.hidden_gradient is not None
-                student.backward(result.hidden_gradient.to(student.dtype))
                 if result.head_gradient is not None:
+                    # Before the backward, which adds the rows that a tied embedding looked up.
                     head = self._parameters[self._head]
                     head.grad = result.head_gradient if head.grad is None else head.grad.add_(result.head_gradient)
+                student.backward(result.hidden_gradient.to(student.dtype))
                 for rows, its in zip(statistics, _statistics(result, targets), strict=True):
                     rows += its
                 del student, result

@@ -71,6 +71,8 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
     frozen = not any(parameter.requires_grad for module in vision for parameter in module.parameters())
     model.known = KnownFeatures() if vision and frozen else None
     quicken(model, device, options.dtype)
+    # A lookup's gradient is some rows, not a table of zeros to be written and added; the meta device has no sparse tensors.
+    model.get_input_embeddings().sparse = device.type != "meta"
     return (model if options.four_bit else model.to(device)).eval()
 
 
