@@ -153,6 +153,14 @@ def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
         agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_of_tables(backend_name, tied, tmp_path, monkeypatch):
+    """A head's gradient takes in the rows that a tied embedding looked up; there is no second table, even for a moment."""
+    folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=50_000, tied=tied)
+    measured = Measured(backend_name, folder, "?", (32, 32), (32, 32), n=2, length=6)
+    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
+
+
 def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
     measured = Measured(backend_name, middle, QUESTION, (96, 96), (32, 32), n=2, length=32, dtype="bfloat16")
     agree(measured.rollout(), measured.plan(False), "rollout", alone=0.3)
@@ -172,7 +180,7 @@ def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_n
     measured = Measured(backend_name, middle, QUESTION, (32, 32), (32, 32), n=1, length=2)
     backend = measured.backend
     backend.sample([measured.group.student, measured.short], np.full((2, 1, 2), 0.5, np.float32), Sampling())
-    kept = weakref.ref(backend._kept.backwards[0] if backend_name == "mlx" else backend._kept[1][0][0])
+    kept = weakref.ref(backend._kept.runs[0] if backend_name == "mlx" else backend._kept[1][0][0])
     teacher = "_teacher_memories" if backend_name == "mlx" else "_hidden"
     run, seen = getattr(backend, teacher), []
     monkeypatch.setattr(backend, teacher, lambda *rest: seen.append(kept()) or run(*rest))

@@ -31,7 +31,7 @@ from opd.types import (
 from opd_mlx import sampling as rollout
 from opd_mlx.batch import Batch, Prefixes, Targets, lay_out, lay_out_targets
 from opd_mlx.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, hidden_states, look, prefill
-from opd_mlx.kernels.backward import Backward
+from opd_mlx.gradient import Run, add, add_words, memory_name, words_name, words_of
 from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Parameters, load_model, read_tensors, write_model, write_tensors
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head
@@ -39,10 +39,6 @@ from opd_mlx.optimizer import Optimizer, move_teacher, zeros
 
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
 """What `save` writes."""
-
-
-TOGETHER = 2**24
-"""Bytes of gradient, of one layer, that are computed at a time."""
 
 POLICIES: tuple[Policy, Policy] = ("student", "teacher")
 
@@ -61,7 +57,7 @@ class Kept:
     """The student's prompts as the rollout ran them, with a backward for the gradient of the same step."""
 
     prompted: list[rollout.Prompted]
-    backwards: list[Backward]
+    runs: list[Run]
 
     def shares(self, groups: Sequence[Group], used: Sequence[int]) -> list[list[int]]:
         """Indices of the `used` of `groups` as the rollout divided them; none where these are not exactly its prompts."""
@@ -127,7 +123,7 @@ class MlxBackend:
             return _nothing(groups)
         kept, self._kept = self._kept, None
         shares = kept.shares(groups, used) if kept else []
-        prompts = kept.backwards if kept and shares else []
+        prompts = kept.runs if kept and shares else []
         del kept  # before anything runs: it may serve none of these prompts
         shares = shares or [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
         given = [[groups[index] for index in share] for share in shares]
@@ -140,18 +136,23 @@ class MlxBackend:
             mx.eval([one.outputs for one in prompts])
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
         asked: Parameters = {}
+        words = [words_of(share) for share in given]
         for part in parts:
-            rows, some = self._completions(part, teacher, prompts, objective, again)
+            rows, some = self._completions(part, teacher, prompts, words, objective, again)
             for index, its in zip(chain(*shares), rows, strict=True):
                 statistics[index] += its
-            _add(asked, some)
-        last = [asked]
+            add(asked, some)
+        embedding, looked, last = self._model.embedding_name, [], [asked]
         for number, one in enumerate(prompts):
-            slopes = one.start([asked.pop(_memory_name(number, place)) for place in range(len(one.outputs))])
-            last.append(dict(zip(self._traced(), slopes, strict=True)))
+            slopes = one.start([asked.pop(memory_name(number, place)) for place in range(len(one.outputs))])
+            if one.words is not None:
+                looked += [(one.words, slopes.pop(embedding)), (mx.array(words[number]), asked.pop(words_name(number)))]
+            last.append(slopes)
             del slopes
         gradient = dict(self._gradient)
-        _add(gradient, last)
+        add(gradient, last)
+        if looked:
+            add_words(gradient, embedding, self._student[embedding].shape, looked)
         self._gradient = gradient
         return [its or row for its, row in zip(statistics, _nothing(groups), strict=True)]
 
@@ -253,9 +254,11 @@ class MlxBackend:
         return hidden
 
     def _traced(self, completions: bool = False) -> list[str]:
-        """Names of the trained parameters that prompts run through, or that `completions` do: all but the vision tower's."""
-        head, vision = self._model.head_name, self._model.family.vision
-        names = [name for name in self._student if name != head or self._model.tied]
+        """Names of the trained parameters that prompts run through, or that `completions` do: all but the vision tower's. A head and an
+        embedding go their own ways.
+        """
+        vision = self._model.family.vision
+        names = [name for name in self._student if name not in (self._model.head_name, self._model.embedding_name)]
         return [name for name in names if not name.startswith(vision)] if completions else names
 
     def _teacher_memories(self, part: Part) -> list[Memory]:
@@ -276,37 +279,39 @@ class MlxBackend:
             return None
         with self._model.bound(self._student):
             look(self._model, prompts)
-        backwards = LANES.each(batches, lambda batch: self._prompts(batch.prefixes, False))
-        mx.eval([one.outputs for one in backwards])
-        memories = [list(zip(one.outputs[::2], one.outputs[1::2], strict=True)) for one in backwards]
+        runs = LANES.each(batches, lambda batch: self._prompts(batch.prefixes, False))
+        mx.eval([one.outputs for one in runs])
+        memories = [list(zip(one.outputs[::2], one.outputs[1::2], strict=True)) for one in runs]
         found = [rollout.Prompted(share, one.prefixes, memory) for share, one, memory in zip(shares, batches, memories, strict=True)]
-        return Kept(found, backwards)
+        return Kept(found, runs)
 
-    def _prompts(self, prefixes: Prefixes, again: bool) -> Backward:
-        """The student's prompts: what they keep, layer by layer, and its gradient to the parameters."""
-        names = self._traced()
+    def _prompts(self, prefixes: Prefixes, again: bool) -> Run:
+        """The student's prompts: what they keep, layer by layer."""
 
-        def run(*values: mx.array) -> list[mx.array]:
-            with self._model.bound(dict(zip(names, values, strict=True))):
-                return list(chain(*prefill(self._model, prefixes, again)))
+        def run(tokens: mx.array) -> list[mx.array]:
+            return list(chain(*prefill(self._model, replace(prefixes, tokens=tokens), again)))
 
-        return Backward(run, [self._student[name] for name in names])
+        return Run(self._model, self._student, self._traced(), prefixes.tokens, run)
 
-    def _rows(self, batch: Batch, memory: list[mx.array], again: bool) -> Backward:
-        """The student's completions: hidden states [M, D], and their gradient to parameters and to what the prompts keep."""
-        names = self._traced(completions=True)
+    def _rows(self, batch: Batch, memory: Parameters, words: NDArray[np.int32], again: bool) -> Run:
+        """The student's completions over what the prompts keep: hidden states [M, D]. `words`: see `words_of`."""
 
-        def run(*values: mx.array) -> list[mx.array]:
-            kept = values[len(names) :]
-            with self._model.bound(dict(zip(names, values, strict=False))):
-                return [complete(self._model, batch, list(zip(kept[::2], kept[1::2], strict=True)), again).astype(mx.float32)]
+        def run(tokens: mx.array, *kept: mx.array) -> list[mx.array]:
+            layers = list(zip(kept[::2], kept[1::2], strict=True))
+            return [complete(self._model, replace(batch, tokens=tokens), layers, again).astype(mx.float32)]
 
-        return Backward(run, [*(self._student[name] for name in names), *memory])
+        return Run(self._model, self._student, self._traced(completions=True), batch.tokens, run, memory, words)
 
     def _completions(
-        self, part: Part, teacher: list[Memory], prompts: list[Backward], objective: Objective, again: bool
+        self,
+        part: Part,
+        teacher: list[Memory],
+        prompts: list[Run],
+        words: list[NDArray[np.int32]],
+        objective: Objective,
+        again: bool,
     ) -> tuple[list[list[TokenStatistics]], list[Parameters]]:
-        """Statistics of a part by group, and slopes, which are not evaluated yet, to parameters and to what the prompts keep."""
+        """Statistics of a part by group, and slopes, not evaluated yet: to parameters, to what the prompts keep and to rows of `words`."""
         groups = list(chain(*part.groups))
         shares = [number for number, share in enumerate(part.groups) if any(group.tokens for group in share)]
         if not shares:
@@ -314,7 +319,12 @@ class MlxBackend:
         with self._model.bound(self._teacher):
             wanted = LANES.each(shares, lambda number: complete(self._model, part.teacher[number], teacher[number]))
             mx.eval(wanted)
-        rows = LANES.each(shares, lambda number: self._rows(part.student[number], prompts[number].outputs, again))
+
+        def rows_of(number: int) -> Run:
+            memory = {memory_name(number, place): value for place, value in enumerate(prompts[number].outputs)}
+            return self._rows(part.student[number], memory, words[number], again)
+
+        rows = LANES.each(shares, rows_of)
         hidden = [one.outputs[0] for one in rows]
         mx.eval(hidden)
         targets = lay_out_targets(groups)
@@ -323,8 +333,9 @@ class MlxBackend:
         gradients = mx.split(result.hidden_gradient, np.cumsum([len(one) for one in hidden])[:-1].tolist())
         slopes: list[Parameters] = []
         for number, one, gradient in zip(shares, rows, gradients, strict=True):
-            names = [*self._traced(completions=True), *(_memory_name(number, place) for place in range(len(prompts[number].outputs)))]
-            slopes.append(dict(zip(names, one.start([gradient]), strict=True)))
+            slopes.append(one.start([gradient]))
+            if one.words is not None:
+                slopes[-1][words_name(number)] = slopes[-1].pop(self._model.embedding_name)
         if result.head_gradient is not None:
             slopes.append({self._model.head_name: result.head_gradient})
         return _statistics(result, targets), slopes
@@ -355,36 +366,6 @@ def _parts(shares: list[list[Group]], split: int) -> Iterator[list[list[Group]]]
     for start in range(0, most, split or most):
         some = slice(start, start + (split or most))
         yield [[replace(group, completions=group.completions[some], weights=group.weights[some]) for group in share] for share in shares]
-
-
-def _memory_name(share: int, place: int) -> str:
-    """The name among slopes of a share's keys (even places, two for each layer) or values."""
-    return f"language_model.{place // 2}.memory.{share}.{place % 2}"
-
-
-def _add(sums: Parameters, slopes: list[Parameters]) -> None:
-    """Adds slopes to `sums` in float32, and evaluates them, in the order in which a backward meets them.
-
-    That is the language model from its last layer down, then what makes image features. Each sum takes its slope's place: so what is done
-    with is freed on the way.
-    """
-
-    def place(name: str) -> tuple[bool, int]:
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        return not name.startswith("language_model."), -numbers[0] if numbers else 1
-
-    pending: list[str] = []
-    names = sorted(dict.fromkeys(chain(*slopes)), key=place)
-    for name, following in zip(names, [*names[1:], None], strict=True):
-        for one in slopes:
-            if name in one:
-                slope = one.pop(name).astype(mx.float32)
-                sums[name] = sums[name] + slope if name in sums else slope
-                del slope
-        pending.append(name)
-        if following is None or place(following) != place(name) or sum(sums[one].nbytes for one in pending) > TOGETHER:
-            mx.eval([sums[one] for one in pending])
-            pending.clear()
 
 
 def _nothing(groups: Sequence[Group]) -> list[list[TokenStatistics]]:

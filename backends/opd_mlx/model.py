@@ -62,6 +62,11 @@ class Model:
         """Name of the parameter that is the head: the embedding's where they are tied."""
         return next(name for name in self.names if name.endswith("embed_tokens.weight" if self.tied else "lm_head.weight"))
 
+    @property
+    def embedding_name(self) -> str:
+        """Name of the parameter in which tokens are looked up."""
+        return next(name for name in self.names if name.endswith("embed_tokens.weight"))
+
     def head(self, parameters: Parameters) -> mx.array:
         """The head [V, D]: float32, or in the compute dtype where it is frozen."""
         return parameters[self.head_name] if self.frozen_head is None else self.frozen_head

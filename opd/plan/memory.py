@@ -90,7 +90,7 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
         },
         phases={
             "rollout": before + casts + max(_passing(shape, work.student, setting, work.sampled, kept), kept + own + logits),
-            "accumulate": before + sums + _accumulate(shape, tune, work, setting, head, again),
+            "accumulate": before + sums + _accumulate(shape, tune, work, setting, head, again, sums),
             # torch's optimizer works in place, MLX's makes every array anew.
             "apply": before + gradient + gradient * setting.mlx,
         },
@@ -99,8 +99,8 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
     )
 
 
-def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tuple[int, int], again: bool) -> int:
-    """The largest sum of bytes while a micro-batch is differentiated; `head` is `_head`'s."""
+def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tuple[int, int], again: bool, sums: int) -> int:
+    """The largest sum of bytes while a micro-batch is differentiated, beside the `sums` of earlier ones; `head` is `_head`'s."""
     student, casts, (buffers, found) = activations(shape, tune, work, setting, again), _casts(shape, tune, setting), head
     gradient, layers = FLOAT * sum(tune.trained(shape).values()), FLOAT * _layers(shape, tune)
     table = FLOAT * shape.embedding * tune.full
@@ -118,7 +118,7 @@ def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tu
     prompts = beside + student.vision + student.prompts + (0 if again and not setting.mlx else casts)
     # Of completions a few at a time: what earlier ones summed, and asked.
     earlier = layers + table + asked if work.split else 0
-    # As the completions' backward ends, one layer of theirs is left, and all layers have gradients; then the embedding's joins the head's.
+    # As the completions' backward ends, one layer of theirs is left, and all layers have gradients.
     one = student.passing[2] + (0 if again else student.completions // len(shape.layers)) + slopes * bool(work.split)
     rest = taught if setting.mlx else kept + asked
     return max(
@@ -126,11 +126,11 @@ def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tu
         served * remembered + casts + _passing(shape, work.teacher, setting, work.together, taught),
         # The head stage, and where the completions' backward begins.
         prompts + earlier + student.completions + found + max(buffers, student.passing[2]),
-        prompts + layers + asked + max(table + one, 2 * table),
-        # Where the prompts' backward begins, and where the tower's does; MLX meets the embedding before it, torch behind.
+        prompts + layers + asked + table + one,
+        # Where the prompts' backward begins, and where the tower's does. Last are rows of an embedding apart, to which torch adds them.
         prompts + layers + table + student.passing[1] + (slopes if setting.mlx else asked),
-        rest + student.vision + layers + max(table + max(student.passing[0], slopes), 2 * table * setting.mlx),
-        rest + gradient + table * (not setting.mlx),
+        rest + student.vision + layers + table + max(student.passing[0], slopes),
+        rest + gradient - (0 if setting.mlx or shape.tied or not sums else table),
     )
 
 
