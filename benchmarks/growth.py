@@ -2,8 +2,9 @@
 
     python -m benchmarks.growth [--backend torch|mlx] [--json] [--quick] [--plot FILE]
 
-One size at a time is doubled, the others standing at P 256, R 32, n 4, V 4096. `seconds` are medians of one call of `accumulate` with one
-group, `bytes` the peak above what was resident; `needed` are the FLOPs and `functions` the exponentials and the like of `arithmetic.py`.
+One size at a time is doubled, the others standing at P 256, R 32, n 4, V 4096. `seconds` are of one call of `accumulate` with one group:
+the least of all turns, in which all sizes take part (who else uses the machine adds to a time, and a slow minute then meets every size).
+`bytes` are the peak above what was resident; `needed` are the FLOPs and `functions` the exponentials and the like of `arithmetic.py`.
 `predicted` are needed * a + functions * b seconds, where a and b, at least 0, are fitted once to all points of all axes: least squares of
 the relative error. `fit` gives 1 / a (gflops, of products alone; null where a is 0), b (function_ns), and of all points the largest
 |seconds / predicted - 1| (deviation).
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +45,13 @@ def main() -> None:
     if options.plot and options.no_wall:
         parser.error("--plot shows times, which --no-wall leaves out")
     points = [(axis, size) for axis, sizes in AXES.items() for size in (sizes[:2] if options.quick else sizes)]
-    rows = [{"axis": axis, "size": size, **measured(axis, size, options)} for axis, size in measuring.track(points, "sizes")]
+    rows, runs = [], {}
+    with tempfile.TemporaryDirectory() as root:
+        for axis, size in measuring.track(points, "sizes"):
+            row, runs[axis, size] = measured(axis, size, options, Path(root) / f"{axis}{size}")
+            rows.append({"axis": axis, "size": size, **row})
+        if not options.no_wall:
+            timed(rows, runs, options)
     fit = {} if options.no_wall else {"fit": predict(rows)}
     for before, after in pairwise(rows):
         if before["axis"] == after["axis"]:
@@ -59,24 +66,27 @@ def main() -> None:
         picture(rows, options.plot)
 
 
-def measured(axis: str, size: int, options: Namespace) -> measuring.Row:
-    """Seconds and bytes of one call of `accumulate` with one size changed, and the FLOPs and functions that it needs."""
+def measured(axis: str, size: int, options: Namespace, folder: Path) -> tuple[measuring.Row, Callable[[], Any]]:
+    """Bytes of one call of `accumulate` with one size changed, the FLOPs and functions that it needs; and the call."""
     import transformers
 
     shape = shape_of(axis, size)
-    with tempfile.TemporaryDirectory() as root:
-        path = workload.folder(Path(root) / "model", size if axis == "V" else VOCABULARY, **SIZES)
-        config = transformers.AutoConfig.from_pretrained(path)
-        sides, _ = (against_rows.of_torch if options.backend == "torch" else against_rows.of_mlx)(path, workload.group(config, shape))
-        device = "cpu" if options.backend == "torch" else "mlx"
-        run = sides["group"]
-        run()
-        found: measuring.Row = {"needed": arithmetic.group(config, shape), "functions": arithmetic.functions(config, shape)}
-        found["bytes"] = measuring.peak_bytes(run, device)
-        if not options.no_wall:
-            found["seconds"] = measuring.seconds({"group": run}, 1 if options.quick else options.repeats, device)["group"]
-            found["gflops"] = found["needed"] / found["seconds"] / 1e9
-        return found
+    path = workload.folder(folder, size if axis == "V" else VOCABULARY, **SIZES)
+    config = transformers.AutoConfig.from_pretrained(path)
+    sides, _ = (against_rows.of_torch if options.backend == "torch" else against_rows.of_mlx)(path, workload.group(config, shape))
+    run = sides["group"]
+    run()
+    found: measuring.Row = {"needed": arithmetic.group(config, shape), "functions": arithmetic.functions(config, shape)}
+    found["bytes"] = measuring.peak_bytes(run, "cpu" if options.backend == "torch" else "mlx")
+    return found, run
+
+
+def timed(rows: Sequence[measuring.Row], runs: Mapping[Any, Callable[[], Any]], options: Namespace) -> None:
+    """Gives every row the seconds of its run, of `runs` by axis and size, and its rate."""
+    times = measuring.interleaved(runs, 1 if options.quick else options.repeats, what="turns")
+    for row in rows:
+        row["seconds"] = min(times[row["axis"], row["size"]])
+        row["gflops"] = row["needed"] / row["seconds"] / 1e9
 
 
 def shape_of(axis: str, size: int) -> Shape:

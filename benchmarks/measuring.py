@@ -14,10 +14,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -48,6 +48,9 @@ def peer(name: str) -> None:
 
     if find_spec(name) is None:
         sys.exit(f"{name} is not installed; this benchmark needs it: pip install 'vision-opd[bench]'")
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def track(work: Sequence[Any], what: str) -> Iterable[Any]:
@@ -185,19 +188,23 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
     return int(np.cumsum(sizes).max(initial=0))
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every run by name, `repeats` each after one that is not timed: the sides take turns, and in turns who begins."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats + 1):
-        names = list(runs)
-        names = names[number % len(names) :] + names[: number % len(names)]
-        for name in names:
-            _wait(device)
-            begin = time.perf_counter()
-            runs[name]()
-            _wait(device)
-            if number:
-                found[name].append(time.perf_counter() - begin)
+def interleaved(
+    runs: Mapping[Name, Callable[[], Any]], repeats: int, device: str = "cpu", what: str | None = None
+) -> dict[Name, list[float]]:
+    """Seconds of every run by name, `repeats` each after one that is not timed: the sides take turns, and in turns who begins.
+
+    With `what`, a bar on stderr counts the runs.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    turns = [(number, name) for number in range(repeats + 1) for name in names[number % len(names) :] + names[: number % len(names)]]
+    for number, name in track(turns, what) if what else turns:
+        _wait(device)
+        begin = time.perf_counter()
+        runs[name]()
+        _wait(device)
+        if number:
+            found[name].append(time.perf_counter() - begin)
     return found
 
 

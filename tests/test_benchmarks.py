@@ -169,8 +169,12 @@ def test_growth_sees_a_term_that_no_work_explains():
 @pytest.mark.parametrize("times", [True, False])
 def test_growth_reports_one_fit_of_all_points(monkeypatch, capsys, times):
     rows = {(row["axis"], row["size"]): row for row in synthetic(worked)}
-    hidden = set() if times else {"seconds"}
-    monkeypatch.setattr(growth, "measured", lambda *point: {key: rows[point[:2]][key] for key in rows[point[:2]].keys() - hidden})
+    monkeypatch.setattr(
+        growth, "measured", lambda *point: ({key: rows[point[:2]][key] for key in rows[point[:2]].keys() - {"seconds"}}, None)
+    )
+    # A slow turn is no news of the size.
+    turns = {point: [3 * row["seconds"], row["seconds"]] for point, row in rows.items()}
+    monkeypatch.setattr(measuring, "interleaved", lambda runs, *_, **__: {point: turns[point] for point in runs})
     monkeypatch.setattr("sys.argv", ["growth", "--json", *([] if times else ["--no-wall"])])
     growth.main()
     found = json.loads(capsys.readouterr().out)
