@@ -31,7 +31,7 @@ from opd.types import (
 from opd_mlx import sampling as rollout
 from opd_mlx.batch import Batch, Prefixes, Targets, lay_out, lay_out_targets
 from opd_mlx.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, hidden_states, look, prefill
-from opd_mlx.gradient import Run, add, add_words, memory_name, words_name, words_of
+from opd_mlx.kernels.gradient import Run, add, add_words, memory_name, words_name, words_of
 from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Parameters, load_model, read_tensors, write_model, write_tensors
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head
