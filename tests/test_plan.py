@@ -315,7 +315,8 @@ def test_what_to_change_where_nothing_fits(folder):
     assert found.largest == 0
     changes = found.smaller()
     assert changes["model.tune=qlora"] < changes["model.tune=lora"] < found.usable
-    assert changes.get("rollout.max_tokens=512", found.least) > found.usable  # the weights alone are too large
+    # The weights alone are too large, so tokens are next to nothing of it.
+    assert changes.get("rollout.max_tokens=512", found.least) > max(found.usable, 0.98 * found.least)
     peaks = []
     for tokens in (1, found.work.group):  # a completion at a time, or a group
         least = [f"rollout.microbatch_tokens={tokens}", "rollout.sample_tokens=1"]

@@ -38,7 +38,7 @@ ROOM = 64
 """Tokens of the first buffer of a completion's keys, which doubles when it is full (`attention.py` of both; MLX's may be smaller)."""
 
 TOGETHER = 2**24
-"""Bytes of gradient that MLX adds at a time (`backend.py`)."""
+"""Bytes of gradient that MLX adds at a time (`kernels/gradient.py`)."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _layers(shape: Shape, tune: Tune) -> int:
 
 
 def _slopes(shape: Shape, tune: Tune, again: bool) -> int:
-    """Gradients that MLX adds at a time (`_add`), beside their sums: a layer's, or of a layer that is not computed again some."""
+    """Gradients that MLX adds at a time (`add`), beside their sums: a layer's, or of a layer that is not computed again some."""
 
     def pieces(layer: Layer) -> int:
         linears = shape.linears(layer).values() if tune.full else tune.adapted(shape, layer)

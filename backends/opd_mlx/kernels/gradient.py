@@ -39,23 +39,22 @@ class Run:
         """`run` takes the `tokens` [N], and the arrays `given`; `names` are the parameters that it reads beside the embedding. `words` [U]
         are all tokens, in order, where other rows have more than these.
         """
-        self._names, given = list(names), given or {}
+        names, given = list(names), given or {}
         primals = [student[name] for name in names]
         self.words: mx.array | None = None
         if model.embedding_name in student:
             looked = np.array(tokens)
             words = np.unique(looked) if words is None else words
-            self._names.append(model.embedding_name)
+            names.append(model.embedding_name)
             self.words, tokens = mx.array(words), mx.array(np.searchsorted(words, looked).astype(np.int32))
             primals.append(student[model.embedding_name][self.words])
-        count = len(self._names)
 
         def bound(*values: mx.array) -> Sequence[mx.array]:
-            with model.bound(dict(zip(self._names, values, strict=False))):
-                return run(tokens, *values[count:])
+            with model.bound(dict(zip(names, values, strict=False))):
+                return run(tokens, *values[len(names) :])
 
+        self._names = [*names, *given]
         self._backward = Backward(bound, [*primals, *given.values()])
-        self._names += given
 
     @property
     def outputs(self) -> list[mx.array]:
