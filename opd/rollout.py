@@ -98,6 +98,19 @@ def sample(
     return result
 
 
+def completions(tokens: NDArray[np.integer], logprobs: FloatArray, n: int, stop: Sequence[int]) -> list[list[Completion]]:
+    """Cuts what ran in lockstep, tokens and log-probabilities [B * n, steps], behind each row's first stop token: n completions of each
+    prompt, finished where there is one."""
+    stopped = np.isin(tokens, stop)
+    finished = np.atleast_1d(stopped.any(1))
+    lengths = np.where(finished, stopped.argmax(1) + 1, tokens.shape[1])
+    rows = [
+        Completion(row[:length].astype(np.int32), values[:length].copy(), bool(found))
+        for row, values, length, found in zip(tokens, logprobs, lengths, finished, strict=True)
+    ]
+    return [rows[start : start + n] for start in range(0, len(rows), n)]
+
+
 def keep(pairs: Sequence[Pair], sampled: Sequence[Sequence[Completion]], banned: Sequence[int]) -> Rollout:
     """Drops empty completions and such that hold a banned token, and pairs with nothing left; they are counted, never fatal."""
     kept = [tuple(completion for completion in group if _usable(completion, banned)) for group in sampled]

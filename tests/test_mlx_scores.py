@@ -71,7 +71,7 @@ def test_completions_over_a_shared_prompt(blocks):
     query, slope, *rest = given((B, J, N, G, T, E), (B, J, N, G, T, E), *2 * [(B, J, N, T, E)], *2 * [(B, J, 1, P, E)])
     padding = np.where(np.arange(P) < np.array([P, 3])[:, None], 0, -np.inf)[:, None, None, None, None]
     causal = np.where(np.arange(T) > np.arange(T)[:, None], -np.inf, 0)
-    masks = Masks(mx.array(padding[:, :, 0].astype(np.float32)), mx.array(causal.astype(np.float32)), P, 0)
+    masks = Masks(mx.array(padding[:, :, 0].astype(np.float32)), mx.array(causal.astype(np.float32)), P)
     agree(query, [rest[:2], rest[2:]], masks.seen, [causal, padding], slope)
 
 

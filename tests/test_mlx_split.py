@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from opd.objective import Objective
 from opd.types import Completion, Group, Sampling, Update
 from opd_mlx import attention, sampling
 from opd_mlx import backend as backend_module
-from opd_mlx.kernels import backward
+from opd_mlx.kernels import backward, recorder
 from tests import random_models
 from tests.mlx_cases import clone, make_case, relative_error
 from tests.test_families_mlx import make_case as family_case
@@ -140,6 +143,10 @@ def same(case, ours, theirs):
             assert one.finished == wanted.finished
 
 
+def longest(completions):
+    return max(len(one) for row in completions for one in row)
+
+
 def test_what_has_ended_leaves_the_batch(case, ending, monkeypatch):
     seen = []
     real = sampling.complete
@@ -164,6 +171,86 @@ def test_what_has_ended_leaves_the_batch(case, ending, monkeypatch):
     assert {count for count, _, _ in shapes} != {4} or {n for _, n, _ in shapes} != {5}
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_steps_launched_ahead(case, ending, monkeypatch, ahead):
+    """Where the host looks at a token when others are already under way, rows that have ended run on, and nothing changes."""
+    whole = clone(case.loaded).sample(*ending)
+    steps = []
+    real = sampling.draw
+    monkeypatch.setattr(sampling, "draw", lambda *arguments: steps.append(1) or real(*arguments))
+    monkeypatch.setattr(sampling, "AHEAD", ahead)
+    same(case, clone(case.loaded).sample(*ending), whole)
+    assert len(steps) == min(40, longest(whole) + ahead)
+    steps.clear()
+    everything = tuple(range(1000))
+    ended = clone(case.loaded).sample(*ending[:2], Sampling(1.0, everything))
+    assert {len(one) for row in ended for one in row} == {1}
+    assert len(steps) == 1 + ahead
+
+
+def test_what_a_gpu_compiles(case, ending, monkeypatch):
+    """A step of a shape that has been before is the one that was built then: it reads whole buffers, and masks what stands behind its row.
+
+    A CPU would have kernels compiled for it, which one family shows.
+    """
+    whole = clone(case.loaded).sample(*ending)
+    # One share, so that a call is a step; and what ends leaves at another time one step ahead, where sums are of other lengths.
+    monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
+    monkeypatch.setattr(sampling, "AHEAD", 1)
+    monkeypatch.setattr(recorder, "FUSED", True)
+    monkeypatch.setattr(attention, "ROOM", 4)
+    built, shapes = [], []
+    real, run = sampling.complete, recorder.Recorder.run
+
+    def complete(model, batch, memory, own, step):
+        built.append((batch.shape, step.count))
+        return real(model, batch, memory, own=own, step=step)
+
+    monkeypatch.setattr(sampling, "complete", complete)
+    monkeypatch.setattr(recorder.Recorder, "run", lambda self, shape, step: shapes.append(shape) or run(self, shape, step))
+    kernels = case.loaded._model.config["model_type"] == "qwen3_5" and shutil.which("g++")
+    if not kernels:
+        mx.disable_compile()
+    try:
+        same(case, clone(case.loaded).sample(*ending), whole)
+    finally:
+        mx.enable_compile()
+    assert len(shapes) == min(40, longest(whole) + 1)
+    assert [count for _, count in shapes] == [attention.room(step + 1) for step in range(len(shapes))]
+    assert len({rows for rows, _ in shapes}) > 2
+    assert {count for _, count in built} == {count for _, count in shapes} > {4, 8, 16}
+    if kernels:
+        times = Counter(shapes)
+        assert len(built) == sum(min(2, count) for count in times.values()) < len(shapes)
+    else:
+        assert len(built) == len(shapes)
+
+
+def test_recorder(monkeypatch):
+    """The first step of a shape runs, the second is compiled, and what is compiled is run again, on what the state holds then."""
+    state = {"total": mx.array(0.0), "nested": [[mx.array([1.0, 2.0])]]}
+    built = []
+
+    def step(name):
+        built.append(name)
+        state["total"] = state["total"] + state["nested"][0][0].sum()
+        return [state["total"] * 2]
+
+    monkeypatch.setattr(recorder, "FUSED", True)
+    its = recorder.Recorder(state)
+    found = [its.run(name, partial(step, name))[0].item() for name in ("a", "a", "a")]
+    state["nested"][0][0] = mx.array([5.0])
+    found += [its.run(name, partial(step, name))[0].item() for name in ("b", "b", "b", "a")]
+    assert found == [6.0, 12.0, 18.0, 28.0, 38.0, 48.0, 58.0]
+    assert built == ["a", "a", "b", "b", "a"]
+    monkeypatch.setattr(recorder, "FUSED", False)
+    its = recorder.Recorder(state)
+    built.clear()
+    for _ in range(3):
+        its.run("a", partial(step, "a"))
+    assert built == ["a", "a", "a"]
+
+
 def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
     """However they are cut, and with buffers of keys that grow, completions are the same."""
     calls = []
@@ -172,8 +259,8 @@ def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
     whole = clone(case.loaded).sample(*ending)
     calls.clear()
     monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)  # nothing is kept for a backward
-    longest = max(map(len, ending[0]))
-    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 2 * longest)
+    most = max(map(len, ending[0]))
+    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 2 * most)
     monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
     monkeypatch.setattr(attention, "ROOM", 3)
     same(case, clone(case.loaded).sample(*ending), whole)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import mlx.core as mx
 
-from opd_mlx.batch import Masks, Prefixes, Rule
+from opd_mlx.batch import Masks, Prefixes, Rule, Step
 from opd_mlx.kernels.backward import traced
 from opd_mlx.kernels.exponentials import softmax, swiglu
 from opd_mlx.kernels.scores import attention
@@ -31,7 +31,12 @@ FUSED = mx.default_device() == mx.gpu
 """Where MLX's own attention keeps no scores, as long as there is no gradient."""
 
 ROOM = 64
-"""Tokens of the first buffer of a completion's keys."""
+"""Tokens of the first buffer of a completion's keys; each further one is twice as long."""
+
+
+def room(count: int) -> int:
+    """Length of the buffer that holds `count` tokens."""
+    return int(ROOM << max(0, -(-count // ROOM) - 1).bit_length())
 
 
 def attend(query: mx.array, key: mx.array, value: mx.array, scale: float) -> mx.array:
@@ -45,11 +50,9 @@ def attend(query: mx.array, key: mx.array, value: mx.array, scale: float) -> mx.
 
 
 class Own(Protocol):
-    """What a layer has kept of the tokens decoded so far."""
+    """What a layer has kept of the tokens decoded so far: two `arrays`, whose list stays the same while they change."""
 
-    @property
-    def arrays(self) -> KeysValues:
-        """All of it, to be evaluated."""
+    arrays: list[mx.array]
 
     def keep(self, prompts: mx.array, columns: mx.array) -> None:
         """Leaves out all but some `prompts` [B'], and of their completions all but `columns` [B', n']."""
@@ -74,15 +77,22 @@ class Layer(Protocol):
         """
 
     def completion(
-        self, hidden: mx.array, angles: KeysValues, shape: tuple[int, int, int], prefix: KeysValues, masks: Masks, own: Any
+        self,
+        hidden: mx.array,
+        angles: KeysValues,
+        shape: tuple[int, int, int],
+        prefix: KeysValues,
+        masks: Masks,
+        own: Any,
+        step: Step | None,
     ) -> mx.array:
         """Completion rows [B * n * T, D] through the layer. `shape` is (B, n, T); `prefix` is what `prefix` gave.
 
-        With `own`, which `begin` made, earlier tokens come from there, and T is 1; without, it is None.
+        In a token `step` T is 1, and earlier tokens are in `own`, which `begin` made; else both are None.
         """
 
-    def begin(self, prefix: KeysValues, n: int, limit: int) -> Own:
-        """For decoding: what n completions of each prompt start with, which are of at most `limit` tokens."""
+    def begin(self, prefix: KeysValues, n: int) -> Own:
+        """For decoding: what n completions of each prompt start with."""
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
         """What several calls of `prefix` gave, as if it had been one."""
@@ -90,30 +100,24 @@ class Layer(Protocol):
 
 @dataclass
 class OwnKeys:
-    """A completion layer's own keys and values in decoding: buffers [B, H / G, n, room, E], filled up to `length`."""
+    """A completion layer's own keys and values in decoding: buffers [B, H / G, n, room, E], with zeros where no token stands yet."""
 
-    keys: mx.array
-    values: mx.array
-    length: int = 0
+    arrays: list[mx.array]
 
-    @property
-    def arrays(self) -> KeysValues:
-        """See `Own`."""
-        return self.keys, self.values
-
-    def append(self, keys: mx.array, values: mx.array) -> KeysValues:
-        """Adds one token's keys and values [B, H / G, n, 1, E]; returns all so far. Full buffers grow to twice their room."""
-        if self.length == self.keys.shape[-2]:
-            self.keys, self.values = (mx.concatenate([part, mx.zeros_like(part)], axis=-2) for part in self.arrays)
-        self.keys[..., self.length : self.length + 1, :] = keys
-        self.values[..., self.length : self.length + 1, :] = values
-        self.length += 1
-        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+    def append(self, keys: mx.array, values: mx.array, step: Step) -> KeysValues:
+        """Adds one token's keys and values [B, H / G, n, 1, E]; returns the first `step.count` of all."""
+        for which, new in enumerate((keys, values)):
+            held = self.arrays[which]
+            if step.count > held.shape[3]:
+                held = mx.pad(held, [(0, 0)] * 3 + [(0, room(step.count) - held.shape[3]), (0, 0)])
+            self.arrays[which] = mx.slice_update(held, new, step.number, axes=(3,))
+        keys, values = self.arrays
+        return keys[..., : step.count, :], values[..., : step.count, :]
 
     def keep(self, prompts: mx.array, columns: mx.array) -> None:
         """See `Own`."""
         places = columns[:, None, :, None, None]
-        self.keys, self.values = (mx.take_along_axis(part[prompts], places, axis=2) for part in self.arrays)
+        self.arrays[:] = [mx.take_along_axis(part[prompts], places, axis=2) for part in self.arrays]
 
 
 class AttentionLayer:
@@ -158,25 +162,31 @@ class AttentionLayer:
         return self.finish(hidden, mixed.transpose(0, 2, 1, 3).reshape(len(hidden), -1), beside), (key, value)
 
     def completion(
-        self, hidden: mx.array, angles: KeysValues, shape: tuple[int, int, int], prefix: KeysValues, masks: Masks, own: OwnKeys | None
+        self,
+        hidden: mx.array,
+        angles: KeysValues,
+        shape: tuple[int, int, int],
+        prefix: KeysValues,
+        masks: Masks,
+        own: OwnKeys | None,
+        step: Step | None,
     ) -> mx.array:
         """See `Layer`."""
         query, key, value, beside = self._project(self.normalised(hidden), angles)
         key, value = (rows.reshape(*shape, *rows.shape[1:]).transpose(0, 3, 1, 2, 4) for rows in (key, value))
         # [B, H / G, n, G, T, E]: so n, G and T fold into the queries of the prompt's keys, which are then read once.
         query = query.reshape(*shape, self._keys, self._heads // self._keys, -1).transpose(0, 3, 1, 4, 2, 5)
-        if own is not None:
-            key, value = own.append(key, value)
+        if own is not None and step is not None:
+            key, value = own.append(key, value, step)
             mixed = _one_more(query * self._scale, prefix, (key, value), masks)
         else:
             once = (prefix[0][:, :, None], prefix[1][:, :, None])
             mixed = attention(query * self._scale, [(key, value), once], masks.seen)
         return self.finish(hidden, mixed.transpose(0, 2, 4, 1, 3, 5).reshape(len(hidden), -1), beside)
 
-    def begin(self, prefix: KeysValues, n: int, limit: int) -> OwnKeys:
+    def begin(self, prefix: KeysValues, n: int) -> OwnKeys:
         """See `Layer`."""
-        keys, values = (mx.zeros((*part.shape[:2], n, min(limit, ROOM), part.shape[-1]), part.dtype) for part in prefix)
-        return OwnKeys(keys, values)
+        return OwnKeys([mx.zeros((*part.shape[:2], n, 0, part.shape[-1]), part.dtype) for part in prefix])
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
         """See `Layer`: padded on the right, like the prompts."""

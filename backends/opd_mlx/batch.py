@@ -11,7 +11,7 @@ completion, M completion tokens that are predicted, S visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -37,17 +37,16 @@ class Rule:
 class Masks:
     """What completion rows do not see, -inf: of the prefix in [B, 1, 1, T or 1, P], of their own keys in [T, keys]; None: nothing.
 
-    There are `width` keys of the prefix, and the `first` row is that of this token.
+    There are `width` keys of the prefix.
     """
 
     prefix: mx.array | None
     own: mx.array | None
     width: int
-    first: int
 
     def seen(self, rows: slice) -> list[Seen]:
         """What some of the T rows see of their own keys, and of the prefix."""
-        own, prefix, keys = self.own, self.prefix, slice(0, self.first + rows.stop)
+        own, prefix, keys = self.own, self.prefix, slice(0, rows.stop)
         every = slice(None) if prefix is None or prefix.shape[3] == 1 else rows
         return [
             (keys, None if own is None else lambda _: own[rows, keys]),
@@ -112,19 +111,36 @@ class Prefixes:
             seen = seen | ((its == others) & (others >= 0))
         return seen if window is None else seen & (row - key < window)
 
-    def masks(self, rule: Rule, first: int, length: int) -> Masks:
-        """What rows `first`, ... of completions, `length` of them, see of the prefix and of all own keys up to the last row."""
-        row, key = mx.arange(first, first + length)[:, None], mx.arange(first + length)
-        own = mx.where(key > row, -mx.inf, 0.0) if length > 1 else None
+    def masks(self, rule: Rule, row: mx.array, keys: int) -> Masks:
+        """What some rows of completions see, by their numbers [T, 1], of the prefix and of the first `keys` own keys."""
+        key = mx.arange(keys)
+        own = mx.where(key > row, -mx.inf, 0.0) if keys > 1 else None
         real, prefix = self.real, None
         if real is not None:
             prefix = mx.where(real, 0.0, -mx.inf)[:, None, None, None]
-        if rule.window is not None and rule.window < self.shape[1] + first + length:
+        if rule.window is not None and rule.window < self.shape[1] + keys:
             distance = self.lengths[:, None, None] + row - mx.arange(self.shape[1])
             far = mx.where(distance < rule.window, 0.0, -mx.inf)[:, None, None]
             prefix = far if prefix is None else prefix + far
             own = mx.where((key > row) | (row - key >= rule.window), -mx.inf, 0.0)
-        return Masks(prefix, own, self.shape[1], first)
+        return Masks(prefix, own, self.shape[1])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token step of decoding: its `number` [1], and of how many own rows every layer reads keys.
+
+    `count` is number + 1, or more where `exact` is false: then a step that is compiled once reads as much as those that come after it.
+    """
+
+    number: mx.array
+    count: int
+    exact: bool
+
+    def masks(self, prefixes: Prefixes, rule: Rule) -> Masks:
+        """What a completion's row sees."""
+        masks = prefixes.masks(rule, self.number[:, None], self.count)
+        return replace(masks, own=None) if self.exact and rule.window is None else masks
 
 
 @dataclass(frozen=True)

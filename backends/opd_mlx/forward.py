@@ -13,7 +13,7 @@ from mlx.nn.utils import checkpoint
 
 from opd.types import Prompt
 from opd_mlx.attention import KeysValues, Layer, Own
-from opd_mlx.batch import Batch, Prefixes
+from opd_mlx.batch import Batch, Prefixes, Step
 from opd_mlx.families.qwen3_5 import CHUNK, SEGMENT
 from opd_mlx.kernels.scores import KEPT_BYTES
 from opd_mlx.model import Model
@@ -59,19 +59,22 @@ def prefill(model: Model, prefixes: Prefixes, again: bool = False) -> Memory:
     return found
 
 
-def complete(model: Model, batch: Batch, memory: Memory, again: bool = False, own: Sequence[Own] | None = None, first: int = 0) -> mx.array:
+def complete(
+    model: Model, batch: Batch, memory: Memory, again: bool = False, own: Sequence[Own] = (), step: Step | None = None
+) -> mx.array:
     """Final hidden states [M, D] of the batch's `rows`, over the `memory` that `prefill` gave of its prompts.
 
-    With `own`, rows are one token of each completion, the `first`, after those it holds.
+    In a token `step` of decoding, rows are one token of each completion, after those of which the layers keep their `own`.
     """
     family, module = model.family, model.module
     hidden = family.embed(module, batch.tokens)
     rotary = family.angles(module, batch.positions, hidden.dtype)
-    masks = {rule: batch.prefixes.masks(rule, first, batch.shape[2]) for rule in {layer.rule for layer in model.layers}}
+    rules, rows = {layer.rule for layer in model.layers}, mx.arange(batch.shape[2])[:, None]
+    masks = {rule: step.masks(batch.prefixes, rule) if step else batch.prefixes.masks(rule, rows, len(rows)) for rule in rules}
     for number, layer in enumerate(model.layers):
 
         def run(hidden: mx.array, angles: KeysValues, prefix: KeysValues, number: int = number, layer: Layer = layer) -> mx.array:
-            return layer.completion(hidden, angles, batch.shape, prefix, masks[layer.rule], own[number] if own is not None else None)
+            return layer.completion(hidden, angles, batch.shape, prefix, masks[layer.rule], own[number] if step else None, step)
 
         hidden = (checkpoint(layer.module, run) if again else run)(hidden, rotary[layer.rotary], memory[number])
     out: mx.array = family.text(module).norm(hidden if batch.rows is None else hidden[batch.rows])

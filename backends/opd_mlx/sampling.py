@@ -5,24 +5,33 @@ Legend: B prompts, n completions of a prompt, R completions that run, V vocabula
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from opd.rollout import completions
 from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
-from opd_mlx.attention import Own
-from opd_mlx.batch import Batch, Prefixes, lay_out_prefixes
+from opd_mlx.attention import FUSED, Own, room
+from opd_mlx.batch import Batch, Prefixes, Step, lay_out_prefixes
 from opd_mlx.forward import Memory, complete, look, prefill
 from opd_mlx.kernels.exponentials import log_softmax
 from opd_mlx.kernels.lanes import LANES
+from opd_mlx.kernels.recorder import Recorder
 from opd_mlx.model import Model
 from opd_mlx.objective import default_chunk
 
 PREFILL_TOKENS = 16384
 """Padded tokens of prompts that run together: what they keep is small, but what computing it holds is not."""
+
+AHEAD = int(FUSED)
+"""Token steps that a GPU has before the host looks at what one drew, so that neither waits for the other. Completions that have ended
+run that much longer."""
 
 LEFT = 0.75
 """Share of the rows that still run at which the others are left out; it takes a copy of all keys and values."""
@@ -43,30 +52,50 @@ def sample(model: Model, head: mx.array, prompted: Sequence[Prompted], uniforms:
     if not count or not n or not limit:
         return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in range(n)] for _ in range(count)]
     running = [_begin(model, one, n, limit) for one in prompted]
-    banned = _banned(sampling, len(head))
-    uniforms = uniforms.reshape(count * n, limit)
-    tokens, logprobs = np.zeros(uniforms.shape, np.int32), np.zeros(uniforms.shape, np.float32)
-    lengths, alive = np.full(count * n, limit), np.ones(count * n, bool)
-    last = np.zeros(count * n, np.int32)
+    mx.eval(head, model.module.parameters())
+    return completions(*_lockstep(model, head, running, uniforms, sampling), n, sampling.stop)
+
+
+def _lockstep(
+    model: Model, head: mx.array, running: Sequence[Running], uniforms: FloatArray, sampling: Sampling
+) -> tuple[IntArray, FloatArray]:
+    """Tokens and log-probabilities [B * n, steps], until every completion has ended; what stands behind a stop token means nothing."""
+    limit = uniforms.shape[2]
+    draws, banned = mx.array(uniforms.reshape(-1, limit)), _banned(sampling, len(head))
+    tokens, logprobs = np.zeros(draws.shape, np.int32), np.zeros(draws.shape, np.float32)
+    ended, last = np.zeros(len(draws), bool), np.zeros(len(draws), np.int32)
     for share in running:
         last[share.rows] = np.array([prompt.tokens[-1] for prompt in share.prefixes.sources])[:, None]
-    for step in range(limit):
-        rows = np.concatenate([share.rows.reshape(-1) for share in running])
-        hidden = decode(model, running, last, step)
-        token, logprob = draw(hidden, head, mx.array(uniforms[rows, step]), sampling.temperature, banned)
-        mx.eval(token, logprob, [layer.arrays for share in running for layer in share.own])
-        tokens[rows, step], logprobs[rows, step] = np.array(token), np.array(logprob)
-        last = tokens[:, step]
-        ended = rows[alive[rows] & np.isin(last[rows], sampling.stop)]
-        alive[ended], lengths[ended] = False, step + 1
-        running = [share.without(~alive) for share in running if alive[share.rows].any()]
-        if not running:
+    state: dict[str, Any] = {"number": mx.array([0]), "last": mx.array(last), "own": _own(running)}
+    recorder = Recorder(state)
+
+    def advance(own_keys: int) -> list[mx.array]:
+        """One token of every row that runs and its log-probability. All that it changes, it changes in `state`."""
+        number, last = state["number"], state["last"]
+        step = Step(number, own_keys, exact=not recorder.records)
+        hidden, rows = decode(model, running, last, step), mx.array(_rows(running))
+        token, logprob = draw(hidden, head, mx.take(draws, number, axis=1)[rows, 0], sampling.temperature, banned)
+        state["number"], state["last"] = number + 1, mx.put_along_axis(last, rows, token, axis=0)
+        return [token, logprob]
+
+    launched: deque[tuple[NDArray[np.intp], list[mx.array]]] = deque()
+    for step in range(limit + AHEAD):
+        if step < limit:
+            own_keys = room(step + 1) if recorder.records else step + 1
+            drawn = recorder.run((*(share.rows.shape for share in running), own_keys), partial(advance, own_keys))
+            mx.async_eval(drawn, state)  # type: ignore[no-untyped-call]
+            launched.append((_rows(running), drawn))
+        if step < AHEAD:
+            continue
+        done = step - AHEAD
+        rows, drawn = launched.popleft()
+        tokens[rows, done], logprobs[rows, done] = map(np.array, drawn)
+        ended[rows] |= np.isin(tokens[rows, done], sampling.stop)
+        if ended.all():
             break
-    found = [
-        Completion(row[:length].copy(), values[:length].copy(), bool(finished))
-        for row, values, length, finished in zip(tokens, logprobs, lengths, ~alive, strict=True)
-    ]
-    return [found[start : start + n] for start in range(0, len(found), n)]
+        running = [share.without(ended) for share in running if not ended[share.rows].all()]
+        state["own"] = _own(running)
+    return tokens[:, : done + 1], logprobs[:, : done + 1]
 
 
 @dataclass(frozen=True)
@@ -74,15 +103,15 @@ class Running:
     """Completions of some prompts: `rows` [B, n] are their places in the call, `positions` [axes, B, max_tokens] the rotary ones."""
 
     rows: NDArray[np.intp]
-    positions: IntArray
+    positions: mx.array
     prefixes: Prefixes
     memory: Memory
     own: Sequence[Own]
 
-    def token(self, step: int, last: IntArray) -> Batch:
-        """What runs next: the `last` tokens, of all completions of the call."""
-        at = np.repeat(self.positions[:, :, step], self.rows.shape[1], axis=-1)
-        return Batch(self.prefixes, mx.array(last[self.rows.reshape(-1)]), mx.array(at), (*self.rows.shape, 1), None)
+    def token(self, last: mx.array, number: mx.array) -> Batch:
+        """What runs next, by the step's `number` [1]: the `last` tokens, of all completions of the call."""
+        at = mx.repeat(mx.take(self.positions, number, axis=2)[..., 0], self.rows.shape[1], axis=1)
+        return Batch(self.prefixes, last[mx.array(self.rows.reshape(-1))], at, (*self.rows.shape, 1), None)
 
     def without(self, ended: NDArray[np.bool_]) -> Running:
         """The same without prompts whose completions all have `ended`, and as many a prompt as the most that any still has."""
@@ -98,17 +127,17 @@ class Running:
         mx.eval(moved, [layer.arrays for layer in self.own])
         return Running(
             np.take_along_axis(self.rows[prompts], columns, axis=1),
-            self.positions[:, prompts],
+            self.positions[:, kept],
             lay_out_prefixes([self.prefixes.sources[prompt] for prompt in prompts.tolist()], self.prefixes.shape[1]),
             moved,
             self.own,
         )
 
 
-def decode(model: Model, running: Sequence[Running], last: IntArray, step: int) -> mx.array:
+def decode(model: Model, running: Sequence[Running], last: mx.array, step: Step) -> mx.array:
     """Hidden states [R, D] of one more token of every completion, behind the `last` of each."""
     return mx.concatenate(
-        LANES.each(running, lambda share: complete(model, share.token(step, last), share.memory, own=share.own, first=step))
+        LANES.each(running, lambda share: complete(model, share.token(last, step.number), share.memory, own=share.own, step=step))
     )
 
 
@@ -143,11 +172,21 @@ def _begin(model: Model, prompted: Prompted, n: int, limit: int) -> Running:
     """All completions of prompts that have run, before their first tokens."""
     return Running(
         rows=np.array(prompted.indices)[:, None] * n + np.arange(n),
-        positions=np.stack([prompt.row_positions(limit) for prompt in prompted.prefixes.sources], axis=1),
+        positions=mx.array(np.stack([prompt.row_positions(limit) for prompt in prompted.prefixes.sources], axis=1)),
         prefixes=prompted.prefixes,
         memory=prompted.memory,
-        own=[layer.begin(state, n, limit) for layer, state in zip(model.layers, prompted.memory, strict=True)],
+        own=[layer.begin(state, n) for layer, state in zip(model.layers, prompted.memory, strict=True)],
     )
+
+
+def _rows(running: Sequence[Running]) -> NDArray[np.intp]:
+    """The places of all that runs, in the order of a step's rows."""
+    return np.concatenate([share.rows.reshape(-1) for share in running])
+
+
+def _own(running: Sequence[Running]) -> list[list[mx.array]]:
+    """All that layers keep of completions."""
+    return [layer.arrays for share in running for layer in share.own]
 
 
 def draw(hidden: mx.array, head: mx.array, uniforms: mx.array, temperature: float, banned: mx.array | None) -> tuple[mx.array, mx.array]:

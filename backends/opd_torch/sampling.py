@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opd.rollout import completions
 from opd.types import Completion, FloatArray, Prompt, Sampling
 from opd_torch.attention import room
 from opd_torch.batch import Prefixes, Step, lay_out_prefixes
@@ -57,7 +58,7 @@ def sample(
 ) -> list[list[Completion]]:
     """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens]; the head computes in `dtype`."""
     tokens, logprobs = _lockstep(model, prefixes, memory, uniforms, sampling, dtype)
-    return _completions(tokens, logprobs, uniforms.shape[1], sampling.stop)
+    return completions(tokens, logprobs, uniforms.shape[1], sampling.stop)
 
 
 def _lockstep(
@@ -147,15 +148,3 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, banned: Tensor) 
         last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
         token = torch.minimum(token, last)
     return token[:, 0], s.gather(1, token)[:, 0].float()
-
-
-def _completions(tokens: NDArray[np.int64], logprobs: NDArray[np.float32], n: int, stop: Sequence[int]) -> list[list[Completion]]:
-    """Cuts [R, steps] arrays behind each row's first stop token."""
-    stopped = np.isin(tokens, stop)
-    finished = np.atleast_1d(stopped.any(1))
-    lengths = np.where(finished, stopped.argmax(1) + 1, tokens.shape[1])
-    rows = [
-        Completion(row[:length].astype(np.int32), values[:length].copy(), bool(found))
-        for row, values, length, found in zip(tokens, logprobs, lengths, finished, strict=True)
-    ]
-    return [rows[start : start + n] for start in range(0, len(rows), n)]

@@ -229,7 +229,7 @@ def _kept(shape: Shape, tokens: int, setting: Setting) -> int:
 
 def _cache(shape: Shape, work: Work, setting: Setting) -> int:
     """What every layer keeps of completions, in buffers that double."""
-    room = min(ROOM, work.tokens) if setting.mlx else ROOM
+    room = ROOM
     while room < work.tokens:
         room *= 2
     return work.sampled * work.completions * _kept(shape, room, setting)

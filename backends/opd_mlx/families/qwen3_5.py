@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from opd_mlx.attention import KeysValues, Layer, feed_forward
-from opd_mlx.batch import Masks, Prefixes, Rule
+from opd_mlx.batch import Masks, Prefixes, Rule, Step
 from opd_mlx.families.qwen3_vl import NormedHeads, Qwen3VL, head_counts
 from opd_mlx.kernels.exponentials import exact_gelu, sigmoid
 
@@ -100,19 +100,13 @@ class GatedHeads(NormedHeads):
 class State:
     """In decoding: the state [B * n, heads, value width, key width] in float32, and the convolution's last inputs [B * n, K - 1, C]."""
 
-    memory: mx.array
-    window: mx.array
+    arrays: list[mx.array]
     prompts: int
-
-    @property
-    def arrays(self) -> KeysValues:
-        """See `Own`."""
-        return self.memory, self.window
 
     def keep(self, prompts: mx.array, columns: mx.array) -> None:
         """See `Own`."""
-        rows = (prompts[:, None] * (len(self.memory) // self.prompts) + columns).reshape(-1)
-        self.memory, self.window, self.prompts = self.memory[rows], self.window[rows], len(prompts)
+        rows = (prompts[:, None] * (len(self.arrays[0]) // self.prompts) + columns).reshape(-1)
+        self.arrays[:], self.prompts = [part[rows] for part in self.arrays], len(prompts)
 
 
 class GatedDelta:
@@ -139,21 +133,27 @@ class GatedDelta:
         return (hidden if last else self._finish(hidden, mixed)), (memory, window)
 
     def completion(
-        self, hidden: mx.array, angles: KeysValues, shape: tuple[int, int, int], prefix: KeysValues, masks: Masks, own: State | None
+        self,
+        hidden: mx.array,
+        angles: KeysValues,
+        shape: tuple[int, int, int],
+        prefix: KeysValues,
+        masks: Masks,
+        own: State | None,
+        step: Step | None,
     ) -> mx.array:
         """See `Layer`. Padded rows stand behind all real ones, which do not see them."""
         net, (batch, n, length) = self.module.linear_attn, shape
         rows = self.module.input_layernorm(hidden).reshape(batch * n, length, -1)
-        memory, window = (own if own is not None else self.begin(prefix, n, length)).arrays
+        memory, window = (own if own is not None else self.begin(prefix, n)).arrays
         mixed, memory, inputs = _mix(net, rows, memory, window, None)
         if own is not None:
-            own.memory, own.window = memory, inputs[:, length:]
+            own.arrays[:] = memory, inputs[:, length:]
         return self._finish(hidden, mixed)
 
-    def begin(self, prefix: KeysValues, n: int, limit: int) -> State:
+    def begin(self, prefix: KeysValues, n: int) -> State:
         """See `Layer`: the prompt's state, forked."""
-        memory, window = (mx.repeat(part, n, axis=0) for part in prefix)
-        return State(memory, window, len(prefix[0]))
+        return State([mx.repeat(part, n, axis=0) for part in prefix], len(prefix[0]))
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
         """See `Layer`."""
