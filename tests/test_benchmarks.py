@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections import Counter
 from itertools import pairwise
 from typing import ClassVar
@@ -15,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, plan_against_step, real_shapes, workload
+from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, plan_against_step, real_shapes, token_step, workload
 from benchmarks.workload import Shape
 
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
@@ -104,6 +105,18 @@ def test_a_token_step_reads_weights_and_prompts_once(case):
         theirs, copied = decode.of_a_step(decode.transformers_rows(stock, given, n), stock, long, text.head_dim)
         assert theirs == weights
         assert copied == pytest.approx(2 * n * keys, rel=0.05)  # by attention and where the cache grows; with the row's own few tokens
+
+
+def test_a_compiled_token_step_has_fewer_operations(tmp_path):
+    pytest.importorskip("mlx_vlm")
+    if not shutil.which("g++"):
+        pytest.skip("MLX has a compiler build a CPU's kernels")
+    options = argparse.Namespace(layers=2, n=4, tokens=6, no_wall=True)
+    (one, compiled), _ = token_step.compared(tmp_path, options)
+    assert compiled["logprob_error"] < 2e-5
+    assert one["operations"] > 1.4 * compiled["operations"]
+    options.layers = 3
+    assert token_step.compared(tmp_path / "deeper", options)[0][0]["operations"] - one["operations"] > 50
 
 
 def test_growth_is_relative_to_what_is_predicted():

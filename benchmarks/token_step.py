@@ -1,0 +1,121 @@
+"""What does a token step on MLX cost the host before the device runs it, one by one and compiled?
+
+    python -m benchmarks.token_step [--layers 28 --n 8 --tokens 48] [--json] [--quick]
+
+A rollout of a model of many narrow layers, with the same draws on each side, whose tokens must be equal. `build ms` is what the host takes
+to build the graph of a step, the median of all, and `most ms` that of the one that took longest, which traces a new shape. `operations` is
+what the graph has beside views: each is a kernel on a GPU. None of these is the device's; `ms a token` is. A CPU is no measure of that:
+it is bound by the operations, and has kernels compiled for it in the run that is not timed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks import measuring, workload
+from opd.types import Completion, ModelOptions, Sampling
+
+SIDES = {"one by one": False, "compiled, one ahead": True}
+
+NARROW = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 128, "vision_hidden": 64, "vision_layers": 3, "vision_heads": 4,
+          "vision_mlp": 128, "positions": 256}  # fmt: skip
+
+VIEWS = {"AsStrided", "Broadcast", "CustomTransforms", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "StopGradient",
+         "Transpose", "Unflatten"}  # fmt: skip
+"""Operations that give another view of an array; a reshape may copy."""
+
+
+def operations(arrays: list[Any]) -> int:
+    """How many operations compute the arrays, views not counted."""
+    import mlx.core as mx
+
+    file = io.StringIO()
+    mx.export_to_dot(file, arrays)
+    names = re.findall(r'label ="(\w+)[^"]*",\s*shape=rectangle', file.getvalue())
+    return sum(name not in VIEWS for name in names)
+
+
+def watched(run: Callable[[], list[Completion]], count: bool) -> tuple[list[Completion], list[float], int]:
+    """What `run` gives, the seconds in which the steps of its rollout were built, and the operations of the last if they are counted."""
+    from opd_mlx.kernels.recorder import Recorder
+
+    real, built, found = Recorder.run, list[float](), 0
+
+    def step(self: Any, *arguments: Any) -> Any:
+        nonlocal found
+        begin = time.perf_counter()
+        drawn = real(self, *arguments)
+        built.append(time.perf_counter() - begin)
+        found = operations(drawn) if count else 0
+        return drawn
+
+    with mock.patch.object(Recorder, "run", step):
+        return run(), built, found
+
+
+def main() -> None:
+    parser = measuring.arguments(__doc__)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--n", type=int, default=8, help="completions")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of a completion")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        options.layers = 3 if options.quick else options.layers
+        rows, device = compared(Path(root), options)
+    ours, other = rows[1], rows[0]
+    ours["operation_ratio"] = other["operations"] / ours["operations"]
+    if not options.no_wall:
+        ours["build_ratio"] = other["build ms"] / ours["build ms"]
+        ours["wall_ratio"] = other["ms a token"] / ours["ms a token"]
+    shape = f"{options.layers} layers, n {options.n}, {options.tokens} tokens"
+    measuring.report(options, "token_step", rows, device=device, shape=shape, versions=measuring.versions("mlx", "mlx-vlm"))
+
+
+def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
+    """A row for each of SIDES, after their completions were found equal; and the device."""
+    import transformers
+
+    import opd_mlx
+    from opd_mlx import sampling
+    from opd_mlx.kernels import recorder
+
+    path = workload.folder(root / "model", 2048, layers=options.layers, **NARROW)
+    backend = opd_mlx.load(ModelOptions(path))
+    prompt = workload.prompt(transformers.AutoConfig.from_pretrained(path), 32)
+    draws = np.random.default_rng(0).random((1, options.n, options.tokens), dtype=np.float32)
+
+    def rollout(compiled: bool) -> list[Completion]:
+        with mock.patch.object(recorder, "FUSED", compiled), mock.patch.object(sampling, "AHEAD", int(compiled)):
+            return backend.sample([prompt], draws, Sampling(1.0))[0]
+
+    rows, first = [], None
+    for name, compiled in SIDES.items():
+        found, _, count = watched(lambda compiled=compiled: rollout(compiled), True)
+        first = found if first is None else first
+        error = max(float(np.abs(one.logprobs - other.logprobs).max()) for one, other in zip(found, first, strict=True))
+        assert all(np.array_equal(one.tokens, other.tokens) for one, other in zip(found, first, strict=True)), "the sides draw other tokens"
+        rows.append({"side": name, "logprob_error": error, "operations": count})
+    if options.no_wall:
+        return rows, backend.device
+    built: dict[str, list[float]] = {name: [] for name in SIDES}
+    runs = {name: (lambda name=name: built[name].extend(watched(lambda: rollout(SIDES[name]), False)[1])) for name in SIDES}
+    seconds = measuring.seconds(runs, 1 if options.quick else options.repeats, "mlx")
+    for row in rows:
+        its = built[row["side"]]
+        row |= {"build ms": 1e3 * statistics.median(its), "most ms": 1e3 * max(its)}
+        row["ms a token"] = 1e3 * seconds[row["side"]] / options.tokens
+    return rows, backend.device
+
+
+if __name__ == "__main__":
+    main()
