@@ -95,7 +95,7 @@ def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
     draws = np.random.default_rng(0).random((1, options.n, options.tokens), dtype=np.float32)
 
     def rollout(compiled: bool) -> list[Completion]:
-        with mock.patch.object(recorder, "FUSED", compiled), mock.patch.object(sampling, "AHEAD", int(compiled)):
+        with mock.patch.object(recorder, "COMPILES", compiled), mock.patch.object(sampling, "AHEAD", int(compiled)):
             return backend.sample([prompt], draws, Sampling(1.0))[0]
 
     rows, first = [], None

@@ -197,7 +197,7 @@ def test_what_a_gpu_compiles(case, ending, monkeypatch):
     # One share, so that a call is a step; and what ends leaves at another time one step ahead, where sums are of other lengths.
     monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
     monkeypatch.setattr(sampling, "AHEAD", 1)
-    monkeypatch.setattr(recorder, "FUSED", True)
+    monkeypatch.setattr(recorder, "COMPILES", True)
     monkeypatch.setattr(attention, "ROOM", 4)
     built, shapes = [], []
     real, run = sampling.complete, recorder.Recorder.run
@@ -236,14 +236,14 @@ def test_recorder(monkeypatch):
         state["total"] = state["total"] + state["nested"][0][0].sum()
         return [state["total"] * 2]
 
-    monkeypatch.setattr(recorder, "FUSED", True)
+    monkeypatch.setattr(recorder, "COMPILES", True)
     its = recorder.Recorder(state)
     found = [its.run(name, partial(step, name))[0].item() for name in ("a", "a", "a")]
     state["nested"][0][0] = mx.array([5.0])
     found += [its.run(name, partial(step, name))[0].item() for name in ("b", "b", "b", "a")]
     assert found == [6.0, 12.0, 18.0, 28.0, 38.0, 48.0, 58.0]
     assert built == ["a", "a", "b", "b", "a"]
-    monkeypatch.setattr(recorder, "FUSED", False)
+    monkeypatch.setattr(recorder, "COMPILES", False)
     its = recorder.Recorder(state)
     built.clear()
     for _ in range(3):

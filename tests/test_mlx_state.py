@@ -24,6 +24,7 @@ from opd.errors import FolderError, ModelError, RecipeError
 from opd.objective import Objective
 from opd.types import Group, ModelOptions, Update
 from opd_mlx import backend as backend_module
+from opd_mlx import optimizer
 from tests.mlx_cases import clone, distribution, make_case, relative_error
 from tests.random_models import qwen3_vl
 
@@ -65,7 +66,19 @@ def norm_of(tensors):
     return float(np.sqrt(sum((value.astype(np.float64) ** 2).sum() for value in tensors.values())))
 
 
-def test_adamw_is_the_formula(backend):
+@pytest.fixture(params=["one by one", "compiled"])
+def kernels(request, monkeypatch):
+    """As a CPU runs a step, and as a GPU does; on a CPU MLX asks for a compiler."""
+    if request.param == "compiled":
+        if not shutil.which("g++"):
+            pytest.skip("no compiler")
+        for name in ("_moved", "_nearer"):
+            monkeypatch.setattr(optimizer, name, mx.compile(getattr(optimizer, name), shapeless=True))
+    # Pieces of one and of several arrays.
+    monkeypatch.setattr(optimizer, "TOGETHER", 2**12)
+
+
+def test_adamw_is_the_formula(backend, kernels):
     """Kingma and Ba's bias-corrected moments, Loshchilov and Hutter's decoupled decay, clipping by global norm; in numpy float64."""
     theta = {name: value.astype(np.float64) for name, value in backend.tensors("student").items()}
     first, second = ({name: np.zeros_like(value) for name, value in theta.items()} for _ in range(2))
@@ -120,7 +133,7 @@ def test_a_step_that_is_not_finite_changes_nothing(backend, poison):
     assert backend.apply(update).taken
 
 
-def test_the_teacher_is_the_closed_form_average(backend):
+def test_the_teacher_is_the_closed_form_average(backend, kernels):
     """After k moves towards a student that stands still, (1 - rate)^k of the distance is left."""
     student, start = backend.tensors("student"), backend.tensors("teacher")
     for _ in range(5):
