@@ -19,7 +19,7 @@ from opd.plan.memory import CHECKPOINT_ABOVE, estimate, memory
 from opd.plan.shape import Tune
 from opd.plan.work import Work
 from opd.prompts import PromptEncoder
-from opd.types import Completion, Group, ModelOptions, Sampling
+from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from tests import random_models
 
 LINEAR = random_models.LINEAR
@@ -92,7 +92,7 @@ class Measured:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
+        return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max(initial=0))
 
     def rollout(self):
         return self.peak(lambda: self.backend.sample([self.group.student], self.uniforms, Sampling()))
@@ -106,6 +106,14 @@ class Measured:
         self.backend.accumulate([first], Objective(top_k=100))
         gradient = 4 * sum(self.tune.trained(self.shape).values())
         return gradient + self.peak(lambda: self.backend.accumulate([self.group], Objective(top_k=100)))
+
+    def apply(self):
+        """Above what is held: the second step, since the first makes the moments."""
+        for _ in range(2):
+            self.backend.accumulate([self.group], Objective(top_k=100))
+            found = self.peak(lambda: self.backend.apply(Update(1e-3, weight_decay=0.1, gradient_clip=1e-3)))
+        moved = self.peak(lambda: self.backend.move_teacher(0.5))
+        return 4 * sum(self.tune.trained(self.shape).values()) + found, moved
 
 
 def agree(measured, plan, phase, alone=0.1):
@@ -140,6 +148,13 @@ def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
     assert sum(measured.shape.parameters.values()) > 8e7
     agree(measured.rollout(), measured.plan(False), "rollout", alone=0.2)
     agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
+
+
+def test_memory_of_an_optimizer_step(backend_name, big):
+    measured = Measured(backend_name, big, "?", (32, 32), (32, 32), n=2, length=6)
+    applied, moved = measured.apply()
+    agree(applied, measured.plan(True), "apply", alone=0.08)
+    assert moved < 0.1 * applied
 
 
 @pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
@@ -181,7 +196,7 @@ def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_n
     backend = measured.backend
     backend.sample([measured.group.student, measured.short], np.full((2, 1, 2), 0.5, np.float32), Sampling())
     kept = weakref.ref(backend._kept.runs[0] if backend_name == "mlx" else backend._kept[1][0][0])
-    teacher = "_teacher_memories" if backend_name == "mlx" else "_hidden"
+    teacher = "_taught" if backend_name == "mlx" else "_hidden"
     run, seen = getattr(backend, teacher), []
     monkeypatch.setattr(backend, teacher, lambda *rest: seen.append(kept()) or run(*rest))
     backend.accumulate([measured.group], Objective(top_k=100))

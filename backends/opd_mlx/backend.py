@@ -30,7 +30,7 @@ from opd.types import (
 )
 from opd_mlx import sampling as rollout
 from opd_mlx.batch import Batch, Prefixes, Targets, lay_out, lay_out_targets
-from opd_mlx.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, hidden_states, look, prefill
+from opd_mlx.forward import CHECKPOINT_ABOVE, activation_bytes, complete, hidden_states, look, prefill
 from opd_mlx.kernels.gradient import Run, add, add_words, memory_name, words_name, words_of
 from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Parameters, load_model, read_tensors, write_model, write_tensors
@@ -50,6 +50,11 @@ class Part:
     groups: list[list[Group]]
     student: list[Batch]
     teacher: list[Batch]
+
+    @property
+    def filled(self) -> list[int]:
+        """The shares of which some completion has tokens."""
+        return [number for number, share in enumerate(self.groups) if any(group.tokens for group in share)]
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ class MlxBackend:
         used = [index for index, group in enumerate(groups) if group.tokens]
         if not used:
             return _nothing(groups)
+        # What there is of a gradient is added to: two would not fit where one does.
+        sums, self._gradient = self._gradient, {}
         kept, self._kept = self._kept, None
         shares = kept.shares(groups, used) if kept else []
         prompts = kept.runs if kept and shares else []
@@ -129,31 +136,31 @@ class MlxBackend:
         given = [[groups[index] for index in share] for share in shares]
         parts = [self._part(part) for part in _parts(given, split)]
         again = sum(activation_bytes(self._model, batch) for batch in parts[0].student) > CHECKPOINT_ABOVE
-        teacher = self._teacher_memories(parts[0])
+        teacher = self._taught(parts)
         if not prompts:
             look(self._model, [prompt for batch in parts[0].student for prompt in batch.prefixes.sources])
-            prompts = LANES.each(parts[0].student, lambda batch: self._prompts(batch.prefixes, again))
+            student = self._cast()
+            prompts = LANES.each(parts[0].student, lambda batch: self._prompts(student, batch.prefixes, again))
+            del student
             mx.eval([one.outputs for one in prompts])
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
-        asked: Parameters = {}
         words = [words_of(share) for share in given]
-        for part in parts:
-            rows, some = self._completions(part, teacher, prompts, words, objective, again)
-            for index, its in zip(chain(*shares), rows, strict=True):
-                statistics[index] += its
-            add(asked, some)
-        embedding, looked, last = self._model.embedding_name, [], [asked]
+        for part, its in zip(parts, teacher, strict=True):
+            rows, some = self._completions(part, its, prompts, words, objective, again)
+            for index, row in zip(chain(*shares), rows, strict=True):
+                statistics[index] += row
+            add(sums, some)
+        embedding, looked, last = self._model.embedding_name, [], list[Parameters]()
         for number, one in enumerate(prompts):
-            slopes = one.start([asked.pop(memory_name(number, place)) for place in range(len(one.outputs))])
+            slopes = one.start([sums.pop(memory_name(number, place)) for place in range(len(one.outputs))])
             if one.words is not None:
-                looked += [(one.words, slopes.pop(embedding)), (mx.array(words[number]), asked.pop(words_name(number)))]
+                looked += [(one.words, slopes.pop(embedding)), (mx.array(words[number]), sums.pop(words_name(number)))]
             last.append(slopes)
             del slopes
-        gradient = dict(self._gradient)
-        add(gradient, last)
+        add(sums, last)
         if looked:
-            add_words(gradient, embedding, self._student[embedding].shape, looked)
-        self._gradient = gradient
+            add_words(sums, embedding, self._student[embedding].shape, looked)
+        self._gradient = sums
         return [its or row for its, row in zip(statistics, _nothing(groups), strict=True)]
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
@@ -261,13 +268,19 @@ class MlxBackend:
         names = [name for name in self._student if name not in (self._model.head_name, self._model.embedding_name)]
         return [name for name in names if not name.startswith(vision)] if completions else names
 
-    def _teacher_memories(self, part: Part) -> list[Memory]:
-        """What the teacher's prompts of each share keep for their completions."""
+    def _taught(self, parts: Sequence[Part]) -> list[list[mx.array]]:
+        """The teacher's hidden states [M, D] of each part's shares; before the student runs, so that one policy's casts and keys are freed
+        before the other's."""
+        prompts, found = parts[0].teacher, []
         with self._model.bound(self._teacher):
-            look(self._model, [prompt for batch in part.teacher for prompt in batch.prefixes.sources])
-            memories = LANES.each(part.teacher, lambda batch: prefill(self._model, batch.prefixes))
+            look(self._model, [prompt for batch in prompts for prompt in batch.prefixes.sources])
+            memories = LANES.each(prompts, lambda batch: prefill(self._model, batch.prefixes))
             mx.eval(memories)
-        return memories
+            for part in parts:
+                batches = [(part.teacher[number], memories[number]) for number in part.filled]
+                found.append(LANES.each(batches, lambda one: complete(self._model, *one)))
+                mx.eval(found[-1])
+        return found
 
     def _keep(self, prompts: Sequence[Prompt]) -> Kept | None:
         """The prompts as a rollout runs them, for their backward; None where that is not small, or holds casts of all weights."""
@@ -279,33 +292,37 @@ class MlxBackend:
             return None
         with self._model.bound(self._student):
             look(self._model, prompts)
-        runs = LANES.each(batches, lambda batch: self._prompts(batch.prefixes, False))
+        runs = LANES.each(batches, lambda batch: self._prompts(self._student, batch.prefixes, False))
         mx.eval([one.outputs for one in runs])
         memories = [list(zip(one.outputs[::2], one.outputs[1::2], strict=True)) for one in runs]
         found = [rollout.Prompted(share, one.prefixes, memory) for share, one, memory in zip(shares, batches, memories, strict=True)]
         return Kept(found, runs)
 
-    def _prompts(self, prefixes: Prefixes, again: bool) -> Run:
+    def _cast(self) -> Parameters:
+        """The student's parameters with those of its layers in the type of computation, once for prompts and completions."""
+        return {**self._student, **{name: self._student[name].astype(self._model.dtype) for name in self._traced()}}
+
+    def _prompts(self, student: Parameters, prefixes: Prefixes, again: bool) -> Run:
         """The student's prompts: what they keep, layer by layer."""
 
         def run(tokens: mx.array) -> list[mx.array]:
             return list(chain(*prefill(self._model, replace(prefixes, tokens=tokens), again)))
 
-        return Run(self._model, self._student, self._traced(), prefixes.tokens, run)
+        return Run(self._model, student, self._traced(), prefixes.tokens, run)
 
-    def _rows(self, batch: Batch, memory: Parameters, words: NDArray[np.int32], again: bool) -> Run:
+    def _rows(self, student: Parameters, batch: Batch, memory: Parameters, words: NDArray[np.int32], again: bool) -> Run:
         """The student's completions over what the prompts keep: hidden states [M, D]. `words`: see `words_of`."""
 
         def run(tokens: mx.array, *kept: mx.array) -> list[mx.array]:
             layers = list(zip(kept[::2], kept[1::2], strict=True))
             return [complete(self._model, replace(batch, tokens=tokens), layers, again).astype(mx.float32)]
 
-        return Run(self._model, self._student, self._traced(completions=True), batch.tokens, run, memory, words)
+        return Run(self._model, student, self._traced(completions=True), batch.tokens, run, memory, words)
 
     def _completions(
         self,
         part: Part,
-        teacher: list[Memory],
+        teacher: list[mx.array],
         prompts: list[Run],
         words: list[NDArray[np.int32]],
         objective: Objective,
@@ -313,22 +330,19 @@ class MlxBackend:
     ) -> tuple[list[list[TokenStatistics]], list[Parameters]]:
         """Statistics of a part by group, and slopes, not evaluated yet: to parameters, to what the prompts keep and to rows of `words`."""
         groups = list(chain(*part.groups))
-        shares = [number for number, share in enumerate(part.groups) if any(group.tokens for group in share)]
+        shares = part.filled
         if not shares:
             return _nothing(groups), []
-        with self._model.bound(self._teacher):
-            wanted = LANES.each(shares, lambda number: complete(self._model, part.teacher[number], teacher[number]))
-            mx.eval(wanted)
 
         def rows_of(number: int) -> Run:
             memory = {memory_name(number, place): value for place, value in enumerate(prompts[number].outputs)}
-            return self._rows(part.student[number], memory, words[number], again)
+            return self._rows(prompts[number].parameters, part.student[number], memory, words[number], again)
 
         rows = LANES.each(shares, rows_of)
         hidden = [one.outputs[0] for one in rows]
         mx.eval(hidden)
         targets = lay_out_targets(groups)
-        result = self._divergence(mx.concatenate(hidden), mx.concatenate(wanted), targets, objective, gradient=True, top=0)
+        result = self._divergence(mx.concatenate(hidden), mx.concatenate(teacher), targets, objective, gradient=True, top=0)
         assert result.hidden_gradient is not None
         gradients = mx.split(result.hidden_gradient, np.cumsum([len(one) for one in hidden])[:-1].tolist())
         slopes: list[Parameters] = []

@@ -119,17 +119,17 @@ class TorchBackend:
         if not filled:
             return _in_place(groups, [])
         parts = _parts(filled, split)
+        # What there is of a gradient is added to in place: two would not fit where one does.
+        gradient, self._gradient = self._gradient, {}
         # Before the teacher runs, so that what serves none of these prompts is freed.
         memory = self._recalled([group.student for group in filled])
         teacher = self._hidden("teacher", filled, parts)
         try:
-            statistics = self._differentiate(filled, parts, teacher, memory, objective)
             for name, parameter in self._parameters.items():
-                if parameter.grad is not None:
-                    if name in self._gradient:
-                        self._gradient[name] += parameter.grad
-                    else:
-                        self._gradient[name] = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+                parameter.grad = gradient.pop(name, None)
+            statistics = self._differentiate(filled, parts, teacher, memory, objective)
+            found = ((name, parameter.grad) for name, parameter in self._parameters.items() if parameter.grad is not None)
+            self._gradient = {name: value.to_dense() if value.is_sparse else value for name, value in found}
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None
@@ -269,6 +269,7 @@ class TorchBackend:
                     # Before the backward, which adds the rows that a tied embedding looked up.
                     head = self._parameters[self._head]
                     head.grad = result.head_gradient if head.grad is None else head.grad.add_(result.head_gradient)
+                    result.head_gradient = None  # a table of the vocabulary
                 student.backward(result.hidden_gradient.to(student.dtype))
                 for rows, its in zip(statistics, _statistics(result, targets), strict=True):
                     rows += its
@@ -288,8 +289,9 @@ class TorchBackend:
     def _spare(self) -> int:
         """Bytes of the GPU that nothing will need before the gradient is there; a tenth is left for what no formula knows."""
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        gradient = sum(parameter.nbytes for parameter in self._parameters.values())
-        casts = gradient // 4 * self._dtype.itemsize if self._dtype == torch.bfloat16 else 0
+        parameters = self._parameters.values()
+        gradient = sum(parameter.nbytes for parameter in parameters if parameter.grad is None)
+        casts = sum(parameter.numel() for parameter in parameters) * self._dtype.itemsize if self._dtype == torch.bfloat16 else 0
         return int(0.9 * (torch.cuda.mem_get_info(self._device)[0] + unused - gradient - casts))
 
     def _keeps(self, prompts: Sequence[Prompt]) -> bool:

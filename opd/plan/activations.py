@@ -141,13 +141,13 @@ def _beside(tune: Tune, layer: Layer, length: int, before: int, count: int, sett
     """What MLX's backward needs of a layer beside the gradients of what is held, of `count` rows of `length` tokens behind `before`
     others.
 
-    Twice the attention weights of a block; or of what a delta net computes three fifths, as counted, since it is freed on the way, and of
-    a segment that is computed again all else too.
+    Twice the attention weights of a block; or of what a delta net computes three fifths, as counted, since it is freed on the way, but of
+    a segment that is computed again all once more.
     """
     if isinstance(layer, Attention):
         return passing_scores(2 * count * _scores(layer, length, before, setting), setting)
     segment = delta_bytes(tune, layer, min(length, SEGMENT), setting)
-    return count * (8 * segment // 5 if length > SEGMENT else -2 * segment // 5)
+    return count * (segment if length > SEGMENT else -2 * segment // 5)
 
 
 def _prompt(shape: Shape, tune: Tune, layer: Layer, view: View, prompts: int, setting: Setting) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from opd.plan.activations import (
     CHUNK,
@@ -70,8 +71,6 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
     logits = _sampled(shape, tune, work, setting)
     head = _head(shape, tune, work, setting, top_k)
     gradient = FLOAT * trained
-    # What earlier micro-batches summed stays whole until a micro-batch's own gradient is.
-    sums = 0 if work.calls == 1 else gradient
     before = sum(held.values())
     remembered = _remembered(shape, tune, work, setting)
     read, own = work.sampled * _kept(shape, work.student.before, setting), _cache(shape, work, setting)
@@ -80,7 +79,7 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
     return Memory(
         held=held,
         parts={
-            "gradient": gradient + sums,
+            "gradient": gradient,
             "weights in bfloat16": casts,
             "activations": student.total,
             "one layer again" if again else "one layer's backward": max(student.passing),
@@ -90,47 +89,48 @@ def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 
         },
         phases={
             "rollout": before + casts + max(_passing(shape, work.student, setting, work.sampled, kept), kept + own + logits),
-            "accumulate": before + sums + _accumulate(shape, tune, work, setting, head, again, sums),
-            # torch's optimizer works in place, MLX's makes every array anew.
-            "apply": before + gradient + gradient * setting.mlx,
+            "accumulate": before + _accumulate(shape, tune, work, setting, head, again),
+            # torch's optimizer works in place, MLX's makes arrays anew, some at a time.
+            "apply": before + gradient + min(gradient, 3 * max(TOGETHER, _largest(shape, tune))) * setting.mlx,
         },
         checkpointed=again,
         disk=4 * FLOAT * trained,
     )
 
 
-def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tuple[int, int], again: bool, sums: int) -> int:
-    """The largest sum of bytes while a micro-batch is differentiated, beside the `sums` of earlier ones; `head` is `_head`'s."""
+def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tuple[int, int], again: bool) -> int:
+    """The largest sum of bytes while a micro-batch is differentiated, the last of a step; `head` is `_head`'s."""
     student, casts, (buffers, found) = activations(shape, tune, work, setting, again), _casts(shape, tune, setting), head
-    gradient, layers = FLOAT * sum(tune.trained(shape).values()), FLOAT * _layers(shape, tune)
-    table = FLOAT * shape.embedding * tune.full
-    slopes = _slopes(shape, tune, again) if setting.mlx else 0
+    gradient, layers = FLOAT * sum(tune.trained(shape).values()), FLOAT * _layers(shape, tune) + FLOAT * shape.embedding * tune.full
+    # What earlier micro-batches summed is there from the start, and this one adds to it.
+    summed = gradient * (work.calls > 1)
+    slopes = _slopes(shape, tune) if setting.mlx else 0
     remembered = _remembered(shape, tune, work, setting)
     if served := bool(remembered) and work.sampled == work.together == work.prompts:
         # The rollout's pass over just these prompts serves them, even where the layers of completions run again.
         whole = activations(shape, tune, work, setting, again=False)
         student = replace(student, vision=whole.vision, prompts=whole.prompts, passing=(*whole.passing[:2], student.passing[2]))
-    # Keys and values of the prompts, and what completions ask of them. MLX sums that in float32, into a buffer that is there from the
-    # start, and keeps what the teacher's prompts left as long.
+    # Keys and values of the prompts, and what completions ask of them. MLX sums that in float32, in a buffer that is there from the start.
     kept, asked = (work.together * _kept(shape, work.student.before, one) for one in (setting, _summed(setting)))
     taught = work.together * _kept(shape, work.teacher.before, setting)
-    beside = asked + taught if setting.mlx else 0
-    prompts = beside + student.vision + student.prompts + (0 if again and not setting.mlx else casts)
+    prompts = asked * setting.mlx + student.vision + student.prompts + (0 if again and not setting.mlx else casts)
     # Of completions a few at a time: what earlier ones summed, and asked.
-    earlier = layers + table + asked if work.split else 0
-    # As the completions' backward ends, one layer of theirs is left, and all layers have gradients.
-    one = student.passing[2] + (0 if again else student.completions // len(shape.layers)) + slopes * bool(work.split)
-    rest = taught if setting.mlx else kept + asked
+    earlier = max(summed, layers) + asked if work.split else summed
+    # As the completions' backward ends, one layer of theirs is left, and the head and all layers have gradients.
+    added = slopes * bool(work.split or summed)
+    one = student.passing[2] + (0 if again else student.completions // len(shape.layers)) + added
+    text = max(summed, layers)
+    rest = 0 if setting.mlx else kept + asked
     return max(
         # The teacher's prompts.
-        served * remembered + casts + _passing(shape, work.teacher, setting, work.together, taught),
+        summed + served * remembered + casts + _passing(shape, work.teacher, setting, work.together, taught),
         # The head stage, and where the completions' backward begins.
-        prompts + earlier + student.completions + found + max(buffers, student.passing[2]),
-        prompts + layers + asked + table + one,
-        # Where the prompts' backward begins, and where the tower's does. Last are rows of an embedding apart, to which torch adds them.
-        prompts + layers + table + student.passing[1] + (slopes if setting.mlx else asked),
-        rest + student.vision + layers + table + max(student.passing[0], slopes),
-        rest + gradient - (0 if setting.mlx or shape.tied or not sums else table),
+        prompts + earlier + student.completions + found + max(buffers, student.passing[2] + added),
+        prompts + text + asked + one,
+        # Where the prompts' backward begins, and where the tower's does.
+        prompts + text + student.passing[1] + (slopes if setting.mlx else asked),
+        rest + student.vision + text + max(student.passing[0], slopes),
+        rest + gradient,
     )
 
 
@@ -195,15 +195,21 @@ def _layers(shape: Shape, tune: Tune) -> int:
     return shape.weights if tune.full else sum(tune.trained(shape).values())
 
 
-def _slopes(shape: Shape, tune: Tune, again: bool) -> int:
-    """Gradients that MLX adds at a time (`add`), beside their sums: a layer's, or of a layer that is not computed again some."""
+def _slopes(shape: Shape, tune: Tune) -> int:
+    """Gradients that MLX adds at a time (`add`), beside their sums: some of a layer's."""
 
     def pieces(layer: Layer) -> int:
         linears = shape.linears(layer).values() if tune.full else tune.adapted(shape, layer)
         each = [FLOAT * (i * o if tune.full else tune.rank * (i + o)) for i, o in linears]
-        return sum(each) if again else min(sum(each), TOGETHER + max(each, default=0))
+        return min(sum(each), TOGETHER + max(each, default=0))
 
     return max(map(pieces, shape.kinds))
+
+
+def _largest(shape: Shape, tune: Tune) -> int:
+    """The largest trained parameter."""
+    linears = chain.from_iterable(shape.linears(layer).values() for layer in shape.kinds)
+    return FLOAT * max(shape.embedding * tune.full, *(i * o if tune.full else tune.rank * max(i, o) for i, o in linears))
 
 
 def _summed(setting: Setting) -> Setting:

@@ -17,7 +17,7 @@ from opd_mlx.kernels.backward import Backward
 from opd_mlx.model import Model, Parameters
 
 TOGETHER = 2**24
-"""Bytes of gradient, of one layer, that are computed at a time."""
+"""Bytes of parameters whose gradient, or step, is computed at a time; of a gradient, those of one layer at most."""
 
 
 class Run:
@@ -29,25 +29,26 @@ class Run:
     def __init__(
         self,
         model: Model,
-        student: Parameters,
+        parameters: Parameters,
         names: Sequence[str],
         tokens: mx.array,
         run: Callable[..., Sequence[mx.array]],
         given: Mapping[str, mx.array] | None = None,
         words: NDArray[np.int32] | None = None,
     ) -> None:
-        """`run` takes the `tokens` [N], and the arrays `given`; `names` are the parameters that it reads beside the embedding. `words` [U]
-        are all tokens, in order, where other rows have more than these.
+        """`run` takes the `tokens` [N], and the arrays `given`; `names` are the `parameters` that it reads beside the embedding. `words`
+        [U] are all tokens, in order, where other rows have more than these.
         """
+        self.parameters = parameters
         names, given = list(names), given or {}
-        primals = [student[name] for name in names]
+        primals = [parameters[name] for name in names]
         self.words: mx.array | None = None
-        if model.embedding_name in student:
+        if model.embedding_name in parameters:
             looked = np.array(tokens)
             words = np.unique(looked) if words is None else words
             names.append(model.embedding_name)
             self.words, tokens = mx.array(words), mx.array(np.searchsorted(words, looked).astype(np.int32))
-            primals.append(student[model.embedding_name][self.words])
+            primals.append(parameters[model.embedding_name][self.words])
 
         def bound(*values: mx.array) -> Sequence[mx.array]:
             with model.bound(dict(zip(names, values, strict=False))):
@@ -65,6 +66,7 @@ class Run:
         """Slopes by name from the float32 gradients to the outputs; the embedding's are those of `words`. They are not evaluated yet, and
         nothing is kept of them here.
         """
+        self.parameters = {}
         return dict(zip(self._names, self._backward.start(gradients), strict=True))
 
 
