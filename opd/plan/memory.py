@@ -104,7 +104,7 @@ def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tu
     gradient, layers = FLOAT * sum(tune.trained(shape).values()), FLOAT * _layers(shape, tune) + FLOAT * shape.embedding * tune.full
     # What earlier micro-batches summed is there from the start, and this one adds to it.
     summed = gradient * (work.calls > 1)
-    slopes = _slopes(shape, tune) if setting.mlx else 0
+    slopes = _slopes(shape, tune, setting)
     remembered = _remembered(shape, tune, work, setting)
     if served := bool(remembered) and work.sampled == work.together == work.prompts:
         # The rollout's pass over just these prompts serves them, even where the layers of completions run again.
@@ -116,19 +116,22 @@ def _accumulate(shape: Shape, tune: Tune, work: Work, setting: Setting, head: tu
     prompts = asked * setting.mlx + student.vision + student.prompts + (0 if again and not setting.mlx else casts)
     # Of completions a few at a time: what earlier ones summed, and asked.
     earlier = max(summed, layers) + asked if work.split else summed
-    # As the completions' backward ends, one layer of theirs is left, and the head and all layers have gradients.
-    added = slopes * bool(work.split or summed)
-    one = student.passing[2] + (0 if again else student.completions // len(shape.layers)) + added
+    # What one layer's backward needs, and a gradient that is added: on torch, where a weight's is made, few of the layer's own are left.
+    prompt, completion = (
+        passing + added if setting.mlx else max(passing, added)
+        for passing, added in zip(student.passing[1:], (slopes, slopes * bool(work.split or summed)), strict=True)
+    )
     text = max(summed, layers)
     rest = 0 if setting.mlx else kept + asked
     return max(
         # The teacher's prompts.
         summed + served * remembered + casts + _passing(shape, work.teacher, setting, work.together, taught),
         # The head stage, and where the completions' backward begins.
-        prompts + earlier + student.completions + found + max(buffers, student.passing[2] + added),
-        prompts + text + asked + one,
+        prompts + earlier + student.completions + found + max(buffers, completion),
+        # Where it ends: one layer of theirs is left, and the head and all layers have gradients.
+        prompts + text + asked + completion + (0 if again else student.completions // len(shape.layers)),
         # Where the prompts' backward begins, and where the tower's does.
-        prompts + text + student.passing[1] + (slopes if setting.mlx else asked),
+        prompts + text + prompt + (0 if setting.mlx else asked),
         rest + student.vision + text + max(student.passing[0], slopes),
         rest + gradient,
     )
@@ -195,13 +198,13 @@ def _layers(shape: Shape, tune: Tune) -> int:
     return shape.weights if tune.full else sum(tune.trained(shape).values())
 
 
-def _slopes(shape: Shape, tune: Tune) -> int:
-    """Gradients that MLX adds at a time (`add`), beside their sums: some of a layer's."""
+def _slopes(shape: Shape, tune: Tune, setting: Setting) -> int:
+    """Gradients that are added to their sums at a time: torch, one; MLX, some of a layer's (`add`)."""
 
     def pieces(layer: Layer) -> int:
         linears = shape.linears(layer).values() if tune.full else tune.adapted(shape, layer)
         each = [FLOAT * (i * o if tune.full else tune.rank * (i + o)) for i, o in linears]
-        return min(sum(each), TOGETHER + max(each, default=0))
+        return min(sum(each), TOGETHER * setting.mlx + max(each, default=0))
 
     return max(map(pieces, shape.kinds))
 
