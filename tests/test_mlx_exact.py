@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
@@ -67,7 +68,9 @@ def test_prompts_of_one_length(case, loaded):
     assert relative_error(backend.tensors("gradient"), gradients) < 1e-4
 
 
-def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypatch):
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypatch, share):
+    """All, or as many of the first as do not fit in a GPU's memory."""
     from opd_mlx import forward
     from opd_mlx.families import qwen3_vl
 
@@ -77,9 +80,32 @@ def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypat
         monkeypatch.setattr(module, "checkpoint", lambda *arguments, real=real, name=module: calls.append(name) or real(*arguments))
     monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
     backend = clone(loaded)
+    if share < 1:
+        monkeypatch.setattr(backend, "_again", lambda *given: share)
     backend.accumulate(case.groups, JSD)
-    assert {forward, qwen3_vl} == set(calls)
+    times, config = Counter(calls), backend._model.config
+    # Of prompts and of completions, on each stream; and images of each size.
+    layers, blocks = math.ceil(share * config["text_config"]["num_hidden_layers"]), math.ceil(share * config["vision_config"]["depth"])
+    assert times[forward] % (2 * layers) == 0 < times[forward]
+    assert times[qwen3_vl] % blocks == 0 < times[qwen3_vl]
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
+
+
+def test_a_gpu_keeps_what_fits(loaded, monkeypatch):
+    """Above the bound: all but the share whose activations fit; a CPU computes all layers again."""
+    backend = clone(loaded)
+    monkeypatch.setattr(backend, "_spare", lambda sums: 6 * 2**30)
+    assert [backend._again(wanted * 2**30, {}) for wanted in (1, 2, 3)] == [0, 0, 1]
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert [backend._again(wanted * 2**30, {}) for wanted in (2, 6, 8)] == [0, 0, 0.25]
+    monkeypatch.undo()
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**12})
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 10**11)
+    trained = sum(value.nbytes for value in backend._student.values())
+    assert backend._spare({}) == int(2 / 3 * (9 * 10**11 - trained))
+    assert backend._spare(backend._student) == 6 * 10**11
+    monkeypatch.setattr(mx, "device_info", dict)
+    assert backend._spare({}) < 0
 
 
 def test_images_on_several_streams(case, loaded, expected, monkeypatch):

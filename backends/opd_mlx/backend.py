@@ -135,7 +135,7 @@ class MlxBackend:
         shares = shares or [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
         given = [[groups[index] for index in share] for share in shares]
         parts = [self._part(part) for part in _parts(given, split)]
-        again = sum(activation_bytes(self._model, batch) for batch in parts[0].student) > CHECKPOINT_ABOVE
+        again = self._again(sum(activation_bytes(self._model, batch) for batch in parts[0].student), sums)
         teacher = self._taught(parts)
         if not prompts:
             look(self._model, [prompt for batch in parts[0].student for prompt in batch.prefixes.sources])
@@ -292,17 +292,31 @@ class MlxBackend:
             return None
         with self._model.bound(self._student):
             look(self._model, prompts)
-        runs = LANES.each(batches, lambda batch: self._prompts(self._student, batch.prefixes, False))
+        runs = LANES.each(batches, lambda batch: self._prompts(self._student, batch.prefixes, 0))
         mx.eval([one.outputs for one in runs])
         memories = [list(zip(one.outputs[::2], one.outputs[1::2], strict=True)) for one in runs]
         found = [rollout.Prompted(share, one.prefixes, memory) for share, one, memory in zip(shares, batches, memories, strict=True)]
         return Kept(found, runs)
 
+    def _again(self, wanted: int, sums: Parameters) -> float:
+        """The share of layers to compute again in a backward that would hold `wanted` bytes of activations; `sums`: what there is of the
+        gradient."""
+        if wanted <= CHECKPOINT_ABOVE:
+            return 0.0
+        return max(0.0, 1 - max(0, self._spare(sums)) / wanted) if mx.default_device() == mx.gpu else 1.0
+
+    def _spare(self, sums: Parameters) -> int:
+        """Bytes of the GPU that nothing will need before the gradient is there; a third is left for what no formula knows."""
+        free = int(mx.device_info().get("max_recommended_working_set_size", 0)) - mx.get_active_memory()
+        gradient = sum(value.nbytes for name, value in self._student.items() if name not in sums)
+        casts = sum(value.size for value in self._student.values()) * self._model.dtype.size if self._model.dtype != mx.float32 else 0
+        return int(2 / 3 * (free - gradient - casts))
+
     def _cast(self) -> Parameters:
         """The student's parameters with those of its layers in the type of computation, once for prompts and completions."""
         return {**self._student, **{name: self._student[name].astype(self._model.dtype) for name in self._traced()}}
 
-    def _prompts(self, student: Parameters, prefixes: Prefixes, again: bool) -> Run:
+    def _prompts(self, student: Parameters, prefixes: Prefixes, again: float) -> Run:
         """The student's prompts: what they keep, layer by layer."""
 
         def run(tokens: mx.array) -> list[mx.array]:
@@ -310,7 +324,7 @@ class MlxBackend:
 
         return Run(self._model, student, self._traced(), prefixes.tokens, run)
 
-    def _rows(self, student: Parameters, batch: Batch, memory: Parameters, words: NDArray[np.int32], again: bool) -> Run:
+    def _rows(self, student: Parameters, batch: Batch, memory: Parameters, words: NDArray[np.int32], again: float) -> Run:
         """The student's completions over what the prompts keep: hidden states [M, D]. `words`: see `words_of`."""
 
         def run(tokens: mx.array, *kept: mx.array) -> list[mx.array]:
@@ -326,7 +340,7 @@ class MlxBackend:
         prompts: list[Run],
         words: list[NDArray[np.int32]],
         objective: Objective,
-        again: bool,
+        again: float,
     ) -> tuple[list[list[TokenStatistics]], list[Parameters]]:
         """Statistics of a part by group, and slopes, not evaluated yet: to parameters, to what the prompts keep and to rows of `words`."""
         groups = list(chain(*part.groups))

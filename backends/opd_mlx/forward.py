@@ -22,11 +22,15 @@ Memory: TypeAlias = list[KeysValues]
 """What every layer keeps of prompts for their completions."""
 
 CHECKPOINT_ABOVE = 2 * 1024**3
-"""Bytes of activations that a backward may hold; where a call is estimated above it, each layer is computed again instead."""
+"""Bytes of activations that a backward may hold; where a call is estimated above it, layers are computed again instead: all, and on a GPU
+those whose activations do not fit in the memory that is free."""
 
 
-def hidden_states(model: Model, batch: Batch, again: bool = False) -> mx.array:
-    """Final hidden states [M, D] of exactly the rows that predict completion tokens; `again` computes layers again in the backward."""
+def hidden_states(model: Model, batch: Batch, again: float = 0) -> mx.array:
+    """Final hidden states [M, D] of exactly the rows that predict completion tokens.
+
+    `again` is the share of layers, the first, that are computed again in the backward instead of keeping their activations.
+    """
     return complete(model, batch, prefill(model, batch.prefixes, again), again)
 
 
@@ -36,7 +40,7 @@ def look(model: Model, prompts: Sequence[Prompt]) -> None:
         model.known.features(prompts)
 
 
-def prefill(model: Model, prefixes: Prefixes, again: bool = False) -> Memory:
+def prefill(model: Model, prefixes: Prefixes, again: float = 0) -> Memory:
     """What completions need of all prompts' prefixes, for every layer: keys and values."""
     family, module = model.family, model.module
     hidden = family.embed(module, prefixes.tokens)
@@ -52,16 +56,14 @@ def prefill(model: Model, prefixes: Prefixes, again: bool = False) -> Memory:
         def run(hidden: mx.array, angles: KeysValues, layer: Layer = layer, last: bool = last) -> tuple[mx.array, KeysValues]:
             return layer.prefix(hidden, angles, prefixes, masks[layer.rule], last)
 
-        hidden, keys_values = (checkpoint(layer.module, run) if again else run)(hidden, rotary[layer.rotary])
+        hidden, keys_values = (checkpoint(layer.module, run) if number < again * len(model.layers) else run)(hidden, rotary[layer.rotary])
         found.append(keys_values)
         if number + 1 < len(features):
             hidden = hidden.at[prefixes.visual_rows].add(features[number + 1].astype(hidden.dtype))
     return found
 
 
-def complete(
-    model: Model, batch: Batch, memory: Memory, again: bool = False, own: Sequence[Own] = (), step: Step | None = None
-) -> mx.array:
+def complete(model: Model, batch: Batch, memory: Memory, again: float = 0, own: Sequence[Own] = (), step: Step | None = None) -> mx.array:
     """Final hidden states [M, D] of the batch's `rows`, over the `memory` that `prefill` gave of its prompts.
 
     In a token `step` of decoding, rows are one token of each completion, after those of which the layers keep their `own`.
@@ -76,7 +78,8 @@ def complete(
         def run(hidden: mx.array, angles: KeysValues, prefix: KeysValues, number: int = number, layer: Layer = layer) -> mx.array:
             return layer.completion(hidden, angles, batch.shape, prefix, masks[layer.rule], own[number] if step else None, step)
 
-        hidden = (checkpoint(layer.module, run) if again else run)(hidden, rotary[layer.rotary], memory[number])
+        its = number < again * len(model.layers)
+        hidden = (checkpoint(layer.module, run) if its else run)(hidden, rotary[layer.rotary], memory[number])
     out: mx.array = family.text(module).norm(hidden if batch.rows is None else hidden[batch.rows])
     return out
 

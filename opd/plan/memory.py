@@ -61,7 +61,7 @@ class Memory:
 def memory(shape: Shape, tune: Tune, work: Work, setting: Setting, top_k: int = 100, checkpointed: bool | None = None) -> Memory:
     """Memory of a step; `checkpointed` None leaves the choice to the backends' own rule.
 
-    On a GPU torch keeps the activations that fit in what is free then, so the peak is the least it needs, and its time the most.
+    On a GPU the backends keep the activations that fit in what is free then, so the peak is the least they need, and the time the most.
     """
     again = estimate(shape, work, setting) > CHECKPOINT_ABOVE if checkpointed is None else checkpointed
     trained = sum(tune.trained(shape).values())

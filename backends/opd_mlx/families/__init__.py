@@ -65,10 +65,11 @@ class Family(Protocol):
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
         """Cosines and sines [rows, 1, E] at `positions` [axes, rows], one pair for each `Layer.rotary` there is."""
 
-    def features(self, module: Any, prompts: Sequence[Prompt], again: bool = False) -> list[mx.array]:
+    def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
         """Features [S, D] of all visual tokens in the order of `prompts`: for the embeddings, then for what follows the first layers.
 
-        Prompts of equal key are computed once; without any image there are none. `again` computes blocks again in a backward.
+        Prompts of equal key are computed once; without any image there are none. `again` is the share of the tower's layers, the first,
+        that are computed again in the backward.
         """
 
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:

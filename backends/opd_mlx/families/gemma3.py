@@ -85,7 +85,7 @@ class Gemma3:
         """One kind for each of KINDS."""
         return tuple(angles_at(positions[0], base, width, dtype, factor) for base, factor, width in module._bases)
 
-    def features(self, module: Any, prompts: Sequence[Prompt], again: bool = False) -> list[mx.array]:
+    def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
         """See `opd_mlx.families.Family`."""
         tower = module.vision_tower.vision_model
         places = np.arange(len(tower.embeddings.position_embedding.weight), dtype=np.int32)

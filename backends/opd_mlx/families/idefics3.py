@@ -68,7 +68,7 @@ class Idefics3:
         args = module.config.text_config
         return (angles_at(positions[0], args.rope_theta, args.hidden_size // args.num_attention_heads, dtype),)
 
-    def features(self, module: Any, prompts: Sequence[Prompt], again: bool = False) -> list[mx.array]:
+    def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
         """See `opd_mlx.families.Family`."""
         tower = module.vision_model
         side = tower.embeddings.patch_size

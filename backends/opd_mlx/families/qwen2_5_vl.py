@@ -61,7 +61,7 @@ class Qwen25VL(QwenVL):
             for layer, window in zip(self.text(module).layers, windows, strict=True)
         ]
 
-    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: bool) -> list[mx.array]:
+    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: float) -> list[mx.array]:
         """Merged features [m, L / merge^2, D] of `patches` [m, L, F].
 
         Patches stand window by window, windows of equal length together, so that each length is one batch. No block sees the order.
@@ -81,7 +81,7 @@ class Qwen25VL(QwenVL):
                 out: mx.array = hidden + feed_forward(block.mlp, block.norm2(hidden))
                 return out
 
-            hidden = (checkpoint(block, run) if again else run)(hidden)
+            hidden = (checkpoint(block, run) if number < again * len(visual.blocks) else run)(hidden)
         merger = visual.merger(hidden.flatten(0, 1)).reshape(frames, count // merge**2, -1)
         return [merger[:, mx.array(np.argsort(order[:: merge**2]).astype(np.int32))]]
 

@@ -51,12 +51,12 @@ class QwenVL:
         cosines, sines = attention.rotary_emb(mx.zeros((), dtype), positions[:, None])
         return ((cosines[0, :, None], sines[0, :, None]),)
 
-    def features(self, module: Any, prompts: Sequence[Prompt], again: bool = False) -> list[mx.array]:
+    def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
         """See `opd_mlx.families.Family`."""
         visual = module.vision_tower
         return visual_features(prompts, frames, lambda pieces, size: self.tower(visual, mx.array(pieces), size, again))
 
-    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: bool) -> list[mx.array]:
+    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: float) -> list[mx.array]:
         """Merged features [m, L / merge^2, D] of `patches` [m, L, F], and of further levels."""
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class Qwen3VL(QwenVL):
         """See `opd_mlx.families.Family`."""
         return [NormedHeads(layer, *head_counts(config), layer.self_attn.scale, Rule()) for layer in self.text(module).layers]
 
-    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: bool) -> list[mx.array]:
+    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: float) -> list[mx.array]:
         """Of `patches` [m, L, F]: merged features [m, L / merge^2, D], and those of each deepstack layer."""
         projection = visual.patch_embed.proj
         kernel = projection.weight.transpose(4, 1, 2, 3, 0).reshape(-1, projection.weight.shape[0])
@@ -111,7 +111,7 @@ class Qwen3VL(QwenVL):
                 out: mx.array = hidden + block.mlp.linear_fc2(gelu(block.mlp.linear_fc1(block.norm2(hidden))))
                 return out
 
-            hidden = (checkpoint(block, run) if again else run)(hidden)
+            hidden = (checkpoint(block, run) if number < again * len(visual.blocks) else run)(hidden)
             if number in visual.deepstack_visual_indexes:
                 merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(number)]
                 levels.append(merger(hidden.flatten(0, 1)))

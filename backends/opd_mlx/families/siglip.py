@@ -21,7 +21,7 @@ from opd_mlx.kernels.exponentials import gelu
 from opd_mlx.kernels.scores import KEPT_BYTES
 
 
-def encode(tower: Any, pixels: NDArray[Any], again: bool, places: NDArray[np.int32], real: NDArray[np.int32] | None = None) -> mx.array:
+def encode(tower: Any, pixels: NDArray[Any], again: float, places: NDArray[np.int32], real: NDArray[np.int32] | None = None) -> mx.array:
     """Hidden states [m, L, D] of `pixels` [m, 3, height, width], whose patches have the positions `places` [L].
 
     `real` holds the indices of patches that are no padding; None: all.
@@ -35,14 +35,14 @@ def encode(tower: Any, pixels: NDArray[Any], again: bool, places: NDArray[np.int
     hidden = patches @ kernel.reshape(len(kernel), -1).T + tower.embeddings.patch_embedding.bias
     hidden = hidden + tower.embeddings.position_embedding(mx.array(places))
     keys = None if real is None else mx.array(real)
-    for layer in tower.encoder.layers:
+    for number, layer in enumerate(tower.encoder.layers):
 
         def run(hidden: mx.array, layer: Any = layer) -> mx.array:
             hidden = hidden + _attention(layer.self_attn, layer.layer_norm1(hidden), keys)
             out: mx.array = hidden + layer.mlp.fc2(gelu(layer.mlp.fc1(layer.layer_norm2(hidden))))
             return out
 
-        hidden = (checkpoint(layer, run) if again else run)(hidden)
+        hidden = (checkpoint(layer, run) if number < again * len(tower.encoder.layers) else run)(hidden)
     out: mx.array = tower.post_layernorm(hidden)
     return out
 
