@@ -207,7 +207,7 @@ def test_a_call_that_fails(case, loaded, monkeypatch):
     backend = clone(loaded)
     backend.accumulate(case.groups, JSD)
     whole = backend.tensors("gradient")
-    real, calls = backend_module._statistics, []
+    real, calls = backend_module.records, []
 
     def full(*arguments):
         calls.append(1)
@@ -215,7 +215,7 @@ def test_a_call_that_fails(case, loaded, monkeypatch):
             raise RuntimeError("out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(backend_module, "_statistics", full)
+    monkeypatch.setattr(backend_module, "records", full)
     with pytest.raises(RuntimeError, match="out of memory"):
         backend.accumulate(case.groups, JSD, 1)
     assert not any(value.any() for value in backend.tensors("gradient").values())

@@ -284,7 +284,7 @@ def test_a_call_that_fails(case, backend, monkeypatch):
     def fails(*arguments: object) -> HeadResult:
         raise torch.OutOfMemoryError("no memory is left")
 
-    monkeypatch.setattr(module, "_statistics", fails)
+    monkeypatch.setattr(module, "records", fails)
     with pytest.raises(torch.OutOfMemoryError):
         backend.accumulate(case.groups, OBJECTIVE)
     assert norm_of(before) > 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,6 @@ from opd import adapters
 from opd.errors import FolderError, RecipeError
 from opd.objective import Objective
 from opd.types import (
-    Alternatives,
     Completion,
     FloatArray,
     Group,
@@ -36,25 +35,12 @@ from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Parameters, load_model, read_tensors, write_model, write_tensors
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head
 from opd_mlx.optimizer import Optimizer, move_teacher, zeros
+from opd_mlx.parts import Part, cut, nothing, records
 
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
 """What `save` writes."""
 
 POLICIES: tuple[Policy, Policy] = ("student", "teacher")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of the completions of all groups of a call, by share: the groups, and their rows for either policy."""
-
-    groups: list[list[Group]]
-    student: list[Batch]
-    teacher: list[Batch]
-
-    @property
-    def filled(self) -> list[int]:
-        """The shares of which some completion has tokens."""
-        return [number for number, share in enumerate(self.groups) if any(group.tokens for group in share)]
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,7 @@ class MlxBackend:
         """
         used = [index for index, group in enumerate(groups) if group.tokens]
         if not used:
-            return _nothing(groups)
+            return nothing(groups)
         # What there is of a gradient is added to: two would not fit where one does.
         sums, self._gradient = self._gradient, {}
         kept, self._kept = self._kept, None
@@ -134,7 +120,7 @@ class MlxBackend:
         del kept  # before anything runs: it may serve none of these prompts
         shares = shares or [[used[index] for index in share] for share in LANES.shares([groups[index].student for index in used])]
         given = [[groups[index] for index in share] for share in shares]
-        parts = [self._part(part) for part in _parts(given, split)]
+        parts = [self._part(part) for part in cut(given, split)]
         again = self._again(sum(activation_bytes(self._model, batch) for batch in parts[0].student), sums)
         teacher = self._taught(parts)
         if not prompts:
@@ -161,15 +147,15 @@ class MlxBackend:
         if looked:
             add_words(sums, embedding, self._student[embedding].shape, looked)
         self._gradient = sums
-        return [its or row for its, row in zip(statistics, _nothing(groups), strict=True)]
+        return [its or row for its, row in zip(statistics, nothing(groups), strict=True)]
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
         """Statistics without a gradient; see the protocol."""
         if not any(group.tokens for group in groups):
-            return _nothing(groups)
+            return nothing(groups)
         targets = lay_out_targets(groups)
         teacher, student = self._hidden("teacher", groups), self._hidden("student", groups)
-        return _statistics(self._divergence(student, teacher, targets, objective, gradient=False, top=top), targets)
+        return records(self._divergence(student, teacher, targets, objective, gradient=False, top=top), targets)
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
@@ -346,7 +332,7 @@ class MlxBackend:
         groups = list(chain(*part.groups))
         shares = part.filled
         if not shares:
-            return _nothing(groups), []
+            return nothing(groups), []
 
         def rows_of(number: int) -> Run:
             memory = {memory_name(number, place): value for place, value in enumerate(prompts[number].outputs)}
@@ -366,7 +352,7 @@ class MlxBackend:
                 slopes[-1][words_name(number)] = slopes[-1].pop(self._model.embedding_name)
         if result.head_gradient is not None:
             slopes.append({self._model.head_name: result.head_gradient})
-        return _statistics(result, targets), slopes
+        return records(result, targets), slopes
 
     def _divergence(
         self, student: mx.array, teacher: mx.array, targets: Targets, objective: Objective, gradient: bool, top: int
@@ -386,34 +372,3 @@ class MlxBackend:
             train_head=self._model.frozen_head is None,
             top=top,
         )
-
-
-def _parts(shares: list[list[Group]], split: int) -> Iterator[list[list[Group]]]:
-    """The groups of all shares with `split` of their completions at a time; 0: with all."""
-    most = max(len(group.completions) for group in chain(*shares))
-    for start in range(0, most, split or most):
-        some = slice(start, start + (split or most))
-        yield [[replace(group, completions=group.completions[some], weights=group.weights[some]) for group in share] for share in shares]
-
-
-def _nothing(groups: Sequence[Group]) -> list[list[TokenStatistics]]:
-    empty = np.zeros(0, np.float32)
-    return [[TokenStatistics(empty, empty, empty, empty, empty, empty) for _ in group.completions] for group in groups]
-
-
-def _statistics(result: HeadResult, targets: Targets) -> list[list[TokenStatistics]]:
-    """The result's rows as one record a completion."""
-    names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "ratio", "divergence")
-    rows: Any = targets.ragged(mx.stack([getattr(result, name) for name in names], axis=1))
-    pairs = (
-        (result.student_top_tokens, result.student_top_logprobs),
-        (result.teacher_top_tokens, result.teacher_top_logprobs),
-    )
-    tops = [[targets.ragged(part) for part in pair if part is not None] for pair in pairs if pair[0] is not None]
-    return [
-        [
-            TokenStatistics(*np.ascontiguousarray(values.T), *(Alternatives(*(part[group][member] for part in top)) for top in tops))
-            for member, values in enumerate(members)
-        ]
-        for group, members in enumerate(rows)
-    ]

@@ -6,8 +6,6 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from itertools import chain, compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +18,6 @@ from opd import adapters
 from opd.errors import FolderError, ModelError, RecipeError, nearest
 from opd.objective import Objective
 from opd.types import (
-    Alternatives,
     Completion,
     FloatArray,
     Group,
@@ -49,8 +46,9 @@ from opd_torch.model import (
     write_model,
     write_tensors,
 )
-from opd_torch.objective import STATISTICS, HeadResult, default_chunk, divergence_head
+from opd_torch.objective import HeadResult, default_chunk, divergence_head
 from opd_torch.optimizer import Optimizer, move_teacher
+from opd_torch.parts import cut, in_place, records, without_empty
 
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
 """What `save` writes."""
@@ -115,34 +113,34 @@ class TorchBackend:
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""
-        filled = _filled(groups)
-        if not filled:
-            return _in_place(groups, [])
-        parts = _parts(filled, split)
+        used = without_empty(groups)
+        if not used:
+            return in_place(groups, [])
+        parts = cut(used, split)
         # What there is of a gradient is added to in place: two would not fit where one does.
         gradient, self._gradient = self._gradient, {}
         # Before the teacher runs, so that what serves none of these prompts is freed.
-        memory = self._recalled([group.student for group in filled])
-        teacher = self._hidden("teacher", filled, parts)
+        memory = self._recalled([group.student for group in used])
+        teacher = self._hidden("teacher", used, parts)
         try:
             for name, parameter in self._parameters.items():
                 parameter.grad = gradient.pop(name, None)
-            statistics = self._differentiate(filled, parts, teacher, memory, objective)
+            statistics = self._differentiate(used, parts, teacher, memory, objective)
             found = ((name, parameter.grad) for name, parameter in self._parameters.items() if parameter.grad is not None)
             self._gradient = {name: value.to_dense() if value.is_sparse else value for name, value in found}
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None
-        return _in_place(groups, statistics)
+        return in_place(groups, statistics)
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
         """Statistics without a gradient; see the protocol."""
-        filled = _filled(groups)
-        if not filled:
-            return _in_place(groups, [])
-        (teacher,), (student,) = (self._hidden(policy, filled, [filled]) for policy in ("teacher", "student"))
-        targets = lay_out_targets(filled, self._device)
-        return _in_place(groups, _statistics(self._divergence(student, teacher, targets, objective, top=top), targets))
+        used = without_empty(groups)
+        if not used:
+            return in_place(groups, [])
+        (teacher,), (student,) = (self._hidden(policy, used, [used]) for policy in ("teacher", "student"))
+        targets = lay_out_targets(used, self._device)
+        return in_place(groups, records(self._divergence(student, teacher, targets, objective, top=top), targets))
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
@@ -271,7 +269,7 @@ class TorchBackend:
                     head.grad = result.head_gradient if head.grad is None else head.grad.add_(result.head_gradient)
                     result.head_gradient = None  # a table of the vocabulary
                 student.backward(result.hidden_gradient.to(student.dtype))
-                for rows, its in zip(statistics, _statistics(result, targets), strict=True):
+                for rows, its in zip(statistics, records(result, targets), strict=True):
                     rows += its
                 del student, result
         ends = [(x, leaf.grad) for layer, its in zip(memory, leaves, strict=True) for x, leaf in zip(layer, its, strict=True)]
@@ -342,47 +340,5 @@ def cpu() -> str:
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _filled(groups: Sequence[Group]) -> list[Group]:
-    """The groups without empty completions, and without those that have no other."""
-    return [_members(group, [len(completion) > 0 for completion in group.completions]) for group in groups if group.tokens]
-
-
-def _parts(groups: Sequence[Group], split: int) -> list[list[Group]]:
-    """The groups with at most `split` completions each at a time, or all where it is 0; each group in every part."""
-    most = max(len(group.completions) for group in groups)
-    starts = range(0, most, split or most)
-    return [
-        [_members(group, [start <= member < start + (split or most) for member in range(len(group.completions))]) for group in groups]
-        for start in starts
-    ]
-
-
-def _members(group: Group, chosen: Sequence[bool]) -> Group:
-    return replace(group, completions=tuple(compress(group.completions, chosen)), weights=tuple(compress(group.weights, chosen)))
-
-
 def _tokens(groups: Sequence[Group]) -> list[list[IntArray]]:
     return [[completion.tokens for completion in group.completions] for group in groups]
-
-
-def _in_place(groups: Sequence[Group], statistics: Sequence[Sequence[TokenStatistics]]) -> list[list[TokenStatistics]]:
-    """Statistics of what `_filled` left, in the places of all completions; empty ones have none."""
-    found, empty = chain.from_iterable(statistics), np.zeros(0, np.float32)
-    nothing = TokenStatistics(empty, empty, empty, empty, empty, empty)
-    return [[next(found) if len(completion) else nothing for completion in group.completions] for group in groups]
-
-
-def _statistics(result: HeadResult, targets: Targets) -> list[list[TokenStatistics]]:
-    """The result's rows as one record a completion."""
-    values = targets.ragged(torch.stack([getattr(result, name) for name in STATISTICS], 1).float())
-    tops = [
-        None if top is None else (targets.ragged(top[0].int()), targets.ragged(top[1].float()))
-        for top in (result.student_top, result.teacher_top)
-    ]
-
-    def record(group: int, member: int) -> TokenStatistics:
-        alternatives = [None if top is None else Alternatives(top[0][group][member], top[1][group][member]) for top in tops]
-        columns: dict[str, Any] = dict(zip(STATISTICS, np.ascontiguousarray(values[group][member].T), strict=True))
-        return TokenStatistics(**columns, student_top=alternatives[0], teacher_top=alternatives[1])
-
-    return [[record(group, member) for member in range(count)] for group, count in enumerate(targets.counts)]
