@@ -31,7 +31,7 @@ def counted(backend: Any, groups: list[Any], again: bool) -> int:
     above = mock.patch.object(backend_module, "CHECKPOINT_ABOVE", -1 if again else float("inf"))
     # Autocast does not know the meta device; precision changes no count.
     plain = mock.patch.object(torch, "autocast", side_effect=lambda *_, **__: nullcontext())
-    with above, plain, mock.patch.object(backend_module, "_statistics", lambda _, targets: [[None] * count for count in targets.counts]):
+    with above, plain, mock.patch.object(backend_module, "records", lambda _, targets: [[None] * count for count in targets.counts]):
         found = measuring.flops(lambda: backend.accumulate(groups, FULL), own)
     backend._gradient = {}
     return found
