@@ -54,8 +54,8 @@ class Backend(Protocol):
 
         With `split`, only so many completions of each group run at once, to hold less: prompts run once all the same, and their
         backward once, on the sum of what all completions ask of their keys and values. It changes no result.
-        Where it raises (out of memory), nothing is left of the gradient, nor of what other calls added: it is added to in place, since two
-        would not fit where one does. The step is to be begun again.
+        Where it raises (out of memory), the gradient may be gone, with what other calls added: it is added to in place, since two would not
+        fit where one does. The step is to be begun again. Nothing half added is left.
         """
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:

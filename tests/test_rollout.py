@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd import measure
-from opd.rollout import Pair, cut, groups, keep, microbatches, most, sample, spare, split
+from opd.rollout import Pair, completions, cut, groups, keep, microbatches, most, sample, spare, split
 from opd.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.view import ViewOptions
@@ -41,6 +41,16 @@ def test_micro_batches_put_like_lengths_together():
 
 def test_the_longest_completion_of_a_micro_batch_counts_for_all_in_it():
     assert microbatches([(10, 1), (9, 50), (8, 1)], 1, 130) == [[0, 1], [2]]
+
+
+def test_rows_are_cut_behind_their_first_stop_token():
+    tokens = np.array([[5, 0, 7], [1, 2, 3], [0, 0, 9], [4, 4, 8]])
+    logprobs = -np.arange(12, dtype=np.float32).reshape(4, 3)
+    found = completions(tokens, logprobs, 2, stop=(0, 8))
+    assert [[one.tokens.tolist() for one in row] for row in found] == [[[5, 0], [1, 2, 3]], [[0], [4, 4, 8]]]
+    assert [[one.logprobs.tolist() for one in row] for row in found] == [[[0, -1], [-3, -4, -5]], [[-6], [-9, -10, -11]]]
+    assert [[one.finished for one in row] for row in found] == [[True, False], [True, True]]
+    assert {len(one) for row in completions(tokens, logprobs, 4, stop=()) for one in row} == {3}
 
 
 def test_what_is_dropped_is_counted():

@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 
 from opd.rollout import completions
 from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
-from opd_mlx.attention import FUSED, Own, room
+from opd_mlx.attention import Own, room
 from opd_mlx.batch import Batch, Prefixes, Step, lay_out_prefixes
 from opd_mlx.forward import Memory, complete, look, prefill
 from opd_mlx.kernels.exponentials import log_softmax
 from opd_mlx.kernels.lanes import LANES
-from opd_mlx.kernels.recorder import Recorder
+from opd_mlx.kernels.recorder import COMPILES, Recorder
 from opd_mlx.model import Model
 from opd_mlx.objective import default_chunk
 
 PREFILL_TOKENS = 16384
 """Padded tokens of prompts that run together: what they keep is small, but what computing it holds is not."""
 
-AHEAD = int(FUSED)
+AHEAD = int(COMPILES)
 """Token steps that a GPU has before the host looks at what one drew, so that neither waits for the other. Completions that have ended
 run that much longer."""
 

@@ -36,10 +36,10 @@ PREFILL_TOKENS = 16384
 """Tokens of prompts whose pass in the rollout is kept for the gradient (`sampling.py` of both)."""
 
 ROOM = 64
-"""Tokens of the first buffer of a completion's keys, which doubles when it is full (`attention.py` of both; MLX's may be smaller)."""
+"""Tokens of the first buffer of a completion's keys, which doubles when it is full (`attention.py` of both)."""
 
 TOGETHER = 2**24
-"""Bytes of gradient that MLX adds at a time (`kernels/gradient.py`)."""
+"""Bytes of parameters whose gradient, or step, MLX computes at a time (`kernels/gradient.py`)."""
 
 
 @dataclass(frozen=True)
