@@ -60,6 +60,9 @@ class Trainer:
             self.progress.note(f"all {steps} steps of this run are done; measuring again")
         elif self.held_out and not self.recipe.measure.path and self.recipe.data.path != "tiny":
             self.progress.note("before and after are measured on rows that are trained on too; --set measure.path=FILE names held-out ones")
+        rows, prompts = len(self.examples), self.recipe.rollout.prompts
+        if rows < prompts and done < steps:
+            self.progress.note(f"{_plural(rows, 'row')} for rollout.prompts = {prompts}: rows stand in a step more than once")
         before = self._before()
         self.progress.begin("train", steps, done)
         for step, batch in enumerate(ahead(self._encode, range(done + 1, steps + 1)), done + 1):
@@ -91,8 +94,8 @@ class Trainer:
 
         # 1. The student samples completions on the full image.
         sampling = Sampling(recipe.rollout.temperature, self.encoder.stop, self.encoder.banned)
-        indices = [pair.index for pair in batch.pairs]
-        uniforms = randomness.uniforms(recipe.run.seed, step, indices, recipe.rollout.completions, recipe.rollout.max_tokens)
+        places = [pair.place for pair in batch.pairs]
+        uniforms = randomness.uniforms(recipe.run.seed, step, places, recipe.rollout.completions, recipe.rollout.max_tokens)
         room = recipe.rollout.sample_tokens
         sampled = rollout.sample(backend, [pair.student for pair in batch.pairs], uniforms, sampling, room)
         kept = rollout.keep(batch.pairs, sampled, self.encoder.banned)
@@ -152,15 +155,15 @@ class Trainer:
         """This process's share of a step's examples, encoded. A row that cannot be read, or is too long, is skipped and counted."""
         recipe = self.recipe
         indices = randomness.batch(recipe.run.seed, step, recipe.rollout.prompts, len(self.examples))
-        mine = indices[self.backend.rank :: self.backend.size].tolist()
-        pairs = [pair for pair in map(self._pair, mine) if pair is not None]
+        mine = range(self.backend.rank, len(indices), self.backend.size)
+        pairs = [pair for pair in (self._pair(place, int(indices[place])) for place in mine) if pair is not None]
         if not pairs and self.backend.size > 1:
             raise RunError(
                 f"step {step}: process {self.backend.rank} has no usable prompt; raise rollout.prompts or data.max_prompt_tokens"
             )
         return Batch(tuple(pairs), len(mine) - len(pairs))
 
-    def _pair(self, index: int) -> Pair | None:
+    def _pair(self, place: int, index: int) -> Pair | None:
         example = replace(self.examples[index], answer=None, choices=())  # the method has no labels
         try:
             student = measure.encode_student(self.encoder, example)
@@ -172,7 +175,7 @@ class Trainer:
         if limit and max(len(student), len(teacher)) > limit:
             self.progress.note(f"skipped {example.source or example.id}: prompt of {max(len(student), len(teacher))} tokens, limit {limit}")
             return None
-        return Pair(index, example.id, example.weight, student, teacher)
+        return Pair(place, example.id, example.weight, student, teacher)
 
     def _samples(self, step: int, kept: rollout.Rollout, statistics: Sequence[TokenStatistics]) -> list[dict[str, Any]]:
         """The first group's completions with their per-token statistics."""
@@ -307,6 +310,10 @@ def _means(groups: Sequence[Group], statistics: Sequence[Sequence[TokenStatistic
     sums[1:] /= max(1, tokens)
     names = ("loss", "divergence", "ratio", "student_entropy", "teacher_entropy", "logprob_gap")
     return dict(zip(names, (float(value) for value in sums), strict=True))
+
+
+def _plural(count: int, thing: str) -> str:
+    return f"{count} {thing}" + ("" if count == 1 else "s")
 
 
 def _rounded(values: NDArray[np.float32]) -> list[float]:

@@ -32,12 +32,16 @@ def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed, purpose], dtype=np.uint64)))
 
 
-def uniforms(seed: int, step: int, examples: Sequence[int], completions: int, max_tokens: int) -> FloatArray:
-    """Uniforms float32 [B, n, max_tokens] in [0, 1): one a token, keyed by seed, step, example (its index), completion and position."""
-    drawn = np.empty((len(examples), completions, max_tokens), dtype=np.float32)
-    for row, example in enumerate(examples):
+def uniforms(seed: int, step: int, places: Sequence[int], completions: int, max_tokens: int) -> FloatArray:
+    """Uniforms float32 [B, n, max_tokens] in [0, 1): one a token, keyed by seed, step, place, completion and position.
+
+    `places` [B]: index of each prompt in the step's whole batch, over all processes. A row that stands twice in a step has two places,
+    so the row gets different completions.
+    """
+    drawn = np.empty((len(places), completions, max_tokens), dtype=np.float32)
+    for row, place in enumerate(places):
         for completion in range(completions):
-            generator(seed, Purpose.ROLLOUT, completion, example, step).random(dtype=np.float32, out=drawn[row, completion])
+            generator(seed, Purpose.ROLLOUT, completion, place, step).random(dtype=np.float32, out=drawn[row, completion])
     return drawn
 
 

@@ -36,9 +36,12 @@ class RolloutOptions(Options):
 
 @dataclass(frozen=True)
 class Pair:
-    """One example as the two policies see it: student prompt, teacher prompt, and what training needs to know of the example."""
+    """One example as the two policies see it: student prompt, teacher prompt, and what training needs to know of the example.
 
-    index: int
+    `place`: index of the example in the step's whole batch, over all processes.
+    """
+
+    place: int
     id: str
     weight: float
     student: Prompt

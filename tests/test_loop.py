@@ -47,6 +47,44 @@ def same(ours, theirs):
         np.testing.assert_array_equal(ours.tensors("teacher")[name], value)
 
 
+class Sampled(ToyBackend):
+    """Writes down every prompt of a rollout with its completions: (tokens, [tokens of each completion])."""
+
+    def __init__(self):
+        super().__init__()
+        self.rollouts = []
+
+    def sample(self, prompts, uniforms, sampling, policy="student"):
+        found = super().sample(prompts, uniforms, sampling, policy)
+        self.rollouts += [
+            (prompt.key, tuple(tuple(one.tokens.tolist()) for one in group)) for prompt, group in zip(prompts, found, strict=True)
+        ]
+        return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts", "steps", "times"),
+    [(1, 4, 1, [4]), (3, 4, 1, [1, 1, 2]), (5, 4, 2, [1, 1, 2, 2, 2]), (5, 3, 3, [1, 2, 2, 2, 2])],
+    ids=["one row", "three rows", "the seam of two epochs", "the seam at another place"],
+)
+def test_a_row_that_stands_twice_in_a_step_gives_different_completions(tmp_path, rows, prompts, steps, times):
+    backend, notes = Sampled(), []
+    options = [f"rollout.prompts={prompts}", f"run.steps={steps}", "measure.count=0", "rollout.max_tokens=24", "rollout.temperature=9"]
+    one = trainer(tmp_path / "run", *options, "optimizer.learning_rate=1e-12", backend=backend, examples=coloured(rows))
+    one.progress.note = notes.append
+    one.train()
+    drawn = {}
+    for key, completions in backend.rollouts:
+        drawn.setdefault(key, []).extend(completions)
+    assert sorted(len(completions) // 3 for completions in drawn.values()) == times
+    for completions in drawn.values():
+        assert len(set(completions)) == len(completions)
+    said = [note for note in notes if "stand in a step more than once" in note]
+    assert said == (
+        [f"{rows} row{'s' * (rows > 1)} for rollout.prompts = 4: rows stand in a step more than once"] if rows < prompts else []
+    )
+
+
 def test_the_divergence_falls(tmp_path):
     trainer(tmp_path / "run", "run.steps=60", "measure.count=0", "teacher.rule=frozen").train()
     rows = metrics(tmp_path / "run")
@@ -289,7 +327,7 @@ def test_a_step_with_nothing_to_learn_changes_nothing(tmp_path):
 def test_the_teacher_sees_the_crop(tmp_path):
     one = trainer(tmp_path / "run")
     pair = one._encode(1).pairs[0]
-    example = coloured()[pair.index]
+    (example,) = (one for one in coloured() if one.id == pair.id)
     colour = np.asarray(example.images[0])
     np.testing.assert_allclose(pair.student.images["pixel_values"][0], colour.reshape(-1, 3).mean(0) / 255, rtol=1e-5)
     assert np.abs(pair.teacher.images["pixel_values"] - pair.student.images["pixel_values"]).max() > 1e-3

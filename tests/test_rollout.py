@@ -57,7 +57,7 @@ def test_what_is_dropped_is_counted():
     sampled = [[completion(5, 0), completion(1, 0)], [completion()], [completion(7), completion(8, 0)]]
     rollout = keep(pairs(), sampled, banned=(1,))
     assert rollout.dropped == 2
-    assert [pair.index for pair in rollout.pairs] == [0, 2]
+    assert [pair.place for pair in rollout.pairs] == [0, 2]
     assert [[one.tokens.tolist() for one in group] for group in rollout.completions] == [[[5, 0]], [[7], [8, 0]]]
 
 
