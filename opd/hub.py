@@ -5,12 +5,12 @@ Only configuration, tokenizer, templates and safetensors are fetched: nothing th
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from opd.errors import ModelError
+from opd.model_files import read_json
 
 SMALL = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 """Configuration, tokenizer, chat template and image processor."""
@@ -69,10 +69,10 @@ def commit(folder: Path) -> str:
 def refuse_remote_code(folder: Path, name: str) -> None:
     """Raises ModelError where a model's classes are Python files of its repository alone: those are never run."""
     try:
-        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except ModelError:
         return  # told where the file is needed
-    if not isinstance(config, dict) or not config.get("auto_map"):
+    if not config.get("auto_map"):
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

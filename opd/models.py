@@ -142,6 +142,6 @@ def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """A file's values; none where it is missing or broken, which is told where it is needed."""
     try:
         values = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

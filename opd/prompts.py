@@ -20,6 +20,7 @@ from PIL.Image import Image
 from opd import families, templates
 from opd.errors import DataError, ModelError
 from opd.families.layout import Layout, Tile
+from opd.model_files import check_links, read_json
 from opd.types import IntArray, Policy, Prompt, VisualTokens
 
 IMAGE_MARKER = "<image>"
@@ -186,7 +187,7 @@ class PromptEncoder:
 
     def _stops(self, model: Path) -> tuple[int, ...]:
         path = model / "generation_config.json"
-        named = _json(path).get("eos_token_id") if path.is_file() else None
+        named = read_json(path).get("eos_token_id") if path.is_file() else None
         found = [*(named if isinstance(named, list) else [named]), self._tokenizer.eos_token_id]
         stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
         if not stops:
@@ -215,20 +216,11 @@ def read_config(model: Path) -> dict[str, Any]:
     for names in NEEDED:
         if not any((model / name).is_file() for name in names):
             raise ModelError(f"{model} is not a complete model folder: {' or '.join(names)} is missing")
-    config = _json(model / "config.json")
+    check_links(model)
+    config = read_json(model / "config.json")
     if not config.get("model_type"):
         raise ModelError(f"{model / 'config.json'} has no model_type")
     return config
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
-    return found
 
 
 def _load(model: Path) -> tuple[Any, Any]:
@@ -241,7 +233,7 @@ def _load(model: Path) -> tuple[Any, Any]:
         raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
     older = model / "chat_template.json"  # where processors kept it before transformers 4.50
     if not tokenizer.chat_template and older.is_file():
-        tokenizer.chat_template = _json(older).get("chat_template")
+        tokenizer.chat_template = read_json(older).get("chat_template")
     if not tokenizer.chat_template:
         raise ModelError(
             f"{model}: the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json or "

@@ -5,7 +5,6 @@ To add a family, write one function here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isqrt
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias
 
 from opd.errors import ModelError
 from opd.families import family
+from opd.model_files import read_json
 from opd.plan.shape import Attention, Delta, Projector, Shape, Vision
 
 Config: TypeAlias = Mapping[str, Any]
@@ -34,7 +34,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     file = folder / "config.json"
-    stated = _json(file)
+    if not file.is_file():
+        raise ModelError(f"{folder}: no config.json, so this is no model folder")
+    stated = read_json(file)
     try:
         family(str(stated.get("model_type")))
         # transformers would take the settings of MLX's quantisation for some of its own.
@@ -44,18 +46,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     except Exception as error:  # transformers raises its own, TypeError, KeyError and ValueError
         raise ModelError(f"{file} cannot be used: {next(iter(str(error).strip().splitlines()), type(error).__name__)}") from error
     return dict(completed.to_dict())
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file.parent}: no {file.name}, so this is no model folder") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{file}: holds no JSON object")
-    return found
 
 
 def _qwen3_vl(config: Config) -> Shape:
