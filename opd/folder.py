@@ -11,13 +11,18 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from opd import lock
 from opd.errors import FolderError, RunError
+from opd.paths import unusable
 
 CONFIG = "config.toml"
+
+DEEPEST = "checkpoints/step-000000.partial/optimizer.safetensors"
+"""The longest path that a run writes below its folder."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,14 @@ class RunFolder:
     """One run on disk; `path` holds a config.toml."""
 
     path: Path
+    lock: lock.RunLock | None = field(default=None, compare=False)
+    """What keeps other processes from training here, where this process trains."""
 
     @staticmethod
     def check(path: Path, force: bool = False) -> None:
-        """Raises FolderError where a run cannot start in `path`: unwritable, or it holds a run (without `force`), or something else."""
+        """Raises FolderError where a run cannot start in `path`: unwritable, or it holds a run (without `force`, or while that one is
+        being trained), or something else."""
+        _check_name(path, path / DEEPEST, *([f"{path}~1"] if force else []))
         there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if path.exists() and not path.is_dir():
             raise FolderError(f"run folder '{path}' is a file; name another with --out")
@@ -42,33 +51,42 @@ class RunFolder:
             raise FolderError(
                 f"run folder '{path}' holds a run; continue it with --resume, replace it with --force, or name another with --out"
             )
+        lock.check(path)
 
     @staticmethod
     def create(path: Path, config: str, force: bool = False) -> RunFolder:
-        """Starts a run folder. With `force`, a run that is there already is kept as NAME~1, NAME~2, ...
+        """Starts a run folder, locked. With `force`, a run that is there already is kept as NAME~1, NAME~2, ...
 
         Raises FolderError where it is taken or cannot be written.
         """
         RunFolder.check(path, force)
         aside = _free(path) if (path / CONFIG).is_file() else None
         made = [folder for folder in (path, *path.absolute().parents) if folder == path or not folder.exists()]
+        held: lock.RunLock | None = None
         try:
             if aside:
-                path.rename(aside)
+                _set_aside(path, aside)
             path.mkdir(parents=True, exist_ok=True)
+            held = lock.take(path)
+            if (path / CONFIG).exists():
+                held.release()
+                raise FolderError(f"another process has begun a run in '{path}'; name another with --out")
             _write(path / CONFIG, config)
         except OSError as error:
+            if held:
+                held.release()
             for folder in made:
                 with suppress(OSError):  # not empty: not ours
                     folder.rmdir()
             if aside and aside.exists():
                 aside.rename(path)
             raise FolderError(f"run folder '{path}' cannot be written: {error.strerror}; name another with --out") from error
-        return RunFolder(path)
+        return RunFolder(path, held)
 
     @staticmethod
     def open(path: Path) -> RunFolder:
         """The folder of an earlier run. Raises FolderError where there is none."""
+        _check_name(path, path / CONFIG)
         if not (path / CONFIG).is_file():
             raise FolderError(f"'{path}' is no run folder: it has no {CONFIG}" if path.exists() else f"run folder '{path}' not found")
         return RunFolder(path)
@@ -77,6 +95,18 @@ class RunFolder:
     def model(self) -> Path:
         """Where the trained student goes."""
         return self.path / "model"
+
+    def locked(self) -> RunFolder:
+        """This folder, locked while this process trains here. Raises FolderError where another one does.
+
+        Of several processes that train one run together, the first holds the lock.
+        """
+        return replace(self, lock=lock.take(self.path)) if lock.is_first_process() else self
+
+    def release(self) -> None:
+        """Lets other processes train here."""
+        if self.lock:
+            self.lock.release()
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one object to a .jsonl file."""
@@ -137,11 +167,30 @@ class RunFolder:
 
 def check_empty(path: Path) -> None:
     """Raises FolderError where `path` is not a folder that is empty, or can be made."""
+    _check_name(path, f"{path}.partial", path / DEEPEST)
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if path.is_dir() and any(path.iterdir()):
         raise FolderError(f"folder '{path}' is not empty; name another with --out")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise FolderError(f"folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with --out")
+
+
+def _check_name(*paths: Path | str) -> None:
+    """Raises FolderError where no file can have one of `paths`."""
+    for path in paths:
+        fault = unusable(path)
+        if fault:
+            raise FolderError(fault)
+
+
+def _set_aside(path: Path, aside: Path) -> None:
+    """Renames a run that nobody trains. Raises FolderError where somebody does."""
+    held = lock.take(path)
+    try:
+        path.rename(aside)
+        (aside / lock.FILE).unlink(missing_ok=True)
+    finally:
+        held.release()
 
 
 def _free(path: Path) -> Path:

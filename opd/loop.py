@@ -53,6 +53,12 @@ class Trainer:
 
         Raises Stopped when asked to, RunError where the run cannot go on; the folder then holds a checkpoint to resume from.
         """
+        try:
+            return self._train()
+        finally:
+            self.folder.release()
+
+    def _train(self) -> dict[str, Any]:
         started = time.monotonic()
         done, seconds = self._restore()
         steps = self.recipe.run.steps

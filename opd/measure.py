@@ -21,6 +21,7 @@ from opd.ahead import ahead
 from opd.answers import matches
 from opd.backend import Backend
 from opd.options import Options
+from opd.paths import PathText
 from opd.randomness import Purpose, generator
 from opd.rollout import sample
 from opd.types import Encoder, Example, Prompt, Sampling
@@ -36,7 +37,7 @@ CONFIDENCE = 0.95
 class MeasureOptions(Options):
     """What the table before and after training is measured on."""
 
-    path: str = Field(
+    path: PathText = Field(
         "", description="Data that is measured; empty: fresh scenes where data.path is tiny, else rows spread over the training data."
     )
     count: int = Field(200, ge=0, description="Rows that are measured before and after; 0: none.")

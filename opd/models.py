@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,16 @@ from opd import adapters, hub
 from opd.adapters import AdapterOptions
 from opd.errors import ModelError, RecipeError
 from opd.options import Options
+from opd.paths import PathText, expanded
 from opd.types import ModelOptions
 
 
 class ModelChoice(Options):
     """The model section of a recipe."""
 
-    path: str = Field("tiny", description="'tiny' (embedded), a folder in Hugging Face layout, a run folder, or a Hugging Face id.")
+    path: PathText = Field(
+        "tiny", min_length=1, description="'tiny' (embedded), a folder in Hugging Face layout, a run folder, or a Hugging Face id."
+    )
     revision: str = Field("", description="Branch, tag or commit of a Hugging Face id; empty: its default branch.")
     tune: Literal["full", "lora", "qlora"] = Field(
         "full", description="What is trained: all parameters, or low-rank adapters (qlora: over weights in 4 bits)."
@@ -89,8 +93,8 @@ class ModelChoice(Options):
             from opd.tiny import MODEL
 
             return MODEL, None
-        path = Path(self.path).expanduser()
-        if not path.is_dir():
+        path = Path(self.path)
+        if not os.path.isdir(path):
             if hub.is_id(self.path):
                 folder = hub.fetch(self.path, self.revision, weights)
                 hub.refuse_remote_code(folder, self.path)
@@ -127,7 +131,10 @@ def is_tiny(path: str) -> bool:
 
     if path == "tiny":
         return True
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(expanded(path))
+    except ValueError:  # told where the model is opened
+        return False
     if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
         base = _read(folder / "config.toml", tomllib.loads).get("model", {})
         return is_tiny(str(base.get("path", "tiny")))

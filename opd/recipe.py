@@ -21,6 +21,7 @@ from opd.measure import MeasureOptions
 from opd.models import ModelChoice, is_tiny
 from opd.objective import Objective
 from opd.options import Options
+from opd.paths import expanded
 from opd.rollout import RolloutOptions
 from opd.schedules import OptimizerOptions, TeacherOptions
 from opd.view import ViewOptions
@@ -112,7 +113,10 @@ def read(source: str) -> dict[str, Any]:
     if source in PRESETS:
         text = (files("opd") / "presets" / f"{source}.toml").read_text(encoding="utf-8")
     else:
-        path = Path(source)
+        try:
+            path = Path(expanded(source))
+        except ValueError as error:
+            raise RecipeError(f"recipe: {error}") from error
         if (path / "config.toml").is_file():
             raise RecipeError(f"'{source}' is a run folder, no recipe; a model is given with --model {source}")
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from opd import hub, measure
 from opd import recipe as recipes
 from opd.backend import Backend
 from opd.data import open_data
-from opd.errors import DataError
+from opd.errors import DataError, RecipeError
 from opd.folder import CONFIG, RunFolder
 from opd.loop import Trainer
+from opd.models import is_tiny
 from opd.processor import open_encoder
 from opd.progress import Progress, Quiet
 from opd.recipe import Recipe
@@ -54,17 +56,21 @@ class Session:
 
 
 def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
-    """Opens data, then tokenizer, then weights, so that a mistake is told before anything slow. Raises UserError."""
+    """Opens the model's small files, then data, then weights, so that a mistake is told before anything slow. Raises UserError."""
     if backend != "auto":  # which one `auto` is takes seconds: frameworks are imported to see their devices
         backends.resolve(backend)
-    examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress)
-    for source, reason in getattr(examples, "skipped", ()):
-        progress.note(f"skipped {source}: {reason}")
+    for path in (recipe.data.path, recipe.measure.path):
+        if path not in ("", "tiny") and not os.path.exists(path):
+            raise DataError(f"data file not found: {path}")
     with progress.pause():  # a download shows its own bars
         folder = recipe.model.folder(weights=False)
     recipe = _pinned(recipe, folder)
     name = backends.resolve(backend)
     encoder = open_encoder(folder, name, **recipe.model.pixels())
+    _check_data_is_given(recipe)
+    examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress)
+    for source, reason in getattr(examples, "skipped", ()):
+        progress.note(f"skipped {source}: {reason}")
     with progress.pause():
         options = recipe.model.options(recipe.run.seed)
     model = backends.load(name, options)
@@ -86,20 +92,28 @@ def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress
             "packages": _versions(),
             "data": data,
         }
-        RunFolder.create(out, recipes.write(_anywhere(session.recipe), made_with), force)
-    return _trainer(session, RunFolder(out), progress)
+        folder = RunFolder.create(out, recipes.write(_anywhere(session.recipe), made_with), force)
+        _tell_unlocked(folder, progress or Quiet())
+    else:
+        folder = RunFolder(out)
+    return _trainer(session, folder, progress)
 
 
 def resume(path: Path, backend: str | None = None, progress: Progress | None = None) -> Trainer:
     """A trainer that goes on with the run in `path`, on its own backend or another one."""
-    folder = RunFolder.open(path)
-    values = recipes.read(str(path / CONFIG))
-    made_with = values.get("made_with", {})
-    session = open_session(recipes.reread(path / CONFIG), backend or made_with.get("backend", "auto"), progress or Quiet())
-    began_with = made_with.get("data", {}).get("fingerprint")
-    if began_with not in (None, getattr(session.examples, "fingerprint", "generated")):
-        data = session.recipe.data.path
-        raise DataError(f"{data} is not what this run began with; restore it, or start a new run from this one's model with --model")
+    folder = RunFolder.open(path).locked()
+    try:
+        _tell_unlocked(folder, progress or Quiet())
+        values = recipes.read(str(path / CONFIG))
+        made_with = values.get("made_with", {})
+        session = open_session(recipes.reread(path / CONFIG), backend or made_with.get("backend", "auto"), progress or Quiet())
+        began_with = made_with.get("data", {}).get("fingerprint")
+        if began_with not in (None, getattr(session.examples, "fingerprint", "generated")):
+            data = session.recipe.data.path
+            raise DataError(f"{data} is not what this run began with; restore it, or start a new run from this one's model with --model")
+    except BaseException:
+        folder.release()
+        raise
     return _trainer(session, folder, progress)
 
 
@@ -115,6 +129,20 @@ def held_out(recipe: Recipe, examples: Sequence[Example], progress: Progress | N
     rows = open_data(options.path, strict=recipe.data.strict, progress=progress) if options.path else examples
     count = min(options.count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _tell_unlocked(folder: RunFolder, progress: Progress) -> None:
+    if folder.lock and not folder.lock.works:
+        progress.note(f"the file system of '{folder.path}' has no locks: nothing keeps a second process from training there")
+
+
+def _check_data_is_given(recipe: Recipe) -> None:
+    """Raises RecipeError where nobody named the data, and the model is not the one that the default data are for."""
+    if "path" in recipe.data.model_fields_set or is_tiny(recipe.model.path):
+        return
+    raise RecipeError(
+        f"model '{recipe.model.path}' has no data yet: give --data FILE (--data tiny takes the scenes of the embedded model, for a try)"
+    )
 
 
 def _pinned(recipe: Recipe, folder: Path) -> Recipe:
@@ -141,7 +169,7 @@ def _anywhere(recipe: Recipe) -> Recipe:
 
     def section(name: str) -> Any:
         options = getattr(recipe, name)
-        path = Path(options.path).expanduser()
+        path = Path(options.path)
         there = options.path not in ("", "tiny") and path.exists()
         return options.model_copy(update={"path": str(path.resolve())}) if there else options
 

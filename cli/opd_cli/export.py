@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from opd_cli.options import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option("--as", "kind", type=click.Choice(["model", "adapter"]), default="model", show_default=True, help="All weights, or LoRA's.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write; it must be empty or new.")
+@click.option("--out", type=UserPath(), required=True, help="The folder to write; it must be empty or new.")
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits per weight, in the layout of mlx-community; needs MLX.")
 @click.option("--backend", help="Where an unfinished run's checkpoint is loaded.  [default: the run's own]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a line.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -15,6 +16,23 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 PRESET = "preset {}: no recipe was named"
 """What is told where the preset was chosen by the model."""
+
+
+class UserPath(click.Path):
+    """A path as a person writes it: `~` is the home folder, and what no file system holds is told."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path of a text."""
+        from opd.paths import expanded
+
+        try:
+            return super().convert(expanded(str(value)), parameter, ctx)
+        except ValueError as fault:
+            self.fail(str(fault), parameter, ctx)
+
 
 SHARED = (
     click.argument("recipe", required=False),

@@ -58,13 +58,13 @@ def plan(
     from opd_cli.tables import planned
 
     name = recipe or preset(model, overrides)
-    if recipe is None:
-        with show() as progress:
-            progress.note(PRESET.format(name))
     resolved = resolve(name, {"model.path": model, "data.path": data}, overrides)
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
     chosen = devices.device(device_name, backend)
     first = planning.plan(resolved, chosen, backend, assumed)
+    if recipe is None:
+        with show() as progress:
+            progress.note(PRESET.format(name))
     others = [one for one in devices.DEVICES.values() if one.name != chosen.name]
     plans = [first, *(planning.on(first, one) for one in others)]
     result = planning.report(plans, resolved.model.path)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from opd_cli.options import PRESET, preset, resolve, shared
+from opd_cli.options import PRESET, UserPath, preset, resolve, shared
 
 
 @click.command()
 @shared
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/NAME after recipe or data, NAME-2, ...]")
+@click.option("--out", type=UserPath(), help="The run folder.  [default: runs/NAME after recipe or data, NAME-2, ...]")
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Seed of data order and sampling.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run from its last checkpoint.")
+@click.option("--resume", type=UserPath(), metavar="RUN", help="Go on with a run from its last checkpoint.")
 @click.option("--force", is_flag=True, help="Where --out holds a run already, set that one aside as NAME~1.")
 @click.pass_context
 def train(
@@ -48,6 +48,7 @@ def train(
     """
     from opd import run
     from opd.errors import Stopped
+    from opd.paths import stem
     from opd_cli.progress import show
     from opd_cli.tables import before_after
 
@@ -61,7 +62,7 @@ def train(
             shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
             chosen = recipe or preset(model, overrides)
             named_after = data if data and recipe is None else chosen
-            folder = out or _free(Path("runs") / Path(named_after).stem)
+            folder = out or _free(Path("runs") / stem(named_after))
             trainer = run.start(resolve(chosen, shortcuts, overrides), backend or "auto", folder, force, progress)
             if recipe is None:
                 progress.note(PRESET.format(chosen))

@@ -17,6 +17,7 @@ from opd.data import own
 from opd.data.dataset import Dataset, gather, read_image
 from opd.data.jsonl import read_lines
 from opd.options import Options
+from opd.paths import PathText
 from opd.progress import Progress, Quiet
 from opd.types import Example
 
@@ -26,7 +27,7 @@ __all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl"]
 class DataOptions(Options):
     """Where examples come from."""
 
-    path: str = Field("tiny", min_length=1, description="A data file, or 'tiny' for the embedded task.")
+    path: PathText = Field("tiny", min_length=1, description="A data file, or 'tiny' for the embedded task.")
     max_prompt_tokens: int = Field(8192, ge=1, description="Rows with a longer prompt, student's or teacher's, are skipped and counted.")
     strict: bool = Field(False, description="A faulty row ends the run instead of being skipped and counted.")
 
