@@ -18,6 +18,7 @@ from typing import Any
 from opd import lock
 from opd.errors import FolderError, RunError
 from opd.paths import unusable
+from opd.strict_json import dumps
 
 CONFIG = "config.toml"
 
@@ -111,7 +112,7 @@ class RunFolder:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one object to a .jsonl file."""
         with _guarded(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(dumps(row) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over. Raises FolderError."""
@@ -128,12 +129,12 @@ class RunFolder:
     def rewrite(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replaces a .jsonl file."""
         with _guarded(self.path / name):
-            _write(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            _write(self.path / name, "".join(dumps(row) + "\n" for row in rows))
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a .json file."""
         with _guarded(self.path / name):
-            _write(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            _write(self.path / name, dumps(value, indent=2) + "\n")
 
     def read(self, name: str) -> dict[str, Any]:
         """The object of a .json file. Raises OSError or ValueError where it is missing or damaged."""

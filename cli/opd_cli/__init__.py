@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 
+from opd_cli import signals, terminal
+from opd_cli.suggestions import unknown_option, where
+
 COMMANDS = {
     "train": "Train a model with Vision-OPD, and measure the gap before and after.",
     "gap": "Measure accuracy on the crop and on the full image.",
@@ -51,30 +54,55 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs a command. Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 interrupted."""
+        """Runs a command, and exits.
+
+        0: done; 1: the run failed, or stdout could not take the result; 2: the input was wrong; 130, 143, 129: Ctrl-C, SIGTERM, SIGHUP;
+        141: nobody read stdout to its end. An error is one line. A traceback is a fault of opd, and its last line says so.
+        """
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             os.environ["GOMP_SPINCOUNT"] = SPINS  # torch is not loaded yet, and libgomp reads it as it is
+        with terminal.prepared(), signals.handled() as heard:
+            code = self._run(heard, *args, **kwargs)
+            lost = terminal.stdout_failure()
+            if lost is not None:
+                code = _lost(lost)
+        if code:
+            sys.exit(code)
+
+    def _run(self, heard: signals.Signals, *args: Any, **kwargs: Any) -> int:
+        """Runs a command; its exit code."""
+        given = list(sys.argv[1:] if not args and kwargs.get("args") is None else args[0] if args else kwargs["args"])
         try:
-            return super().main(*args, **{**kwargs, "standalone_mode": False})
+            for argument in given:
+                _check(argument)
+            super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.Exit as stop:
-            sys.exit(stop.exit_code)
+            return stop.exit_code
+        except SystemExit as stop:  # of a check that failed
+            return stop.code if isinstance(stop.code, int) else 1
         except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted", 130)
+            return _fail("interrupted", heard.exit_code)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.message)
-            sys.exit(0)
+        except click.NoSuchOption as error:
+            return _fail(unknown_option(error, given), 2)
         except click.UsageError as error:
-            where = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
-            _fail(f"{error.format_message().rstrip('.')}{where}", 2)
+            return _fail(f"{error.format_message().rstrip('.')}{where(error.ctx)}", 2)
         except click.ClickException as error:
-            _fail(error.format_message(), 2)
+            return _fail(error.format_message(), 2)
+        except MemoryError:
+            return _fail("not enough memory on this machine; opd plan says what a run takes", 1)
         except Exception as error:
             # Imported here: a failure is the only time the core is needed by the group itself.
             from opd.errors import OpdError, Stopped, UserError
 
-            if not isinstance(error, OpdError):
-                raise
-            _fail(str(error), 2 if isinstance(error, UserError) else 130 if isinstance(error, Stopped) else 1)
+            if isinstance(error, OpdError):
+                return _fail(str(error), 2 if isinstance(error, UserError) else heard.exit_code if isinstance(error, Stopped) else 1)
+            if isinstance(error, OSError) and terminal.stdout_failure() is not None:
+                return _lost(error)
+            terminal.say_bug(error)
+            return 1
+        return 0
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -89,6 +117,23 @@ def main() -> None:
     """
 
 
-def _fail(message: str, code: int) -> None:
-    click.echo(f"opd: {message}", err=True)
-    sys.exit(code)
+def _check(argument: str) -> None:
+    """Raises UsageError for an argument that is no text: no recipe and no record of a run could hold it."""
+    if "\0" in argument:
+        raise click.UsageError(f"{argument}: an argument cannot hold a NUL character")
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise click.UsageError(f"{argument}: not UTF-8; rename the file, or set a UTF-8 locale such as LC_ALL=C.UTF-8") from None
+
+
+def _fail(message: str, code: int) -> int:
+    terminal.say_error(message)
+    return code
+
+
+def _lost(error: OSError) -> int:
+    """What a result that could not be written comes to: quiet where the reader went, as after `| head`."""
+    if isinstance(error, BrokenPipeError):
+        return 141
+    return _fail(f"stdout cannot be written: {error.strerror or error}", 1)

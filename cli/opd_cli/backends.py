@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import click
+
+from opd_cli.terminal import say_json
 
 
 @click.command()
@@ -44,6 +45,6 @@ def backends(name: str | None, check: bool, as_json: bool) -> None:
             if not as_json:
                 check_table(one, state.device, checks)
     if as_json:
-        click.echo(json.dumps(result))
+        say_json(result)
     if not passed:
         sys.exit(1)

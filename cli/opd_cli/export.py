@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from opd_cli.options import UserPath
+from opd_cli.terminal import say, say_json
 
 
 @click.command()
@@ -33,4 +33,7 @@ def export(run: Path, kind: str, out: Path, quantize: str | None, backend: str |
 
     with show() as progress:
         done = write(run, "adapter" if kind == "adapter" else "model", out, int(quantize) if quantize else None, backend, progress)
-    click.echo(json.dumps(done) if as_json else f"{kind}: {out}")
+    if as_json:
+        say_json(done)
+    else:
+        say(f"{kind}: {out}")

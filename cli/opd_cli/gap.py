@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from opd_cli.options import PRESET, preset, resolve, shared
+from opd_cli.terminal import say_json
 
 
 @click.command()
@@ -48,6 +47,6 @@ def gap(
             progress.note(PRESET.format(chosen))
         result = measure.accuracies(session.answer(progress))
     if as_json:
-        click.echo(json.dumps({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result}))
+        say_json({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result})
     else:
         measured(result, session.recipe.model.path, session.backend.device)

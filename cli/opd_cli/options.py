@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+
 if TYPE_CHECKING:
     from opd.recipe import Recipe
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import click
 
 from opd_cli.options import PRESET, preset, resolve, shared
+from opd_cli.terminal import say_json
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -69,6 +69,6 @@ def plan(
     plans = [first, *(planning.on(first, one) for one in others)]
     result = planning.report(plans, resolved.model.path)
     if as_json:
-        click.echo(json.dumps(result))
+        say_json(result)
     else:
         planned(result)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
 
 from opd_cli.options import PRESET, preset, resolve, shared
+from opd_cli.terminal import say_json
 
 
 @click.command()
@@ -39,6 +39,6 @@ def sample(
             progress.note(PRESET.format(chosen))
         answered = session.answer(progress)
     if as_json:
-        click.echo(json.dumps({"model": session.recipe.model.path, "answers": [asdict(one) for one in answered]}, ensure_ascii=False))
+        say_json({"model": session.recipe.model.path, "answers": [asdict(one) for one in answered]})
     else:
         answers([(example.question, one) for example, one in zip(session.held_out, answered, strict=True)])

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from opd_cli.console import Terminal, cell
 
 if TYPE_CHECKING:
     from opd.backend import State
@@ -25,7 +26,7 @@ ROWS = (("full_accuracy", "full image"), ("crop_accuracy", "evidence crop"), ("g
 
 def before_after(summary: Mapping[str, Any], folder: Path) -> None:
     """Accuracies in percent before and after a run, the share of the gap that was closed, and where everything is."""
-    console = Console()
+    console = Terminal()
     if "before" in summary:
         before, after = summary["before"], summary["after"]
         title = f"{_rows(before)}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}"
@@ -43,7 +44,8 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
     if cut > MANY_CUT * drawn:
         console.print(f"{cut} of {drawn} completions were cut off at rollout.max_tokens", highlight=False)
     kind = "adapter" if (folder / "adapter").is_dir() else "model"
-    console.print(f"{kind}: {folder / kind}\nmetrics: {folder / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
+    console.print(f"{kind}: {folder / kind}", soft_wrap=True)
+    console.print(f"metrics: {folder / 'metrics.jsonl'}", soft_wrap=True)
 
 
 def measured(result: Mapping[str, Any], model: str, device: str) -> None:
@@ -52,8 +54,8 @@ def measured(result: Mapping[str, Any], model: str, device: str) -> None:
     for key, name in ROWS:
         if key in result:
             table.add_row(name, _percent(result, key))
-    console = Console()
-    console.print(Text(f"{model}: {_rows(result)}, on {device}", style="bold"), soft_wrap=True)
+    console = Terminal()
+    console.print(cell(f"{model}: {_rows(result)}, on {device}", "bold"), soft_wrap=True)
     console.print(table)
 
 
@@ -63,8 +65,8 @@ def answers(rows: Sequence[tuple[str, Answered]]) -> None:
     for heading in ("question", "answer", "on the full image", "on the crop"):
         table.add_column(heading, overflow="fold")
     for question, one in rows:
-        table.add_row(Text(question), Text(one.answer or "-"), _judged(one.full, one.full_right), _judged(one.crop, one.crop_right))
-    Console().print(table)
+        table.add_row(question, one.answer or "-", _judged(one.full, one.full_right), _judged(one.crop, one.crop_right))
+    Terminal().print(table)
 
 
 def backend_table(states: Mapping[str, State], automatic: str) -> None:
@@ -73,8 +75,8 @@ def backend_table(states: Mapping[str, State], automatic: str) -> None:
     for heading in ("backend", "device", "missing"):
         table.add_column(heading, overflow="fold")
     for name, state in states.items():
-        table.add_row(f"{name} (auto)" if name == automatic else name, state.device or "-", Text(state.missing))
-    Console().print(table)
+        table.add_row(f"{name} (auto)" if name == automatic else name, state.device or "-", state.missing)
+    Terminal().print(table)
 
 
 def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
@@ -88,15 +90,15 @@ def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
     for check in checks:
         verdict = Text("passed", style="green") if check.passed else Text("FAILED", style="bold red")
         table.add_row(check.name, f"{check.error:.1e}", f"{check.bound:.0e}", verdict)
-    Console().print(table)
+    Terminal().print(table)
 
 
 def planned(result: Mapping[str, Any]) -> None:
     """Parameters, memory, stages and devices of a plan, and the largest step that fits."""
-    console, assumed, found = Console(), result["assumed"], result["memory"]
+    console, assumed, found = Terminal(), result["assumed"], result["memory"]
     say = partial(console.print, highlight=False, soft_wrap=True)
     device, batch = result["device"]["name"], result["microbatch"]
-    say(Text(f"{result['model']} on {device}, {result['backend']}, {result['dtype']}", style="bold"))
+    say(cell(f"{result['model']} on {device}, {result['backend']}, {result['dtype']}", "bold"))
     width, height = assumed["image"]
     across, down = assumed["crop"]
     say(f"image {width}x{height}: prompt of {assumed['prompt_tokens']} tokens, {assumed['text_tokens']} of them text")
@@ -104,7 +106,8 @@ def planned(result: Mapping[str, Any]) -> None:
     say(f"step: {assumed['prompts']} prompts x {assumed['completions']} completions of {assumed['completion_tokens']} tokens")
     few = "" if batch["completions"] == assumed["completions"] else f", {batch['completions']} completions at a time"
     say(f"micro-batches: {batch['count']} of {batch['groups']} prompts{few}, {batch['tokens']} tokens each")
-    say(f"sampled together: {result['sampling']['groups']} prompts\n")
+    say(f"sampled together: {result['sampling']['groups']} prompts")
+    say()
 
     table = _table("parameters", "all", "trained")
     for part, count in result["parameters"].items():
@@ -124,7 +127,8 @@ def planned(result: Mapping[str, Any]) -> None:
     table.add_row("checkpoint on disk", _bytes(found["disk"]), "")
     console.print(table)
     if found["checkpointed"]:
-        say("activations: each layer is computed again in the backward\n")
+        say("activations: each layer is computed again in the backward")
+        say()
 
     table = _table(f"one step on {device}", "TFLOP", "seconds")
     for name, stage in result["stages"].items():
@@ -147,10 +151,12 @@ def planned(result: Mapping[str, Any]) -> None:
     for one in result["devices"]:
         say(f"{one['name']}: {one['source']}")
     if batch["largest"] and result["sampling"]["largest"]:
-        say(f"\nlargest step that fits on {device}:")
+        say()
+        say(f"largest step that fits on {device}:")
         say(f"  --set rollout.microbatch_tokens={batch['largest']} --set rollout.sample_tokens={result['sampling']['largest']}")
         return
-    say(f"\nnot even one prompt fits on {device}; " + ("one change each, and its peak:" if result["smaller"] else "no single change helps"))
+    say()
+    say(f"not even one prompt fits on {device}; " + ("one change each, and its peak:" if result["smaller"] else "no single change helps"))
     for change, peak in sorted(result["smaller"].items(), key=lambda pair: int(pair[1])):
         say(f"  {_bytes(peak):>8}  --set {change}" + ("  fits" if peak <= found["usable"] else ""))
 
@@ -185,8 +191,7 @@ def _rows(result: Mapping[str, Any]) -> str:
 
 
 def _judged(text: str, right: bool | None) -> Text:
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)  # an untrained model says anything
-    return Text(printable.strip(), style="" if right is None else "green" if right else "red")
+    return cell(text.strip(), "" if right is None else "green" if right else "red")
 
 
 def _percent(values: Mapping[str, Any], key: str) -> str:

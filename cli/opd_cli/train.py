@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from opd_cli.options import PRESET, UserPath, preset, resolve, shared
+from opd_cli.terminal import say_json
 
 
 @click.command()
@@ -71,7 +71,7 @@ def train(
         except KeyboardInterrupt:
             raise Stopped(f"interrupted; go on with: opd train --resume {trainer.folder.path}") from None
     if as_json:
-        click.echo(json.dumps({**summary, "run": str(trainer.folder.path)}))
+        say_json({**summary, "run": str(trainer.folder.path)})
     else:
         before_after(summary, trainer.folder.path)
 
