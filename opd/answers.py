@@ -24,8 +24,13 @@ _ALONE = re.compile(rf"\s*(?:[^\w\s]|$)|{_HEDGE.pattern}")
 _REASON = re.compile(r"\s+(?:because|since|as|is|which|for|and)\b")
 
 
-def matches(prediction: str, answer: str, choices: Sequence[str] = ()) -> bool:
-    """Whether `prediction` says `answer`, which may be the letter or the text of one of `choices`."""
+def matches(prediction: str, answer: str | Sequence[str], choices: Sequence[str] = ()) -> bool:
+    """Whether `prediction` says `answer`, which may be the letter or the text of one of `choices`.
+
+    Of several reference answers any is right.
+    """
+    if not isinstance(answer, str):
+        return any(matches(prediction, one, choices) for one in answer)
     said = _final(prediction)
     if choices:
         right = chosen(answer, choices)
@@ -148,13 +153,17 @@ def _mentioned(said: str, texts: Sequence[str]) -> set[int]:
     return found
 
 
-def _texts(choices: Sequence[str]) -> list[str]:
-    """The choices' normal forms, without the letters that some data sets put before each of them ("A. red")."""
+def without_letters(choices: Sequence[str]) -> list[str]:
+    """The choices without the letters that some data sets put before each of them ("A. red")."""
     stripped = [
-        re.fullmatch(rf"\s*\(?{letter}\s*[.):]\s*(.+)", choice, re.DOTALL) for letter, choice in zip(LETTERS, choices, strict=False)
+        re.fullmatch(rf"\s*[(\[]?{letter}\s*[.):\]]\s*(.+)", choice, re.DOTALL) for letter, choice in zip(LETTERS, choices, strict=False)
     ]
     lettered = [match[1] for match in stripped if match]
-    return [normal(choice) for choice in (lettered if len(lettered) == len(choices) else choices)]
+    return lettered if len(lettered) == len(choices) else list(choices)
+
+
+def _texts(choices: Sequence[str]) -> list[str]:
+    return [normal(choice) for choice in without_letters(choices)]
 
 
 def _final(prediction: str) -> str:

@@ -170,7 +170,7 @@ class Trainer:
         return Batch(tuple(pairs), len(mine) - len(pairs))
 
     def _pair(self, place: int, index: int) -> Pair | None:
-        example = replace(self.examples[index], answer=None, choices=())  # the method has no labels
+        example = replace(self.examples[index], answer=None)  # the method has no labels; choices are part of the question
         try:
             student = measure.encode_student(self.encoder, example)
             teacher = measure.encode_teacher(self.encoder, example, self.recipe.view)

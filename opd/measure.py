@@ -22,10 +22,11 @@ from opd.answers import matches
 from opd.backend import Backend
 from opd.options import Options
 from opd.paths import PathText
+from opd.questions import student_question, teacher_question
 from opd.randomness import Purpose, generator
 from opd.rollout import sample
 from opd.types import Encoder, Example, Prompt, Sampling
-from opd.view import ViewOptions, student_images, teacher_images
+from opd.view import MAX_PIXELS, ViewOptions, student_images, teacher_images
 
 SLICE = 64
 """Examples that are encoded at a time: the pixels of thousands of large images would fill the memory."""
@@ -50,7 +51,7 @@ class Answered:
     """What the model said of one example; `full_right` and `crop_right` are None where the example has no answer."""
 
     id: str
-    answer: str | None
+    answer: str | Sequence[str] | None
     full: str
     crop: str
     full_right: bool | None
@@ -83,13 +84,14 @@ def answer(
 
 def encode_student(encoder: Encoder, example: Example) -> Prompt:
     """The prompt of the full image."""
-    return encoder.encode(student_images(example), example.question)
+    return encoder.encode(student_images(example), student_question(example))
 
 
 def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
     """The same prompt with the images swapped for the teacher's, and the question where the example gives another one."""
-    question = example.question if example.teacher_question is None else example.teacher_question
-    return encoder.encode(teacher_images(example, view), question, "teacher")
+    bound = getattr(encoder, "max_pixels", None)  # an encoder may say up to which size its images keep what a crop is enlarged to
+    images = teacher_images(example, view, bound("teacher") if bound else MAX_PIXELS)
+    return encoder.encode(images, teacher_question(example, view), "teacher")
 
 
 def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from opd.errors import BackendError, DataError, ModelError
 from opd.families.layout import counted, plain
 from opd.prompts import PromptEncoder, content, one_line, read_config
 from opd.types import IntArray, Policy, Prompt, VisualTokens
+from opd.view import MAX_PIXELS
 
 ROWS = ("cuda", "cpu")
 """Built-in backends that run a model without a family file."""
@@ -90,6 +91,10 @@ class ProcessorEncoder(PromptEncoder):
             key=self._key(images, self._made),
             visual=VisualTokens(index, owner, sizes[owner]),
         )
+
+    def max_pixels(self, policy: Policy) -> int:
+        """See `PromptEncoder`."""
+        return MAX_PIXELS
 
     def _template(self) -> Any:
         found = self._processor.chat_template or self._tokenizer.chat_template

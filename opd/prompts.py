@@ -115,6 +115,10 @@ class PromptEncoder:
         tokens, positions, visual = self._placed(text, tiles, tuple(image.size for image in images))
         return Prompt(tokens, positions, arrays, self._key(images, self._settings[policy]), visual)
 
+    def max_pixels(self, policy: Policy) -> int:
+        """The width * height to which larger images are brought: no crop is worth enlarging above it."""
+        return self._family.most_pixels(self._processor, self._sizes[policy])
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion, without special tokens."""
         return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))

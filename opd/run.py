@@ -68,7 +68,7 @@ def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     name = backends.resolve(backend)
     encoder = open_encoder(folder, name, **recipe.model.pixels())
     _check_data_is_given(recipe)
-    examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress)
+    examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress, max_image_pixels=recipe.data.max_image_pixels)
     for source, reason in getattr(examples, "skipped", ()):
         progress.note(f"skipped {source}: {reason}")
     with progress.pause():
@@ -126,7 +126,11 @@ def held_out(recipe: Recipe, examples: Sequence[Example], progress: Progress | N
         from opd.tiny import Scenes
 
         return Scenes("fresh", options.count)
-    rows = open_data(options.path, strict=recipe.data.strict, progress=progress) if options.path else examples
+    rows = (
+        open_data(options.path, strict=recipe.data.strict, progress=progress, max_image_pixels=recipe.data.max_image_pixels)
+        if options.path
+        else examples
+    )
     count = min(options.count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
 

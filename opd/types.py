@@ -22,6 +22,9 @@ IntArray: TypeAlias = NDArray[np.int32]
 ImageSource: TypeAlias = Path | Image
 Policy: TypeAlias = Literal["student", "teacher"]
 
+MAX_IMAGE_PIXELS = 178_956_970
+"""Default of `data.max_image_pixels`: pictures of more pixels are refused, as Pillow refuses them by itself."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -39,7 +42,9 @@ class Example:
     """One row of data: what the student sees, and where the evidence is.
 
     Evidence is either `boxes`, from which the teacher's crop is cut, or `teacher_images`, given as they are.
-    `answer` and `choices` serve measuring only; training never reads them.
+    `answer` serves measuring only; training never reads it: one reference answer, or several of which any
+    is right. `choices` are put into the prompt where the question does not hold them (`opd.questions`).
+    `max_image_pixels`: larger pictures are refused when they are opened.
     """
 
     id: str
@@ -48,10 +53,11 @@ class Example:
     boxes: tuple[Box, ...] = ()
     teacher_images: tuple[ImageSource, ...] = ()
     teacher_question: str | None = None
-    answer: str | None = None
+    answer: str | tuple[str, ...] | None = None
     choices: tuple[str, ...] = ()
     weight: float = 1.0
     source: str = ""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from PIL.Image import Image, Resampling
+from PIL.Image import new as new_image
 from pydantic import Field
 
 from opd.errors import DataError
@@ -25,6 +26,9 @@ Region: TypeAlias = tuple[int, int, int, int]
 
 MAX_ASPECT = 50
 """A crop longer than this many times its width is widened, as far as the image reaches: image processors refuse ribbons."""
+
+MAX_PIXELS = 1 << 24
+"""Pixels above which no crop is enlarged where nothing is known of the image processor: the largest published bound, 16.8 million."""
 
 DRAWS = 32
 """Random places tried for a wrong crop before the places that touch a border or an evidence box."""
@@ -96,46 +100,74 @@ def elsewhere(right: Region, evidence: Sequence[Box], width: int, height: int, i
     return min(candidates, key=lambda place: sum(_overlap(place, box) for box in taken))
 
 
-def enlarged(width: int, height: int, min_size: int = 1, enlarge: float = 1.0) -> tuple[int, int]:
-    """The size of a crop for the teacher: `enlarge` times as large, or more where the shorter side would stay below `min_size`."""
+def enlarged(width: int, height: int, min_size: int = 1, enlarge: float = 1.0, max_pixels: int | None = None) -> tuple[int, int]:
+    """The size of a crop for the teacher: `enlarge` times as large, or more where the shorter side would stay below `min_size`.
+
+    A crop is not enlarged above `max_pixels`, to which the image processor would bring it back; a
+    larger one keeps its size.
+    """
     factor = max(enlarge, min_size / min(width, height))
+    if max_pixels is not None and (most := math.sqrt(max_pixels / (width * height))) < factor:
+        factor = max(1.0, most)
+        return max(1, int(width * factor)), max(1, int(height * factor))
     return max(min_size, round(width * factor)), max(min_size, round(height * factor))
 
 
 def student_images(example: Example) -> list[Image]:
     """The example's images, upright and RGB. Raises DataError where one cannot be read."""
-    return [open_image(source) for source in example.images]
+    return [open_image(source, example.max_image_pixels) for source in example.images]
 
 
-def teacher_images(example: Example, options: ViewOptions) -> list[Image]:
+def teacher_images(example: Example, options: ViewOptions, max_pixels: int | None = MAX_PIXELS) -> list[Image]:
     """What the teacher sees, upright and RGB: teacher images as they are given, or crops around the example's boxes.
 
     Crops stand in the place of their image, and an image without a box stays whole, so that "the second image" in a question remains
-    the second where every image gives one crop. Raises DataError where an example has no evidence.
+    the second; `views_per_image` says how many views each image gives. No crop is enlarged above `max_pixels`.
+    Raises DataError where an example has no evidence.
     """
     if options.kind == "full":
         return student_images(example)
     if options.kind == "crop" and example.teacher_images:
-        return [open_image(source) for source in example.teacher_images]
+        return [open_image(source, example.max_image_pixels) for source in example.teacher_images]
     if not example.boxes or not all(0 <= box.image < len(example.images) for box in example.boxes):
         raise DataError(f"example {example.id}: the view '{options.kind}' needs boxes, each in one of the example's images")
     views: list[Image] = []
-    for number, image in enumerate(student_images(example)):
+    for number, source in enumerate(example.images):
+        image = open_image(source, example.max_image_pixels)
         boxes = [box for box in example.boxes if box.image == number]
-        views += _crops(image, boxes, options, f"{example.id}/{number}") if boxes else [image]
+        views += _crops(image, boxes, options, f"{example.id}/{number}", max_pixels) if boxes else [image]
     return views
 
 
-def _crops(image: Image, boxes: Sequence[Box], options: ViewOptions, id: str) -> list[Image]:
+def views_per_image(example: Example, options: ViewOptions) -> list[int]:
+    """How many of the teacher's images stand in the place of each image of its question."""
+    if options.kind == "crop" and example.teacher_images:
+        return [1] * len(example.teacher_images)
+    if options.kind == "full" or options.boxes == "hull":
+        return [1] * len(example.images)
+    return [max(1, sum(box.image == number for box in example.boxes)) for number in range(len(example.images))]
+
+
+def _crops(image: Image, boxes: Sequence[Box], options: ViewOptions, id: str, max_pixels: int | None) -> list[Image]:
     crops = []
     for number, box in enumerate([hull(boxes)] if options.boxes == "hull" else boxes):
         place = region(box, *image.size, options.margin, options.margin_fraction)
         if options.kind == "wrong":
             place = elsewhere(place, boxes, *image.size, f"{id}/{number}")
-        crop = image.crop(place)
-        size = enlarged(*crop.size, options.min_size, options.enlarge)
+        crop = _cut(image, place)
+        size = enlarged(*crop.size, options.min_size, options.enlarge, max_pixels)
         crops.append(crop if size == crop.size else crop.resize(size, Resampling.BICUBIC))
     return crops
+
+
+def _cut(image: Image, place: Region) -> Image:
+    """The pixels of a region; not by `Image.crop`, which warns of large ones or refuses them."""
+    left, top, right, bottom = place
+    if (left, top, right, bottom) == (0, 0, *image.size):
+        return image
+    crop = new_image(image.mode, (right - left, bottom - top))
+    crop.paste(image, (-left, -top))
+    return crop
 
 
 def _overlap(a: Region, b: Region) -> int:

@@ -247,10 +247,11 @@ def test_a_faulty_row_is_skipped_and_counted_and_fatal_where_it_must_be(folder: 
     assert str(alone.value) == f"{path}: no usable row of 2; the first fault, in data.jsonl:1: {reason}"
 
 
-def test_a_decompression_bomb_is_a_faulty_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"a.png: Image size \(800 pixels\) exceeds limit of 200 pixels"):
-        one(folder)
+def test_a_picture_above_the_bound_is_a_faulty_row(folder: Path) -> None:
+    path = write(folder, GOOD)
+    assert len(read_jsonl(path, max_image_pixels=800)) == 1
+    with pytest.raises(DataError, match=r"a.png: 40 x 20 = 800 pixels, above data.max_image_pixels = 799; raise it for"):
+        read_jsonl(path, max_image_pixels=799)
 
 
 FILE_FAULTS: list[tuple[bytes | None, str]] = [

@@ -166,7 +166,7 @@ def test_what_is_encoded_for_training_has_no_answer(tmp_path, monkeypatch):
         )
     trainer(tmp_path / "run", "measure.count=0", examples=[replace(one, choices=("abc", "d")) for one in coloured()]).train()
     assert len(seen) == 2 * 6 * 4
-    assert {(one.answer, one.choices) for one in seen} == {(None, ())}
+    assert {(one.answer, one.choices) for one in seen} == {(None, ("abc", "d"))}  # options are part of the question
 
 
 def test_labels_are_never_read(tmp_path):

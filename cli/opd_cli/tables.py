@@ -65,7 +65,7 @@ def answers(rows: Sequence[tuple[str, Answered]]) -> None:
     for heading in ("question", "answer", "on the full image", "on the crop"):
         table.add_column(heading, overflow="fold")
     for question, one in rows:
-        table.add_row(question, one.answer or "-", _judged(one.full, one.full_right), _judged(one.crop, one.crop_right))
+        table.add_row(question, _reference(one.answer), _judged(one.full, one.full_right), _judged(one.crop, one.crop_right))
     Terminal().print(table)
 
 
@@ -188,6 +188,11 @@ def _rows(result: Mapping[str, Any]) -> str:
     """How many examples, and how many of them could be judged where that is fewer."""
     judged = result["rows_with_answer"]
     return f"{result['rows']} examples" + ("" if judged == result["rows"] else f", {judged} of them with an answer")
+
+
+def _reference(answer: str | Sequence[str] | None) -> str:
+    """The reference answer, or all of several."""
+    return answer if isinstance(answer, str) else " | ".join(answer or ["-"])
 
 
 def _judged(text: str, right: bool | None) -> Text:

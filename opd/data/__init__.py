@@ -19,7 +19,7 @@ from opd.data.jsonl import read_lines
 from opd.options import Options
 from opd.paths import PathText
 from opd.progress import Progress, Quiet
-from opd.types import Example
+from opd.types import MAX_IMAGE_PIXELS, Example
 
 __all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl"]
 
@@ -30,9 +30,14 @@ class DataOptions(Options):
     path: PathText = Field("tiny", min_length=1, description="A data file, or 'tiny' for the embedded task.")
     max_prompt_tokens: int = Field(8192, ge=1, description="Rows with a longer prompt, student's or teacher's, are skipped and counted.")
     strict: bool = Field(False, description="A faulty row ends the run instead of being skipped and counted.")
+    max_image_pixels: int = Field(
+        MAX_IMAGE_PIXELS, ge=1, description="Larger pictures are refused: a small file can hold a picture that fills the memory."
+    )
 
 
-def open_data(path: str, strict: bool = False, labelled: bool = True, progress: Progress | None = None) -> Sequence[Example]:
+def open_data(
+    path: str, strict: bool = False, labelled: bool = True, progress: Progress | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> Sequence[Example]:
     """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task; not `labelled`: without answers.
 
     Raises DataError where the file cannot be used, and with `strict` at the first faulty row.
@@ -41,16 +46,16 @@ def open_data(path: str, strict: bool = False, labelled: bool = True, progress: 
         from opd.tiny import Scenes
 
         return Scenes("train", 12800, labelled=labelled)
-    found = read_jsonl(Path(path), strict, progress)
+    found = read_jsonl(Path(path), strict, progress, max_image_pixels)
     if labelled:
         return found
     return Dataset([replace(example, answer=None) for example in found], found.skipped, found.fingerprint)
 
 
-def read_jsonl(path: Path, strict: bool = False, progress: Progress | None = None) -> Dataset:
+def read_jsonl(path: Path, strict: bool = False, progress: Progress | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Dataset:
     """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it can be, and not kept."""
     lines = read_lines(path)
     box_format, rows = own.take_header(lines)
-    facts = cache(read_image)
-    read_row = partial(own.read_row, folder=path.parent, box_format=box_format, facts=facts)
+    facts = cache(partial(read_image, max_pixels=max_image_pixels))
+    read_row = partial(own.read_row, folder=path.parent, box_format=box_format, facts=facts, max_image_pixels=max_image_pixels)
     return gather(replace(lines, rows=rows), read_row, facts, strict, progress or Quiet())

@@ -13,7 +13,7 @@ from opd.data.jsonl import Lines, parse
 from opd.errors import DataError
 from opd.images import open_image
 from opd.progress import Progress
-from opd.types import Example
+from opd.types import MAX_IMAGE_PIXELS, Example
 
 READERS = 8
 """Threads that decode images while a file is read; Pillow decodes outside Python's lock."""
@@ -54,10 +54,10 @@ class ImageFacts:
     fault: str = ""
 
 
-def read_image(path: Path) -> ImageFacts:
+def read_image(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageFacts:
     """Decodes an image file fully and forgets its pixels. Never raises, so that the result can be kept for rows that share it."""
     try:
-        size = open_image(path).size
+        size = open_image(path, max_pixels).size
         with path.open("rb") as file:
             return ImageFacts(size, hashlib.file_digest(file, "sha256").digest())
     except (DataError, OSError) as error:

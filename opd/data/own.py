@@ -45,7 +45,9 @@ def take_header(lines: Lines) -> tuple[BoxFormat, list[tuple[int, str]]]:
         raise DataError(f"{lines.path}:{number}: {error}") from error
 
 
-def read_row(row: Row, source: str, folder: Path, box_format: BoxFormat, facts: Callable[[Path], ImageFacts]) -> Example:
+def read_row(
+    row: Row, source: str, folder: Path, box_format: BoxFormat, facts: Callable[[Path], ImageFacts], max_image_pixels: int
+) -> Example:
     """The example of a row. `folder`: what paths are relative to; `facts` reads an image. Raises DataError."""
     images = paths(row, "image", folder)
     if not images:
@@ -75,6 +77,7 @@ def read_row(row: Row, source: str, folder: Path, box_format: BoxFormat, facts: 
         choices=choices,
         weight=_weight(row),
         source=source,
+        max_image_pixels=max_image_pixels,
     )
 
 

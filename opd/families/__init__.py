@@ -47,6 +47,9 @@ class Family(Protocol):
         Raises ModelError where the family has no such bound.
         """
 
+    def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
+        """The width * height to which the image processor brings larger images; `sizes` as the method of that name returns them."""
+
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:

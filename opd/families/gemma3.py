@@ -34,6 +34,10 @@ class Gemma3:
             raise ModelError(f"gemma3 sees every image at {size['width']} x {size['height']} pixels; leave min_pixels and max_pixels at 0")
         return {}
 
+    def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
+        """See `Family`."""
+        return int(processor.size["height"]) * int(processor.size["width"])
+
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:

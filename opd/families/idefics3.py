@@ -36,6 +36,10 @@ class Idefics3:
         tile = int(processor.max_image_size["longest_edge"])
         return {"size": {"longest_edge": min(int(processor.size["longest_edge"]), max(1, isqrt(max_pixels) // tile) * tile)}}
 
+    def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
+        """See `Family`."""
+        return int({**processor.size, **sizes.get("size", {})}["longest_edge"]) ** 2
+
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:

@@ -37,6 +37,10 @@ class QwenVL:
             size["longest_edge"] = max(size["longest_edge"], min_pixels)
         return {"size": size}
 
+    def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
+        """See `Family`."""
+        return int(sizes["size"]["longest_edge"])
+
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:

@@ -1,0 +1,73 @@
+"""Image files that Pillow cannot open by itself: whose they are, and what opens them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+HEAD = 512
+"""Bytes of a file by which a format is known."""
+
+BRANDS = {
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+}
+"""The brand after "ftyp" of ISO media files that hold pictures."""
+
+SIGNATURES = (
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"%PDF", "PDF"),
+    (b"version https://git-lfs", "LFS"),
+)
+
+PLUGINS = {
+    "HEIC": ("pillow-heif", "pillow_heif", "register_heif_opener"),
+    "AVIF": ("pillow-avif-plugin", "pillow_avif", ""),
+    "JPEG XL": ("pillow-jxl-plugin", "pillow_jxl", ""),
+}
+"""Of each format: the package to install, its module, and the function that adds it to Pillow where importing does not."""
+
+OTHERS = {
+    "PDF": "a PDF, not an image; save its page as PNG or JPEG",
+    "SVG": "an SVG drawing, not an image of pixels; save it as PNG",
+    "HTML": "a web page, not an image: its download failed",
+    "LFS": "a pointer of Git LFS, not the image; fetch it with git lfs pull",
+    "video": "a video, not an image; save its frames as PNG or JPEG",
+}
+
+
+def load_plugin(path: Path) -> bool:
+    """Adds the installed plugin for a file's format to Pillow; False where there is none to add."""
+    _, module, register = PLUGINS.get(_format(path), ("", "", ""))
+    if not module or find_spec(module) is None:
+        return False
+    loaded = import_module(module)
+    if register:
+        getattr(loaded, register)()
+    return True
+
+
+def named(path: Path) -> str:
+    """A clause that says what a file is that Pillow cannot open, and what to do."""
+    found = _format(path)
+    if found in PLUGINS:
+        package = PLUGINS[found][0]
+        return f"{found} pictures need {package}: pip install {package}, or save the picture as PNG or JPEG"
+    return OTHERS.get(found, "not an image, or of an unknown format")
+
+
+def _format(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if head[4:8] == b"ftyp":
+        brands = [head[8:12], *(head[place : place + 4] for place in range(16, 64, 4))]
+        pictures = {BRANDS[brand] for brand in brands if brand in BRANDS}
+        return min(pictures, default="video")  # AVIF files name a brand of HEIC's container too
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"<svg" in text:
+        return "SVG"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "HTML"
+    return next((name for start, name in SIGNATURES if head.startswith(start)), "")
