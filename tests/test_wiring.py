@@ -436,6 +436,13 @@ def _(opd, value):
     return lengths
 
 
+@key("data.max_image_pixels", 178_956_970, SIZE[0] * SIZE[1] - 1)
+def _(opd, value):
+    """Refuses every row where its picture is larger."""
+    run = opd.train({"data.max_image_pixels": value, "run.steps": 1}, code=0 if value > SIZE[0] * SIZE[1] else 2)
+    return run.code
+
+
 @key("data.strict", False, True)
 def _(opd, value):
     data = opd.data([row(0), row(1), row(2, image="missing.png")])
