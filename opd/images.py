@@ -123,7 +123,7 @@ def _open(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         if load_plugin(path):
             return Image.open(path)
-        raise DataError(named(path)) from None
+        raise UnidentifiedImageError(named(path)) from None
 
 
 def _orientation(image: Image.Image) -> int:
