@@ -262,14 +262,8 @@ def test_samples_are_the_stock_distributions(case, loaded, temperature, policy):
             assert not completion.finished
 
 
-@pytest.mark.parametrize("jump", [0.0, 1e-3])
-def test_only_possible_tokens_are_drawn(monkeypatch, jump):
-    """At both ends of the unit interval and beyond the sum, with the ends of the vocabulary banned or of probability 0.
-
-    A parallel sum may jump where nothing is added, as the one of a GPU does where its blocks meet.
-    """
-    real = mx.cumsum
-    monkeypatch.setattr(mx, "cumsum", lambda values, axis: real(values, axis) + jump * mx.array([1.0, 0, 0, 1, 1]))
+def test_only_possible_tokens_are_drawn():
+    """At both ends of the unit interval and beyond it, with the ends of the vocabulary banned or of probability 0."""
     banned = mx.array([-np.inf, 0, 0, 0, -np.inf])
     logits = np.array([[9.0, 0.0, 1.0, -200.0, 9.0]], np.float32).repeat(5, 0)
     uniforms = mx.array(np.array([0.0, 0.26, 0.27, np.nextafter(np.float32(1), np.float32(0)), 1.1], np.float32))
