@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from opd import hub, randomness
+from opd import hub, names, randomness
 from opd.errors import ModelError, RecipeError, nearest
+from opd.model_files import read_json
 from opd.types import FloatArray, ModelOptions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,6 +36,21 @@ PARTS = {
 
 PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
 """Settings of PEFT that change what an adapter computes, at the values that this product computes."""
+
+READ = ("peft_type", "r", "lora_alpha", "base_model_name_or_path", "revision", "init_lora_weights")
+"""Settings of PEFT that are read here."""
+
+SAME_FUNCTION = (
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config", "lora_dropout"),
+    # Which layers have an adapter, which the tensors themselves say.
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    # Read only while an adapter begins, by a kind of `init_lora_weights`, or under a setting that is refused.
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+)
+"""Settings of PEFT that do not change what an adapter computes over the base, whatever they are."""
+
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Kinds of `init_lora_weights` that leave the base as it is; the others take a part out of the base's weights."""
 
 Tensors: TypeAlias = dict[str, FloatArray]
 
@@ -81,9 +99,7 @@ def initial(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Ten
     assert options.adapters is not None
     if options.adapter is None:
         return _fresh(options.adapters, layers)
-    tensors = dict(read(options.adapter).tensors)
-    fit(tensors, layers, options.adapter)
-    return tensors
+    return dict(fitting(options, layers).tensors)
 
 
 def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Tensors:
@@ -118,7 +134,11 @@ def fit(tensors: Mapping[str, FloatArray], layers: Mapping[str, tuple[int, int]]
     """Raises ModelError where an adapter's tensors do not fit the model's layers."""
     for name in pairs(tensors):
         if name not in layers:
-            raise ModelError(f"{folder}: this adapter is of another model: the model has no linear layer {name}")
+            near = nearest(name, layers)
+            hint = f"; {near}" if near.startswith("did you mean") else ""
+            raise ModelError(f"{folder}: this adapter is of another model: the model has no linear layer {name}{hint}")
+        if name == "lm_head":
+            raise ModelError(f"{folder}: this adapter changes the head, lm_head; adapters on heads are not supported")
         out, width = layers[name]
         a, b = tensors[f"{name}{A}"].shape, tensors[f"{name}{B}"].shape
         if (b[0], a[1]) != (out, width):
@@ -155,31 +175,66 @@ def revision(folder: Path) -> str:
 
 
 def options_of(folder: Path) -> AdapterOptions:
-    """Rank and alpha of an adapter on disk; its layers are those of its tensors. Raises ModelError."""
+    """Rank and alpha of an adapter on disk; its layers are those of its tensors.
+
+    Raises ModelError, also for every setting that is not known to leave plain LoRA as it is.
+    """
     config = _config(folder)
-    for name, plain in PLAIN.items():
-        if (config.get(name) or plain) != plain:
-            raise ModelError(f"{folder / CONFIG}: {name} = {json.dumps(config[name])} is not supported; only plain LoRA is")
+    for name, value in config.items():
+        if name in READ or name in SAME_FUNCTION or not value or value == PLAIN.get(name):
+            continue
+        known = {*READ, *SAME_FUNCTION, *PLAIN}
+        near = "" if name in PLAIN else nearest(name, known)
+        hint = f"; {near}" if near.startswith("did you mean") else ""
+        raise ModelError(f"{folder / CONFIG}: {name} = {_shown(value)} is not supported; only plain LoRA is{hint}")
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise ModelError(
+            f"{folder / CONFIG}: init_lora_weights = {_shown(start)} is not supported: it takes a part out of the base's weights; "
+            "save the adapter as plain LoRA, with save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+        )
     try:
-        return AdapterOptions(int(config["r"]), float(config["lora_alpha"]))
+        rank, alpha = operator.index(config["r"]), float(config["lora_alpha"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG}: r and lora_alpha are not both numbers") from error
+    if rank < 1 or not math.isfinite(alpha):
+        raise ModelError(f"{folder / CONFIG}: r = {rank} and lora_alpha = {alpha} are no rank and scale of an adapter")
+    return AdapterOptions(rank, alpha)
 
 
-def read(folder: Path) -> Adapter:
-    """An adapter in PEFT's format. Raises ModelError."""
+def read(folder: Path, model_type: str = "") -> Adapter:
+    """An adapter in PEFT's format, its tensors by the names of today of a model of `model_type`. Raises ModelError."""
     options, file = options_of(folder), folder / WEIGHTS
     try:
         stored = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
-        tensors = {name.removeprefix(PREFIX): _float32(**tensor) for name, tensor in stored}
+        tensors = {names.today(model_type, name.removeprefix(PREFIX)): _float32(**tensor) for name, tensor in stored}
     except (OSError, SafetensorError, KeyError) as error:
         raise ModelError(f"{file}: cannot be read as an adapter's tensors ({error})") from error
-    names = pairs(tensors)
-    if tensors.keys() != {f"{name}{side}" for name in names for side in (A, B)} or not names:
-        raise ModelError(f"{file}: holds other tensors than lora_A and lora_B of linear layers")
-    if any(tensors[f"{name}{A}"].shape[:1] + tensors[f"{name}{B}"].shape[1:] != (options.rank, options.rank) for name in names):
-        raise ModelError(f"{file}: its tensors are not of rank {options.rank}, as {CONFIG} says")
+    layers = pairs(tensors)
+    expected = {f"{name}{side}" for name in layers for side in (A, B)}
+    if not layers or tensors.keys() != expected:
+        # A tensor whose partner is missing is named by what is missing.
+        wrong, missing = sorted(tensors.keys() - expected), sorted(expected - tensors.keys())
+        first = f"it holds {wrong[0]}" if wrong else f"{missing[0]} is missing" if missing else "it holds none"
+        raise ModelError(f"{file}: holds other tensors than lora_A and lora_B of linear layers: {first}")
+    for name in layers:
+        a, b = tensors[f"{name}{A}"].shape, tensors[f"{name}{B}"].shape
+        if len(a) != 2 or len(b) != 2 or (a[0], b[1]) != (options.rank, options.rank):
+            raise ModelError(f"{file}: its tensors are not of rank {options.rank}, as {CONFIG} says; the first is {name}")
     return Adapter(options.rank, options.alpha, tensors)
+
+
+def fitting(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Adapter:
+    """The adapter that `options.adapter` names, which must fit the model's `layers`, as in `initial`. Raises ModelError."""
+    assert options.adapter is not None
+    adapter = read(options.adapter, model_type(options.path))
+    fit(adapter.tensors, layers, options.adapter)
+    return adapter
+
+
+def model_type(folder: Path) -> str:
+    """The `model_type` of a model folder; empty where config.json has none. Raises ModelError."""
+    return str(read_json(Path(folder) / "config.json").get("model_type", ""))
 
 
 def write_config(folder: Path, options: AdapterOptions, tensors: Mapping[str, Any], model: Path) -> None:
@@ -211,11 +266,13 @@ def _float32(dtype: str, shape: list[int], data: bytes) -> FloatArray:
     return values.reshape(shape)
 
 
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder / CONFIG}: describes no LoRA adapter")
     return config

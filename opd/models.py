@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from opd import adapters, hub
 from opd.adapters import AdapterOptions
@@ -17,6 +18,9 @@ from opd.errors import ModelError, RecipeError
 from opd.options import Options
 from opd.paths import PathText, expanded
 from opd.types import ModelOptions
+
+QUANTISED = re.compile(r"(-unsloth)?-(bnb-[48]bit|awq|gptq(-int[48])?|fp8)$", re.IGNORECASE)
+"""How names of published checkpoints end that hold quantised weights."""
 
 
 class ModelChoice(Options):
@@ -26,6 +30,7 @@ class ModelChoice(Options):
         "tiny", min_length=1, description="'tiny' (embedded), a folder in Hugging Face layout, a run folder, or a Hugging Face id."
     )
     revision: str = Field("", description="Branch, tag or commit of a Hugging Face id; empty: its default branch.")
+    base: PathText = Field("", description="Where `path` is an adapter: its base, as for `path`; empty: the one that the adapter names.")
     tune: Literal["full", "lora", "qlora"] = Field(
         "full", description="What is trained: all parameters, or low-rank adapters (qlora: over weights in 4 bits)."
     )
@@ -87,14 +92,16 @@ class ModelChoice(Options):
             self.tune == "qlora",
         )
 
-    def _found(self, weights: bool = True) -> tuple[Path, Path | None]:
-        """The model's folder, and that of an adapter on it where `path` names one."""
-        if self.path == "tiny":
+    def _found(self, weights: bool = True, is_base: bool = False) -> tuple[Path, Path | None]:
+        """The model's folder, and that of an adapter on it where `path` names one, which the base of another must not be."""
+        if self.path == "tiny" and not self.base:
             from opd.tiny import MODEL
 
             return MODEL, None
         path = Path(self.path)
         if not os.path.isdir(path):
+            if self.base:
+                raise RecipeError(f"model.base = '{self.base}': '{self.path}' is no folder of an adapter, so it has no base")
             if hub.is_id(self.path):
                 folder = hub.fetch(self.path, self.revision, weights)
                 hub.refuse_remote_code(folder, self.path)
@@ -110,19 +117,29 @@ class ModelChoice(Options):
                 raise ModelError(f"model '{self.path}': this run has no model/ yet; finish it with: opd train --resume {self.path}")
             path = results[0]
         if adapters.is_adapter(path):
+            if is_base:
+                raise ModelError(f"'{self.path}' is an adapter itself; export it, and name the export with --set model.base=...")
             return self._base(path, weights), path
+        if self.base:
+            raise RecipeError(f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base")
         hub.refuse_remote_code(path, self.path)
         return path, None
 
     def _base(self, adapter: Path, weights: bool) -> Path:
-        """The folder of the model that an adapter was trained on."""
-        name = adapters.base(adapter)
+        """The folder of the model that an adapter was trained on, or of `base`."""
+        name = self.base or adapters.base(adapter)
         if not Path(name).is_dir() and Path(name).parts[-3:] == ("opd", "tiny", "model"):
             name = "tiny"  # of another installation
+        told = f"model '{self.path}' is an adapter, and its base"
+        if not self.base and not Path(name).is_dir() and QUANTISED.search(name):
+            raise ModelError(f"{told}, '{name}', holds quantised weights; name the original: --set model.base={QUANTISED.sub('', name)}")
         try:
-            return ModelChoice(path=name, revision=adapters.revision(adapter))._found(weights)[0]
+            return ModelChoice(path=name, revision="" if self.base else adapters.revision(adapter))._found(weights, is_base=True)[0]
+        except ValidationError as error:
+            raise ModelError(f"{told} is no path or name: {error.errors()[0]['msg']}") from error
         except ModelError as error:
-            raise ModelError(f"model '{self.path}' is an adapter, and its base is not here: {error}") from error
+            hint = "" if self.base or "model.base" in str(error) else "; name another with --set model.base=..."
+            raise ModelError(f"{told} is not here: {error}{hint}") from error
 
 
 def is_tiny(path: str) -> bool:

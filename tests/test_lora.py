@@ -359,7 +359,7 @@ def config_with(folder, **changes):
         (lambda folder: config_with(folder, peft_type="IA3"), "describes no LoRA adapter"),
         (lambda folder: config_with(folder, r=5), "its tensors are not of rank 5, as adapter_config.json says"),
         (lambda folder: config_with(folder, r=None), "r and lora_alpha are not both numbers"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"half"), "cannot be read as an adapter's tensors"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "cannot be read as an adapter's tensors"),
         (lambda folder: write_adapter(folder, folder, {"model.language_model.layers.9.mlp.up_proj": (64, 48)}), "no linear layer model"),

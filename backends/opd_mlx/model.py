@@ -21,8 +21,9 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
-from opd import adapters
-from opd.errors import FolderError, ModelError, RecipeError, nearest, no_weights
+from opd import adapters, names, weight_formats
+from opd.errors import FolderError, ModelError, RecipeError, nearest
+from opd.model_files import read_json, tensor_headers, weight_files
 from opd.types import ModelOptions
 from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
 from opd_mlx.attention import Layer
@@ -95,28 +96,35 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
         raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
     dtype = DTYPES[options.dtype]
     folder = Path(options.path)
-    config = read_config(folder)
-    if config.get("quantization") and options.adapters is None:
+    config, headers = read_config(folder), tensor_headers(folder)
+    weight_formats.check(read_json(folder / "config.json"), headers, folder, reads_mlx=True)
+    if not any(name.endswith(".scales") for name in headers):
+        config["quantization"] = None
+    if config["quantization"] and options.adapters is None:
         raise RecipeError(f"{folder}: quantised weights cannot be trained themselves; train adapters over them: --set model.tune=lora")
     of = family(config["model_type"])
-    tied = bool(config["tie_word_embeddings"])
+    stored = stored_tensors(folder, of)
+    names.tell_left_out(stored, folder)
+    found, tied = _used(config, stored, folder)
     try:
         module = of.build(config, tied)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {error}") from error
     quantised = quantisation(config, partial(_hugging_face, of))
-    found = dequantised(_used(of, stored_tensors(folder, of), tied), quantised, tables=True)
+    found = dequantised(found, quantised, tables=True)
     quantise_alike(module, found, quantised, partial(_hugging_face, of))
     shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
-    names = {name: _hugging_face(of, name) for name in shapes}
-    _check({names[name]: shape for name, shape in shapes.items()}, {name: _channels_last(value) for name, value in found.items()}, folder)
-    base = Model(folder, of, config, module, of.layers(module, config), names, tied, dtype, None)
+    named = {name: _hugging_face(of, name) for name in shapes}
+    names.check(
+        {named[name]: shape for name, shape in shapes.items()}, {name: _channels_last(value).shape for name, value in found.items()}, folder
+    )
+    base = Model(folder, of, config, module, of.layers(module, config), named, tied, dtype, None)
     if options.adapters is None:
-        return _all_trained(base, options, _merged(options, found, linear_layers(module, names)))
-    frozen = {name: _channels_last(found[original]) for name, original in names.items()}
+        return _all_trained(base, options, _merged(options, found, linear_layers(module, named)))
+    frozen = {name: _channels_last(found[original]) for name, original in named.items()}
     frozen = {name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value for name, value in frozen.items()}
     module.update(tree_unflatten(list(frozen.items())))
-    layers = linear_layers(module, names)
+    layers = linear_layers(module, named)
     if options.four_bit:
         four_bits(module, {path for name, (path, _) in layers.items() if adapters.part(name) == "language"})
     parameters, trained = add_adapters(module, options, layers)
@@ -124,7 +132,7 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
     model = replace(
         base,
         layers=of.layers(module, config),  # anew: quantised and adapted modules took the place of those that were there
-        names={**names, **trained},
+        names={**named, **trained},
         known=None if visible else KnownFeatures(partial(of.features, module)),
         frozen_head=frozen[base.head_name],
     )
@@ -151,9 +159,10 @@ def _merged(options: ModelOptions, tensors: Mapping[str, mx.array], layers: Laye
     """The stored tensors, with the adapter that the options name added to them; it must fit `layers`."""
     if options.adapter is None:
         return tensors
-    adapter = adapters.read(options.adapter)
-    if layers is not None:
-        adapters.fit(adapter.tensors, {name: shape for name, (_, shape) in layers.items()}, options.adapter)
+    if layers is None:
+        adapter = adapters.read(options.adapter, adapters.model_type(options.path))
+    else:
+        adapter = adapters.fitting(options, {name: shape for name, (_, shape) in layers.items()})
     return merge(tensors, adapter.tensors, adapter.alpha / adapter.rank)
 
 
@@ -164,12 +173,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no such model folder")
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json, so this is no model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: holds no JSON object")
+    config = read_json(path)
     try:
         family(str(config.get("model_type")))
     except ModelError as error:
@@ -178,24 +182,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: no vision_config")
     from transformers import AutoConfig
 
-    # transformers would take the settings of MLX's quantisation for some of its own.
-    known = {name: value for name, value in config.items() if not name.startswith("quantization")}
     try:
-        completed = cast("dict[str, Any]", AutoConfig.for_model(**known).to_dict())
-        return {**completed, "quantization": config.get("quantization")}
+        # transformers would take the settings of MLX's quantisation for some of its own.
+        completed = cast("dict[str, Any]", AutoConfig.for_model(**weight_formats.without(config)).to_dict())
+        return {**completed, "quantization": weight_formats.mlx_settings(config)}
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:
     """All tensors of the folder's safetensors files by Hugging Face name, not yet read from disk. Raises ModelError."""
-    index = folder / "model.safetensors.index.json"
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         tensors: dict[str, mx.array] = {}
-        for file in files:
-            if not (folder / file).is_file():
-                raise no_weights(folder, file)
+        for file in weight_files(folder):
             loaded = mx.load(str(folder / file), return_metadata=True)
             part, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
             if metadata.get("format") == "mlx":  # names and layouts are MLX's, and norms that count from 1
@@ -216,23 +215,26 @@ def write_model(model: Model, options: ModelOptions, parameters: Parameters, fol
     for file in model.folder.iterdir():
         if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(".index.json"):
             shutil.copy(file, folder)
-    of = model.family
-    if model.config.get("quantization"):
-        config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
-        plain = {name: value for name, value in config.items() if not name.startswith("quantization")}
-        (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    of, config = model.family, read_json(model.folder / "config.json")
+    if weight_formats.settings(config):
+        (folder / "config.json").write_text(json.dumps(weight_formats.without(config), indent=2) + "\n", encoding="utf-8")
     stored = stored_tensors(model.folder, of)
-    older = {_today(of, name): name for name in stored}
-    quantised = quantisation(model.config, partial(_hugging_face, of))
-    tensors = dequantised({_today(of, name): value for name, value in stored.items()}, quantised)
+    kind = model.config["model_type"]
+    older = names.used(kind, stored, model.folder)
     if model.tied:
-        tensors.pop("lm_head.weight", None)
+        older = names.with_tie(kind, older)
+    quantised = quantisation(model.config, partial(_hugging_face, of))
+    tensors = dequantised({name: stored[old] for name, old in older.items()}, quantised)
+    if model.tied:
+        tensors.pop(names.HEAD, None)
     trained = model.to_hugging_face(parameters)
     if options.adapters is not None:
         changed = merge(tensors, {name: np.array(value) for name, value in trained.items()}, options.adapters.scale)
     else:
         changed = {**_merged(options, tensors), **trained}
-    write_tensors(folder / "model.safetensors", {older[name]: changed[name].astype(value.dtype) for name, value in tensors.items()})
+    written = {older[name]: changed[name].astype(value.dtype) for name, value in tensors.items()}
+    unread = {name: value for name, value in stored.items() if names.is_left_out(kind, name)}
+    write_tensors(folder / "model.safetensors", {**written, **unread})
 
 
 def write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str) -> None:
@@ -259,30 +261,30 @@ def read_tensors(file: Path, model: Model, like: Parameters, prefixes: Sequence[
     return {prefix: {name: found[prefix + model.names[name]] for name in like} for prefix in prefixes}, metadata
 
 
-def _check(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array], folder: Path) -> None:
-    missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
-    if missing or unknown:
-        first = f"tensor {missing[0]} is missing" if missing else f"tensor {unknown[0]} is unknown"
-        raise ModelError(f"{folder}: weights and config.json do not fit: {first} ({len(missing)} missing, {len(unknown)} unknown)")
-    for name, shape in shapes.items():
-        if found[name].shape != shape:
-            raise ModelError(f"{folder}: weights and config.json do not fit: {name} is {found[name].shape}, not {shape}")
+def _used(config: Mapping[str, Any], stored: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, mx.array], bool]:
+    """Tensors that a forward reads, by their names in transformers' module, and whether the head is the embedding.
+
+    As transformers decides that: a head that the files hold beside the embedding, and that differs from it, is its own.
+    """
+    older = names.used(config["model_type"], stored, folder)
+    tied = bool(config["tie_word_embeddings"])
+    if tied:
+        older = names.with_tie(config["model_type"], older)
+    found = {name: stored[old] for name, old in older.items()}
+    if not tied:
+        return found, False
+    head = {name: value for name, value in found.items() if name.startswith("lm_head.")}
+    embedding = next((name.removesuffix("weight") for name in found if name.endswith("embed_tokens.weight")), "")
+    same = all(_equal(value, found.get(embedding + name.removeprefix("lm_head."))) for name, value in head.items())
+    return {name: value for name, value in found.items() if not (same and name in head)}, same
 
 
-def _used(of: Family, tensors: Mapping[str, mx.array], tied: bool) -> dict[str, mx.array]:
-    """Tensors by their names in transformers' module, without those that no forward uses."""
-    named = {_today(of, name): value for name, value in tensors.items() if not name.startswith(of.left_out)}
-    # A copy of the embedding, in files of some writers; quantised as well in MLX's.
-    return {name: value for name, value in named.items() if not (tied and name.startswith("lm_head."))}
+def _equal(one: mx.array, other: mx.array | None) -> bool:
+    return other is not None and one.shape == other.shape and bool(mx.array_equal(one, other))
 
 
 def _hugging_face(of: Family, name: str) -> str:
     return _renamed(of.names, name)
-
-
-def _today(of: Family, name: str) -> str:
-    """The name of a file's tensor in transformers' module; such a name itself stays."""
-    return _renamed(of.renamed, name)
 
 
 def _renamed(prefixes: Mapping[str, str], name: str) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import transformers
@@ -17,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd import adapters
-from opd.errors import FolderError, ModelError, no_weights
+from opd import adapters, names, weight_formats
+from opd.errors import FolderError, ModelError
+from opd.model_files import StoredTensor, read_json, tensor_headers
 from opd.types import ModelOptions
 from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
 from opd_torch.families import Family, family, rows
@@ -31,9 +31,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Precisions as safetensors names them."""
-
-Stored: TypeAlias = tuple[torch.dtype, tuple[int, ...], str]
-"""Precision and shape of a tensor, and the name of its file."""
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 """Files of a model folder that an export does not copy."""
@@ -61,8 +58,7 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
         add_adapters(model, options, masters)
     else:
         if options.adapter:
-            adapter = adapters.read(options.adapter)
-            adapters.fit(adapter.tensors, linear_layers(model), options.adapter)
+            adapter = adapters.fitting(options, linear_layers(model))
             merge(model, adapter.tensors, adapter.alpha / adapter.rank)
         for module in vision:
             module.requires_grad_(options.tune_vision)
@@ -84,27 +80,36 @@ def master_dtype(dtype: str) -> torch.dtype:
 def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = None) -> Any:
     """The model of a folder in `dtype`; on the device `four_bit` with the language model's linear layers in 4 bits. Raises ModelError."""
     its = _family(path)
-    if "quantization" in _json(path / "config.json"):
-        raise ModelError(f"{path}: these weights are quantised for MLX; train them with --backend mlx, or take the original checkpoint")
     architecture = getattr(transformers, its.architecture if its else "AutoModelForImageTextToText")
-    stored = {parameter_name(its, name): tensor for name, tensor in stored_tensors(path).items()}
+    content, stored = read_json(path / "config.json"), tensor_headers(path)
+    kind = str(content.get("model_type"))
+    weight_formats.check(content, stored, path)
+    names.tell_left_out(stored, path)
     # A bar of transformers' own would cut through the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+            for key in weight_formats.SETTINGS:
+                if hasattr(part, key):
+                    delattr(part, key)
         with torch.device("meta"):
             empty = architecture(config) if its else architecture.from_config(config)
         if its:
             _check(empty, stored, path)
         more = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
-        model, found = architecture.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True, **more)
+        model, found = architecture.from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **more
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    wrong = [] if its else [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+    # transformers would invent what is missing.
+    unexpected = [] if its else [name for name in found["unexpected_keys"] if not names.is_left_out(kind, name)]
+    wrong = [*found["missing_keys"], *unexpected, *found["mismatched_keys"]]
     if wrong:
         raise ModelError(f"{path}: weights and config.json do not fit: {len(wrong)} tensors, the first is {wrong[0]}")
     model.family = its
@@ -127,49 +132,21 @@ def head_name(model: Any) -> str:
     return str(next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight))
 
 
-def parameter_name(family: Family | None, stored: str) -> str:
-    """What transformers calls a tensor of a published file."""
-    for start, new in family.older_names.items() if family else ():
-        if stored.startswith(start):
-            return new + stored[len(start) :]
-    return stored
+def stored_names(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> dict[str, str]:
+    """The name in the files of every tensor that a forward may read, by parameter of `model`. Raises ModelError."""
+    kind = model.config.model_type
+    used = names.used(kind, stored, path)
+    return names.with_tie(kind, used) if model.config.tie_word_embeddings else used
 
 
-def stored_tensors(path: Path) -> dict[str, Stored]:
-    """Precision, shape and file of every tensor in a model folder's weights. Raises ModelError where weights are missing or broken."""
-    index = path / "model.safetensors.index.json"
-    parts = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    stored: dict[str, Stored] = {}
-    for part in parts:
-        if not (path / part).is_file():
-            raise no_weights(path, part)
-        try:
-            with safe_open(path / part, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensor = file.get_slice(name)
-                    stored[name] = STORED.get(tensor.get_dtype(), torch.float32), tuple(tensor.get_shape()), part
-        except SafetensorError as error:
-            raise ModelError(f"{path / part} cannot be read as safetensors: {error}") from error
-    return stored
-
-
-def _check(model: Any, stored: Mapping[str, Stored], path: Path) -> None:
+def _check(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> None:
     """Raises ModelError where the stored tensors are not those of `model`; transformers would invent what is missing."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: stored[old].shape for name, old in stored_names(model, stored, path).items()}
     # Some writers store a tied head beside the embedding.
-    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys() - {"lm_head.weight"})
-    unknown = [name for name in unknown if not beside(model, name)]
-    if missing or unknown:
-        first = f"tensor {missing[0]} is missing" if missing else f"tensor {unknown[0]} is unknown"
-        raise ModelError(f"{path}: weights and config.json do not fit: {first} ({len(missing)} missing, {len(unknown)} unknown)")
-    for name, shape in expected.items():
-        if stored[name][1] != shape:
-            raise ModelError(f"{path}: weights and config.json do not fit: {name} is {stored[name][1]}, not {shape}")
-
-
-def beside(model: Any, name: str) -> bool:
-    """Whether a stored tensor belongs to what transformers leaves out of `model` (the heads that predict further tokens, of Qwen3.5)."""
-    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+    if model.config.tie_word_embeddings:
+        found.pop(names.HEAD, None)
+    names.check(expected, found, path)
 
 
 def write_model(model: Any, source: Path, folder: Path) -> None:
@@ -178,13 +155,14 @@ def write_model(model: Any, source: Path, folder: Path) -> None:
     Tensors that the model leaves out are written as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stored = stored_tensors(source)
+    stored = tensor_headers(source)
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
+    config = read_json(source / "config.json")
     if model.family is None:
         # transformers' own way back to the published names; it writes a configuration too, which is the source's again afterwards.
-        precision = next(iter(stored.values()))[0]
+        precision = STORED[next(tensor.dtype for tensor in stored.values() if tensor.dtype in STORED)]
         own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied head has no name of its own
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
@@ -194,14 +172,16 @@ def write_model(model: Any, source: Path, folder: Path) -> None:
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        return
-    names = {parameter_name(model.family, name): name for name in stored}
-    tensors = {names[name]: parameter.detach().to(stored[names[name]][0]) for name, parameter in model.named_parameters()}
-    for name in stored:
-        if beside(model, name):
-            with safe_open(source / stored[name][2], framework="pt") as file:
-                tensors[name] = file.get_tensor(name)
-    write_tensors(folder / "model.safetensors", tensors)
+    else:
+        older = stored_names(model, stored, source)
+        tensors = {older[name]: parameter.detach().to(STORED[stored[older[name]].dtype]) for name, parameter in model.named_parameters()}
+        for name, tensor in stored.items():
+            if names.is_left_out(config["model_type"], name):
+                with safe_open(source / tensor.file, framework="pt") as file:
+                    tensors[name] = file.get_tensor(name)
+        write_tensors(folder / "model.safetensors", tensors)
+    if weight_formats.settings(config):  # left over, of weights that are plain
+        (folder / "config.json").write_text(json.dumps(weight_formats.without(config), indent=2) + "\n", encoding="utf-8")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -232,20 +212,10 @@ def _family(path: Path) -> Family | None:
     """None for what transformers can load and no file here describes."""
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no such model folder" if not path.is_dir() else f"{path}: no config.json, so this is no model folder")
-    kind = str(_json(path / "config.json").get("model_type"))
+    kind = str(read_json(path / "config.json").get("model_type"))
     try:
         return family(kind)
     except ModelError as error:
         if kind in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             return None
         raise ModelError(f"{path}: {error}") from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: holds no JSON object")
-    return content

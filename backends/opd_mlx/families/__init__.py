@@ -35,14 +35,6 @@ class Family(Protocol):
         """Prefixes of the parameters' names in mlx-vlm's module, and what stands for each in transformers' module; they end alike."""
 
     @property
-    def renamed(self) -> Mapping[str, str]:
-        """Prefixes of tensors' names in published files, and what stands for each in transformers' module today."""
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """Prefixes of tensors in published files that no forward uses; an export keeps them."""
-
-    @property
     def raised(self) -> tuple[str, ...]:
         """Ends of Hugging Face names of vectors to which MLX's files add 1, and Hugging Face's do not."""
 

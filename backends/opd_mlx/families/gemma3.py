@@ -32,12 +32,6 @@ class Gemma3:
         "vision_tower.vision_model.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
     }
-    renamed: Mapping[str, str] = {
-        **names,
-        "vision_tower.": "model.vision_tower.",
-        "model.vision_tower.vision_model.": "model.vision_tower.",
-    }
-    left_out: tuple[str, ...] = ()
     raised: tuple[str, ...] = ()
     vision = ("vision_tower.", "multi_modal_projector.")
 

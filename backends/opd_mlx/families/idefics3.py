@@ -30,8 +30,6 @@ class Idefics3:
         "vision_model.": "model.vision_model.",
         "connector.": "model.connector.",
     }
-    renamed: Mapping[str, str] = {}
-    left_out: tuple[str, ...] = ()
     raised: tuple[str, ...] = ()
     vision = ("vision_model.", "connector.")
 

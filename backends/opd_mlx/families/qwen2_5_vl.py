@@ -26,9 +26,6 @@ class Qwen25VL(QwenVL):
     """See `opd_mlx.families.Family`."""
 
     model_types = ("qwen2_5_vl",)
-    renamed = {"visual.": "model.visual.", "model.language_model.": "model.language_model.", "model.visual.": "model.visual."} | {
-        f"model.{part}": f"model.language_model.{part}" for part in ("embed_tokens.", "layers.", "norm.")
-    }
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
         """See `opd_mlx.families.Family`."""

@@ -33,7 +33,6 @@ class Qwen35(Qwen3VL):
     """See `opd_mlx.families.Family`. The tower is Qwen3-VL's, without features for further layers."""
 
     model_types = ("qwen3_5",)
-    left_out = ("mtp.",)
     # As `sanitize` of mlx-vlm does; the norm in a delta net multiplies by its weight alone.
     raised = (
         ".input_layernorm.weight",

@@ -32,8 +32,6 @@ class QwenVL:
         "vision_tower.": "model.visual.",
         "language_model.lm_head.": "lm_head.",
     }
-    renamed: Mapping[str, str] = {}
-    left_out: tuple[str, ...] = ()
     raised: tuple[str, ...] = ()
     vision = ("vision_tower.",)
 

@@ -8,7 +8,7 @@ Legend: N packed rows, D hidden width, H query heads, G key-value heads, d head 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,10 +34,6 @@ class Family(Protocol):
     @property
     def architecture(self) -> str:
         """The class in transformers."""
-
-    @property
-    def older_names(self) -> Mapping[str, str]:
-        """Prefixes of tensors' names in published files, and what stands for each in transformers' module today; the first that fits."""
 
     def language(self, model: Any) -> Any:
         """The language trunk: it has `embed_tokens`, `layers`, `norm` and `rotary_emb`."""

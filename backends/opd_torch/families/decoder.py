@@ -5,7 +5,6 @@ Legend: see `opd_torch.families`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +18,6 @@ from opd_torch.kernels.rotary import normed_turned, turns
 
 class Decoder:
     """The text half of `opd_torch.families.Family`, as Llama and Qwen have it; biases are the projections' own."""
-
-    older_names: Mapping[str, str] = {}
 
     def language(self, model: Any) -> Any:
         """The language trunk."""

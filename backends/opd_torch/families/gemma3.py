@@ -5,7 +5,7 @@ Source: `modeling_gemma3.py` of transformers 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,13 +23,6 @@ class Gemma3(NormedDecoder):
 
     model_types = ("gemma3",)
     architecture = "Gemma3ForConditionalGeneration"
-    older_names: Mapping[str, str] = {
-        "language_model.model.": "model.language_model.",
-        "language_model.lm_head.": "lm_head.",
-        "vision_tower.vision_model.": "model.vision_tower.",
-        "vision_tower.": "model.vision_tower.",
-        "multi_modal_projector.": "model.multi_modal_projector.",
-    }
 
     def vision(self, model: Any) -> list[Any]:
         """Tower and projector."""

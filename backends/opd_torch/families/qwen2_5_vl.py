@@ -5,7 +5,7 @@ Legend: m images of one size, L patches of an image, F values of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,9 +26,6 @@ class Qwen25VL(QwenVision, Decoder):
 
     model_types = ("qwen2_5_vl",)
     architecture = "Qwen2_5_VLForConditionalGeneration"
-    older_names: Mapping[str, str] = {"visual.": "model.visual."} | {
-        f"model.{part}": f"model.language_model.{part}" for part in ("embed_tokens.", "layers.", "norm.")
-    }
 
     def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
         """Features of all visual tokens."""
