@@ -133,12 +133,12 @@ def check_targets(targets: Iterable[str], known: Collection[str]) -> None:
 def fit(tensors: Mapping[str, FloatArray], layers: Mapping[str, tuple[int, int]], folder: Path) -> None:
     """Raises ModelError where an adapter's tensors do not fit the model's layers."""
     for name in pairs(tensors):
+        if name == "lm_head":
+            raise ModelError(f"{folder}: this adapter changes the head, lm_head; adapters on heads are not supported")
         if name not in layers:
             near = nearest(name, layers)
             hint = f"; {near}" if near.startswith("did you mean") else ""
             raise ModelError(f"{folder}: this adapter is of another model: the model has no linear layer {name}{hint}")
-        if name == "lm_head":
-            raise ModelError(f"{folder}: this adapter changes the head, lm_head; adapters on heads are not supported")
         out, width = layers[name]
         a, b = tensors[f"{name}{A}"].shape, tensors[f"{name}{B}"].shape
         if (b[0], a[1]) != (out, width):
