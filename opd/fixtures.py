@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd import backend as backends
-from opd import measure
+from opd import usable
 from opd.backend import Backend
 from opd.errors import BackendError
 from opd.objective import Objective
@@ -62,7 +62,7 @@ def material() -> tuple[PromptEncoder, list[tuple[Prompt, Prompt]]]:
     """The embedded model's encoder, and pairs of full image and crop of unequal lengths."""
     encoder, view = PromptEncoder(MODEL), ViewOptions()
     sizes = [scene for size in (128, 96) for scene in Scenes("choice", SCENES // 2, size=size)]
-    return encoder, [(measure.encode_student(encoder, scene), measure.encode_teacher(encoder, scene, view)) for scene in sizes]
+    return encoder, [(usable.encode_student(encoder, scene), usable.encode_teacher(encoder, scene, view)) for scene in sizes]
 
 
 def numbers(backend: Backend, encoder: PromptEncoder, pairs: list[tuple[Prompt, Prompt]], stored: Mapping[str, NDArray[Any]]) -> Numbers:

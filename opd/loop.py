@@ -6,6 +6,7 @@ The whole method is `Trainer.step`. Nothing here knows a framework, and nothing 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,25 +15,48 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd import measure, randomness, rollout, schedules
+from opd import measure, randomness, rollout, schedules, usable
 from opd.ahead import ahead
 from opd.backend import Backend
-from opd.errors import DataError, FolderError, RunError, Stopped
+from opd.errors import FolderError, RunError, Stopped
 from opd.folder import RunFolder
 from opd.progress import Progress, Quiet
 from opd.recipe import Recipe
 from opd.rollout import Pair
 from opd.types import Encoder, Example, Group, Sampling, TokenStatistics
+from opd.usable import Skipped, Unusable
 
 STATE = "state.json"
+SKIPPED = "skipped.jsonl"
+
+IDLE_STEPS = 5
+"""So many steps in a row that were not taken end a run."""
+
+GRADIENT = "the gradient was not finite"
+OUTPUTS = "the model's log-probabilities were not finite"
+WEIGHTS = "every row had weight 0"
+EMPTY = "every completion was empty"
+BANNED = "every completion held a banned token"
+
+ADVICE = {
+    GRADIENT: "lower optimizer.learning_rate, or set model.dtype=float32",
+    OUTPUTS: "look for NaN in the model's weights, lower optimizer.learning_rate, or set model.dtype=float32",
+    WEIGHTS: "give rows a weight above 0",
+}
+"""What a person may do about the reasons for which steps were not taken."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The encoded pairs of a step on this process, and how many examples could not be used."""
+    """The encoded pairs of a step on this process, and the kinds of reasons for which examples could not be used."""
 
     pairs: tuple[Pair, ...]
-    skipped: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> int:
+        """Examples that could not be used."""
+        return len(self.reasons)
 
 
 @dataclass
@@ -48,6 +72,14 @@ class Trainer:
     name: str = ""
     progress: Progress = field(default_factory=Quiet)
 
+    def __post_init__(self) -> None:
+        self.taken = 0
+        """Steps that were taken so far."""
+        self.idle: list[str] = []
+        """Why the last steps were not taken, one reason a step; empty after one that was."""
+        self.skipped = Skipped(self.progress)
+        """Rows that could not be used, in training or in measuring."""
+
     def train(self) -> dict[str, Any]:
         """Trains from the last checkpoint, or from the start, and returns the summary.
 
@@ -60,8 +92,11 @@ class Trainer:
 
     def _train(self) -> dict[str, Any]:
         started = time.monotonic()
+        self.skipped = Skipped(self.progress, self.folder.rows(SKIPPED))
         done, seconds = self._restore()
         steps = self.recipe.run.steps
+        if done == steps and len(self.idle) >= IDLE_STEPS:
+            raise RunError(_ended(done, self.idle))
         if done == steps:
             self.progress.note(f"all {steps} steps of this run are done; measuring again")
         elif self.held_out and not self.recipe.measure.path and self.recipe.data.path != "tiny":
@@ -72,6 +107,8 @@ class Trainer:
         before = self._before()
         self.progress.begin("train", steps, done)
         for step, batch in enumerate(ahead(self._encode, range(done + 1, steps + 1)), done + 1):
+            if missing := self._without_prompt(batch):
+                self._end(step - 1, seconds + time.monotonic() - started, f"step {step}: {missing}")
             metrics, samples = self.step(step, batch)
             if self.backend.rank == 0:
                 self.folder.append("metrics.jsonl", metrics)
@@ -79,17 +116,25 @@ class Trainer:
                     self.folder.append("rollouts.jsonl", sample)
             self.progress.step(metrics)
             self.progress.advance(1)
-            self._follow(step)
+            self._count(metrics.get("not_taken"), step)
+            self._keep_skipped()
+            if len(self.idle) >= IDLE_STEPS:
+                self._end(step, seconds + time.monotonic() - started, _ended(step, self.idle))
+            self._follow(step, before)
             every = self.recipe.run.checkpoint_every
-            if self.progress.stopping or step == steps or (every and step % every == 0):
+            due = self.progress.stopping or step == steps or (every and step % every == 0)
+            if due and self.taken:  # before the first step that is taken there is nothing to save
                 self._checkpoint(step, seconds + time.monotonic() - started)
             if self.progress.stopping:
                 raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.folder.path}")
+        if not self.taken:
+            raise RunError(f"{_ended(steps, self.idle)}; no step was taken, so there is no trained model to write")
         if self.backend.rank == 0:
             self.folder.fill(self.folder.path / self.recipe.model.result, self._export)
-        after = self._measure("after")
+        after = self._measure("after", before)
         self._keep("after", after)
         self._record(steps, after)
+        self._keep_skipped()
         return self._summary(before, after, seconds + time.monotonic() - started)
 
     def step(self, step: int, batch: Batch) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -115,9 +160,11 @@ class Trainer:
             sum(not completion.finished for completion in completions),
             kept.dropped,
             batch.skipped,
+            kept.empty,
+            sum(pair.weight > 0 for pair in kept.pairs),
         ]
-        tokens, *rest = (int(count) for count in backend.total(np.array(counts, np.float64)))
-        groups = rollout.groups(kept, tokens)
+        tokens, *rest, empty, weighted = (int(count) for count in backend.total(np.array(counts, np.float64)))
+        groups = rollout.groups(kept, tokens) if weighted else []
         statistics: list[list[TokenStatistics]] = [[] for _ in groups]
         budget = recipe.rollout.microbatch_tokens
         cut = rollout.cut(groups, budget)
@@ -133,8 +180,13 @@ class Trainer:
 
         # 3. One optimizer step, then the teacher moves towards the student.
         update = schedules.update(recipe.optimizer, step, recipe.run.steps)
-        result = backend.apply(update) if tokens else None
+        means = _means(groups, statistics, tokens, backend)
+        result = backend.apply(update) if weighted else None
         taken = result is not None and result.taken
+        if result is not None:
+            why = GRADIENT if np.isfinite(means["logprob_gap"]) else OUTPUTS
+        else:
+            why = WEIGHTS if tokens else _all_dropped(rest[2], empty)
         rate = schedules.teacher_rate(recipe.teacher, step) if taken else 0.0
         if rate:
             backend.move_teacher(rate)
@@ -144,9 +196,10 @@ class Trainer:
         samples = self._samples(step, kept, statistics[0]) if groups and every and (step - 1) % every == 0 else []
         metrics = {
             "step": step,
-            **_means(groups, statistics, tokens, backend),
+            **means,
             "gradient_norm": result.gradient_norm if result else 0.0,
             "taken": taken,
+            **({} if taken else {"not_taken": why}),
             "learning_rate": update.learning_rate,
             "teacher_rate": rate,
             "tokens": tokens,
@@ -162,26 +215,45 @@ class Trainer:
         recipe = self.recipe
         indices = randomness.batch(recipe.run.seed, step, recipe.rollout.prompts, len(self.examples))
         mine = range(self.backend.rank, len(indices), self.backend.size)
-        pairs = [pair for pair in (self._pair(place, int(indices[place])) for place in mine) if pair is not None]
-        if not pairs and self.backend.size > 1:
-            raise RunError(
-                f"step {step}: process {self.backend.rank} has no usable prompt; raise rollout.prompts or data.max_prompt_tokens"
-            )
-        return Batch(tuple(pairs), len(mine) - len(pairs))
+        pairs: list[Pair] = []
+        reasons: list[str] = []
+        for place in mine:
+            example = replace(self.examples[int(indices[place])], answer=None)  # the method has no labels; choices are part of the question
+            try:
+                prompts = usable.encode(self.encoder, example, recipe.view, recipe.data.max_prompt_tokens)
+            except Unusable as error:
+                self.skipped.add(example, error)
+                reasons.append(error.kind)
+                continue
+            pairs.append(Pair(place, example.id, example.weight, *prompts))
+        return Batch(tuple(pairs), tuple(reasons))
 
-    def _pair(self, place: int, index: int) -> Pair | None:
-        example = replace(self.examples[index], answer=None)  # the method has no labels; choices are part of the question
-        try:
-            student = measure.encode_student(self.encoder, example)
-            teacher = measure.encode_teacher(self.encoder, example, self.recipe.view)
-        except DataError as error:
-            self.progress.note(f"skipped {example.source or example.id}: {error}")
-            return None
-        limit = self.recipe.data.max_prompt_tokens
-        if limit and max(len(student), len(teacher)) > limit:
-            self.progress.note(f"skipped {example.source or example.id}: prompt of {max(len(student), len(teacher))} tokens, limit {limit}")
-            return None
-        return Pair(place, example.id, example.weight, student, teacher)
+    def _without_prompt(self, batch: Batch) -> str:
+        """What to say where a process has no usable prompt in a step, the same on every process; empty where each has one."""
+        lacking = np.zeros(self.backend.size)
+        lacking[self.backend.rank] = not batch.pairs
+        lacking = self.backend.total(lacking)
+        if not lacking.any():
+            return ""
+        where = "" if self.backend.size == 1 else f" on process {int(lacking.argmax())}"
+        why = f" ({usable.reasons(batch.reasons)})" if batch.reasons else ""
+        return f"no usable prompt{where}{why}; mend or remove such rows, or raise rollout.prompts"
+
+    def _count(self, not_taken: str | None, step: int) -> None:
+        """Counts a step that was taken, or tells why it was not."""
+        if not_taken is None:
+            self.taken, self.idle = self.taken + 1, []
+            return
+        self.idle.append(not_taken)
+        self.progress.note(f"step {step}: {not_taken}, so the step was not taken")
+
+    def _end(self, done: int, seconds: float, why: str) -> None:
+        """Ends the run after step `done`, which is saved where anything was learnt. Raises RunError."""
+        self._keep_skipped()
+        saved = self.folder.checkpoints()
+        if self.taken and (not saved or saved[-1][0] < done):
+            self._checkpoint(done, seconds)
+        raise RunError(why)
 
     def _samples(self, step: int, kept: rollout.Rollout, statistics: Sequence[TokenStatistics]) -> list[dict[str, Any]]:
         """The first group's completions with their per-token statistics."""
@@ -208,22 +280,43 @@ class Trainer:
         self._record(0, answered)
         return answered
 
-    def _follow(self, step: int) -> None:
+    def _follow(self, step: int, before: Sequence[measure.Answered]) -> None:
         """Measures between steps, where the recipe asks for it."""
         every, steps = self.recipe.measure.every, self.recipe.run.steps
         if every and step % every == 0 and step < steps:
-            self._record(step, self._measure("measure"))
+            self._record(step, self._measure("measure", before))
             self.progress.begin("train", steps, step)
 
-    def _measure(self, phase: str) -> list[measure.Answered]:
-        """The student's answers to the held-out examples, now."""
-        if not self.held_out:
+    def _measure(self, phase: str, before: Sequence[measure.Answered] | None = None) -> list[measure.Answered]:
+        """The student's answers to the held-out examples, now; only to those that were answered `before`, where that is given."""
+        if not self.held_out or (before is not None and not before):
             return []
         self.progress.begin(phase, 2 * len(self.held_out))
         options, budget = self.recipe.measure, self.recipe.rollout.sample_tokens
-        return measure.answer(
-            self.backend, self.encoder, self.held_out, self.recipe.view, options.max_tokens, budget, progress=self.progress.advance
+        answered = measure.answer(
+            self.backend,
+            self.encoder,
+            self.held_out,
+            self.recipe.view,
+            options.max_tokens,
+            budget,
+            self.progress.advance,
+            self.recipe.data.max_prompt_tokens,
+            self.skipped,
         )
+        rows = {one.row for one in before} if before is not None else set(range(len(self.held_out)))
+        answered = [one for one in answered if one.row in rows]
+        if missing := len(rows) - len(answered):
+            which = "measured before" if before is not None else "to be measured"
+            left = "they are left out of every comparison" if answered else "nothing is measured"
+            self.progress.note(f"{missing} of {usable.rows(len(rows))} {which} cannot be used; {left}")
+        return answered
+
+    def _keep_skipped(self) -> None:
+        """Every row that could not be used and its reason, to skipped.jsonl."""
+        for record in self.skipped.new():
+            if self.backend.rank == 0:
+                self.folder.append(SKIPPED, record)
 
     def _keep(self, when: str, answered: Sequence[measure.Answered]) -> None:
         """Every answer before or after, to answers.jsonl."""
@@ -244,7 +337,8 @@ class Trainer:
     def _checkpoint(self, step: int, seconds: float) -> None:
         def fill(folder: Path) -> None:
             self.backend.save(folder)
-            RunFolder(folder).write(STATE, {"step": step, "seconds": seconds})
+            state = {"step": step, "seconds": seconds, "taken": self.taken, "idle": self.idle}
+            RunFolder(folder).write(STATE, state)
 
         if self.backend.rank == 0:
             self.folder.checkpoint(step, self.recipe.run.keep, fill)
@@ -259,7 +353,8 @@ class Trainer:
             earlier = f"go on from step {checkpoints[-2][0]}" if len(checkpoints) > 1 else "start again"
             try:
                 self.backend.load(path)
-                seconds = float(RunFolder(path).read(STATE)["seconds"])
+                state = RunFolder(path).read(STATE)
+                seconds, self.taken, self.idle = float(state["seconds"]), int(state["taken"]), list(state["idle"])
             except (OSError, ValueError, KeyError, FolderError) as error:
                 raise FolderError(f"checkpoint '{path}' is damaged: {error}; remove it to {earlier}") from error
             if done < self.recipe.run.steps:
@@ -272,6 +367,7 @@ class Trainer:
 
     def _summary(self, before: Sequence[measure.Answered], after: Sequence[measure.Answered], seconds: float) -> dict[str, Any]:
         rows = self.folder.rows("metrics.jsonl")
+        before, after = measure.paired(before, after)
         summary = {
             "backend": self.name,
             "device": self.backend.device,
@@ -279,16 +375,27 @@ class Trainer:
             "seed": self.recipe.run.seed,
             "seconds": round(seconds, 1),
             "examples": len(after),
-            "steps_not_finite": sum(not row["taken"] and row["tokens"] > 0 for row in rows),
+            "steps_not_finite": sum(row.get("not_taken") in (GRADIENT, OUTPUTS) for row in rows),
+            "steps_not_taken": sum(not row["taken"] for row in rows),
             "completions": sum(row["completions"] for row in rows),
             **{f"completions_{what}": sum(row[what] for row in rows) for what in ("dropped", "truncated")},
             "rows_skipped": len(getattr(self.examples, "skipped", ())),
             "prompts_skipped": sum(row["skipped"] for row in rows),
+            "rows_unusable": len(self.skipped.reasons),
+            "rows_not_measured": len(self.held_out) - len(after),
+            "verdict": None,
         }
         if after:
-            summary |= {"before": measure.accuracies(before), "after": measure.accuracies(after), **measure.gap_closed(before, after)}
+            compared = {**measure.gap_closed(before, after), **measure.changes(before, after)}
+            summary |= {"before": measure.accuracies(before), "after": measure.accuracies(after), **compared}
         if self.backend.rank == 0:
             self.folder.write("summary.json", summary)
+        if fell := summary["prompts_skipped"]:
+            drawn = self.recipe.run.steps * self.recipe.rollout.prompts
+            names = self.folder.path / SKIPPED
+            self.progress.note(
+                f"{fell:,} of {drawn:,} prompts ({fell / drawn:.1%}) could not be used: {self.skipped.why()}; named in {names}"
+            )
         return summary
 
 
@@ -320,6 +427,19 @@ def _means(groups: Sequence[Group], statistics: Sequence[Sequence[TokenStatistic
 
 def _plural(count: int, thing: str) -> str:
     return f"{count} {thing}" + ("" if count == 1 else "s")
+
+
+def _all_dropped(dropped: int, empty: int) -> str:
+    """Why nothing is left of a step's completions."""
+    return EMPTY if empty == dropped else BANNED if not empty else "every completion was empty or held a banned token"
+
+
+def _ended(step: int, idle: Sequence[str]) -> str:
+    """Why the last steps up to `step` were not taken, and what to do."""
+    ((most, _), *others) = Counter(idle).most_common()
+    steps = f"step {step} was" if len(idle) == 1 else f"steps {step - len(idle) + 1} to {step} were"
+    advice = f"; {ADVICE[most]}" if most in ADVICE else ""
+    return f"{steps} not taken: {most}{', most often' if others else ''}{advice}"
 
 
 def _rounded(values: NDArray[np.float32]) -> list[float]:

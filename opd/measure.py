@@ -7,9 +7,10 @@ Answers are read here and nowhere else. The student answers greedily, once on th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from statistics import NormalDist
 from typing import Any
 
@@ -22,14 +23,22 @@ from opd.answers import matches
 from opd.backend import Backend
 from opd.options import Options
 from opd.paths import PathText
-from opd.questions import student_question, teacher_question
+from opd.progress import Quiet
 from opd.randomness import Purpose, generator
 from opd.rollout import sample
 from opd.types import Encoder, Example, Prompt, Sampling
-from opd.view import MAX_PIXELS, ViewOptions, student_images, teacher_images
+from opd.usable import Skipped, Unusable, encode
+from opd.view import ViewOptions
 
 SLICE = 64
-"""Examples that are encoded at a time: the pixels of thousands of large images would fill the memory."""
+"""Examples that are encoded at a time, at most."""
+
+SLICE_BYTES = 2**28
+"""Bytes of prompts that are encoded at a time: the pixels of thousands of large images would fill the memory. One example may be above,
+and the next slice is encoded while one is answered."""
+
+COLLAPSED = 0.5
+"""A run collapsed where accuracy fell for certain, to less than this share of the accuracy before."""
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -48,7 +57,10 @@ class MeasureOptions(Options):
 
 @dataclass(frozen=True)
 class Answered:
-    """What the model said of one example; `full_right` and `crop_right` are None where the example has no answer."""
+    """What the model said of one example; `full_right` and `crop_right` are None where the example has no answer.
+
+    `row` is the index among the examples that are measured.
+    """
 
     id: str
     answer: str | Sequence[str] | None
@@ -56,6 +68,16 @@ class Answered:
     crop: str
     full_right: bool | None
     crop_right: bool | None
+    row: int = -1
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Examples that are answered together, with their indices and both prompts; `passed` of the examples so far, usable or not."""
+
+    rows: tuple[int, ...]
+    prompts: tuple[tuple[Prompt, Prompt], ...]
+    passed: int
 
 
 def answer(
@@ -66,32 +88,62 @@ def answer(
     max_tokens: int,
     budget: int,
     progress: Callable[[int], None] = lambda prompts: None,
+    limit: int | None = None,
+    skipped: Skipped | None = None,
 ) -> list[Answered]:
-    """Greedy answers to every example on its full image and on its crop; `budget` in padded tokens, `progress` in prompts."""
-    crop = view.model_copy(update={"kind": "crop"})  # a control trains on another view, but is measured on the evidence
+    """Greedy answers to every example on its full image and on its crop; `budget` in padded tokens, `progress` in prompts.
+
+    An example that training could not use, of more than `limit` tokens for one, is left out and handed to `skipped`.
+    """
+    skipped = skipped or Skipped(Quiet())
+    slices = _slices(encoder, examples, view, limit, skipped)
     answered: list[Answered] = []
-
-    def encode(start: int) -> tuple[Sequence[Example], list[Prompt], list[Prompt]]:
-        part = examples[start : start + SLICE]
-        return part, [encode_student(encoder, one) for one in part], [encode_teacher(encoder, one, crop) for one in part]
-
-    for part, full, enlarged in ahead(encode, range(0, len(examples), SLICE)):
-        # Together, since a token step takes little longer for twice the rows.
-        texts = _greedy(backend, encoder, [*full, *enlarged], max_tokens, budget, progress)
-        answered += [_judge(one, *both) for one, *both in zip(part, texts[: len(part)], texts[len(part) :], strict=True)]
+    passed = 0
+    for part in ahead(lambda number: next(slices, None), count()):
+        if part is None:
+            break
+        full, crop = ([both[policy] for both in part.prompts] for policy in (0, 1))
+        if full:
+            # Together, since a token step takes little longer for twice the rows.
+            texts = _greedy(backend, encoder, [*full, *crop], max_tokens, budget, progress)
+            both = zip(texts[: len(full)], texts[len(full) :], strict=True)
+            answered += [_judge(row, examples[row], *said) for row, said in zip(part.rows, both, strict=True)]
+        progress(2 * (part.passed - passed - len(full)))
+        passed = part.passed
     return answered
 
 
-def encode_student(encoder: Encoder, example: Example) -> Prompt:
-    """The prompt of the full image."""
-    return encoder.encode(student_images(example), student_question(example))
+def _slices(
+    encoder: Encoder,
+    examples: Sequence[Example],
+    view: ViewOptions,
+    limit: int | None,
+    skipped: Skipped,
+) -> Iterator[Slice]:
+    """The usable examples with their prompts, as many at a time as SLICE and SLICE_BYTES allow."""
+    crop = view.model_copy(update={"kind": "crop"})  # a control trains on another view, but is measured on the evidence
+    rows: list[int] = []
+    prompts: list[tuple[Prompt, Prompt]] = []
+    held = 0
+    for row in range(len(examples)):
+        try:
+            both = encode(encoder, examples[row], crop, limit)
+        except Unusable as error:
+            skipped.add(examples[row], error)
+            continue
+        size = sum(map(_bytes, both))
+        if rows and (len(rows) == SLICE or held + size > SLICE_BYTES):
+            yield Slice(tuple(rows), tuple(prompts), row)
+            rows, prompts, held = [], [], 0
+        rows.append(row)
+        prompts.append(both)
+        held += size
+    yield Slice(tuple(rows), tuple(prompts), len(examples))
 
 
-def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
-    """The same prompt with the images swapped for the teacher's, and the question where the example gives another one."""
-    bound = getattr(encoder, "max_pixels", None)  # an encoder may say up to which size its images keep what a crop is enlarged to
-    images = teacher_images(example, view, bound("teacher") if bound else MAX_PIXELS)
-    return encoder.encode(images, teacher_question(example, view), "teacher")
+def _bytes(prompt: Prompt) -> int:
+    """Bytes of a prompt's own arrays; tokens and positions are shared, and small beside the pixels."""
+    return sum(array.nbytes for array in prompt.images.values())
 
 
 def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
@@ -124,6 +176,35 @@ def gap_closed(before: Sequence[Answered], after: Sequence[Answered]) -> dict[st
     return _with_interval("gap_closed", columns, lambda before, crop, after: _share(after - before, crop - before))
 
 
+def paired(before: Sequence[Answered], after: Sequence[Answered]) -> tuple[list[Answered], list[Answered]]:
+    """The answers to the examples that were answered both times: what is compared is of the same rows."""
+    both = {one.row for one in before} & {one.row for one in after}
+    first, second = (sorted((one for one in answered if one.row in both), key=lambda one: one.row) for answered in (before, after))
+    return first, second
+
+
+def changes(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Any]:
+    """What training did to both accuracies, and a `verdict` on it; `before` and `after` are `paired`.
+
+    `full_change` and `crop_change` are after less before, with their paired intervals. A change is certain where its interval
+    excludes 0. The verdict is "collapsed" where an accuracy fell for certain to less than COLLAPSED of what it was; else "worse" where
+    one fell for certain; else "improved" where the full image's rose for certain; else "unchanged". Without answers nothing can be
+    told: the verdict is None.
+    """
+    columns = [*_right(before), *_right(after)]
+    if not len(columns[0]):
+        return {"verdict": None}
+    found: dict[str, Any] = {}
+    fell, collapsed = False, False
+    for name, first, second in zip(("full_change", "crop_change"), columns[:2], columns[2:], strict=True):
+        found |= _with_interval(name, [first, second], lambda first, second: second - first)
+        down = found[f"{name}_interval"][1] < 0
+        fell, collapsed = fell or down, collapsed or (down and second.sum() < COLLAPSED * first.sum())
+    improved = found["full_change_interval"][0] > 0
+    verdict = "collapsed" if collapsed else "worse" if fell else "improved" if improved else "unchanged"
+    return {"verdict": verdict, **found}
+
+
 def _greedy(
     backend: Backend,
     encoder: Encoder,
@@ -137,11 +218,11 @@ def _greedy(
     return [encoder.decode(group[0].tokens.tolist()) for group in sample(backend, prompts, unused, sampling, budget, progress)]
 
 
-def _judge(example: Example, full: str, crop: str) -> Answered:
+def _judge(row: int, example: Example, full: str, crop: str) -> Answered:
     if example.answer is None:
-        return Answered(example.id, None, full, crop, None, None)
+        return Answered(example.id, None, full, crop, None, None, row)
     right = [matches(text, example.answer, example.choices) for text in (full, crop)]
-    return Answered(example.id, example.answer, full, crop, right[0], right[1])
+    return Answered(example.id, example.answer, full, crop, right[0], right[1], row)
 
 
 def _right(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -13,8 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from opd.backend import Backend
+from opd.errors import RunError
 from opd.options import Options
 from opd.types import Completion, FloatArray, Group, Prompt, Sampling
+
+NOT_FINITE = (
+    "the model's log-probabilities are not finite (NaN or infinite), so it cannot answer: look for NaN in its weights, "
+    "lower optimizer.learning_rate where they were trained, or set model.dtype=float32"
+)
 
 
 class RolloutOptions(Options):
@@ -50,11 +56,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rollout:
-    """The pairs that have something to learn from, their completions, and how many completions were dropped."""
+    """The pairs that have something to learn from, their completions, and how many were dropped; `empty` of those had no token."""
 
     pairs: tuple[Pair, ...]
     completions: tuple[tuple[Completion, ...], ...]
     dropped: int
+    empty: int = 0
 
 
 def microbatches(costs: Sequence[tuple[int, int]], completions: int, budget: int) -> list[list[int]]:
@@ -88,6 +95,7 @@ def sample(
     """The student samples n completions of all prompts in micro-batches; results are in the order of the prompts.
 
     `uniforms` [B, n, max_tokens]; `budget` in padded tokens; `progress` hears the number of prompts that each micro-batch finished.
+    Raises RunError where the model's log-probabilities are not finite: nothing that is drawn from them means anything.
     """
     _, completions, max_tokens = uniforms.shape
     result: list[list[Completion]] = [[] for _ in prompts]
@@ -96,6 +104,8 @@ def sample(
     for part in parts:
         sampled = backend.sample([prompts[index] for index in part], uniforms[part], sampling)
         for index, group in zip(part, sampled, strict=True):
+            if not all(np.isfinite(completion.logprobs).all() for completion in group):
+                raise RunError(NOT_FINITE)
             result[index] = group
         progress(len(part))
     return result
@@ -118,8 +128,9 @@ def keep(pairs: Sequence[Pair], sampled: Sequence[Sequence[Completion]], banned:
     """Drops empty completions and such that hold a banned token, and pairs with nothing left; they are counted, never fatal."""
     kept = [tuple(completion for completion in group if _usable(completion, banned)) for group in sampled]
     dropped = sum(len(group) for group in sampled) - sum(len(group) for group in kept)
+    empty = sum(not len(completion) for group in sampled for completion in group)
     left = [index for index, group in enumerate(kept) if group]
-    return Rollout(tuple(pairs[index] for index in left), tuple(kept[index] for index in left), dropped)
+    return Rollout(tuple(pairs[index] for index in left), tuple(kept[index] for index in left), dropped, empty)
 
 
 def groups(rollout: Rollout, step_tokens: int) -> list[Group]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import opd
 from opd import backend as backends
-from opd import hub, measure
+from opd import hub, measure, usable
 from opd import recipe as recipes
 from opd.backend import Backend
 from opd.data import open_data
@@ -24,6 +24,7 @@ from opd.processor import open_encoder
 from opd.progress import Progress, Quiet
 from opd.recipe import Recipe
 from opd.types import Encoder, Example
+from opd.usable import Skipped
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
 """Packages whose versions are written down with a run."""
@@ -40,11 +41,14 @@ class Session:
     examples: Sequence[Example]
     held_out: Sequence[Example]
 
-    def answer(self, progress: Progress) -> list[measure.Answered]:
-        """Greedy answers to the held-out examples, on the full image and on the crop."""
+    def answer(self, progress: Progress) -> tuple[list[measure.Answered], Skipped]:
+        """Greedy answers to the held-out examples, on the full image and on the crop; and the examples that cannot be used.
+
+        Raises DataError where not one of the examples can be.
+        """
         progress.begin("measure", 2 * len(self.held_out))
-        options = self.recipe.measure
-        return measure.answer(
+        options, skipped = self.recipe.measure, Skipped(progress)
+        answered = measure.answer(
             self.backend,
             self.encoder,
             self.held_out,
@@ -52,7 +56,15 @@ class Session:
             options.max_tokens,
             self.recipe.rollout.sample_tokens,
             progress.advance,
+            self.recipe.data.max_prompt_tokens,
+            skipped,
         )
+        if self.held_out and not answered:
+            raise DataError(f"none of {usable.rows(len(self.held_out))} can be measured ({skipped.why()})")
+        if missing := len(self.held_out) - len(answered):
+            share = f"{missing} of {usable.rows(len(self.held_out))} ({missing / len(self.held_out):.1%})"
+            progress.note(f"{share} cannot be used: {skipped.why()}")
+        return answered, skipped
 
 
 def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:

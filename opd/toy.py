@@ -191,7 +191,7 @@ class ToyBackend:
                 last = int(s.argmax())
             else:
                 cumulative = np.exp(s).cumsum()
-                last = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+                last = min(VOCABULARY - 1, int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")))
             tokens.append(last)
             logprobs.append(float(s[last]))
             if last in sampling.stop:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd import backend as backends
-from opd import measure
+from opd import usable
 from opd.prompts import PromptEncoder
 from opd.testing import check
 from opd.toy import ToyBackend, ToyEncoder
@@ -19,7 +19,7 @@ from tests.conftest import coloured
 
 def pairs(encoder, examples):
     view = ViewOptions()
-    return [(measure.encode_student(encoder, one), measure.encode_teacher(encoder, one, view)) for one in examples]
+    return [(usable.encode_student(encoder, one), usable.encode_teacher(encoder, one, view)) for one in examples]
 
 
 def toy(make):

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd import measure
 from opd import recipe as recipes
+from opd import usable
 from opd.errors import DataError, FolderError, Stopped
 from opd.folder import RunFolder
 from opd.loop import Trainer
@@ -160,9 +160,9 @@ def test_the_teacher_follows_its_rule(tmp_path, rule, rates):
 def test_what_is_encoded_for_training_has_no_answer(tmp_path, monkeypatch):
     seen = []
     for name in ("encode_student", "encode_teacher"):
-        encode = getattr(measure, name)
+        encode = getattr(usable, name)
         monkeypatch.setattr(
-            measure, name, lambda encoder, example, *view, encode=encode: (seen.append(example), encode(encoder, example, *view))[1]
+            usable, name, lambda encoder, example, *view, encode=encode: (seen.append(example), encode(encoder, example, *view))[1]
         )
     trainer(tmp_path / "run", "measure.count=0", examples=[replace(one, choices=("abc", "d")) for one in coloured()]).train()
     assert len(seen) == 2 * 6 * 4
@@ -292,7 +292,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     taken = [(row["taken"], row["teacher_rate"]) for row in metrics(tmp_path / "run")]
     assert taken == [(True, 0.1), (True, 0.1), (False, 0.0), (True, 0.1), (True, 0.1), (True, 0.1)]
     assert one.backend.steps == 5
-    assert summary["steps_not_finite"] == 1
+    assert (summary["steps_not_finite"], summary["steps_not_taken"]) == (1, 1)
+    assert [row.get("not_taken") for row in metrics(tmp_path / "run")] == [None, None, "the gradient was not finite", None, None, None]
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
@@ -302,26 +303,27 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
                 raise DataError("too narrow")
             return super().encode(images, question, policy)
 
-    one = trainer(tmp_path / "run", "measure.count=0", "data.max_prompt_tokens=10", "rollout.prompts=12", "run.steps=1")
+    one = trainer(tmp_path / "run", "measure.count=0", "data.max_prompt_tokens=10", "rollout.prompts=12", "run.steps=2")
     one.encoder = Narrow()
     notes = []
     one.progress.note = notes.append
     summary = one.train()
-    questions = [example.question for example in coloured()]
-    bad = sum(question == "what" or len(question) + 1 > 10 for question in questions)
-    assert metrics(tmp_path / "run")[0]["skipped"] == bad
-    assert summary["prompts_skipped"] == bad
-    assert len(notes) == bad
-    assert 0 < bad < 12
-
-
-def test_a_step_with_nothing_to_learn_changes_nothing(tmp_path):
-    one = trainer(tmp_path / "run", "measure.count=0", "data.max_prompt_tokens=1", "run.steps=2")
-    before = one.backend.tensors("student")
-    one.train()
-    assert [(row["tokens"], row["taken"], row["skipped"]) for row in metrics(tmp_path / "run")] == [(0, False, 4)] * 2
-    for name, value in one.backend.tensors("student").items():
-        np.testing.assert_array_equal(value, before[name])
+    rows = {f"{one.source} ({one.id})": one.question for one in coloured()}
+    narrow = {row for row, question in rows.items() if question == "what"}
+    long = {row for row, question in rows.items() if len(question) + 1 > 10}
+    assert (len(narrow), len(long)) == (2, 1)
+    assert [row["skipped"] for row in metrics(tmp_path / "run")] == [3, 3]
+    assert (summary["prompts_skipped"], summary["rows_unusable"]) == (6, 3)
+    # Each row is told once, and all of them together at the end.
+    assert sorted(notes[:-1]) == sorted(
+        [*(f"skipped {row}: too narrow" for row in narrow)]
+        + [f"skipped {row}: prompt of 11 tokens, above data.max_prompt_tokens = 10" for row in long]
+    )
+    assert notes[-1] == (
+        "6 of 24 prompts (25.0%) could not be used: 2 rows: too narrow, 1 row: above data.max_prompt_tokens = 10; "
+        f"named in {tmp_path / 'run/skipped.jsonl'}"
+    )
+    assert {row["row"] for row in RunFolder(tmp_path / "run").rows("skipped.jsonl")} == narrow | long
 
 
 def test_the_teacher_sees_the_crop(tmp_path):

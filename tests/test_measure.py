@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opd import measure
+from opd import measure, usable
 from opd.measure import Answered, accuracies, answer, gap_closed
 from opd.toy import ToyBackend, ToyEncoder
 from opd.types import Sampling
@@ -98,7 +98,7 @@ def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
     assert sum(heard) == 10
     assert [one.id for one in found] == [example.id for example in examples]
     assert any(one.full != one.crop for one in found)
-    encoders = {"full": measure.encode_student, "crop": lambda *given: measure.encode_teacher(*given, ViewOptions(margin=0))}
+    encoders = {"full": usable.encode_student, "crop": lambda *given: usable.encode_teacher(*given, ViewOptions(margin=0))}
     for view, encode in encoders.items():
         prompts = [encode(encoder, example) for example in examples]
         alone = backend.sample(prompts, np.zeros((5, 1, 4), np.float32), Sampling(0.0, encoder.stop, encoder.banned))

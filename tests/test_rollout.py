@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd import measure
+from opd import usable
 from opd.rollout import Pair, completions, cut, groups, keep, microbatches, most, sample, spare, split
 from opd.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
@@ -21,7 +21,7 @@ def completion(*tokens, finished=True):
 def pairs(count=3, weight=1.0):
     encoder, view = ToyEncoder(), ViewOptions()
     return [
-        Pair(index, one.id, weight, measure.encode_student(encoder, one), measure.encode_teacher(encoder, one, view))
+        Pair(index, one.id, weight, usable.encode_student(encoder, one), usable.encode_teacher(encoder, one, view))
         for index, one in enumerate(coloured(count))
     ]
 

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from opd import templates
-from opd.measure import encode_student, encode_teacher
 from opd.prompts import PromptEncoder
 from opd.tiny import MODEL, Scenes
+from opd.usable import encode_student, encode_teacher
 from opd.view import ViewOptions
 from opd_cli import main
 

@@ -45,7 +45,12 @@ def gap(
             raise click.UsageError("nothing to measure: measure.count is 0")
         if recipe is None:
             progress.note(PRESET.format(chosen))
-        result = measure.accuracies(session.answer(progress))
+        answered, skipped = session.answer(progress)
+        result = {
+            **measure.accuracies(answered),
+            "rows_skipped": len(session.held_out) - len(answered),
+            "skipped": skipped.records(),
+        }
     if as_json:
         say_json({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result})
     else:

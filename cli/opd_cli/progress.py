@@ -140,8 +140,6 @@ class Shown:
         digits, unit = (4, "tokens/s") if self._wide else (3, "tok/s")
         loss, divergence = (f"{name} {metrics[name]:.{digits}f}" for name in ("loss", "divergence"))
         self._phases["train"].detail = loss, divergence, f"{metrics['tokens_per_second']:.0f} {unit}"
-        if not metrics["taken"]:
-            self.note(f"step {metrics['step']}: the gradient was not finite, the step was skipped")
 
     def note(self, message: str) -> None:
         """A line above the bar."""

@@ -37,8 +37,14 @@ def sample(
         )
         if recipe is None:
             progress.note(PRESET.format(chosen))
-        answered = session.answer(progress)
+        answered, skipped = session.answer(progress)
     if as_json:
-        say_json({"model": session.recipe.model.path, "answers": [asdict(one) for one in answered]})
+        found = {
+            "model": session.recipe.model.path,
+            "answers": [asdict(one) for one in answered],
+            "rows_skipped": len(session.held_out) - len(answered),
+            "skipped": skipped.records(),
+        }
+        say_json(found)
     else:
-        answers([(example.question, one) for example, one in zip(session.held_out, answered, strict=True)])
+        answers([(session.held_out[one.row].question, one) for one in answered])

@@ -29,12 +29,18 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
     console = Terminal()
     if "before" in summary:
         before, after = summary["before"], summary["after"]
-        title = f"{_rows(before)}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}"
+        if fell := _fell(summary):
+            console.print(Text(fell, style="bold red"), soft_wrap=True)
+        rows = _rows({**before, "rows_skipped": summary["rows_not_measured"]})
+        title = f"{rows}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}"
         console.print(Text(title, style="bold"), soft_wrap=True)  # a table would fold it to its own width
         table = _table("", "before", "after", "change")
         for key, title in ROWS:
             if key in before:
-                table.add_row(title, _percent(before, key), _percent(after, key), f"{100 * (after[key] - before[key]):+.1f}")
+                # A gap that closes since the crop's accuracy falls is no success, so its change is not shown as one.
+                hidden = key == "gap" and fell and summary["full_change_interval"][0] <= 0
+                change = "-" if hidden else f"{100 * (after[key] - before[key]):+.1f}"
+                table.add_row(title, _percent(before, key), _percent(after, key), change)
         console.print(table)
         if "gap_closed" in summary:
             console.print(f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)", highlight=False)
@@ -46,6 +52,21 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
     kind = "adapter" if (folder / "adapter").is_dir() else "model"
     console.print(f"{kind}: {folder / kind}", soft_wrap=True)
     console.print(f"metrics: {folder / 'metrics.jsonl'}", soft_wrap=True)
+
+
+def _fell(summary: Mapping[str, Any]) -> str:
+    """Which accuracy fell by more than its interval, in words, and which one rose; empty where none fell."""
+    if summary["verdict"] not in ("worse", "collapsed"):
+        return ""
+    said: dict[str, list[str]] = {"fell": [], "rose": []}
+    for name, view in (("full", "the full image"), ("crop", "the evidence crop")):
+        low, high = summary[f"{name}_change_interval"]
+        before, after = (100 * summary[when][f"{name}_accuracy"] for when in ("before", "after"))
+        if high < 0 or low > 0:
+            said["fell" if high < 0 else "rose"].append(f"on {view} from {before:.1f} to {after:.1f} %")
+    found = ", and ".join(f"{what} {' and '.join(where)}" for what, where in said.items() if where)
+    first = "the model collapsed: " if summary["verdict"] == "collapsed" else "" if said["rose"] else "the model got worse: "
+    return f"{first}accuracy {found}"
 
 
 def measured(result: Mapping[str, Any], model: str, device: str) -> None:
@@ -186,8 +207,9 @@ def _table(title: str, *headings: str) -> Table:
 
 def _rows(result: Mapping[str, Any]) -> str:
     """How many examples, and how many of them could be judged where that is fewer."""
-    judged = result["rows_with_answer"]
-    return f"{result['rows']} examples" + ("" if judged == result["rows"] else f", {judged} of them with an answer")
+    judged, skipped = result["rows_with_answer"], result.get("rows_skipped", 0)
+    answers = "" if judged == result["rows"] else f", {judged} of them with an answer"
+    return f"{result['rows']} examples{answers}" + (f", {skipped} skipped" if skipped else "")
 
 
 def _reference(answer: str | Sequence[str] | None) -> str:

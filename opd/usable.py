@@ -1,0 +1,125 @@
+"""One row as the two policies see it, or the reason why it cannot be used.
+
+Training and measuring encode rows here alone, so that both skip the same rows, count them and name them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from opd.errors import DataError, OpdError
+from opd.progress import Progress
+from opd.questions import student_question, teacher_question
+from opd.types import Encoder, Example, Prompt
+from opd.view import MAX_PIXELS, ViewOptions, student_images, teacher_images
+
+TOLD = 5
+"""Rows that are told one by one; further ones are counted."""
+
+ITS_OWN = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S*\d\S*|\S+\.\w+:?")
+"""Parts of a message that belong to one row: quotations, paths, names of files and numbers."""
+
+
+class Unusable(DataError):
+    """A row cannot be used; `kind` is the reason without what belongs to this row alone."""
+
+    def __init__(self, reason: str, kind: str = "") -> None:
+        super().__init__(reason)
+        self.kind = kind or re.sub(r"(…[\s,x:;]*)+", "… ", ITS_OWN.sub("…", reason)).strip(" …:;,") or reason
+
+
+class Skipped:
+    """The rows that could not be used: `reasons` by row, and `kinds` of reasons by row. A row is told once, and only the first few are."""
+
+    def __init__(self, progress: Progress, earlier: Iterable[Mapping[str, str]] = ()) -> None:
+        """`earlier`: those of an earlier part of the same run, as `records` gives them; they are not told again."""
+        self.reasons: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
+        self._progress = progress
+        self._handed = 0
+        for row in earlier:
+            self.reasons[row["row"]], self.kinds[row["row"]] = row["reason"], row["kind"]
+            self._handed += 1
+
+    def add(self, example: Example, error: Unusable) -> None:
+        """Counts a row, and tells it where it is a new one."""
+        row = name(example)
+        new = row not in self.reasons
+        self.reasons[row], self.kinds[row] = str(error), error.kind
+        if new and len(self.reasons) <= TOLD:
+            self._progress.note(f"skipped {row}: {error}")
+        elif new and len(self.reasons) == TOLD + 1:
+            self._progress.note("more rows are skipped; they are counted, and no longer told one by one")
+
+    def records(self) -> list[dict[str, str]]:
+        """Every row with its reason, in the order in which they fell out."""
+        return [{"row": row, "reason": reason, "kind": self.kinds[row]} for row, reason in self.reasons.items()]
+
+    def new(self) -> list[dict[str, str]]:
+        """The `records` since the last call."""
+        found = self.records()[self._handed :]
+        self._handed += len(found)
+        return found
+
+    def why(self) -> str:
+        """The reasons in words, the most frequent first, each with the number of its rows."""
+        return reasons(self.kinds.values())
+
+
+def reasons(kinds: Iterable[str]) -> str:
+    """Kinds of reasons in words, the most frequent first, each with the number of its rows."""
+    return ", ".join(f"{rows(count)}: {kind}" for kind, count in Counter(kinds).most_common())
+
+
+def rows(count: int) -> str:
+    """A number of rows in words."""
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+def encode_student(encoder: Encoder, example: Example) -> Prompt:
+    """The prompt of the full image."""
+    return encoder.encode(student_images(example), student_question(example))
+
+
+def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
+    """The same prompt with the images swapped for the teacher's, and the question where the example gives another one."""
+    bound = getattr(encoder, "max_pixels", None)  # an encoder may say up to which size its images keep what a crop is enlarged to
+    images = teacher_images(example, view, bound("teacher") if bound else MAX_PIXELS)
+    return encoder.encode(images, teacher_question(example, view), "teacher")
+
+
+def encode(encoder: Encoder, example: Example, view: ViewOptions, limit: int | None = None) -> tuple[Prompt, Prompt]:
+    """The student's and the teacher's prompt of a row, each of at most `limit` tokens.
+
+    Raises Unusable where the row has none, and other errors of `opd.errors` where no row could have one.
+    """
+    for question in (example.question, example.teacher_question or "", *example.choices):
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise Unusable("the question holds half of a surrogate pair, which is no character")
+    try:
+        prompts = encode_student(encoder, example), encode_teacher(encoder, example, view)
+    except DataError as error:
+        raise Unusable(str(error)) from error
+    except OpdError:
+        raise
+    except Exception as error:  # whatever the libraries that read images and texts raise for one of them
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise Unusable(f"the row cannot be encoded: {reason}", "the row cannot be encoded") from error
+    longest = max(map(len, prompts))
+    if limit and longest > limit:
+        raise Unusable(*too_long(longest, limit))
+    return prompts
+
+
+def too_long(tokens: int, limit: int) -> tuple[str, str]:
+    """The reason of a prompt above the limit, and its kind."""
+    return f"prompt of {tokens:,} tokens, above data.max_prompt_tokens = {limit}", f"above data.max_prompt_tokens = {limit}"
+
+
+def name(example: Example) -> str:
+    """How a row is called: its file and line, and its id where the data give one."""
+    if not example.source or example.source == example.id:
+        return example.id
+    return f"{example.source} ({example.id})"
