@@ -160,6 +160,7 @@ class ToyBackend:
             for kind in ("student", "teacher", "first", "second"):
                 setattr(self, kind, {name: stored[f"{kind}.{name}"] for name in self.student})
             self.steps = int(stored["steps"])
+        self.gradient = self._zeros()
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student's parameters; there is nothing of Hugging Face in a toy."""
