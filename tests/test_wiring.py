@@ -28,7 +28,7 @@ from opd.objective import Objective
 from opd.processor import open_encoder
 from opd.recipe import Recipe
 from opd.tiny import MODEL
-from opd.types import Completion, Sampling, Update
+from opd.types import MAX_IMAGE_PIXELS, Completion, Sampling, Update
 from opd_cli import main
 from tests import recorder
 
@@ -451,6 +451,17 @@ def _(opd, value):
     if not value:
         assert sorted(numbers_of(run.drawn[0].prompts)) == [0, 1]
     return run.code
+
+
+@key("data.max_image_pixels", MAX_IMAGE_PIXELS, 6143)
+def _(opd, value):
+    """Rows to train on and rows to measure alike; the larger picture has a pixel or a line too much."""
+    picture = Image.new("1", (16384, value // 16384 + 1)) if value > 10**6 else image(1, (96, 64))
+    data = opd.data([row(0, image=image(0, (64, 64)), boxes=[[0, 0, 32, 32]]), row(1, image=picture, boxes=[[0, 0, 32, 32]])])
+    run = opd.train({"data.max_image_pixels": value, "measure.path": str(data), "measure.count": 4}, data=data)
+    assert {number_of(group.student) for group in run.groups} == {0}
+    assert [len(call.prompts) for call in run.measured] == [2, 2]
+    return picture.size
 
 
 @key("view.kind", "crop", "full", "wrong")
