@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from opd import backend as backends
+from opd.errors import BackendError
 from opd.models import ModelChoice
 from opd.objective import Objective, evaluate, log_softmax
 from opd.processor import open_encoder
@@ -229,3 +230,167 @@ def test_what_a_rollout_kept_serves_its_own_prompts_alone(case):
             assert near(gradient(backend, groups), expected)
             backend.apply(NOTHING)
         fresh.apply(NOTHING)
+
+
+UPDATES = [
+    Update(learning_rate=1e-2),
+    Update(learning_rate=3e-2),
+    Update(learning_rate=1e-2, betas=(0.5, 0.999)),
+    Update(learning_rate=1e-2, betas=(0.9, 0.9)),
+    Update(learning_rate=1e-2, epsilon=0.1),
+    Update(learning_rate=1e-2, weight_decay=0.5),
+    Update(learning_rate=1e-2, epsilon=0.1, gradient_clip=None),
+    Update(learning_rate=1e-2, epsilon=0.1, gradient_clip=0.5),
+]
+
+
+def flat(tensors):
+    return np.concatenate([tensors[name].astype(np.float64).ravel() for name in sorted(tensors)])
+
+
+def test_every_part_of_an_update_counts(case, tmp_path):
+    """Two steps of each update from one start, by AdamW's formula from the gradient that the backend tells."""
+    backend, groups = case.make(), [replace(group, weights=tuple(300 * one for one in group.weights)) for group in case.groups[:1]]
+    backend.save(tmp_path)
+    seen = set()
+    for update in UPDATES:
+        backend.load(tmp_path)
+        theta = flat(backend.tensors("student"))
+        first, second = np.zeros_like(theta), np.zeros_like(theta)
+        for step in (1, 2):
+            backend.accumulate(groups, OBJECTIVE)
+            g = flat(backend.tensors("gradient"))
+            norm = np.linalg.norm(g)
+            found = backend.apply(update)
+            assert found.taken
+            assert found.gradient_norm == pytest.approx(norm, rel=1e-4)
+            assert norm > 1
+            g = g * min(1, (update.gradient_clip or np.inf) / norm)
+            (b1, b2), rate = update.betas, update.learning_rate
+            first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
+            moved = first / (1 - b1**step) / (np.sqrt(second / (1 - b2**step)) + update.epsilon) + update.weight_decay * theta
+            after = flat(backend.tensors("student"))
+            assert np.linalg.norm(after - theta + rate * moved) < 2e-3 * np.linalg.norm(rate * moved), update
+            theta = after
+        seen.add(f"{np.linalg.norm(theta):.8g}")
+    assert len(seen) == len(UPDATES)
+
+
+def test_the_teacher_moves_by_its_rate_and_is_stored_apart(case, tmp_path):
+    backend = case.restored()
+    for rate in (0.25, 1.0):
+        student, before = flat(backend.tensors("student")), flat(backend.tensors("teacher"))
+        assert np.abs(student - before).max() > 1e-3
+        backend.move_teacher(rate)
+        after = flat(backend.tensors("teacher"))
+        np.testing.assert_allclose(after, before + rate * (student - before), atol=1e-6)
+        assert np.array_equal(flat(backend.tensors("student")), student)
+        backend.save(tmp_path)
+        other = case.make()
+        other.load(tmp_path)
+        for kind in POLICIES:
+            assert np.array_equal(flat(other.tensors(kind)), flat(backend.tensors(kind)))
+        for one in (backend, other):  # moments and the number of steps too
+            one.accumulate(case.groups, OBJECTIVE)
+            one.apply(Update(learning_rate=1e-2, betas=(0.5, 0.7)))
+        assert np.linalg.norm(flat(other.tensors("student")) - flat(backend.tensors("student"))) < 1e-3
+
+
+# What a recipe's model section makes of a real backend.
+
+
+def load(name, seed=0, **choice):
+    return backends.load(name, ModelChoice(**choice).options(seed))
+
+
+def pieces(backend):
+    """The parts of the model in which something is trained, and the shapes of what is, by the layer's last word."""
+    shapes = {key: value.shape for key, value in backend.tensors("student").items()}
+    parts = {"vision" if ".visual." in key else "language" for key in shapes if "merger" not in key}
+    return parts | {"projector" for key in shapes if "merger" in key}, shapes
+
+
+def words(shapes):
+    return {key.split(".lora_")[0].rpartition(".")[2] for key in shapes if ".visual." not in key}
+
+
+def test_what_is_trained_is_what_the_recipe_says(backend_name):
+    everything = {"vision", "language", "projector"}
+    assert pieces(load(backend_name))[0] == everything
+    assert pieces(load(backend_name, vision=False))[0] == {"language"}
+    lora = {"tune": "lora", "rank": 3}
+    parts, plain = pieces(load(backend_name, **lora))
+    assert parts == {"language"}
+    assert words(plain) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(3 in shape for shape in plain.values())
+    assert pieces(load(backend_name, **lora, vision=True))[0] == {"vision", "language"}
+    assert pieces(load(backend_name, **lora, projector=True))[0] == {"projector", "language"}
+    assert words(pieces(load(backend_name, **lora, targets=("q_proj", "up_proj")))[1]) == {"q_proj", "up_proj"}
+    assert all(7 in shape for shape in pieces(load(backend_name, tune="lora", rank=7))[1].values())
+    one, same, other = (flat(load(backend_name, seed, **lora).tensors("student")) for seed in (1, 1, 2))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_alpha_and_rank_scale_an_adapter(backend_name, tmp_path):
+    """An adapted model says what the whole one says with alpha / rank * B A added to its weights; its teacher goes by its own adapter."""
+    from safetensors.numpy import load_file, save_file
+
+    encoder, rng = open_encoder(MODEL), np.random.default_rng(0)
+    prompt = encoder.encode([Image.new("RGB", (32, 32), "red")], "What digit?")
+    completion = Completion(np.array([5, 9, 3], np.int32), np.zeros(3, np.float32), False)
+    group = [Group(prompt, prompt, (completion,), (np.ones(3, np.float32),))]
+
+    def says(backend):
+        ((one,),) = backend.score(group, WHOLE)
+        return one.student_logprobs, one.teacher_logprobs
+
+    whole = load(backend_name)
+    whole.save(tmp_path / "whole")
+    base = load_file(tmp_path / "whole/student.safetensors")
+    seen = []
+    for alpha, rank in ((2.0, 2), (6.0, 2), (6.0, 3)):
+        adapted = load(backend_name, tune="lora", alpha=alpha, rank=rank, targets=("q_proj", "down_proj"))
+        adapted.save(tmp_path / "adapted")
+        values = {}
+        for policy, size in (("student", 0.3), ("teacher", 0.1)):
+            file = tmp_path / f"adapted/{policy}.safetensors"
+            tensors = {name: (size * rng.normal(size=value.shape)).astype(np.float32) for name, value in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+            merged = dict(base)
+            for name in [name for name in tensors if ".lora_A" in name]:
+                layer = name.removesuffix(".lora_A.weight")
+                merged[f"{layer}.weight"] = base[f"{layer}.weight"] + alpha / rank * tensors[f"{layer}.lora_B.weight"] @ tensors[name]
+            save_file(merged, tmp_path / f"whole/{policy}.safetensors", metadata={"format": "pt"})
+            values[policy] = tensors
+        adapted.load(tmp_path / "adapted")
+        whole.load(tmp_path / "whole")
+        found, expected = says(adapted), says(whole)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        assert np.abs(found[0] - found[1]).max() > 1e-2
+        seen.append(found[0])
+    assert all(np.abs(a - b).max() > 1e-2 for a, b in ((seen[0], seen[1]), (seen[1], seen[2])))
+
+
+def test_the_type_of_computation_is_the_recipes(backend_name):
+    encoder = open_encoder(MODEL)
+    prompt = encoder.encode([Image.new("RGB", (32, 32), "red")], "What digit?")
+    group = [Group(prompt, prompt, (Completion(np.array([5, 9, 3], np.int32), np.zeros(3, np.float32), False),), (np.ones(3, np.float32),))]
+    for tune in ("full", "lora"):
+        exact, half = (load(backend_name, tune=tune, dtype=dtype).score(group, WHOLE)[0][0].student_logprobs for dtype in DTYPES)
+        assert 1e-4 < np.abs(exact - half).max() < 1
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def test_qlora_holds_the_base_in_four_bits(backend_name):
+    encoder = open_encoder(MODEL)
+    prompt = encoder.encode([Image.new("RGB", (32, 32), "red")], "What digit?")
+    group = [Group(prompt, prompt, (Completion(np.array([5, 9, 3], np.int32), np.zeros(3, np.float32), False),), (np.ones(3, np.float32),))]
+    if backend_name != "mlx":
+        with pytest.raises(BackendError, match="needs a CUDA GPU"):
+            load(backend_name, tune="qlora")
+        return
+    exact, coarse = (load(backend_name, tune=tune, rank=2).score(group, WHOLE)[0][0].student_logprobs for tune in ("lora", "qlora"))
+    assert 1e-3 < np.abs(exact - coarse).max() < 5
