@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -12,6 +11,7 @@ from opd import recipe as recipes
 from opd.backend import Backend
 from opd.errors import FolderError, RecipeError
 from opd.folder import CONFIG, RunFolder, check_empty
+from opd.inert import copy_result
 from opd.processor import open_encoder
 from opd.progress import Progress
 from opd.prompts import PromptEncoder
@@ -53,7 +53,7 @@ def export(run: Path, kind: Kind, out: Path, quantize: int | None, backend: str 
             opened[0].export(target, kind)
             opened[1].save(target)
             return
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        copy_result(source, target)
         if kind == "model":  # of an earlier version, perhaps
             open_encoder(source).save(target)
 

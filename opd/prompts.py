@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd import families, templates
+from opd import families, inert, templates
 from opd.errors import DataError, ModelError
 from opd.families.layout import Layout, Tile
 from opd.model_files import check_links, read_json
@@ -125,9 +124,8 @@ class PromptEncoder:
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer and chat template into an exported folder: its template alone, without an argument, gives these prompts."""
-        for file in self._model.iterdir():
-            if file.name in TOKENIZER and not (folder / file.name).exists():  # an adapter is exported without
-                shutil.copyfile(file, folder / file.name)
+        missing = [name for name in TOKENIZER if not (folder / name).exists()]  # an adapter is exported without
+        inert.copy_files(self._model, folder, missing)
         templates.rewrite(folder, self._probe)
 
     def _tokenized(self, text: str) -> IntArray:

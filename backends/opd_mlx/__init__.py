@@ -31,28 +31,25 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
     import contextlib
     import io
     import json
-    import shutil
-    import tempfile
-    from pathlib import Path
 
     from mlx_vlm import utils
     from mlx_vlm.quant_utils import quantize_model
 
+    from opd import inert, model_files
     from opd.errors import ModelError
+    from opd.permissions import as_new
     from opd_mlx.families import family
 
-    with tempfile.TemporaryDirectory() as root:
-        # The same files, with a config.json that mlx-vlm reads.
-        for file in source.iterdir():
-            if file.name != "config.json":
-                Path(root, file.name).symlink_to(file.absolute())
-        stated = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        kind = str(stated.get("model_type"))
-        Path(root, "config.json").write_text(json.dumps(family(kind).published(stated)), encoding="utf-8")
+    stated = inert.without_code(model_files.read_json(source / "config.json"))
+    kind = str(stated.get("model_type"))
+    published = family(kind).published(stated)
+    with inert.inert(source) as whole:
+        # mlx-vlm reads another config.json, and must not run what the folder's own may name.
+        (whole / "config.json").write_text(json.dumps(published), encoding="utf-8")
         try:
-            model, config = utils.load_model(Path(root), lazy=True), utils.load_config(Path(root))
+            model, config = utils.load_model(whole, lazy=True), utils.load_config(whole)
         except Exception as error:  # whatever mlx-vlm and its models raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(str(whole), str(source))
             raise ModelError(f"mlx-vlm, which quantises, cannot load this model of type '{kind}': {reason}") from error
         own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints, and our stdout is for results
@@ -64,7 +61,6 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
                 quant_predicate=lambda path, module: not utils.skip_multimodal_module(path) and own(path, module),
             )
         utils.save_weights(folder, model)
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
-            shutil.copyfile(file, folder / file.name)
+    as_new(*folder.glob("*.safetensors"))
+    inert.copy_files(source, folder)
     utils.save_config(config, folder / "config.json")

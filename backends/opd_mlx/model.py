@@ -8,7 +8,6 @@ of convolutions, whose channels MLX keeps last.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,9 +20,10 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
-from opd import adapters, names, weight_formats
+from opd import adapters, inert, names, weight_formats
 from opd.errors import FolderError, ModelError, RecipeError, nearest
 from opd.model_files import read_json, tensor_headers, weight_files
+from opd.permissions import as_new
 from opd.types import ModelOptions
 from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
 from opd_mlx.attention import Layer
@@ -35,8 +35,6 @@ Parameters: TypeAlias = dict[str, mx.array]
 """Arrays by MLX name."""
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-"""Files of a model folder that hold weights; an export copies all others beside its own weights."""
 
 
 @dataclass(frozen=True)
@@ -207,15 +205,13 @@ def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:
 
 
 def write_model(model: Model, options: ModelOptions, parameters: Parameters, folder: Path) -> None:
-    """A Hugging Face model folder: the source's files, with what was trained in the source's dtypes.
+    """A Hugging Face model folder: the source's data files (see `opd.inert`), with what was trained in the source's dtypes.
 
     Adapters are merged. Weights that were quantised are written plain; those that only stood in 4 bits, as they are stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for file in model.folder.iterdir():
-        if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(".index.json"):
-            shutil.copy(file, folder)
-    of, config = model.family, read_json(model.folder / "config.json")
+    inert.copy_files(model.folder, folder)
+    of, config = model.family, read_json(folder / "config.json")
     if weight_formats.settings(config):
         (folder / "config.json").write_text(json.dumps(weight_formats.without(config), indent=2) + "\n", encoding="utf-8")
     stored = stored_tensors(model.folder, of)
@@ -241,6 +237,7 @@ def write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str) 
     """Writes one safetensors file that transformers accepts."""
     try:
         mx.save_safetensors(str(file), dict(tensors), metadata={"format": "pt", **metadata})
+        as_new(file)
     except RuntimeError as error:  # what MLX makes of a full disk or a missing folder
         raise OSError(f"{file}: {str(error).splitlines()[0]}") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd import adapters, names, weight_formats
+from opd import adapters, inert, names, weight_formats
 from opd.errors import FolderError, ModelError
 from opd.model_files import StoredTensor, read_json, tensor_headers
+from opd.permissions import as_new
 from opd.types import ModelOptions
 from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
 from opd_torch.families import Family, family, rows
@@ -31,9 +31,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Precisions as safetensors names them."""
-
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
-"""Files of a model folder that an export does not copy."""
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Any:
@@ -88,22 +85,24 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
     # A bar of transformers' own would cut through the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    whole = path
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
-            for key in weight_formats.SETTINGS:
-                if hasattr(part, key):
-                    delattr(part, key)
-        with torch.device("meta"):
-            empty = architecture(config) if its else architecture.from_config(config)
-        if its:
-            _check(empty, stored, path)
-        more = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
-        model, found = architecture.from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **more
-        )
+        with inert.inert(path) as whole:
+            config = transformers.AutoConfig.from_pretrained(whole, trust_remote_code=False, local_files_only=True)
+            for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+                for key in weight_formats.SETTINGS:
+                    if hasattr(part, key):
+                        delattr(part, key)
+            with torch.device("meta"):
+                empty = architecture(config) if its else architecture.from_config(config)
+            if its:
+                _check(empty, stored, path)
+            more: dict[str, Any] = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
+            more |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            model, found = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(str(whole), str(path))
+        raise ModelError(f"{path} cannot be loaded: {reason}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
@@ -150,16 +149,14 @@ def _check(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> None:
 
 
 def write_model(model: Any, source: Path, folder: Path) -> None:
-    """Writes all weights, by the names and in the precision they had in `source`, and copies every other file of `source`.
+    """Writes all weights, by the names and in the precision they had in `source`, and copies the data files of `source` (see `opd.inert`).
 
     Tensors that the model leaves out are written as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = tensor_headers(source)
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHTS):
-            shutil.copyfile(file, folder / file.name)
-    config = read_json(source / "config.json")
+    inert.copy_files(source, folder)
+    config = read_json(folder / "config.json")
     if model.family is None:
         # transformers' own way back to the published names; it writes a configuration too, which is the source's again afterwards.
         precision = STORED[next(tensor.dtype for tensor in stored.values() if tensor.dtype in STORED)]
@@ -169,9 +166,8 @@ def write_model(model: Any, source: Path, folder: Path) -> None:
         model.save_pretrained(folder, state_dict={name: value.to(precision) for name, value in model.state_dict().items() if name in own})
         if bars:
             transformers.utils.logging.enable_progress_bar()
-        for name in ("config.json", "generation_config.json"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        inert.copy_files(source, folder)
+        as_new(*folder.glob("*.safetensors"))
     else:
         older = stored_names(model, stored, source)
         tensors = {older[name]: parameter.detach().to(STORED[stored[older[name]].dtype]) for name, parameter in model.named_parameters()}
@@ -189,6 +185,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, file, metadata={"format": "pt", **metadata})
+        as_new(file)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"{file}: {error}") from error
 
