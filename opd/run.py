@@ -15,7 +15,7 @@ from opd import backend as backends
 from opd import hub, measure, usable
 from opd import recipe as recipes
 from opd.backend import Backend
-from opd.data import open_data
+from opd.data import Dataset, open_data, spread
 from opd.errors import DataError, RecipeError
 from opd.folder import CONFIG, RunFolder
 from opd.loop import Trainer
@@ -67,8 +67,11 @@ class Session:
         return answered, skipped
 
 
-def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
-    """Opens the model's small files, then data, then weights, so that a mistake is told before anything slow. Raises UserError."""
+def open_session(recipe: Recipe, backend: str, progress: Progress, few: bool = False) -> Session:
+    """Opens the model's small files, then data, then weights, so that a mistake is told before anything slow. Raises UserError.
+
+    With `few`, only the rows that are measured are read, and `examples` are those.
+    """
     if backend != "auto":  # which one `auto` is takes seconds: frameworks are imported to see their devices
         backends.resolve(backend)
     for path in (recipe.data.path, recipe.measure.path):
@@ -80,15 +83,14 @@ def open_session(recipe: Recipe, backend: str, progress: Progress) -> Session:
     name = backends.resolve(backend)
     encoder = open_encoder(folder, name, **recipe.model.pixels())
     _check_data_is_given(recipe)
-    examples = open_data(recipe.data.path, strict=recipe.data.strict, progress=progress, max_image_pixels=recipe.data.max_image_pixels)
-    for source, reason in getattr(examples, "skipped", ()):
-        progress.note(f"skipped {source}: {reason}")
+    examples = None if few else _open_rows(recipe, recipe.data.path, progress)
+    measured = held_out(recipe, examples, progress)
     with progress.pause():
         options = recipe.model.options(recipe.run.seed)
     model = backends.load(name, options)
     if recipe.model.path == "tiny" != recipe.data.path:
         progress.note("the embedded tiny model knows nothing but its own scenes; a model for your images is named with --model")
-    return Session(recipe, name, model, encoder, examples, held_out(recipe, examples, progress))
+    return Session(recipe, name, model, encoder, measured if examples is None else examples, measured)
 
 
 def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:
@@ -129,8 +131,11 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
     return _trainer(session, folder, progress)
 
 
-def held_out(recipe: Recipe, examples: Sequence[Example], progress: Progress | None = None) -> Sequence[Example]:
-    """The rows that are measured, at most measure.count: see `MeasureOptions.path`."""
+def held_out(recipe: Recipe, examples: Sequence[Example] | None, progress: Progress | None = None) -> Sequence[Example]:
+    """The rows that are measured, at most measure.count: see `MeasureOptions.path`.
+
+    `examples` are all rows of data.path; where they are None, only the rows that are measured are read.
+    """
     options = recipe.measure
     if not options.count:
         return []
@@ -138,13 +143,18 @@ def held_out(recipe: Recipe, examples: Sequence[Example], progress: Progress | N
         from opd.tiny import Scenes
 
         return Scenes("fresh", options.count)
-    rows = (
-        open_data(options.path, strict=recipe.data.strict, progress=progress, max_image_pixels=recipe.data.max_image_pixels)
-        if options.path
-        else examples
-    )
-    count = min(options.count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
+    if examples is None or options.path:
+        return _open_rows(recipe, options.path or recipe.data.path, progress or Quiet(), options.count)
+    return spread(examples, options.count)
+
+
+def _open_rows(recipe: Recipe, path: str, progress: Progress, count: int | None = None) -> Sequence[Example]:
+    """All rows of a data file, or so many spread over it; what is wrong with the others is told."""
+    options = recipe.data
+    examples = open_data(path, options.strict, progress=progress, max_image_pixels=options.max_image_pixels, count=count)
+    if isinstance(examples, Dataset):
+        examples.tell(progress)
+    return examples
 
 
 def _tell_unlocked(folder: RunFolder, progress: Progress) -> None:

@@ -39,7 +39,10 @@ def gap(
     chosen = recipe or preset(model, overrides)
     with show() as progress:
         session = run.open_session(
-            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
+            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides),
+            backend or "auto",
+            progress,
+            few=True,
         )
         if not session.held_out:
             raise click.UsageError("nothing to measure: measure.count is 0")

@@ -33,7 +33,10 @@ def sample(
     chosen = recipe or preset(model, overrides)
     with show() as progress:
         session = run.open_session(
-            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides), backend or "auto", progress
+            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides),
+            backend or "auto",
+            progress,
+            few=True,
         )
         if recipe is None:
             progress.note(PRESET.format(chosen))

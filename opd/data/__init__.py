@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
 
 from opd.data import own
-from opd.data.dataset import Dataset, gather, read_image
+from opd.data.dataset import Dataset, gather, spread
 from opd.data.jsonl import read_lines
+from opd.data.pictures import Pictures
+from opd.data.survey import survey
 from opd.options import Options
 from opd.paths import PathText
 from opd.progress import Progress, Quiet
 from opd.types import MAX_IMAGE_PIXELS, Example
 
-__all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl"]
+__all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl", "spread"]
 
 
 class DataOptions(Options):
@@ -36,26 +38,40 @@ class DataOptions(Options):
 
 
 def open_data(
-    path: str, strict: bool = False, labelled: bool = True, progress: Progress | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS
+    path: str,
+    strict: bool = False,
+    labelled: bool = True,
+    progress: Progress | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    count: int | None = None,
 ) -> Sequence[Example]:
     """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task; not `labelled`: without answers.
 
+    With `count`, so many examples spread evenly over the file, and only their pictures are read; see `spread`.
     Raises DataError where the file cannot be used, and with `strict` at the first faulty row.
     """
     if path == "tiny":
         from opd.tiny import Scenes
 
-        return Scenes("train", 12800, labelled=labelled)
-    found = read_jsonl(Path(path), strict, progress, max_image_pixels)
-    if labelled:
-        return found
-    return Dataset([replace(example, answer=None) for example in found], found.skipped, found.fingerprint)
+        scenes = Scenes("train", 12800, labelled=labelled)
+        return scenes if count is None else spread(scenes, count)
+    found = read_jsonl(Path(path).expanduser(), strict, progress, max_image_pixels, count)
+    return found if labelled else found.without_answers()
 
 
-def read_jsonl(path: Path, strict: bool = False, progress: Progress | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Dataset:
-    """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it can be, and not kept."""
+def read_jsonl(
+    path: Path,
+    strict: bool = False,
+    progress: Progress | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    count: int | None = None,
+) -> Dataset:
+    """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it can be, and not kept.
+
+    Sizes and hashes of many images are kept beside the file, so that they are not decoded again: see `opd.data.pictures`.
+    """
     lines = read_lines(path)
-    box_format, rows = own.take_header(lines)
-    facts = cache(partial(read_image, max_pixels=max_image_pixels))
-    read_row = partial(own.read_row, folder=path.parent, box_format=box_format, facts=facts, max_image_pixels=max_image_pixels)
-    return gather(replace(lines, rows=rows), read_row, facts, strict, progress or Quiet())
+    seen = survey(lines)
+    pictures = Pictures(max_image_pixels, path)
+    read_row = partial(own.read_row, folder=path.parent, box_format=seen.box_format, facts=pictures, max_image_pixels=max_image_pixels)
+    return gather(replace(lines, rows=seen.rows), read_row, pictures, strict, progress or Quiet(), count, seen.notes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-from opd.data.fields import Row, is_finite, is_number, show, wrong
+from opd.data.fields import Row, cut, is_finite, is_number, show, wrong
 from opd.errors import DataError, nearest
 from opd.types import Box
 
@@ -14,6 +15,9 @@ Size: TypeAlias = tuple[int, int]
 
 TOLERANCE = 1.0
 """Pixels by which a box may reach beyond its image: annotation tools round differently. The view cuts it off."""
+
+ROUNDING = 0.5
+"""Thousandths by which a box in fractions or per-mille may reach beyond 0 and 1, or 1000: half a unit of the last place. It is cut off."""
 
 
 def stated_format(row: Row, default: BoxFormat = "pixels") -> BoxFormat:
@@ -37,7 +41,11 @@ def boxes(row: Row, sizes: Sequence[Size], unit: BoxFormat) -> tuple[Box, ...]:
 
 
 def _box(entry: Any, sizes: Sequence[Size], unit: BoxFormat) -> Box:
-    image, corners = (entry.get("image", 0), entry.get("box")) if isinstance(entry, dict) else (0, entry)
+    if isinstance(entry, dict):
+        _check_names(entry)
+        image, corners = (0 if entry.get("image") is None else entry["image"]), entry.get("box")
+    else:
+        image, corners = 0, entry
     if not isinstance(corners, list) or len(corners) != 4 or not all(is_number(corner) for corner in corners):
         raise wrong("boxes", entry, "a box of four numbers, [left, top, right, bottom]")
     if not isinstance(image, int) or isinstance(image, bool) or not 0 <= image < len(sizes):
@@ -56,12 +64,26 @@ def _box(entry: Any, sizes: Sequence[Size], unit: BoxFormat) -> Box:
         hint = f'; if its unit is another one, say "box_format": {" or ".join(fits)}' if fits else ""
         raise DataError(f"field 'boxes': box {show(corners)} {fault}{hint}")
     across, down = {"pixels": (1.0, 1.0), "fraction": (width, height), "per-mille": (width / 1000, height / 1000)}[unit]
+    if unit != "pixels":
+        x0, y0, x1, y1 = (min(max(corner, 0), 1 if unit == "fraction" else 1000) for corner in corners)
     return Box(x0 * across, y0 * down, x1 * across, y1 * down, image)
+
+
+def _check_names(entry: dict[str, Any]) -> None:
+    """Raises DataError for a field that a box does not have and that seems to say something of its place."""
+    for name in entry:
+        if name not in ("image", "box") and get_close_matches(
+            name.lower(), ("image", "images", "image_id", "box", "bbox"), n=1, cutoff=0.6
+        ):
+            meant = "image" if "im" in name.lower() else "box"
+            raise DataError(f"field 'boxes': a box has no field '{cut(name)}'; did you mean '{meant}'?")
 
 
 def _fault(corners: Sequence[float], size: Size, unit: BoxFormat) -> str:
     """Why a box makes no sense in a unit; empty where it does."""
-    (right, bottom), slack = {"pixels": (size, TOLERANCE), "fraction": ((1, 1), 0.0), "per-mille": ((1000, 1000), 0.0)}[unit]
+    (right, bottom), slack = {"pixels": (size, TOLERANCE), "fraction": ((1, 1), ROUNDING / 1000), "per-mille": ((1000, 1000), ROUNDING)}[
+        unit
+    ]
     x0, y0, x1, y1 = corners
     reaches_out = min(x0, y0) < -slack or x1 > right + slack or y1 > bottom + slack
     # A box that lies wholly in the tolerance shows nothing.

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.data.fields import kind
+from opd.data import foreign
+from opd.data.fields import cut, kind
 from opd.errors import DataError
 
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a file that are not blank, with their numbers from 1, and the file's bytes."""
+    """The lines of a file that are not blank, with their numbers from 1, and the file's bytes.
+
+    Entries of a JSON array count as lines.
+    """
 
     path: Path
     content: bytes
@@ -21,7 +25,7 @@ class Lines:
 
 
 def read_lines(path: Path) -> Lines:
-    """Raises DataError where the file is missing, a folder, unreadable, empty or not UTF-8."""
+    """Raises DataError where the file is missing, a folder, unreadable, empty, not UTF-8, or of a format that is not read."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; name the data file in it")
     if not path.exists():
@@ -30,6 +34,7 @@ def read_lines(path: Path) -> Lines:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    foreign.check_file(path, content)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,15 +44,45 @@ def read_lines(path: Path) -> Lines:
     rows = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: the file is empty")
-    return Lines(path, content, rows)
+    return Lines(path, content, _entries(path, text, rows))
 
 
 def parse(line: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises DataError."""
+    """The JSON object of a line. Raises DataError, also where a field stands in it twice."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"a row is a JSON object, but this is {kind(row)}")
+    return row
+
+
+def _entries(path: Path, text: str, rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The entries of a JSON array, or the lines as they are. Raises DataError for one object over many lines."""
+    first = rows[0][1].strip()
+    if first.startswith("["):
+        try:
+            found = json.loads(text, object_pairs_hook=_once)
+        except (ValueError, RecursionError):
+            return rows  # each line is told as a faulty row
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        return [(number, json.dumps(entry)) for number, entry in enumerate(found, start=1)]
+    if len(rows) > 1 and first.startswith("{") and not first.endswith("}"):
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):
+            return rows
+        names = ", ".join(f"'{cut(name)}'" for name in list(whole)[:5])
+        raise DataError(f"{path}: the file is one JSON object (of {names}), not one a line; {foreign.CONVERT}")
+    return rows
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"field '{cut(twice)}' stands twice in the row")
     return row

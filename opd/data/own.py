@@ -7,7 +7,8 @@ box_format                       "pixels" (default), "fraction" (0..1 of width a
                                  with nothing else says it for the whole file
 teacher_image or teacher_images  instead of boxes: what the teacher sees
 teacher_question                 where the teacher is asked something else
-answer, choices                  for measuring only; with choices, the answer is a letter or the text of one
+answer                           for measuring only; or a list of which any is right; with choices, a letter or the text of one
+choices                          the options, put into the prompt where the question does not hold them
 id, weight                       id: file:line by default; weight of the example in the loss: 1 by default
 
 Boxes are in the upright image, after its EXIF orientation.
@@ -17,38 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
 
 from opd.answers import chosen
+from opd.data import foreign
 from opd.data.boxes import BoxFormat, boxes, stated_format
-from opd.data.dataset import ImageFacts
-from opd.data.fields import Row, is_finite, missing, paths, show, text, texts, wrong
-from opd.data.jsonl import Lines, parse
+from opd.data.fields import Row, is_finite, missing, paths, show, text, texts, whole, wrong
+from opd.data.pictures import ImageFacts
+from opd.data.survey import FIELDS
 from opd.errors import DataError
 from opd.prompts import IMAGE_MARKER
+from opd.questions import with_choices
 from opd.types import Example
 
-FIELDS = (
-    *("image", "images", "question", "boxes", "box_format", "teacher_image", "teacher_images", "teacher_question"),
-    *("answer", "choices", "id", "weight"),
-)
+LETTERED = len(ascii_uppercase)
+"""The most choices that have a letter."""
 
-
-def take_header(lines: Lines) -> tuple[BoxFormat, list[tuple[int, str]]]:
-    """The file's box format, and the rows without the header. Raises DataError: a wrong header would change every row's meaning."""
-    number, line = lines.rows[0]
-    if '"box_format"' not in line or '"question"' in line:
-        return "pixels", lines.rows
-    try:
-        row = parse(line)
-        return (stated_format(row), lines.rows[1:]) if set(row) == {"box_format"} else ("pixels", lines.rows)
-    except DataError as error:
-        raise DataError(f"{lines.path}:{number}: {error}") from error
+TOGETHER = 4
+"""A row's pictures are held together while its prompt is made: at most so many times `data.max_image_pixels`."""
 
 
 def read_row(
     row: Row, source: str, folder: Path, box_format: BoxFormat, facts: Callable[[Path], ImageFacts], max_image_pixels: int
 ) -> Example:
     """The example of a row. `folder`: what paths are relative to; `facts` reads an image. Raises DataError."""
+    foreign.check_row(row)
     images = paths(row, "image", folder)
     if not images:
         raise missing(row, "image", "a path, or images: a list of paths", FIELDS)
@@ -56,16 +51,17 @@ def read_row(
     if question is None:
         raise missing(row, "question", "a text", FIELDS)
     teacher_images = paths(row, "teacher_image", folder)
-    evidence = boxes(row, _sizes(images, facts, "image"), stated_format(row, box_format))
-    _sizes(teacher_images, facts, "teacher_image")
+    evidence = boxes(row, _sizes(images, facts, "image", max_image_pixels), stated_format(row, box_format))
+    _sizes(teacher_images, facts, "teacher_image", max_image_pixels)
     if not evidence and not teacher_images:
         raise missing(row, "boxes", "the evidence as [[left, top, right, bottom], ...], or teacher_image: a path", FIELDS)
     teacher_question = text(row, "teacher_question")
-    _check_markers("question", question, images, "images")
-    _check_markers(
-        "teacher_question" if teacher_question else "question", teacher_question or question, teacher_images or images, "teacher images"
-    )
     choices = texts(row, "choices")
+    if len(choices) > LETTERED:
+        raise DataError(f"field 'choices': {len(choices)} choices; at most {LETTERED} have a letter")
+    _check_markers("question", with_choices(question, choices), images, "images")
+    asked = with_choices(teacher_question or question, choices)
+    _check_markers("teacher_question" if teacher_question else "question", asked, teacher_images or images, "teacher images")
     return Example(
         id=_id(row, source),
         images=images,
@@ -81,10 +77,14 @@ def read_row(
     )
 
 
-def _sizes(images: Sequence[Path], facts: Callable[[Path], ImageFacts], field: str) -> list[tuple[int, int]]:
+def _sizes(images: Sequence[Path], facts: Callable[[Path], ImageFacts], field: str, max_pixels: int) -> list[tuple[int, int]]:
     found = [facts(path) for path in images]
     for fault in (one.fault for one in found if one.fault):
         raise DataError(f"field '{field}': {fault}")
+    if (pixels := sum(one.size[0] * one.size[1] for one in found)) > TOGETHER * max_pixels:
+        raise DataError(
+            f"field '{field}': {pixels} pixels in {len(found)} pictures, above {TOGETHER} x data.max_image_pixels = {max_pixels}"
+        )
     return [one.size for one in found]
 
 
@@ -94,13 +94,19 @@ def _check_markers(field: str, question: str, images: Sequence[Path], kind: str)
         raise DataError(f"field '{field}': {count} '{IMAGE_MARKER}' markers for {len(images)} {kind}")
 
 
-def _answer(row: Row, choices: Sequence[str]) -> str | None:
+def _answer(row: Row, choices: Sequence[str]) -> str | tuple[str, ...] | None:
+    """The reference answer, or several of which any is right."""
     found = row.get("answer")
-    if found is None:
+    if found is None or found == []:
         return None
+    answers = [_one_answer(entry, choices) for entry in (found if isinstance(found, list) else [found])]
+    return answers[0] if len(answers) == 1 else tuple(answers)
+
+
+def _one_answer(found: Any, choices: Sequence[str]) -> str:
     if not (isinstance(found, str) and found.strip()) and not is_finite(found):
-        raise wrong("answer", found, "a text or a number")
-    answer = str(found)
+        raise wrong("answer", found, "a text or a number, or a list of them")
+    answer = str(whole("answer", str(found)))
     if choices and chosen(answer, choices) is None:
         raise DataError(f"field 'answer': {show(found)} is neither a letter nor the text of one of the {len(choices)} choices")
     return answer
@@ -112,7 +118,7 @@ def _id(row: Row, source: str) -> str:
         return source
     if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
         raise wrong("id", found, "a text or a whole number")
-    return str(found)
+    return str(whole("id", str(found)))
 
 
 def _weight(row: Row) -> float:

@@ -254,7 +254,7 @@ def _of_data(recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
 
     if recipe.data.path == "tiny" and recipe.model.path != "tiny":
         return IMAGE, _half(IMAGE)
-    example = open_data(recipe.data.path, strict=recipe.data.strict)[0]
+    example = open_data(recipe.data.path, strict=recipe.data.strict, max_image_pixels=recipe.data.max_image_pixels, count=1)[0]
     full, crop = student_images(example), teacher_images(example, recipe.view)
     if len(full) != 1 or len(crop) != 1:
         raise DataError(f"{example.source or example.id}: a row of several images cannot be planned; say --image and --crop")

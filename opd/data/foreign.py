@@ -1,0 +1,89 @@
+"""Data in somebody else's format: named, so that nobody looks for a misspelt field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd.data.fields import Row
+from opd.errors import DataError
+
+CONVERT = "write its rows as opd reads them (docs/data.md)"
+
+ROWS: Sequence[tuple[str, tuple[str, ...]]] = (
+    ("Vision-OPD-6K or ZwZ-RL-VQA", ("problem",)),
+    ("LLaVA conversations", ("conversations",)),
+    ("ms-swift or OpenAI messages", ("messages",)),
+    ("COCO annotations", ("annotations",)),
+    ("Visual-CoT", ("bboxs",)),
+    ("TreeBench", ("target_instances",)),
+    ("verl's parquet of Vision-OPD", ("reward_model",)),
+    ("V-Zero", ("teacher_raw_prompt",)),
+    ("MME-RealWorld", ("multi-choice options",)),
+    ("MME-RealWorld", ("Answer choices",)),
+    ("ZoomBench", ("query", "response")),
+    ("TRL's prompts", ("prompt",)),
+    ("TRL's conversations", ("solution",)),
+    ("ms-swift queries", ("query",)),
+    ("V* Bench", ("text", "label")),
+    ("an instruction data set", ("instruction",)),
+)
+"""Formats by fields that name them; the first that fits is told."""
+
+SIGNATURES = (
+    (b"PAR1", "Parquet"),
+    (b"ARROW1", "Arrow"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"SQLite format 3", "SQLite"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"%PDF", "PDF"),
+)
+
+MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+"""Byte order marks."""
+
+
+def check_row(row: Row) -> None:
+    """Raises DataError for a row without a question whose fields are known to be somebody else's."""
+    if row.get("question") is not None and (row.get("image") is not None or row.get("images") is not None):
+        return
+    for name, fields in ROWS:
+        if all(row.get(field) is not None for field in fields):
+            named = " and ".join(f"'{field}'" for field in fields)
+            word = "fields" if len(fields) > 1 else "field"
+            raise DataError(f"this looks like {name} ({word} {named}), which is not read as it is; {CONVERT}")
+
+
+def check_file(path: Path, content: bytes) -> None:
+    """Raises DataError where a file is not JSON lines in UTF-8 but something known."""
+    for mark, name in MARKS:
+        if content.startswith(mark):
+            raise DataError(f"{path}: the file is {name} text; save it as UTF-8")
+    for start, name in SIGNATURES:
+        if content.startswith(start):
+            raise DataError(f"{path}: the file is {name}, not JSON lines; {CONVERT}")
+    head = content[:4096]
+    if b"\0" in head:
+        wide = head.count(b"\0") * 3 > len(head)
+        raise DataError(f"{path}: the file is {'UTF-16 text; save it as UTF-8' if wide else 'binary, not JSON lines in UTF-8'}")
+    first = head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n", 1)[0].strip()
+    if not first or first[:1] in (b"{", b"["):
+        return
+    for sign, name in ((b"\t", "TSV"), (b",", "CSV"), (b";", "CSV")):
+        if path.suffix.lower() in (".csv", ".tsv") or _is_table(first, sign):
+            name = path.suffix[1:].upper() if path.suffix.lower() in (".csv", ".tsv") else name
+            raise DataError(f"{path}: the file is {name}, not JSON lines; {CONVERT}")
+
+
+def _is_table(line: bytes, sign: bytes) -> bool:
+    """Whether a line looks like the headings of a table: several short words and nothing else."""
+    cells = [cell.strip().strip(b'"') for cell in line.split(sign)]
+    return len(cells) > 1 and all(cell and len(cell) <= 40 and cell.replace(b"_", b"").replace(b" ", b"").isalnum() for cell in cells)

@@ -1,0 +1,159 @@
+"""A first look at all rows of a file, without any picture: its header, and fields that nobody reads.
+
+The unit of boxes is never guessed, so whatever seems to state it and is not understood is fatal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from opd.data import foreign
+from opd.data.boxes import BoxFormat, stated_format
+from opd.data.fields import Row, cut, nearest_field
+from opd.data.jsonl import Lines, parse
+from opd.errors import DataError
+
+FIELDS = (
+    *("image", "images", "question", "boxes", "box_format", "teacher_image", "teacher_images", "teacher_question"),
+    *("answer", "choices", "id", "weight"),
+)
+HEADER = '{"box_format": "pixels", "fraction" or "per-mille"}'
+
+BOX_WORDS = {"box", "boxes", "bbox", "bboxes", "coord", "coords", "coordinate", "coordinates", "xyxy", "xywh"}
+UNIT_WORDS = {"format", "fmt", "unit", "units", "type", "mode", "scale", "space", "system", "norm", "normalized", "normalised", "range"}
+UNIT_NAMES = ("boxformat", "bboxformat", "boxesformat", "boxunit", "boxunits", "coordinateformat", "formatofboxes", "isnormalized")
+"""Names without their underscores that state the unit of boxes, and so do names near them."""
+
+PLAIN_NAMES = {"format", "unit", "units", "mode", "scale", "coordinates", "coords", "system", "space", "normalized", "normalised"}
+"""Names that state a unit where their value is one."""
+
+UNITS = {
+    *("pixel", "pixels", "px", "fraction", "fractions", "relative", "absolute", "normalized", "normalised", "permille", "percent"),
+    *("xyxy", "xywh", "cxcywh", "norm", "norm1", "norm1000", "real", "true", "false"),
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The unit of boxes that a file states, the rows without the header, and what a person is told."""
+
+    box_format: BoxFormat
+    rows: list[tuple[int, str]]
+    notes: list[str]
+
+
+def survey(lines: Lines) -> Survey:
+    """Looks at all rows. Raises DataError for a header that is not known, or not at the top, and for a misspelt unit of boxes."""
+    unit: BoxFormat = "pixels"
+    rows, notes = lines.rows, []
+    unknown: Counter[str] = Counter()
+    for place, (number, line) in enumerate(lines.rows):
+        where = f"{lines.path}:{number}"
+        try:
+            row = parse(line)
+        except DataError as error:
+            # A header that is not JSON would change the meaning of all rows that follow.
+            if not re.search("image|question", line) and any(map(_concerns_unit, re.findall(r"[\w-]+", line[:200]))):
+                raise DataError(f"{where}: {error}") from error
+            continue
+        try:
+            if is_header(row, first=place == 0):
+                unit = _header(row, first=place == 0)
+                rows = lines.rows[1:]
+                notes += [f"{where}: field '{cut(name)}' of the header is not known, and not read" for name in row if name != "box_format"]
+            elif not _is_foreign(row):
+                _check_unit(row)
+                unknown.update(_unknown(row))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+    return Survey(unit, rows, [*notes, *_told(unknown)])
+
+
+def is_header(row: Row, first: bool) -> bool:
+    """Whether a line holds settings, and nothing of a row. Only the first line of a file is a header without a unit of boxes."""
+    names = [name for name, value in row.items() if value is not None or name == "box_format"]
+    if not names or any(name in FIELDS and name not in ("box_format", "id", "weight") for name in names) or _is_foreign(row):
+        return False
+    if any(_concerns_unit(name, row[name]) for name in names):
+        return True
+    # A row may have misspelt what makes it one.
+    near = {nearest_field(name, FIELDS) for name in names}
+    return first and not near & {"image", "images", "question", "boxes"} and not {"id", "weight"} & set(names)
+
+
+def _header(row: Row, first: bool) -> BoxFormat:
+    for name, value in row.items():
+        if name == "box_format":
+            continue
+        near = name if name in FIELDS else nearest_field(name, FIELDS)
+        if _concerns_unit(name, value):
+            raise DataError(f"field '{cut(name)}' of the header is not known; did you mean 'box_format'?")
+        if near and "box_format" in row:
+            raise DataError(f"field '{cut(name)}' stands in the header, which is {HEADER}; give it to each row, as '{near}'")
+    if "box_format" not in row:
+        names = ", ".join(f"'{cut(name)}'" for name in list(row)[:5])
+        raise DataError(f"this line is neither a row, which has image and question, nor a header, which is {HEADER}: it holds {names}")
+    if not first:
+        raise DataError("a header stands in the first line only; give each row its own 'box_format', or split the file here")
+    return stated_format(row)
+
+
+def _check_unit(row: Row) -> None:
+    """Raises DataError where a row, or one of its boxes, states a unit by a name that is not known."""
+    for name, value in row.items():
+        if value is not None and name not in FIELDS and _concerns_unit(name, value):
+            raise DataError(
+                f"field '{cut(name)}' is not known; did you mean 'box_format'? (a box's unit is not guessed: rename or remove it)"
+            )
+    for entry in _entries(row):
+        for name, value in entry.items():
+            if name not in ("image", "box") and _concerns_unit(name, value):
+                raise DataError(f"field 'boxes': a box has no field '{cut(name)}'; give the row a 'box_format'")
+
+
+def _unknown(row: Row) -> list[str]:
+    """Names of fields that nobody reads, each once and in their order; those of boxes as "boxes[].name"."""
+    names = [name for name, value in row.items() if value is not None and name not in FIELDS]
+    inside = [f"boxes[].{name}" for entry in _entries(row) for name in entry if name not in ("image", "box")]
+    return list(dict.fromkeys([*names, *inside]))
+
+
+def _entries(row: Row) -> list[dict[str, Any]]:
+    found = row.get("boxes")
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def _told(unknown: Counter[str]) -> list[str]:
+    """One note for each field that is near a known one, and one for all others."""
+    near = {name: nearest_field(name, FIELDS) for name in unknown}
+    rows = {name: f"{count} row{'s' if count > 1 else ''}" for name, count in unknown.items()}
+    notes = [f"field '{cut(name)}' ({rows[name]}) is not known; did you mean '{near[name]}'?" for name in unknown if near[name]]
+    others = [f"'{cut(name)}' ({rows[name]})" for name in unknown if not near[name]]
+    if others:
+        more = f" and {len(others) - 20} more" if len(others) > 20 else ""
+        word = "fields that are" if len(others) > 1 else "a field that is"
+        notes.append(f"{word} not known, and not read: {', '.join(others[:20])}{more}")
+    return notes
+
+
+def _concerns_unit(name: str, value: Any = None) -> bool:
+    """Whether a field states the unit of boxes, under a known name or another one."""
+    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name[:100]).lower())
+    joined = "".join(words)
+    if set(words) & BOX_WORDS and set(words) & UNIT_WORDS:
+        return True
+    if difflib.get_close_matches(joined, UNIT_NAMES, n=1, cutoff=0.85):
+        return True
+    return joined in PLAIN_NAMES and isinstance(value, str | bool) and re.sub(r"[\W_]", "", str(value)).lower() in UNITS
+
+
+def _is_foreign(row: Row) -> bool:
+    try:
+        foreign.check_row(row)
+    except DataError:
+        return True
+    return False
