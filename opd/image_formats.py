@@ -6,6 +6,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from PIL import Image
+
 HEAD = 512
 """Bytes of a file by which a format is known."""
 
@@ -53,7 +55,9 @@ def named(path: Path) -> str:
     """A clause that says what a file is that Pillow cannot open, and what to do."""
     found = _format(path)
     if found in PLUGINS:
-        package = PLUGINS[found][0]
+        package, module, _ = PLUGINS[found]
+        if found in Image.OPEN or find_spec(module) is not None:
+            return f"a damaged {found} picture"
         return f"{found} pictures need {package}: pip install {package}, or save the picture as PNG or JPEG"
     return OTHERS.get(found, "not an image, or of an unknown format")
 

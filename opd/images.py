@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ def _open(path: Path) -> Image.Image:
                 Image.MAX_IMAGE_PIXELS = bound
     except UnidentifiedImageError:
         if load_plugin(path):
-            return Image.open(path)
+            with suppress(UnidentifiedImageError):
+                return Image.open(path)
         raise UnidentifiedImageError(named(path)) from None
 
 
@@ -156,7 +157,7 @@ def _stretch(image: ImageFile.ImageFile, upper: NDArray[np.uint8]) -> int:
     """Scales the colours of a 16-bit picture by the bits that they fill, in place, and returns those."""
     with Image.open(image.filename) as again:
         modes = _raw_modes(again)
-        if len(modes) != 1 or image.mode not in ("RGB", "RGBA"):
+        if len(modes) != 1 or not modes[0].startswith("RGB"):
             raise DataError("a picture of 16 bits whose values are all small would be dark; save it with 8 bits")
         # Read in the other byte order, the "upper" eight bits are the lower ones.
         swapped = modes[0][:-1] + ("L" if modes[0].endswith("B") else "B")

@@ -34,6 +34,7 @@ ALIASES = {
 
 OTHERS = {
     *("height", "width", "image_id", "question_id", "image_size", "image_width", "image_height", "question_type", "answer_type"),
+    *("messages", "conversations", "extra_info"),
 }
 """Names that are near ours and mean something else."""
 
@@ -149,4 +150,5 @@ def _is_picture(value: str) -> bool:
     start = value.lstrip()[:2048]
     if start[:5].lower() == "data:":
         return True
-    return (_PICTURE.match(start) or _BASE64.match(start)) is not None and "." not in start
+    path_like = "." in start or start.count("/") * 10 > len(start) + 50
+    return (_PICTURE.match(start) or _BASE64.match(start)) is not None and not path_like

@@ -69,7 +69,7 @@ def check_file(path: Path, content: bytes) -> None:
             raise DataError(f"{path}: the file is {name} text; save it as UTF-8")
     for start, name in SIGNATURES:
         if content.startswith(start):
-            raise DataError(f"{path}: the file is {name}, not JSON lines; {CONVERT}")
+            raise DataError(f"{path}: the file is not UTF-8 text but {name}; {CONVERT}")
     head = content[:4096]
     if b"\0" in head:
         wide = head.count(b"\0") * 3 > len(head)

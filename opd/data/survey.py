@@ -21,6 +21,9 @@ FIELDS = (
     *("image", "images", "question", "boxes", "box_format", "teacher_image", "teacher_images", "teacher_question"),
     *("answer", "choices", "id", "weight"),
 )
+SHOWN = 20
+"""Fields that are named at most."""
+
 HEADER = '{"box_format": "pixels", "fraction" or "per-mille"}'
 
 BOX_WORDS = {"box", "boxes", "bbox", "bboxes", "coord", "coords", "coordinate", "coordinates", "xyxy", "xywh"}
@@ -129,14 +132,13 @@ def _entries(row: Row) -> list[dict[str, Any]]:
 
 def _told(unknown: Counter[str]) -> list[str]:
     """One note for each field that is near a known one, and one for all others."""
-    near = {name: nearest_field(name, FIELDS) for name in unknown}
-    rows = {name: f"{count} row{'s' if count > 1 else ''}" for name, count in unknown.items()}
-    notes = [f"field '{cut(name)}' ({rows[name]}) is not known; did you mean '{near[name]}'?" for name in unknown if near[name]]
-    others = [f"'{cut(name)}' ({rows[name]})" for name in unknown if not near[name]]
+    rows = {name: f"'{cut(name)}' ({count} row{'s' if count > 1 else ''})" for name, count in unknown.items()}
+    near = {name: found for name in unknown if "[]" not in name and (found := nearest_field(name, FIELDS))}
+    notes = [f"field {rows[name]} is not known; did you mean '{found}'?" for name, found in list(near.items())[:SHOWN]]
+    others = [rows[name] for name in unknown if name not in dict(list(near.items())[:SHOWN])]
     if others:
-        more = f" and {len(others) - 20} more" if len(others) > 20 else ""
-        word = "fields that are" if len(others) > 1 else "a field that is"
-        notes.append(f"{word} not known, and not read: {', '.join(others[:20])}{more}")
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        notes.append(f"not known, and not read: field{'s' if len(others) > 1 else ''} {', '.join(others[:SHOWN])}{more}")
     return notes
 
 
