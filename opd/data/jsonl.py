@@ -68,7 +68,8 @@ def _entries(path: Path, text: str, rows: list[tuple[int, str]]) -> list[tuple[i
             return rows  # each line is told as a faulty row
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        return [(number, json.dumps(entry)) for number, entry in enumerate(found, start=1)]
+        if any(isinstance(entry, dict) for entry in found):
+            return [(number, json.dumps(entry)) for number, entry in enumerate(found, start=1)]
     if len(rows) > 1 and first.startswith("{") and not first.endswith("}"):
         try:
             whole = json.loads(text)

@@ -89,7 +89,7 @@ class Pictures:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("x", encoding="utf-8") as file:
-                    json.dump({"version": VERSION, "pictures": {**_load(path), **self._new}}, file)
+                    json.dump({"version": VERSION, "pictures": {**_load(path), **self._new}}, file, sort_keys=True)
                 os.replace(temporary, path)
                 self._new = {}
                 return path
