@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import tomli_w
 
 if TYPE_CHECKING:
     from opd.recipe import Recipe
@@ -65,5 +65,8 @@ def resolve(recipe: str, shortcuts: Mapping[str, Any], overrides: tuple[str, ...
     """The recipe with the command's own options, by their names in it, and then every --set, applied."""
     from opd import recipe as recipes
 
-    chosen = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in shortcuts.items() if value is not None]
+    # As TOML: json leaves characters raw that no text in TOML may hold.
+    chosen = [
+        tomli_w.dumps({"value": value}).strip().replace("value = ", f"{key}=", 1) for key, value in shortcuts.items() if value is not None
+    ]
     return recipes.load(recipe, [*chosen, *overrides])

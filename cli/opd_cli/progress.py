@@ -12,7 +12,9 @@ from typing import Any, TextIO, cast
 
 from rich.cells import cell_len
 from rich.console import Group
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.text import Text
 
 from opd_cli import signals
@@ -28,10 +30,14 @@ PLAIN_SECONDS = 10.0
 REMEMBERED = 20
 """Last reports of a phase from which its rate is taken: steps differ, and the first one compiles."""
 
+MOMENT = 0.02
+"""Seconds that are too short to tell a rate."""
+
 TITLES = {"before": "measure before", "after": "measure after"}
 UNITS = {"train": "step", "read": "row"}
 
-BAR = 24
+SHORT = {"measure before": "before", "measure after": "after"}
+"""Titles where room is short."""
 
 
 @dataclass
@@ -43,13 +49,12 @@ class Phase:
     total: int
     done: int
     detail: tuple[str, ...] = ()
-    reports: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    reports: deque[tuple[float, int]] = field(default_factory=deque)
 
     def begin(self, total: int, done: int) -> None:
         """Begins, or goes on after something else."""
         self.total, self.done = total, done
-        self.reports.clear()
-        self.reports.append((time.monotonic(), done))
+        self.reports = deque([(time.monotonic(), done)], REMEMBERED)  # at once: another thread draws
 
     def advance(self, units: int) -> None:
         """So many more are done."""
@@ -58,9 +63,13 @@ class Phase:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds a unit lately; None before the first one is done."""
+        """Seconds a unit lately; None where nobody can know yet."""
         (began, first), (ended, last) = self.reports[0], self.reports[-1]
-        return max(1e-9, ended - began) / (last - first) if last > first else None
+        return (ended - began) / (last - first) if last > first and ended - began > MOMENT else None
+
+    def count(self) -> str:
+        """Units that are done, of all."""
+        return f"{self.done}/{self.total}"
 
     def left(self) -> str:
         """The time that is left, less what went by since the last report; empty where nobody can know."""
@@ -108,6 +117,7 @@ class Shown:
         self._phases: dict[str, Phase] = {}
         self._now = ""
         self._spoke = 0.0
+        self._drawn: list[int] = []  # columns of each line on the screen
         self._bars = Live(
             console=self._console,
             get_renderable=self._lines,
@@ -119,8 +129,9 @@ class Shown:
     def begin(self, phase: str, total: int, done: int = 0) -> None:
         """A bar, new or going on, or a plain line."""
         self._now = phase
-        shown = self._phases.setdefault(phase, Phase(TITLES.get(phase, phase), UNITS.get(phase, "answer"), total, done))
+        shown = self._phases.get(phase) or Phase(TITLES.get(phase, phase), UNITS.get(phase, "answer"), total, done)
         shown.begin(total, done)
+        self._phases[phase] = shown
         self._spoke = time.monotonic()
         if not self._live and not done and phase != "read":  # mostly over at once
             self.note(f"{shown.title}: {total} {shown.unit}{'s' if total != 1 else ''}")
@@ -139,11 +150,15 @@ class Shown:
         """Takes the numbers that stand beside the bar."""
         digits, unit = (4, "tokens/s") if self._wide else (3, "tok/s")
         loss, divergence = (f"{name} {metrics[name]:.{digits}f}" for name in ("loss", "divergence"))
-        self._phases["train"].detail = loss, divergence, f"{metrics['tokens_per_second']:.0f} {unit}"
+        speed = f"{metrics['tokens_per_second']:.0f} {unit}"
+        self._phases["train"].detail = (loss, divergence, speed) if self._wide else (loss, speed, divergence)
 
     def note(self, message: str) -> None:
         """A line above the bar."""
-        self._console.print(one_line(message), soft_wrap=True)
+        with self._console:  # one write
+            if self._live:
+                self._reflow()
+            self._console.print(one_line(message), soft_wrap=True)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -167,6 +182,7 @@ class Shown:
         """Draws no more."""
         if self._live:
             self._bars.stop()
+            self._drawn = []
 
     def stop(self) -> None:
         """Asks the run to stop after this step; a second time, or where no step is under way, stops it now."""
@@ -176,26 +192,39 @@ class Shown:
         self.note("stopping after this step; once more stops at once")
 
     def _lines(self) -> Group:
-        """A line for each phase, and as much in it as has room."""
-        counts = {key: f"{phase.done}/{phase.total}" for key, phase in self._phases.items()}
-        widest = max(map(len, counts.values()), default=0)
-        return Group(*(self._line(phase, counts[key].rjust(widest)) for key, phase in self._phases.items()))
+        """A line for each phase."""
+        self._reflow()
+        wide = self._console.width >= WIDE
+        phases = [(phase.title if wide else SHORT.get(phase.title, phase.title), phase) for phase in [*self._phases.values()]]
+        titles = max((len(title) for title, _ in phases), default=0)
+        counts = max((len(phase.count()) for _, phase in phases), default=0)
+        lines = [self._line(title.ljust(titles), phase.count().rjust(counts), phase, wide) for title, phase in phases]
+        self._drawn = [min(line.cell_len, self._console.width) for line in lines]
+        return Group(*lines)
 
-    def _line(self, phase: Phase, count: str) -> Text:
-        room = self._console.width - 1
-        parts = [part for part in (phase.left(), phase.rate(), *phase.detail) if part]
-        title = max(len(shown.title) for shown in self._phases.values())
-        while parts and cell_len("  ".join((phase.title.ljust(title), count, *parts))) > room:
-            parts.pop()
-        text = "  ".join((phase.title.ljust(title), count, *parts))
-        bar = min(BAR, room - cell_len(text) - 2)
-        line = Text(no_wrap=True, overflow="ellipsis")
-        line.append(phase.title.ljust(title))
-        if bar >= 6:
-            full, empty = ("#", "-") if self._console.options.ascii_only else ("━", "━")
+    def _reflow(self) -> None:
+        """Goes to where the bars end, had nobody made the window narrower: the terminal has broken their lines since."""
+        broken = sum(max(0, columns - 1) // max(1, self._console.width) for columns in self._drawn)
+        self._drawn = []
+        self._console.control(
+            Control(*((ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)) * broken))
+        )
+
+    def _line(self, title: str, count: str, phase: Phase, wide: bool) -> Text:
+        """The count, and as much else as has room: a bar, the time left, the rate, a step's numbers."""
+        room = self._console.width - 1 - cell_len(title) - 2 - cell_len(count)
+        line = Text(title, no_wrap=True, overflow="ellipsis")
+        bar = 24 if wide else 8 if room >= 40 else 0
+        if bar:
+            room -= bar + 2
+            full, empty = ("#", "-") if self._console.options.ascii_only else ("\u2501", "\u2501")
             filled = bar if phase.done >= phase.total else bar * phase.done // phase.total
             line.append("  ").append(full * filled, style="green").append(empty * (bar - filled), style="bright_black")
-        line.append("  ").append("  ".join((count, *parts)))
+        line.append("  ").append(count)
+        for part in (phase.left(), phase.rate(), *phase.detail):
+            if part and cell_len(part) + 2 <= room:
+                room -= cell_len(part) + 2
+                line.append("  ").append(part)
         return line
 
 

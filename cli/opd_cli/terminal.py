@@ -115,7 +115,7 @@ class Stderr(io.TextIOBase):
 
     def raw(self, text: str) -> None:
         """Writes to the console as it is."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RuntimeError):  # gone, closed, or a signal came while something was being written
             self.stream.write(text)
             self.stream.flush()
 
