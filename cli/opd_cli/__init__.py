@@ -53,6 +53,13 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Calls the command; click itself would write an empty line where it is interrupted."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a command, and exits.
 
@@ -61,11 +68,15 @@ class Commands(click.Group):
         """
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             os.environ["GOMP_SPINCOUNT"] = SPINS  # torch is not loaded yet, and libgomp reads it as it is
-        with terminal.prepared(), signals.handled() as heard:
-            code = self._run(heard, *args, **kwargs)
-            lost = terminal.stdout_failure()
-            if lost is not None:
-                code = _lost(lost)
+        with terminal.prepared() as stdout, signals.handled() as heard:
+            try:
+                code = self._run(heard, *args, **kwargs)
+                stdout.flush()
+            except terminal.StdoutError as error:
+                stdout.give_up()
+                code = 141 if error.unread else _fail(f"stdout cannot be written: {error}", 1)
+            except KeyboardInterrupt:  # once more, while the first was being told
+                code = heard.exit_code
         if code:
             sys.exit(code)
 
@@ -83,13 +94,15 @@ class Commands(click.Group):
         except (click.Abort, KeyboardInterrupt):
             return _fail("interrupted", heard.exit_code)
         except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.message)
+            sys.stdout.write(error.message + "\n")
         except click.NoSuchOption as error:
             return _fail(unknown_option(error, given), 2)
         except click.UsageError as error:
             return _fail(f"{error.format_message().rstrip('.')}{where(error.ctx)}", 2)
         except click.ClickException as error:
             return _fail(error.format_message(), 2)
+        except terminal.StdoutError:
+            raise
         except MemoryError:
             return _fail("not enough memory on this machine; opd plan says what a run takes", 1)
         except Exception as error:
@@ -98,8 +111,6 @@ class Commands(click.Group):
 
             if isinstance(error, OpdError):
                 return _fail(str(error), 2 if isinstance(error, UserError) else heard.exit_code if isinstance(error, Stopped) else 1)
-            if isinstance(error, OSError) and terminal.stdout_failure() is not None:
-                return _lost(error)
             terminal.say_bug(error)
             return 1
         return 0
@@ -130,10 +141,3 @@ def _check(argument: str) -> None:
 def _fail(message: str, code: int) -> int:
     terminal.say_error(message)
     return code
-
-
-def _lost(error: OSError) -> int:
-    """What a result that could not be written comes to: quiet where the reader went, as after `| head`."""
-    if isinstance(error, BrokenPipeError):
-        return 141
-    return _fail(f"stdout cannot be written: {error.strerror or error}", 1)

@@ -13,11 +13,17 @@ from rich.text import Text
 from opd_cli.terminal import visible
 
 
+NARROWEST = 60
+"""Columns that tables have at least: a narrower console breaks their lines, but nothing is left out."""
+
+
 class Terminal(Console):
     """A console to which text is text: no markup, no emoji names, no highlighting, and every character visible."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         super().__init__(file=file, markup=False, emoji=False, highlight=False)
+        if file is None and self.width < NARROWEST:
+            self.width = NARROWEST
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Text on one line, before it is laid out."""
@@ -32,10 +38,6 @@ class Terminal(Console):
     def encodable(self, text: str) -> str:
         """The text with escapes for the characters that the console lacks, so that columns stay straight."""
         return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-
-    def on_broken_pipe(self) -> None:
-        """Leaves it to the command."""
-        raise
 
 
 def cell(text: str, style: str | Style = "") -> Text:

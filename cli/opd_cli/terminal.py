@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-import click
-
 LONGEST = 2000
 """Characters of an error, a note or a table's cell; a longer one is cut in the middle."""
 
@@ -62,38 +60,88 @@ def one_line(message: str) -> str:
 
 def say(text: str) -> None:
     """Writes one line of a result to stdout."""
-    click.echo(visible(text))
+    sys.stdout.write(visible(text) + "\n")
 
 
 def say_json(value: Mapping[str, Any]) -> None:
     r"""Writes one JSON object to stdout, in ASCII: everything else is \uXXXX, and what is not finite is null."""
     from opd.strict_json import dumps
 
-    click.echo(dumps(value, ascii_only=True))
+    sys.stdout.write(dumps(value, ascii_only=True) + "\n")
 
 
 def say_error(message: str) -> None:
     """Writes `opd: message` to stderr, as one line."""
     with suppress(OSError, ValueError):  # nobody reads: the exit code tells
-        click.echo(f"opd: {one_line(message)}", err=True)
+        sys.stderr.write(f"opd: {one_line(message)}\n")
 
 
 def say_bug(error: BaseException) -> None:
     """Writes the traceback of an error that nobody expected, and what to do with it."""
     text = "".join(traceback.format_exception(error))
     with suppress(OSError, ValueError):
-        click.echo(visible(text.rstrip("\n"), keep="\n", longest=20 * LONGEST), err=True)
+        sys.stderr.write(visible(text.rstrip("\n"), keep="\n", longest=20 * LONGEST) + "\n")
     say_error(f"this is a fault of opd, not of your input; please report it with the lines above ({type(error).__name__})")
 
 
-class Stderr(io.TextIOBase):
-    """Stands for sys.stderr while a command runs: whole lines, visible, and above the bar where there is one.
+class StdoutError(Exception):
+    """Stdout cannot take a result: full, or nobody reads it any more."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause.strerror or str(cause))
+        self.unread = isinstance(cause, BrokenPipeError)
+        """Whether the reader went, as after `| head`: no failure of anybody's."""
+
+
+class _Stream(io.TextIOBase):
+    """Stands for one of the console's streams. It offers no `buffer`: bytes would go past it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+
+class Stdout(_Stream):
+    """Stands for sys.stdout while a command runs: what cannot be written raises StdoutError."""
+
+    def write(self, text: str) -> int:
+        """Writes the text."""
+        with _told():
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        with _told():
+            self.stream.flush()
+
+    def give_up(self) -> None:
+        """Throws away what waits, so that the interpreter's own flush at its end has no cause to complain."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+
+
+class Stderr(_Stream):
+    """Stands for sys.stderr while a command runs: whole lines, visible, and above the bars where there are some.
 
     A console that is full or gone never ends a run.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        super().__init__(stream)
         self.bars = False
         """Whether other programs' bars may draw themselves: no line is waited for."""
         self.note: Callable[[str], None] = self._line
@@ -107,10 +155,8 @@ class Stderr(io.TextIOBase):
             return len(text)
         *whole, self._begun = (self._begun + text).split("\n")
         for line in whole:
-            last = line.rstrip("\r").rpartition("\r")[2]
-            if last or not line:
-                self.note(last)
-        self._begun = self._begun[-LONGEST:]
+            self.note(line.rstrip("\r").rpartition("\r")[2])
+        self._begun = self._begun[-2 * LONGEST :]
         return len(text)
 
     def raw(self, text: str) -> None:
@@ -121,30 +167,6 @@ class Stderr(io.TextIOBase):
 
     def flush(self) -> None:
         """Nothing waits but a line that has not ended."""
-        with suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def isatty(self) -> bool:
-        """Whether a person looks on."""
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        """The console's."""
-        return self.stream.fileno()
-
-    def writable(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def buffer(self) -> Any:
-        """The console's bytes."""
-        return self.stream.buffer
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The console's."""
-        return self.stream.encoding
 
     def finish(self) -> None:
         """Passes on a line that has not ended."""
@@ -156,7 +178,7 @@ class Stderr(io.TextIOBase):
 
 
 @contextmanager
-def prepared() -> Iterator[None]:
+def prepared() -> Iterator[Stdout]:
     """Makes the streams fit to be written to while a command runs, whatever they are.
 
     Closed ones are thrown away, characters that a console lacks become escapes, and libraries' warnings are one line each.
@@ -168,32 +190,27 @@ def prepared() -> Iterator[None]:
             setattr(sys, name, stream := open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for the rest of the process
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    real, showwarning, handler = sys.stderr, warnings.showwarning, _OneLine(logging.WARNING)
+    stdout, stderr, showwarning, handler = sys.stdout, sys.stderr, warnings.showwarning, _OneLine(logging.WARNING)
     # Theirs would come in several lines, each time a part of a library is loaded.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    sys.stderr = stderr = Stderr(real)
+    sys.stdout, sys.stderr = results, lines = Stdout(stdout), Stderr(stderr)
     warnings.showwarning = _warning
     logging.getLogger().addHandler(handler)
     try:
-        yield
+        yield results
     finally:
-        stderr.finish()
+        lines.finish()
         logging.getLogger().removeHandler(handler)
         warnings.showwarning = showwarning
-        sys.stderr = real
+        sys.stdout, sys.stderr = stdout, stderr
 
 
-def stdout_failure() -> OSError | None:
-    """Why stdout cannot take what was written, None where it could. After a failure nothing more is written there."""
+@contextmanager
+def _told() -> Iterator[None]:
     try:
-        sys.stdout.flush()
+        yield
     except OSError as error:
-        with suppress(OSError, ValueError):  # so that the interpreter's own flush at its end has no cause to complain
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
-        return error
-    return None
+        raise StdoutError(error) from error
 
 
 class _OneLine(logging.Handler):
