@@ -12,7 +12,6 @@ from rich.text import Text
 
 from opd_cli.terminal import visible
 
-
 NARROWEST = 60
 """Columns that tables have at least: a narrower console breaks their lines, but nothing is left out."""
 

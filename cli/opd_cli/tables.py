@@ -33,7 +33,7 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
             console.print(Text(fell, style="bold red"), soft_wrap=True)
         rows = _rows({**before, "rows_skipped": summary["rows_not_measured"]})
         title = f"{rows}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}"
-        console.print(Text(title, style="bold"), soft_wrap=True)  # a table would fold it to its own width
+        console.print(cell(title, "bold"), soft_wrap=True)  # a table would fold it to its own width
         table = _table("", "before", "after", "change")
         for key, title in ROWS:
             if key in before:
@@ -198,10 +198,10 @@ def _number(value: float) -> str:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=Text(title) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=cell(title) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for heading in headings:
-        table.add_column(Text(heading), justify="right", no_wrap=True)
+        table.add_column(cell(heading), justify="right", no_wrap=True)
     return table
 
 

@@ -46,11 +46,11 @@ def visible(text: str, keep: str = "", longest: int | None = LONGEST) -> str:
 
     Letters, marks and emoji of all languages stay, and so do the characters of `keep`. A text above `longest` characters is cut.
     """
-    text = _cut(text, longest)
+    length, text = len(text), _cut(text, longest)
     if text.isascii() and text.isprintable():
         return text
     shown = [letter if letter in keep or _shows(text, place) else _escape(letter) for place, letter in enumerate(text)]
-    return _cut("".join(shown), longest)
+    return _cut("".join(shown), longest, length)
 
 
 def one_line(message: str) -> str:
@@ -233,11 +233,12 @@ def _warning(
     sys.stderr.write(f"{package}: {one_line(str(message))}\n")
 
 
-def _cut(text: str, longest: int | None) -> str:
+def _cut(text: str, longest: int | None, length: int | None = None) -> str:
+    """The text without its middle where it is above `longest`; `length` is told, the text's own if none."""
     if longest is None or len(text) <= longest:
         return text
     head, tail = longest * 2 // 3, longest // 4
-    return f"{text[:head]} ... ({len(text)} characters) ... {text[-tail:]}"
+    return f"{text[:head]} ... ({length or len(text)} characters) ... {text[-tail:]}"
 
 
 def _shows(text: str, place: int) -> bool:
