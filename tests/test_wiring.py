@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+import zlib
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, count
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.numpy import save_file
 
 from opd.adapters import AdapterOptions
 from opd.objective import Objective
@@ -265,6 +267,26 @@ def _(opd, value):
     looks = {"Look: What is" in encoder().decode(group.student.tokens) for group in run.groups}
     assert len(looks) == 1
     return looks
+
+
+@key("model.base", "", "copy")
+def _(opd, value):
+    """Of an adapter, which is trained on with a rank and a scale of its own, or is added to what is trained whole."""
+    adapter, base = opd.folder() / "adapter", MODEL
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(MODEL), "r": 3, "lora_alpha": 6}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    shapes = {f"{layer}.lora_A.weight": (3, 96), f"{layer}.lora_B.weight": (96, 3)}
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, adapter / "adapter_model.safetensors")
+    if value:
+        base = opd.folder() / "copy"
+        shutil.copytree(MODEL, base)
+    settings = {"model.base": str(base) if value else "", "model.rank": 32, "model.alpha": 64.0}
+    for tune, expected in (("full", None), ("lora", AdapterOptions(3, 6.0))):
+        options = opd.train({**settings, "model.tune": tune}, model=adapter).options
+        assert (options.path, options.adapter, options.adapters) == (base, adapter, expected)
+    return base == MODEL
 
 
 @key("model.revision", "", "v1")
@@ -815,6 +837,43 @@ def test_a_step_is_rollout_gradient_update_and_teacher(opd):
             assert [len(one) for one in group.weights] == [len(one) for one in found]
             for weights in group.weights:
                 np.testing.assert_allclose(weights, (1 + number / 4) / tokens, rtol=1e-6)
+
+
+def test_what_is_drawn_stays_with_its_prompt(opd):
+    """Prompts of unequal lengths are sampled and differentiated in another order than they were drawn in."""
+    data = opd.data([row(number, question=ask(number) + " Please" * (number % 4)) for number in range(8)])
+
+    def write(prompt, uniforms, sampling):
+        """Another answer to every prompt."""
+        if sampling.temperature > 0:
+            return recorder.letters(prompt, uniforms, sampling)
+        seed = zlib.crc32(b"".join(print_of(prompt)))
+        tokens = np.random.default_rng(seed).integers(33, 90, len(uniforms))
+        return Completion(tokens.astype(np.int32), np.zeros(len(tokens), np.float32), False)
+
+    with recorder.writing(write):
+        run = opd.train({"rollout.prompts": 8, "measure.count": 8, "measure.max_tokens": 4}, data=data)
+    assert [number % 4 for number in numbers_of(run.drawn[0].prompts)] == [3, 3, 2, 2, 1, 1, 0, 0]
+    for step, call in enumerate(run.drawn):
+        drawn = {number_of(prompt): found for prompt, found in zip(call.prompts, call.result, strict=True)}
+        groups = run.groups[8 * step : 8 * step + 8]
+        assert {number_of(group.student): list(group.completions) for group in groups} == drawn
+        for group in groups:
+            number = number_of(group.student)
+            asked = ask(number) + " Please" * (number % 4)
+            assert same(group.student, [image(number)], asked)
+            assert same(group.teacher, [crop(number)], asked)
+    said = {
+        print_of(prompt): encoder().decode(found[0].tokens)
+        for prompt, found in zip(run.measured[0].prompts, run.measured[0].result, strict=True)
+    }
+    assert len(set(said.values())) == 16
+    for answer in run.rows("answers.jsonl")[:8]:
+        number = int(answer["id"])
+        asked = ask(number) + " Please" * (number % 4)
+        views = {"full": image(number), "crop": crop(number)}
+        for name, view in views.items():
+            assert answer[name] == said[print_of(encoder().encode([view], asked))]
 
 
 def test_completions_do_not_depend_on_the_cut(opd):
