@@ -29,6 +29,9 @@ class Family(Protocol):
     def model_types(self) -> tuple[str, ...]:
         """Values of `model_type` in config.json."""
 
+    def named(self, tokenizer: Any) -> Family:
+        """The family with the tokens that the model's own processor takes from its tokenizer."""
+
     @property
     def placeholder(self) -> str:
         """What the chat template writes where an image stands."""

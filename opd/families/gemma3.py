@@ -7,6 +7,7 @@ Source: `Gemma3Processor` and `Gemma3ImageProcessor` of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
@@ -15,17 +16,28 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from opd.errors import ModelError
-from opd.families.layout import Layout, Tile, counted, plain
+from opd.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
 
 
+@dataclass(frozen=True)
 class Gemma3:
     """See `opd.families.Family`."""
 
     model_types = ("gemma3",)
-    placeholder = "<start_of_image>"
-    image_token = "<image_soft_token>"
-    banned = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+    placeholder: str = "<start_of_image>"
+    end: str = "<end_of_image>"
+    image_token: str = "<image_soft_token>"
+
+    @property
+    def banned(self) -> tuple[str, ...]:
+        """All three tokens of an image."""
+        return self.placeholder, self.end, self.image_token
+
+    def named(self, tokenizer: Any) -> Gemma3:
+        """As `Gemma3Processor` takes tokens from its tokenizer."""
+        names = ("boi_token", "eoi_token", "image_token")
+        return Gemma3(*(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True)))
 
     def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
         """There is nothing to bound: raises ModelError where a bound is asked for."""
@@ -44,7 +56,7 @@ class Gemma3:
         """Pixels [images, 3, H, W]; the line breaks around an image belong to its text."""
         found = processor(images=list(images), return_tensors="np", do_pan_and_scan=False, **sizes)
         side = isqrt(int(config.get("mm_tokens_per_image", 256)))
-        layout = Layout(f"\n\n{self.placeholder}{self.image_token}<end_of_image>\n\n", (Tile((side, side)),))
+        layout = Layout(f"\n\n{self.placeholder}{self.image_token}{self.end}\n\n", (Tile((side, side)),))
         return {"pixel_values": plain(found["pixel_values"])}, [layout] * len(images)
 
     def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:

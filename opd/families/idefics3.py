@@ -6,6 +6,7 @@ Source: `Idefics3Processor` and `Idefics3ImageProcessor` of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
@@ -14,18 +15,33 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from opd.errors import ModelError
-from opd.families.layout import Layout, Tile, counted, plain
+from opd.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
 
-AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 
-
+@dataclass(frozen=True)
 class Idefics3:
-    """See `opd.families.Family`."""
+    """See `opd.families.Family`; `around` and `whole` stand about an image and before its last tile."""
 
     model_types = ("idefics3", "smolvlm")
-    placeholder = image_token = "<image>"
-    banned = (AROUND, "<image>", WHOLE)
+    around: str = "<fake_token_around_image>"
+    image_token: str = "<image>"
+    whole: str = "<global-img>"
+
+    @property
+    def placeholder(self) -> str:
+        """The template writes the token itself."""
+        return self.image_token
+
+    @property
+    def banned(self) -> tuple[str, ...]:
+        """The tokens about an image; those of rows and columns are left to the model."""
+        return self.around, self.image_token, self.whole
+
+    def named(self, tokenizer: Any) -> Idefics3:
+        """As `SmolVLMProcessor` takes tokens from its tokenizer; `Idefics3Processor` has the usual ones."""
+        names = ("fake_image_token", "image_token", "global_image_token")
+        return Idefics3(*(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True)))
 
     def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
         """The longer edge is brought to `longest_edge` and both are rounded up to whole tiles: at most longest_edge^2 pixels remain."""
@@ -58,8 +74,12 @@ class Idefics3:
 
     def _layout(self, rows: int, columns: int, side: int) -> Layout:
         """`rows` x `columns` tiles, each row of them on a line, then the whole image; an image of one tile is the whole image alone."""
-        lines = [[f"{AROUND}<row_{row + 1}_col_{column + 1}>{self.image_token}" for column in range(columns)] for row in range(rows)]
-        text = "".join("".join(line) + "\n" for line in lines) + ("\n" if rows else "") + f"{AROUND}{WHOLE}{self.image_token}{AROUND}"
+        lines = [[f"{self.around}<row_{row + 1}_col_{column + 1}>{self.image_token}" for column in range(columns)] for row in range(rows)]
+        text = (
+            "".join("".join(line) + "\n" for line in lines)
+            + ("\n" if rows else "")
+            + f"{self.around}{self.whole}{self.image_token}{self.around}"
+        )
         tiles = [
             Tile((side, side), (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows))
             for row in range(rows)

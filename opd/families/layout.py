@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,11 @@ class Layout:
 
     text: str
     tiles: tuple[Tile, ...]
+
+
+def token(tokenizer: Any, name: str, usual: str) -> str:
+    """The token that a tokenizer keeps under `name`, such as "image_token", or the `usual` one."""
+    return str(getattr(tokenizer, name, None) or usual)
 
 
 def counted(tokens: IntArray) -> IntArray:

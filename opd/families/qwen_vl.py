@@ -7,6 +7,7 @@ Source: `get_rope_index` of each model and `Qwen2VLImageProcessor` of transforme
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,16 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd.families.layout import Layout, Tile, plain
+from opd.families.layout import Layout, Tile, plain, token
 from opd.types import FloatArray, IntArray
 
 
+@dataclass(frozen=True)
 class QwenVL:
     """See `opd.families.Family`."""
 
     model_types = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
-    placeholder = image_token = "<|image_pad|>"
-    banned = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    image_token: str = "<|image_pad|>"
+    banned: tuple[str, ...] = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+    @property
+    def placeholder(self) -> str:
+        """The template writes the token itself."""
+        return self.image_token
+
+    def named(self, tokenizer: Any) -> QwenVL:
+        """As `Qwen3VLProcessor` takes tokens from its tokenizer."""
+        names = ("vision_start_token", "vision_end_token", "image_token", "video_token")
+        tokens = tuple(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True))
+        return QwenVL(tokens[2], tokens)
 
     def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
         """Bounds on width * height after resizing; the processor calls them edges but compares areas."""
