@@ -61,6 +61,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
 
 
+def one_line(error: BaseException) -> str:
+    """An error of other people's code in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def no_weights(folder: Path, part: str) -> ModelError:
     """The error where `part` of a folder's weights is missing."""
     pickled = next(iter(sorted(folder.glob("*.bin"))), None)

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from opd.errors import ModelError, UserError, no_weights
+from opd.errors import ModelError, UserError, no_weights, one_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -56,7 +56,7 @@ def parse_json(content: bytes, name: str, error: type[UserError] = ModelError) -
     except RecursionError:
         raise error(f"{name} is nested deeper than {DEPTH} levels") from None
     except ValueError as reason:  # of the syntax, of the encoding, and of numbers with thousands of digits
-        raise error(f"{name} is not JSON: {_line(reason)}") from reason
+        raise error(f"{name} is not JSON: {one_line(reason)}") from reason
     if not isinstance(found, dict):
         raise error(f"{name} does not hold a JSON object")
     level: list[Any] = [found]
@@ -179,7 +179,3 @@ def _counts(value: Any) -> TypeGuard[list[int]]:
 
 def _short(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from opd import families, templates
-from opd.errors import BackendError, DataError, ModelError
+from opd import families, renderer, templates
+from opd.errors import BackendError, DataError, ModelError, one_line
 from opd.families.layout import counted, plain
-from opd.prompts import PromptEncoder, content, one_line, read_config
+from opd.prompts import PromptEncoder, content, read_config
 from opd.types import IntArray, Policy, Prompt, VisualTokens
 from opd.view import MAX_PIXELS
 
@@ -34,10 +34,15 @@ def open_encoder(model: Path, backend: str = "", **pixels: int | None) -> Prompt
     """
     kind = str(read_config(model)["model_type"])
     if kind in families.model_types() or not _known(kind):
-        return PromptEncoder(model, **pixels)
+        return _checked(PromptEncoder(model, **pixels))
     if backend == "mlx":
         raise BackendError(f"the mlx backend has no file for models of type '{kind}'; train it with --backend {' or '.join(ROWS)}")
-    return ProcessorEncoder(model, **pixels)
+    return _checked(ProcessorEncoder(model, **pixels))
+
+
+def _checked(encoder: PromptEncoder) -> PromptEncoder:
+    encoder.check()
+    return encoder
 
 
 class ProcessorEncoder(PromptEncoder):
@@ -55,10 +60,10 @@ class ProcessorEncoder(PromptEncoder):
         image = self._config.get("image_token_id", self._config.get("image_token_index"))
         if not isinstance(image, int):
             raise ModelError(f"{model / 'config.json'}: no image_token_id, so nobody can tell where images stand")
+        renderer.start()
         self._processor = _load(self._model)
         self._tokenizer, self._image_token = self._processor.tokenizer, image
-        self._tokenizer.chat_template = templates.every(self._template(), self._probe)
-        self._processor.chat_template = self._tokenizer.chat_template
+        self._template = templates.trained(templates.chosen(self._model, self._tokenizer), self._probe)
         self.stop = self._stops(self._model)
         named = _special(self._processor) | _special(self._tokenizer)
         numbers = {image, *(int(self._tokenizer.convert_tokens_to_ids(token)) for token in named if token in self._tokenizer.get_vocab())}
@@ -92,24 +97,21 @@ class ProcessorEncoder(PromptEncoder):
             visual=VisualTokens(index, owner, sizes[owner]),
         )
 
+    def _check_processor(self, config: Mapping[str, Any]) -> None:
+        """Nothing is known of the tower; `check` encodes an image."""
+
     def max_pixels(self, policy: Policy) -> int:
         """See `PromptEncoder`."""
         return MAX_PIXELS
 
-    def _template(self) -> Any:
-        found = self._processor.chat_template or self._tokenizer.chat_template
-        if not found:
-            raise ModelError(f"{self._model}: neither processor nor tokenizer has a chat template (chat_template.jinja)")
-        return found
-
     def _process(self, parts: Sequence[Mapping[str, str]], images: Sequence[Image]) -> dict[str, Any]:
-        """What the processor makes of one user turn, as numpy arrays."""
-        left = iter(images)
-        turn = [{"role": "user", "content": [{**part, "image": next(left)} if part["type"] == "image" else part for part in parts]}]
+        """What the processor makes of one user turn, as numpy arrays: `apply_chat_template`, its template rendered with bounds."""
+        text = self._render([{**part, "image": "<Image>"} if part["type"] == "image" else dict(part) for part in parts])
+        options = {} if self._adds(text) else {"add_special_tokens": False}
         try:
-            made = self._processor.apply_chat_template(
-                [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
-            )
+            made = self._processor(text=[text], images=[list(images)] if images else None, return_tensors="np", **options)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a processor does
             given = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise DataError(

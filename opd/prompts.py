@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL import Image
 
-from opd import families, inert, templates
-from opd.errors import DataError, ModelError
+from opd import consistency, families, inert, renderer, templates
+from opd.errors import DataError, ModelError, one_line
 from opd.families.layout import Layout, Tile
 from opd.model_files import check_links, read_json
 from opd.types import IntArray, Policy, Prompt, VisualTokens
@@ -58,6 +58,8 @@ class PromptEncoder:
 
     stop: tuple[int, ...]
     banned: tuple[int, ...]
+    _rows: int | None = None
+    """Rows of the embedding, where `check` has seen them."""
 
     def __init__(
         self,
@@ -75,15 +77,21 @@ class PromptEncoder:
         """
         model = Path(model)
         self._config = read_config(model)
-        self._family = families.family(str(self._config.get("model_type")))
+        family = families.family(str(self._config.get("model_type")))
         self._model = model
+        renderer.start()
         self._tokenizer, self._processor = _load(model)
-        self._tokenizer.chat_template = templates.every(self._tokenizer.chat_template, self._probe)
+        self._family = family.named(self._tokenizer)
+        self._template = templates.trained(templates.chosen(model, self._tokenizer), self._probe)
+        self._check_template()
         teacher = teacher_min_pixels or min_pixels, teacher_max_pixels or max_pixels
-        self._sizes = {
-            "student": self._family.sizes(self._processor, min_pixels, max_pixels),
-            "teacher": self._family.sizes(self._processor, *teacher),
-        }
+        try:
+            self._sizes = {
+                "student": self._family.sizes(self._processor, min_pixels, max_pixels),
+                "teacher": self._family.sizes(self._processor, *teacher),
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"{self._processor_file()}: no bounds on an image's size that can be used: {one_line(error)}") from error
         # Student and teacher are asked the same, and so are all epochs.
         self._asked = lru_cache(TEXTS)(lambda question, images: self._render(content(question, images)))
         self._ids = lru_cache(TEXTS)(self._tokenized)
@@ -96,7 +104,7 @@ class PromptEncoder:
             for policy, sizes in self._sizes.items()
         }
 
-    def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
+    def encode(self, images: Sequence[Image.Image], question: str, policy: Policy = "student") -> Prompt:
         """One user turn, thinking off: the images, then the question; or the images where `<image>` stands in the question.
 
         `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
@@ -114,6 +122,38 @@ class PromptEncoder:
         tokens, positions, visual = self._placed(text, tiles, tuple(image.size for image in images))
         return Prompt(tokens, positions, arrays, self._key(images, self._settings[policy]), visual)
 
+    def check(self) -> None:
+        """Raises ModelError where config, weights, tokenizer and image processor are not of one model."""
+        file = self._model / "config.json"
+        config = consistency.complete(file, self._config)
+        text = config.get("text_config") or config
+        self._rows = consistency.check_weights(self._model, config) or text.get("vocab_size")
+        if self._rows:
+            consistency.check_tokens(self._model, self._tokenizer, self._rows)
+        image = (str(self._tokenizer.convert_ids_to_tokens(self._image_token)), self._image_token)
+        consistency.check_ids(self._model, self._config, config, image, self._tokenizer)
+        for held in (self._config, self._config.get("text_config")):
+            consistency.stop_ids(file, held.get("eos_token_id") if isinstance(held, dict) else None, self._rows)
+        self.stop = self._stops(self._model)
+        self._check_processor(config)
+        try:
+            arrays = self.encode([Image.new("RGB", (48, 32), (10, 20, 30))], "?").images.values()
+        except DataError as error:
+            raise ModelError(f"{self._processor_file()} cannot be used: {error}") from error
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise ModelError(f"{self._processor_file()}: its image_mean, image_std or rescale_factor make pixels that are not finite")
+
+    def _check_processor(self, config: Mapping[str, Any]) -> None:
+        file = self._model / "processor_config.json"
+        settings = read_json(file) if file.is_file() else {}
+        self._family.check(self._processor, settings, config, self._processor_file())
+
+    def _processor_file(self) -> Path:
+        """The file that holds the image processor's settings: a nested one is preferred."""
+        file = self._model / "processor_config.json"
+        nested = file.is_file() and "image_processor" in read_json(file)
+        return file if nested else self._model / "preprocessor_config.json"
+
     def max_pixels(self, policy: Policy) -> int:
         """The width * height to which larger images are brought: no crop is worth enlarging above it."""
         return self._family.most_pixels(self._processor, self._sizes[policy])
@@ -126,10 +166,23 @@ class PromptEncoder:
         """Writes tokenizer and chat template into an exported folder: its template alone, without an argument, gives these prompts."""
         missing = [name for name in TOKENIZER if not (folder / name).exists()]  # an adapter is exported without
         inert.copy_files(self._model, folder, missing)
-        templates.rewrite(folder, self._probe)
+        others = self._model / templates.OTHERS
+        missing = [file.name for file in others.glob("*.jinja") if not (folder / templates.OTHERS / file.name).exists()]
+        if missing:
+            (folder / templates.OTHERS).mkdir(exist_ok=True)
+            inert.copy_files(others, folder / templates.OTHERS, missing)
+        templates.rewrite(folder, self._template, self._probe)
 
     def _tokenized(self, text: str) -> IntArray:
-        ids = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        try:
+            ids = np.asarray(self._tokenizer(text, add_special_tokens=self._adds(text))["input_ids"], dtype=np.int32)
+        except MemoryError:
+            raise
+        except Exception as error:  # half a surrogate pair, for example
+            raise DataError(f"the prompt {text[-200:]!r} cannot be tokenized: {one_line(error)}") from error
+        if self._rows and ids.size and ids.max() >= self._rows:
+            token = self._tokenizer.convert_ids_to_tokens(int(ids.max()))
+            raise DataError(f"the prompt has the token {token!r}, whose id {ids.max()} is beyond the {self._rows} rows of the embedding")
         ids.flags.writeable = False
         return ids
 
@@ -154,27 +207,52 @@ class PromptEncoder:
             array.flags.writeable = False
         return tokens, positions, visual
 
-    def _render(self, content: list[dict[str, str]], template: str | None = None) -> str:
-        turn = [{"role": "user", "content": content}]
-        return str(self._tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True))
+    def _adds(self, text: str) -> bool:
+        """Whether the tokenizer adds special tokens of its own to a prompt: `ProcessorMixin.apply_chat_template` has this rule."""
+        begin = self._tokenizer.bos_token
+        return bool(self._tokenizer.init_kwargs.get("add_special_tokens", True)) and not (begin and text.startswith(begin))
+
+    def _render(self, content: list[dict[str, str]]) -> str:
+        """The text of a prompt. Raises DataError where the template refuses the question, ModelError where it finds no end."""
+        try:
+            return renderer.render(self._template, content, self._tokenizer.special_tokens_map)
+        except renderer.TemplateBoundError as error:
+            raise self._unusable(error) from error
+        except renderer.TemplateError as error:
+            text = content[-1].get("text", "")
+            raise DataError(f"the chat template refuses the question {text[:80]!r}: {error}") from error
 
     def _probe(self, template: str) -> str:
         """The generation prompt of a template. Raises ModelError where it cannot be rendered."""
         try:
-            return self._render([{"type": "text", "text": "?"}], template)
-        except Exception as error:  # whatever a template does
-            raise ModelError(f"{self._model}: the chat template cannot be rendered: {one_line(error)}") from error
+            return renderer.render(template, [{"type": "text", "text": "?"}], self._tokenizer.special_tokens_map)
+        except renderer.TemplateError as error:
+            raise self._unusable(error) from error
 
-    def _lay_out(self, images: Sequence[Image], sizes: dict[str, Any]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+    def _check_template(self) -> None:
+        """Raises ModelError where the template leaves images out, as one for text alone does."""
+        text, image = self._render([{"type": "image"}, {"type": "text", "text": "?"}]), self._family.placeholder
+        if text.count(image) != 1:
+            raise ModelError(
+                f"{self._model}: the chat template writes '{image}' {text.count(image)} times for one image; "
+                "put the template for images into chat_template.jinja, and remove the others"
+            )
+
+    def _unusable(self, error: Exception) -> ModelError:
+        return ModelError(f"{self._model}: the chat template cannot be rendered: {error}")
+
+    def _lay_out(self, images: Sequence[Image.Image], sizes: dict[str, Any]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         if not images:
             return {}, []
         try:
             return self._family.lay_out(self._processor, images, sizes, self._config)
-        except ValueError as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a processor does: ValueError, ZeroDivisionError, OverflowError
             given = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise DataError(f"images of {given} pixels cannot be encoded: {one_line(error)}") from error
 
-    def _key(self, images: Sequence[Image], settings: bytes) -> str:
+    def _key(self, images: Sequence[Image.Image], settings: bytes) -> str:
         digest = hashlib.sha256(settings)
         for image in images:
             digest.update(f"{image.mode} {image.width} {image.height};".encode())
@@ -189,9 +267,10 @@ class PromptEncoder:
 
     def _stops(self, model: Path) -> tuple[int, ...]:
         path = model / "generation_config.json"
-        named = read_json(path).get("eos_token_id") if path.is_file() else None
-        found = [*(named if isinstance(named, list) else [named]), self._tokenizer.eos_token_id]
-        stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
+        held = read_json(path).get("eos_token_id") if path.is_file() else None
+        own = self._tokenizer.eos_token_id
+        named = consistency.stop_ids(path, held, self._rows)
+        stops = tuple(dict.fromkeys([*named, *([] if own is None else [int(own)])]))
         if not stops:
             raise ModelError(f"{model}: neither generation_config.json nor the tokenizer names an end-of-turn token")
         return stops
@@ -222,6 +301,7 @@ def read_config(model: Path) -> dict[str, Any]:
     config = read_json(model / "config.json")
     if not config.get("model_type"):
         raise ModelError(f"{model / 'config.json'} has no model_type")
+    consistency.check_sizes(model / "config.json", config)
     return config
 
 
@@ -233,17 +313,4 @@ def _load(model: Path) -> tuple[Any, Any]:
         processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and bare Exception for broken files
         raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
-    older = model / "chat_template.json"  # where processors kept it before transformers 4.50
-    if not tokenizer.chat_template and older.is_file():
-        tokenizer.chat_template = read_json(older).get("chat_template")
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{model}: the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json or "
-            "chat_template.json)"
-        )
     return tokenizer, processor
-
-
-def one_line(error: Exception) -> str:
-    """An error of other people's code in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

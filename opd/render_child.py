@@ -1,9 +1,10 @@
-"""Renders chat templates in a process of its own, with bounds: `python -I render_child.py PATH`.
+"""Renders chat templates in a process of its own, with bounds: `render_child.py PATH SECONDS MEMORY`.
 
 A template comes from a model folder, and its language has loops, recursion and `*`. The sandbox of
 transformers keeps a template from files and from Python's inside, not from time and memory. PATH:
-the list of import folders, as JSON. Each line of the input is a request, each line of the output
-its answer, both JSON; see `opd.renderer`, which starts this file and is never imported here.
+the list of import folders, as JSON; SECONDS of processor time a template; MEMORY in bytes. Each
+line of the input is a request, each line of the output its answer, both JSON; see `opd.renderer`,
+which starts this file. Nobody imports it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,11 @@ import threading
 import time
 from typing import Any
 
-SECONDS = 4
-"""Processor time of one template; rendering a prompt takes a thousandth of a second."""
-
-MEMORY = 512 * 2**20
-"""Bytes that a template may take."""
-
 CHARACTERS = 2**20
 """Length of a text, beyond eight times the length of the request."""
 
 
-def answer(request: dict[str, Any], length: int) -> dict[str, str]:
+def answer(request: dict[str, Any], length: int, memory: int) -> dict[str, str]:
     """The text of a request under "text", or a reason under "error" or, for a bound, "bound"."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -43,7 +38,7 @@ def answer(request: dict[str, Any], length: int) -> dict[str, str]:
             return {"bound": f"writes {len(text):,} characters"}
         return {"text": text}
     except MemoryError:
-        return {"bound": f"takes more than {MEMORY >> 20} MiB of memory"}
+        return {"bound": f"takes more than {memory >> 20} MiB of memory"}
     except RecursionError:
         return {"bound": "calls itself without an end"}
     except Exception as error:  # whatever a template does
@@ -51,31 +46,31 @@ def answer(request: dict[str, Any], length: int) -> dict[str, str]:
         return {"error": reason[:1000]}
 
 
-def watch(busy: threading.Event) -> None:
+def watch(busy: threading.Event, memory: int) -> None:
     """Ends the process where the memory has no limit of the system's, as on a Mac."""
     scale = 1 if sys.platform == "darwin" else 1024
-    limit = _peak() * scale + MEMORY
+    limit = _peak() * scale + memory
     while busy.wait():
         if _peak() * scale > limit:
             os._exit(resource.RLIMIT_AS)
         time.sleep(0.01)
 
 
-def limit_memory() -> None:
-    """At most MEMORY more than now, where the system can hold a process to that."""
+def limit_memory(memory: int) -> None:
+    """At most `memory` more than now, where the system can hold a process to that."""
     try:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[0])
-        limit = pages * resource.getpagesize() + MEMORY
+        limit = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     except (OSError, ValueError):
         pass  # `watch` remains
 
 
-def limit_time() -> None:
-    """SECONDS of processor time from now on, after which the system ends the process."""
+def limit_time(seconds: int) -> None:
+    """`seconds` of processor time from now on, after which the system ends the process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + 1 + SECONDS
+    soft = int(used.ru_utime + used.ru_stime) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
@@ -87,18 +82,19 @@ def main() -> None:
     """Answers requests until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     sys.path[:] = json.loads(sys.argv[1])
+    seconds, memory = int(sys.argv[2]), int(sys.argv[3])
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # an import may print
     import transformers.utils.chat_template_utils  # noqa: F401  before the bounds
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit_memory()
+    limit_memory(memory)
     busy = threading.Event()
-    threading.Thread(target=watch, args=(busy,), daemon=True).start()
+    threading.Thread(target=watch, args=(busy, memory), daemon=True).start()
     for line in sys.stdin.buffer:
-        limit_time()
+        limit_time(seconds)
         busy.set()
-        answers.write(json.dumps(answer(json.loads(line), len(line))).encode() + b"\n")
+        answers.write(json.dumps(answer(json.loads(line), len(line), memory)).encode() + b"\n")
         answers.flush()
         busy.clear()
 

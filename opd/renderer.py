@@ -20,7 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opd.render_child import MEMORY, SECONDS
+SECONDS = 4
+"""Processor time of one template; a prompt takes a thousandth of a second."""
+
+MEMORY = 512 * 2**20
+"""Bytes that a template may take."""
 
 PATIENCE = 120.0
 """Seconds by the clock for one answer, on a machine that is busy; the bound is processor time."""
@@ -66,7 +70,7 @@ def _process() -> subprocess.Popen[bytes]:
     child = Path(__file__).with_name("render_child.py")
     paths = [os.path.abspath(path) for path in sys.path]
     process = subprocess.Popen(
-        [sys.executable, "-I", str(child), json.dumps(paths)],
+        [sys.executable, "-I", str(child), json.dumps(paths), str(SECONDS), str(MEMORY)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -129,7 +133,8 @@ def _stop(process: subprocess.Popen[bytes]) -> str:
 
 
 @atexit.register
-def _end() -> None:
+def stop() -> None:
+    """Ends the process; the next rendering starts another one."""
     if _running and _running[0][0] == os.getpid():
         _running[0][1].kill()
         _stop(_running[0][1])

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
-from opd import templates
+from opd import renderer, templates
+from opd.errors import DataError, ModelError
 from opd.prompts import PromptEncoder
 from opd.tiny import MODEL, Scenes
 from opd.usable import encode_student, encode_teacher
@@ -123,3 +124,77 @@ def test_a_template_that_cannot_be_rendered_is_one_line(tmp_path):
     done = CliRunner().invoke(main, ["train", "tiny", "--model", str(tmp_path / "model"), *FEW])
     assert done.exit_code == 2
     assert done.stderr == f"opd: {tmp_path / 'model'}: the chat template cannot be rendered: tools only\n"
+
+
+LOOPS = "{%- for a in range(99999) -%}{%- for b in range(99999) -%}{%- for c in range(99999) -%}{%- endfor -%}{%- endfor -%}{%- endfor -%}"
+DOUBLES = "{%- set ns = namespace(x='a') -%}{%- for i in range(99) -%}{%- set ns.x = ns.x ~ ns.x -%}{%- endfor -%}"
+
+
+@pytest.fixture(scope="module")
+def one_second():
+    """A bound that keeps the tests quick; a process that has it serves all of them."""
+    seconds, renderer.SECONDS = renderer.SECONDS, 1
+    renderer.stop()
+    yield
+    renderer.SECONDS = seconds
+    renderer.stop()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOPS, "it takes more than 1 seconds"),
+        ("{% macro f(n) %}{% if n < 60 %}{{ f(n + 1) ~ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}", "it takes more than 1 seconds"),
+        (DOUBLES, "it takes more than 512 MiB of memory"),
+        ("{{ 'a' * 10**11 }}", "it takes more than 512 MiB of memory"),
+        ("{{ 'a' | center(10**11) }}", "it takes more than 512 MiB of memory"),
+        ("{{ '%99999999999d' | format(1) }}", "it takes more than 512 MiB of memory"),
+        ("{{ messages | tojson(indent=10**10) }}", "it takes more than 512 MiB of memory"),
+        ("{{ 'a' * 10**7 }}", "it writes 10,000,051 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself without an end"),
+        ("{{ " + "(" * 50_000 + ")" * 50_000 + " }}", "it calls itself without an end"),
+    ],
+    ids=str,
+)
+def test_a_template_without_an_end_is_one_line(tmp_path, one_second, template, message):
+    shutil.copytree(MODEL, tmp_path / "model")
+    write(tmp_path / "model", template + PLAIN)
+    with pytest.raises(ModelError) as caught:
+        PromptEncoder(tmp_path / "model")
+    assert str(caught.value) == f"{tmp_path / 'model'}: the chat template cannot be rendered: {message}"
+
+
+def test_a_template_that_waits_for_its_question_ends_too(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    write(tmp_path / "model", "{%- if 'now' in messages[0].content[-1].text -%}{{ 'a' * 10**11 }}{%- endif -%}" + PLAIN)
+    encoder = PromptEncoder(tmp_path / "model")
+    before = encoder.encode([], "What?").tokens
+    with pytest.raises(ModelError, match="it takes more than 512 MiB of memory"):
+        encoder.encode([], "What is it now?")
+    assert encoder.encode([], "What?").tokens.tolist() == before.tolist()
+
+
+def test_a_question_that_the_template_refuses_is_a_row_of_data(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    write(tmp_path / "model", "{%- if 'now' in messages[0].content[-1].text -%}{{ raise_exception('not now') }}{%- endif -%}" + PLAIN)
+    with pytest.raises(DataError, match="the chat template refuses the question 'What is it now\\?': not now"):
+        PromptEncoder(tmp_path / "model").encode([], "What is it now?")
+
+
+def test_a_template_without_images_is_one_line(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    write(tmp_path / "model", PLAIN.replace("image if part.type == 'image' else part.text", "part.text"))
+    with pytest.raises(ModelError, match=r"the chat template writes '<\|image_pad\|>' 0 times for one image; put the template for images"):
+        PromptEncoder(tmp_path / "model")
+
+
+def test_a_template_runs_nothing_and_reaches_nothing(tmp_path, monkeypatch):
+    """Neither Python's inside nor a module of the folder that the command runs in."""
+    (tmp_path / "jinja2.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    renderer.stop()
+    assert renderer.render("{{ messages[0].role }}", [], {}) == "user"
+    for template in ("{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__.os }}", "{{ messages.append(1) }}"):
+        with pytest.raises(renderer.TemplateError):
+            renderer.render(template, [], {})
+    assert not (tmp_path / "ran").exists()

@@ -6,6 +6,7 @@ Legend: P prompt tokens. A family is found by the `model_type` of the model's co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +53,12 @@ class Family(Protocol):
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
         """The width * height to which the image processor brings larger images; `sizes` as the method of that name returns them."""
+
+    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
+        """Raises ModelError where the image processor, whose settings stand in `file`, is not that of the model's tower.
+
+        `settings`: processor_config.json; `config`: config.json with its defaults.
+        """
 
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from opd.consistency import check_channels, equal
 from opd.errors import ModelError
 from opd.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
@@ -49,6 +51,16 @@ class Gemma3:
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
         """See `Family`."""
         return int(processor.size["height"]) * int(processor.size["width"])
+
+    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
+        """The square is the tower's, and both count the same tokens."""
+        vision, tokens = config["vision_config"], config["mm_tokens_per_image"]
+        size = dict(processor.size)
+        for side in ("height", "width"):
+            equal(file, f"size.{side}", size.get(side), "vision_config.image_size", vision["image_size"])
+        check_channels(file, processor, vision["num_channels"])
+        if "image_seq_length" in settings:
+            equal(file.with_name("processor_config.json"), "image_seq_length", settings["image_seq_length"], "mm_tokens_per_image", tokens)
 
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from opd.consistency import check_channels, check_edge, equal
 from opd.errors import ModelError
 from opd.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
@@ -55,6 +57,17 @@ class Idefics3:
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
         """See `Family`."""
         return int({**processor.size, **sizes.get("size", {})}["longest_edge"]) ** 2
+
+    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
+        """Tiles are as large as the tower's images, and both count the same tokens."""
+        vision, tile = config["vision_config"], dict(processor.max_image_size).get("longest_edge")
+        equal(file, "max_image_size.longest_edge", tile, "vision_config.image_size", vision["image_size"])
+        check_edge(file, "size.longest_edge", dict(processor.size).get("longest_edge"), 2**14)
+        check_channels(file, processor, vision["num_channels"])
+        if "image_seq_len" in settings:
+            tokens = (vision["image_size"] // vision["patch_size"] // config["scale_factor"]) ** 2
+            name = "(vision_config.image_size / patch_size / scale_factor)^2"
+            equal(file.with_name("processor_config.json"), "image_seq_len", settings["image_seq_len"], name, tokens)
 
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]

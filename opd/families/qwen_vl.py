@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from opd.consistency import ENLARGED, check_channels, check_edge, equal
 from opd.families.layout import Layout, Tile, plain, token
 from opd.types import FloatArray, IntArray
 
@@ -53,6 +55,16 @@ class QwenVL:
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
         """See `Family`."""
         return int(sizes["size"]["longest_edge"])
+
+    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
+        """Patches, merges and frames are the tower's, and the bounds on pixels are some."""
+        vision = config["vision_config"]
+        for key, name in (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2):
+            equal(file, key, getattr(processor, key), f"vision_config.{name}", vision[name])
+        check_channels(file, processor, vision["in_channels"])
+        size = dict(processor.size)
+        check_edge(file, "size.longest_edge", size.get("longest_edge"), 2**40)
+        check_edge(file, "size.shortest_edge", size.get("shortest_edge"), min(ENLARGED, size["longest_edge"]))
 
     def lay_out(
         self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]

@@ -11,6 +11,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from opd.consistency import check_sizes
 from opd.errors import ModelError
 from opd.families import family
 from opd.model_files import read_json
@@ -37,6 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"{folder}: no config.json, so this is no model folder")
     stated = read_json(file)
+    check_sizes(file, stated)
     try:
         family(str(stated.get("model_type")))
         # transformers would take the settings of MLX's quantisation for some of its own.
