@@ -165,6 +165,8 @@ def check_channels(file: Path, processor: Any, channels: Any) -> None:
             continue
         if not isinstance(values, list | tuple) or len(values) != channels or not all(isinstance(value, int | float) for value in values):
             raise ModelError(f"{file}: {name} is {_short(values)}, but images have {channels} channels; the processor is of another model")
+        if name == "image_std" and not all(values):
+            raise ModelError(f"{file}: image_std is {_short(values)}, and pixels are divided by it; take the model's own file")
 
 
 def check_edge(file: Path, key: str, held: Any, largest: int) -> None:
@@ -183,5 +185,6 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 
 
 def _short(value: Any) -> str:
+    value = list(value) if isinstance(value, tuple) else value
     text = value if isinstance(value, str) and value[:1] in "'\"" else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

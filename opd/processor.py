@@ -15,6 +15,7 @@ import numpy as np
 from PIL.Image import Image
 
 from opd import families, renderer, templates
+from opd.consistency import complete
 from opd.errors import BackendError, DataError, ModelError, one_line
 from opd.families.layout import counted, plain
 from opd.prompts import PromptEncoder, content, read_config
@@ -32,7 +33,10 @@ def open_encoder(model: Path, backend: str = "", **pixels: int | None) -> Prompt
 
     Raises ModelError, and BackendError where the built-in `backend` runs none but families.
     """
-    kind = str(read_config(model)["model_type"])
+    config = read_config(model)
+    kind = str(config["model_type"])
+    if kind in families.model_types() or _known(kind):
+        complete(model / "config.json", config)  # loading would name the fault worse
     if kind in families.model_types() or not _known(kind):
         return _checked(PromptEncoder(model, **pixels))
     if backend == "mlx":

@@ -137,7 +137,7 @@ class PromptEncoder:
         self.stop = self._stops(self._model)
         self._check_processor(config)
         try:
-            arrays = self.encode([Image.new("RGB", (48, 32), (10, 20, 30))], "?").images.values()
+            arrays = self.encode([Image.new("RGB", (50, 30), (10, 20, 30))], "?").images.values()
         except DataError as error:
             raise ModelError(f"{self._processor_file()} cannot be used: {error}") from error
         if not all(np.isfinite(array).all() for array in arrays):
