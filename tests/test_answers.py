@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 from opd.answers import chosen, matches, normal, number
+from opd.folder import RunFolder
+from opd.measure import Answered, _judge, accuracies
+from opd.types import Example
+from opd_cli import tables
 
 ANIMALS = ("cat", "dog", "cow", "horse")
 COLOURS = ("red", "dark red", "blue")
@@ -202,3 +208,32 @@ def test_normal_forms(text: str, expected: str) -> None:
 )
 def test_numbers_in_texts(text: str, expected: int | str | None) -> None:
     assert number(text) == (None if expected is None else Decimal(expected))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "choices", "expected"),
+    [
+        ("It is green.", ("grey", "It is green"), (), True),
+        ("7.0", ["seven", "8"], (), True),
+        ("blue", ("green", "Green"), (), False),
+        ("B", ("A", "dog"), ANIMALS, True),
+        ("C", ("A", "dog"), ANIMALS, False),
+        ("green", (), (), False),
+    ],
+)
+def test_any_of_several_reference_answers_is_right(
+    prediction: str, answers: tuple[str, ...], choices: tuple[str, ...], expected: bool
+) -> None:
+    assert matches(prediction, answers, choices) is expected
+
+
+def test_several_reference_answers_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Example("a", (), "Which?", answer=("green", "lime"))
+    judged = _judge(example, "lime", "blue")
+    assert (judged.answer, judged.full_right, judged.crop_right) == (("green", "lime"), True, False)
+    RunFolder(tmp_path).append("answers.jsonl", asdict(judged))
+    (again,) = RunFolder(tmp_path).rows("answers.jsonl")
+    assert Answered(**again).answer == ["green", "lime"]
+    assert accuracies([Answered(**again)])["full_accuracy"] == 1
+    tables.answers([("Which?", judged)])
+    assert "green | lime" in capsys.readouterr().out

@@ -150,6 +150,9 @@ def test_defaults_and_nulls(folder: Path) -> None:
         ("pixels", [-1, 0, 41, 20.5], Box(-1, 0, 41, 20.5)),  # within the tolerance; the view cuts it off
         ("fraction", [0.1, 0.25, 0.5, 0.75], Box(4, 5, 20, 15)),
         ("fraction", [0, 0, 1, 1], Box(0, 0, 40, 20)),
+        ("fraction", [-1e-9, 0, 1.0000001, 1], Box(0, 0, 40, 20)),  # a rounding error outside is cut
+        ("fraction", [0, -0.0004, 0.5, 1.0005], Box(0, 0, 20, 20)),
+        ("per-mille", [-0.5, 0, 1000.4, 500], Box(0, 0, 40, 10)),
         ("per-mille", [100, 250, 500, 750], Box(4, 5, 20, 15)),
     ],
 )
@@ -205,6 +208,9 @@ ROW_FAULTS: list[tuple[Any, str]] = [
     ({"boxes": [[0.1, 0.2, 0.5, 0.6]]}, f'is at most one pixel in the image\'s corner{OTHER} "fraction"'),
     ({"boxes": [[1, 2, 11, 12]], "box_format": "fraction"}, f'is outside 0..1, the range of fraction{OTHER} "pixels" or "per-mille"'),
     ({"boxes": [[1, 2, 1001, 12]], "box_format": "per-mille"}, "box [1, 2, 1001, 12] is outside 0..1000, the range of per-mille"),
+    ({"boxes": [[0, 0, 1000.6, 12]], "box_format": "per-mille"}, "is outside 0..1000, the range of per-mille"),
+    ({"boxes": [[0, -0.001, 1, 1]], "box_format": "fraction"}, "is outside 0..1, the range of fraction"),
+    ({"boxes": [[1, 2, 1.0004, 12]], "box_format": "fraction"}, "is outside 0..1, the range of fraction"),
     ({"boxes": [[0.1, 0.2, 0.5, 0.6]], "box_format": "per-mille"}, f'is at most one thousandth in the image\'s corner{OTHER} "fraction"'),
     ({"boxes": [{"image": 1, "box": [1, 2, 11, 12]}]}, "image 1 of box [1, 2, 11, 12] is not among the row's 1 images, counted from 0"),
     ({"boxes": [{"image": False, "box": [1, 2, 11, 12]}]}, "image false of box [1, 2, 11, 12] is not among"),
@@ -300,6 +306,25 @@ def test_rows_keep_their_order(folder: Path) -> None:
     assert isinstance(data[10:12], tuple)
     assert [example.id for example in data[10:12]] == ["10", "11"]
     assert data[-1].id == "59"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["green", "Green"], ("green", "Green")),
+        ([7, 7.5, "seven"], ("7", "7.5", "seven")),
+        (["red"], "red"),
+        ([], None),
+    ],
+)
+def test_several_reference_answers(folder: Path, given: Any, expected: Any) -> None:
+    assert one(folder, answer=given).answer == expected
+
+
+def test_several_reference_answers_among_choices(folder: Path) -> None:
+    assert one(folder, answer=["A", "a dog"], choices=["a cat", "a dog"]).answer == ("A", "a dog")
+    with pytest.raises(DataError, match="field 'choices': 27 choices; at most 26 have a letter"):
+        one(folder, choices=[str(number) for number in range(27)])
 
 
 def test_fingerprint_is_of_the_content_and_not_of_the_place(folder: Path, tmp_path: Path) -> None:
