@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from opd.measure import encode_student, encode_teacher
 from opd.prompts import content
 from opd.questions import holds, student_question, teacher_question, with_choices
 from opd.types import Box, Example
+from opd.usable import encode_student, encode_teacher
 from opd.view import ViewOptions, teacher_images
 
 COLOURS = ("red", "dark red", "blue")

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from opd import recipe as recipes
 from opd.data import read_jsonl
 from opd.errors import DataError
+from opd.progress import Quiet
+from opd.run import held_out
 from opd.types import Box
+from opd_cli import main
 
 ROW = {"image": "a.png", "question": "Which colour?", "boxes": [[10, 20, 30, 40]], "answer": "red"}
 PER_MILLE = (Box(20, 20, 60, 40),)
@@ -248,3 +253,45 @@ def test_a_path_may_begin_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch)
     Image.new("RGB", (50, 50)).save(folder / "~b.png")
     (one,) = read_jsonl(write(folder, {**ROW, "image": "~b.png"}), strict=True)
     assert one.images == (folder / "~b.png",)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"box_fromat": "per-mille"}, ROW],
+        [{**ROW, "bbox_format": "per-mille"}],
+        [ROW, {"box_format": "per-mille"}],
+        [{"messages": MESSAGES}],
+    ],
+    ids=["header", "row", "header below", "format"],
+)
+def test_the_command_refuses_in_one_line(folder: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    path = write(folder, *rows)
+    before = sorted(folder.rglob("*"))
+    done = CliRunner().invoke(main, ["train", "--backend", "cpu", "--data", path.name])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "data.jsonl:" in done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_few_rows_are_opened_for_measuring_and_are_those_of_training(folder: Path) -> None:
+    path = write(folder, *({**ROW, "id": number, "image": "a.png" if number else "b.png"} for number in range(9)))
+    recipe = recipes.load("tiny", [f"data.path={path}", "measure.count=3"])
+    few, whole = held_out(recipe, None), held_out(recipe, read_jsonl(path))
+    assert [one.id for one in few] == [one.id for one in whole] == ["1", "3", "6"]
+    notes = Notes()
+    elsewhere = recipes.load("tiny", [f"measure.path={path}", "measure.count=3"])
+    assert [one.id for one in held_out(elsewhere, [], notes)] == ["1", "3", "6"]
+    assert [note.partition(":")[0] for note in notes.lines] == ["skipped data.jsonl"]
+
+
+class Notes(Quiet):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
