@@ -47,6 +47,7 @@ class Backend(Protocol):
 
         Token t of completion j is the first id whose cumulative probability, in the order of the vocabulary, exceeds
         uniforms[b, j, t]; banned ids have probability 0. A completion ends with a stop token (kept) or at max_tokens.
+        Raises ModelError where weights are NaN or infinite, and RunError where training made logits so.
         """
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:

@@ -78,3 +78,20 @@ def no_weights(folder: Path, part: str) -> ModelError:
             "save the model again as safetensors, with save_pretrained of transformers"
         )
     return ModelError(f"{folder}: no {part}; a model folder holds config.json and its weights as safetensors")
+
+
+def holds_nan(folder: Path, tensor: str) -> ModelError:
+    """The error where a folder's weights are no numbers."""
+    return ModelError(f"{folder}: weights hold NaN or infinity, in tensor {tensor}; fetch or save this model again")
+
+
+def not_finite(folder: Path, tensor: str | None, steps: int) -> OpdError:
+    """The error where logits are not finite, after so many optimizer steps; `tensor` holds NaN or infinity itself."""
+    if tensor and not steps:
+        return holds_nan(folder, tensor)
+    if tensor:
+        what = f"weights hold NaN or infinity, in tensor {tensor}"
+        return RunError(f"after step {steps} {what}; train again from {folder} with a smaller optimizer.learning_rate")
+    when = f"after step {steps} " if steps else ""
+    what = f"the logits of {folder} are not finite although the weights are, so numbers became too large"
+    return RunError(f"{when}{what}; try --set model.dtype=float32{', or a smaller optimizer.learning_rate' if steps else ''}")

@@ -302,13 +302,13 @@ def test_text_without_images(case, loaded):
     np.testing.assert_allclose(sampled.logprobs, logprobs[range(3), sampled.tokens], atol=1e-5)
 
 
-@pytest.mark.parametrize("room", [vision.KNOWN_BYTES, 0])
+@pytest.mark.parametrize("room", [2**30, 0])
 def test_frozen_vision_tower(case, monkeypatch, room):
     """The same numbers; and every image goes through the tower once for rollout, student and teacher, while there is room."""
     encoded = []
-    monkeypatch.setattr(vision, "KNOWN_BYTES", room)
     backend, whole = case.backend(tune_vision=False), case.backend()
     known = backend._model.known
+    known.room = room
     real = known._compute
     monkeypatch.setattr(known, "_compute", lambda prompts: encoded.extend(one.key for one in prompts) or real(prompts))
     whole._teacher = dict(whole._student)

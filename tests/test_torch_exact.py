@@ -216,7 +216,6 @@ def test_an_image_is_seen_once_in_a_call(case, double, monkeypatch):
 
 def test_frozen_vision_tower(case, tmp_path, monkeypatch):
     """The same gradient but for the tower's parameters, which are neither trained nor copied for the teacher; images are seen once."""
-    from opd_torch import vision
     from opd_torch.families import qwen3_vl as module
 
     seen = []
@@ -242,7 +241,7 @@ def test_frozen_vision_tower(case, tmp_path, monkeypatch):
     assert relative_error(gradients_of(backend), {name: 2 * value for name, value in wanted.items()}) < 1e-6
     backend.sample([group.student for group in case.groups], np.full((5, 1, 1), 0.5, np.float32), Sampling())
     assert sum(seen) == 7
-    monkeypatch.setattr(vision, "KNOWN_BYTES", 0)
+    backend._student.known.room = 0
     backend.score(case.groups[:1], JSD)
     backend.score(case.groups[2:4], JSD)
     assert sum(seen) > 7

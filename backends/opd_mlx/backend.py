@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from opd import adapters
+from opd import adapters, errors
 from opd.errors import FolderError, RecipeError
 from opd.objective import Objective
 from opd.types import (
@@ -32,7 +32,7 @@ from opd_mlx.batch import Batch, Prefixes, Targets, lay_out, lay_out_targets
 from opd_mlx.forward import CHECKPOINT_ABOVE, activation_bytes, complete, hidden_states, look, prefill
 from opd_mlx.kernels.gradient import Run, add, add_words, memory_name, words_name, words_of
 from opd_mlx.kernels.lanes import LANES
-from opd_mlx.model import Parameters, load_model, read_tensors, write_model, write_tensors
+from opd_mlx.model import Parameters, load_model, not_finite, read_tensors, write_model, write_tensors
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head
 from opd_mlx.optimizer import Optimizer, move_teacher, zeros
 from opd_mlx.parts import Part, cut, nothing, records
@@ -102,7 +102,11 @@ class MlxBackend:
         with self._model.bound(parameters):
             head = self._model.head(parameters).astype(mx.float32)
             prompted = rollout.run(self._model, prompts) if self._kept is None else self._kept.prompted
-            return rollout.sample(self._model, head, prompted, uniforms, sampling)
+            try:
+                return rollout.sample(self._model, head, prompted, uniforms, sampling)
+            except FloatingPointError:
+                tensor = not_finite(self._model, parameters)
+                raise errors.not_finite(self._model.folder, tensor, self._optimizer.step) from None
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol.

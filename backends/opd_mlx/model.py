@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
 from opd import adapters, inert, names, weight_formats
-from opd.errors import FolderError, ModelError, RecipeError, nearest
+from opd.errors import FolderError, ModelError, RecipeError, holds_nan, nearest
 from opd.model_files import read_json, tensor_headers, weight_files
 from opd.permissions import as_new
 from opd.types import ModelOptions
@@ -29,7 +29,7 @@ from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
 from opd_mlx.attention import Layer
 from opd_mlx.families import Family, family
 from opd_mlx.quantised import dequantised, four_bits, quantisation, quantise_alike
-from opd_mlx.vision import KnownFeatures
+from opd_mlx.vision import KnownFeatures, feature_room
 
 Parameters: TypeAlias = dict[str, mx.array]
 """Arrays by MLX name."""
@@ -131,25 +131,45 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
         base,
         layers=of.layers(module, config),  # anew: quantised and adapted modules took the place of those that were there
         names={**named, **trained},
-        known=None if visible else KnownFeatures(partial(of.features, module)),
+        known=None if visible else KnownFeatures(partial(of.features, module), feature_room()),
         frozen_head=frozen[base.head_name],
     )
     with model.bound(parameters):
         pass
     mx.eval(parameters, module.parameters())
+    broken = not_finite(model, parameters)
+    if broken:
+        raise holds_nan(model.folder, broken)
     return model, parameters
+
+
+def not_finite(model: Model, parameters: Parameters) -> str | None:
+    """Hugging Face name of a trained or frozen parameter that holds NaN or infinity; None where there is none."""
+    held = {**dict(tree_flatten(model.module.parameters())), **parameters}
+    floats = {name: value for name, value in held.items() if mx.issubdtype(value.dtype, mx.floating)}
+    # A sum reads as fast as memory allows; of large numbers it may be infinite by itself.
+    sums = {name: value.astype(mx.float32).sum() if value.size < 2**20 else value.sum() for name, value in floats.items()}
+    mx.eval(sums)
+    for name, found in sums.items():
+        if not np.isfinite(found.item()) and not mx.isfinite(floats[name]).all().item():
+            plain = name.replace(".linear.", ".")  # of an adapted layer
+            return str(model.names.get(plain, plain))
+    return None
 
 
 def _all_trained(base: Model, options: ModelOptions, found: Mapping[str, mx.array]) -> tuple[Model, Parameters]:
     """A model whose parameters are all trained, the vision tower's where that is asked for."""
     parameters = {name: _channels_last(found[original]).astype(mx.float32) for name, original in base.names.items()}
     frozen = [] if options.tune_vision else [name for name in base.names if name.startswith(base.family.vision)]
-    known = KnownFeatures(partial(base.family.features, base.module)) if frozen else None
+    known = KnownFeatures(partial(base.family.features, base.module), feature_room()) if frozen else None
     model, dtype, module = replace(base, known=known), base.dtype, base.module
     model._put({name: parameters.pop(name).astype(dtype) for name in frozen})
     with model.bound(parameters):
         pass  # what stays in the module is not the random weights it was made with, which are never computed
     mx.eval(parameters, module.parameters())
+    broken = not_finite(model, parameters)
+    if broken:
+        raise holds_nan(model.folder, broken)
     return model, parameters
 
 

@@ -51,7 +51,10 @@ class Prompted:
 
 
 def sample(model: Model, head: mx.array, prompted: Sequence[Prompted], uniforms: FloatArray, sampling: Sampling) -> list[list[Completion]]:
-    """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens]; `head` [V, D] is float32."""
+    """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens]; `head` [V, D] is float32.
+
+    Raises FloatingPointError where logits are not finite.
+    """
     count, n, limit = uniforms.shape
     if not count or not n or not limit:
         return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in range(n)] for _ in range(count)]
@@ -63,7 +66,10 @@ def sample(model: Model, head: mx.array, prompted: Sequence[Prompted], uniforms:
 def _lockstep(
     model: Model, head: mx.array, running: Sequence[Running], uniforms: FloatArray, sampling: Sampling
 ) -> tuple[IntArray, FloatArray]:
-    """Tokens and log-probabilities [B * n, steps], until every completion has ended; what stands behind a stop token means nothing."""
+    """Tokens and log-probabilities [B * n, steps], until every completion has ended; what stands behind a stop token means nothing.
+
+    Raises FloatingPointError where logits are not finite.
+    """
     limit = uniforms.shape[2]
     draws, banned = mx.array(uniforms.reshape(-1, limit)), _banned(sampling, len(head))
     tokens, logprobs = np.zeros(draws.shape, np.int32), np.zeros(draws.shape, np.float32)
@@ -94,6 +100,8 @@ def _lockstep(
         done = step - AHEAD
         rows, drawn = launched.popleft()
         tokens[rows, done], logprobs[rows, done] = map(np.array, drawn)
+        if not np.isfinite(logprobs[rows, done]).all():
+            raise FloatingPointError
         ended[rows] |= np.isin(tokens[rows, done], sampling.stop)
         if ended.all():
             break

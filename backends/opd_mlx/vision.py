@@ -16,11 +16,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from opd.memory import feature_bytes, host_memory
 from opd.types import Prompt
 from opd_mlx.kernels.lanes import LANES
-
-KNOWN_BYTES = 2**30
-"""Features of a frozen tower that are kept, of all prompts together."""
 
 TILE_BYTES = 3 * 2**20 if mx.default_device() == mx.cpu else 2**62
 """Pixels that run together: on a CPU as many as leave what they become in its caches."""
@@ -67,23 +65,36 @@ def visual_features(prompts: Sequence[Prompt], pieces: Callable[[Prompt], Sequen
 class KnownFeatures:
     """Features of a frozen tower, by the prompt's key: computed once for rollout, student and teacher."""
 
-    def __init__(self, compute: Callable[[Sequence[Prompt]], list[mx.array]]) -> None:
+    def __init__(self, compute: Callable[[Sequence[Prompt]], list[mx.array]], room: int) -> None:
+        """Keeps at most `room` bytes; see `opd.memory.feature_bytes`."""
+        self.room = room
         self._compute = compute
         self._levels: dict[str, list[mx.array]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(level.nbytes for levels in self._levels.values() for level in levels)
+
     def features(self, prompts: Sequence[Prompt]) -> list[mx.array]:
-        """What computing them gives, from memory where it is there; the oldest are forgotten above KNOWN_BYTES."""
+        """What computing them gives, from memory where it is there; above the room the oldest are forgotten, and then what came last."""
         wanted = {prompt.key: prompt for prompt in prompts if len(prompt.visual.index)}
         new = [prompt for key, prompt in wanted.items() if key not in self._levels]
         ends = np.cumsum([len(prompt.visual.index) for prompt in new])[:-1].tolist()
-        cut = [mx.split(level, ends) for level in self._compute(new)]
+        # Copies, since a part of an array keeps all of it.
+        cut = [[mx.contiguous(part) for part in mx.split(level, ends)] for level in self._compute(new)]
         found = {key: self._levels.pop(key) for key in wanted if key in self._levels}
         found |= {prompt.key: list(levels) for prompt, levels in zip(new, zip(*cut, strict=True), strict=True)}
         mx.eval(found)
         self._levels |= found
-        spare = sum(level.nbytes for levels in self._levels.values() for level in levels) - KNOWN_BYTES
-        for key in [key for key in self._levels if key not in wanted]:
+        spare = self.nbytes - self.room
+        for key in [*(key for key in self._levels if key not in wanted), *reversed(found)]:
             if spare > 0:
                 spare -= sum(level.nbytes for level in self._levels.pop(key))
         each = [found[prompt.key] for prompt in prompts if prompt.key in found]
         return [mx.concatenate(list(level)) for level in zip(*each, strict=True)]
+
+
+def feature_room() -> int:
+    """Bytes of features that are kept, in memory that a Mac's GPU shares with its processor; see `opd.memory.feature_bytes`."""
+    return feature_bytes(host_memory())

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from opd import adapters
+from opd import adapters, errors
 from opd.errors import FolderError, ModelError, RecipeError, nearest
 from opd.objective import Objective
 from opd.types import (
@@ -40,6 +40,7 @@ from opd_torch.model import (
     head_name,
     load_model,
     master_dtype,
+    not_finite,
     read_model,
     read_tensors,
     trained_parameters,
@@ -109,7 +110,10 @@ class TorchBackend:
             if memory is None:
                 prefixes, memory = rollout.read(model, prompts, self._device)
             with torch.no_grad() if self._dtype == torch.bfloat16 else torch.inference_mode():
-                return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
+                try:
+                    return rollout.sample(model, prefixes, memory, uniforms, sampling, self._dtype)
+                except FloatingPointError:
+                    raise errors.not_finite(Path(self._options.path), not_finite(model), self._optimizer.step) from None
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd import adapters, inert, names, weight_formats
-from opd.errors import FolderError, ModelError
+from opd.errors import FolderError, ModelError, holds_nan
 from opd.model_files import StoredTensor, read_json, tensor_headers
 from opd.permissions import as_new
 from opd.types import ModelOptions
@@ -24,7 +24,7 @@ from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
 from opd_torch.families import Family, family, rows
 from opd_torch.kernels.pointwise import quicken
 from opd_torch.quantised import check_four_bits, four_bits
-from opd_torch.vision import KnownFeatures
+from opd_torch.vision import KnownFeatures, feature_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """Compute precisions; parameters are float32, and float64 (for tests) is float64 throughout."""
@@ -62,11 +62,25 @@ def load_model(options: ModelOptions, device: torch.device) -> Any:
         if model.family is None and not options.tune_vision:
             rows.freeze_vision(model, str(path))
     frozen = not any(parameter.requires_grad for module in vision for parameter in module.parameters())
-    model.known = KnownFeatures() if vision and frozen else None
+    model.known = KnownFeatures(feature_room(device)) if vision and frozen else None
     quicken(model, device, options.dtype)
     # A lookup's gradient is some rows, not a table of zeros to be written and added; the meta device has no sparse tensors.
     model.get_input_embeddings().sparse = device.type != "meta"
-    return (model if options.four_bit else model.to(device)).eval()
+    model = (model if options.four_bit else model.to(device)).eval()
+    broken = not_finite(model)
+    if broken:
+        raise holds_nan(path, broken)
+    return model
+
+
+def not_finite(model: Any) -> str | None:
+    """Name of a parameter that holds NaN or infinity; None where there is none."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        # A sum reads as fast as memory allows; of large numbers it may be infinite by itself.
+        if value.is_floating_point() and not value.is_meta and not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
+            return hugging_face(name)
+    return None
 
 
 def master_dtype(dtype: str) -> torch.dtype:

@@ -56,7 +56,10 @@ def read(model: Any, prompts: Sequence[Prompt], device: torch.device) -> tuple[P
 def sample(
     model: Any, prefixes: Prefixes, memory: list[Memory], uniforms: FloatArray, sampling: Sampling, dtype: torch.dtype
 ) -> list[list[Completion]]:
-    """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens]; the head computes in `dtype`."""
+    """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens]; the head computes in `dtype`.
+
+    Raises FloatingPointError where logits are not finite.
+    """
     tokens, logprobs = _lockstep(model, prefixes, memory, uniforms, sampling, dtype)
     return completions(tokens, logprobs, uniforms.shape[1], sampling.stop)
 
@@ -64,7 +67,10 @@ def sample(
 def _lockstep(
     model: Any, prefixes: Prefixes, memory: list[Memory], uniforms: FloatArray, sampling: Sampling, dtype: torch.dtype
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Tokens and log-probabilities [R, steps], until every completion has ended; what stands behind a stop token means nothing."""
+    """Tokens and log-probabilities [R, steps], until every completion has ended; what stands behind a stop token means nothing.
+
+    Raises FloatingPointError where logits are not finite.
+    """
     count, n, limit = uniforms.shape
     head = model.lm_head.weight
     device = head.device
@@ -78,6 +84,7 @@ def _lockstep(
     tokens, logprobs = torch.zeros_like(draws, dtype=torch.int64), torch.zeros_like(draws)
     rows, own = torch.arange(count * n, device=device), list[Any]()
     ended = torch.zeros(count * n, dtype=torch.bool, device=device)
+    finite = torch.ones(1, dtype=torch.bool, device=device)
     number = torch.zeros(1, dtype=torch.int64, device=device)
     recorder = Recorder(device, model)
 
@@ -87,6 +94,7 @@ def _lockstep(
         found, logprob = draw(hidden.to(dtype), head, draws.index_select(1, number)[:, 0], sampling.temperature, banned)
         tokens.index_put_((rows, number), found)
         logprobs.index_put_((rows, number), logprob)
+        finite.logical_and_(logprob.isfinite().all())
         token.copy_(found)
         ended.logical_or_((found[:, None] == stop).any(1))
         number.add_(1)
@@ -95,7 +103,10 @@ def _lockstep(
         own_keys = room(max(done, RECORDED)) if recorder.records else done
         recorder.run((len(rows), own_keys), partial(advance, Step(number, own_keys, exact=not recorder.records)))
         if asks(device, done - 1):
-            live = ~ended.view(len(prefixes.sources), -1).cpu().numpy()
+            known = torch.cat([ended, finite]).cpu().numpy()
+            if not known[-1]:
+                raise FloatingPointError
+            live = ~known[:-1].reshape(len(prefixes.sources), -1)
             if not live.any():
                 break
             prompts, members = _remaining(live)
@@ -104,6 +115,8 @@ def _lockstep(
                 prefixes = prefixes.select(prompts)
                 memory, own = narrowed(model, memory, own, prompts, kept)
                 rows, token, ended, draws, positions = rows[kept], token[kept], ended[kept], draws[kept], positions[:, kept]
+    if not finite:
+        raise FloatingPointError
     return tokens[:, :done].cpu().numpy(), logprobs[:, :done].cpu().numpy()
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from opd.memory import feature_bytes, host_memory
 from opd.types import Prompt
 
 Size: TypeAlias = tuple[int, int]
@@ -27,9 +28,6 @@ Batch: TypeAlias = tuple[Size, tuple[int, ...]]
 
 UPLOADED_BYTES = 2**29
 """Images that stay on a GPU between the passes of a step, so that no pass waits for the host to cut and copy them."""
-
-KNOWN_BYTES = 2**30
-"""Features of a frozen tower that are kept, of all prompts together."""
 
 
 def visual_features(
@@ -89,24 +87,37 @@ def _stacked(images: list[Any]) -> Tensor:
 class KnownFeatures:
     """Features of a frozen tower, by the prompt's key: computed once for rollout, student and teacher."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int) -> None:
+        """Keeps at most `room` bytes; see `opd.memory.feature_bytes`."""
+        self.room = room
         self._levels: dict[str, list[Tensor]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(level.nbytes for levels in self._levels.values() for level in levels)
+
     def features(self, prompts: Sequence[Prompt], compute: Callable[[Sequence[Prompt]], list[Tensor]]) -> list[Tensor]:
-        """What `compute` gives, from memory where it is there; the oldest are forgotten above KNOWN_BYTES."""
+        """What `compute` gives, from memory where it is there; above the room the oldest are forgotten, and then what came last."""
         wanted = {prompt.key: prompt for prompt in prompts if len(prompt.visual.index)}
         new = [prompt for key, prompt in wanted.items() if key not in self._levels]
         counts = [len(prompt.visual.index) for prompt in new]
-        cut = [level.split(counts) for level in compute(new)]
+        # Copies, since a part of an array keeps all of it.
+        cut = [[part.clone() for part in level.split(counts)] if len(new) > 1 else [level] for level in compute(new)]
         found = {key: self._levels.pop(key) for key in wanted if key in self._levels}
         found |= {prompt.key: list(levels) for prompt, levels in zip(new, zip(*cut, strict=True), strict=True)}
         self._levels |= found
-        spare = sum(level.nbytes for levels in self._levels.values() for level in levels) - KNOWN_BYTES
-        for key in [key for key in self._levels if key not in wanted]:
+        spare = self.nbytes - self.room
+        for key in [*(key for key in self._levels if key not in wanted), *reversed(found)]:
             if spare > 0:
                 spare -= sum(level.nbytes for level in self._levels.pop(key))
         each = [found[prompt.key] for prompt in prompts if prompt.key in found]
         return [torch.cat(level) for level in zip(*each, strict=True)]
+
+
+def feature_room(device: torch.device) -> int:
+    """Bytes of features that are kept on a device; see `opd.memory.feature_bytes`."""
+    return feature_bytes(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory())
 
 
 def computed(again: bool, function: Callable[..., Any], *arguments: Any) -> Any:
