@@ -127,7 +127,7 @@ def read(source: str) -> dict[str, Any]:
             raise RecipeError(f"recipe '{source}' cannot be read: {error}") from error
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if Path(source).suffix in DATA:
             raise RecipeError(f"'{source}' is no recipe (a TOML file); data is given with --data {source}") from error
         raise RecipeError(f"recipe '{source}' is not valid TOML: {error}") from error
@@ -141,7 +141,7 @@ def assign(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: write it as section.key=value, such as --set run.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number of thousands of digits, or lists in lists without end
         value = text
     values.setdefault(section, {})[key] = value
 
