@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from opd import backend as backends
+from opd import inputs
 from opd import recipe as recipes
 from opd.backend import Backend
 from opd.errors import FolderError, RecipeError
-from opd.folder import CONFIG, RunFolder, check_empty
+from opd.folder import CONFIG, RunFolder, check_empty, checkpoint_of
 from opd.inert import copy_result
 from opd.processor import open_encoder
 from opd.progress import Progress
@@ -20,13 +21,20 @@ from opd.recipe import Recipe
 Kind: TypeAlias = Literal["model", "adapter"]
 
 
-def export(run: Path, kind: Kind, out: Path, quantize: int | None, backend: str | None, progress: Progress) -> dict[str, Any]:
+def export(
+    run: Path, kind: Kind, out: Path, quantize: int | None, backend: str | None, progress: Progress, step: int | None = None
+) -> dict[str, Any]:
     """Writes the student of the run in `run` into the empty folder `out`; says what was exported.
 
-    A finished run gives what it left behind; an unfinished one its newest checkpoint, on its own backend or another one.
-    `quantize`: bits per weight, by MLX. Raises UserError before anything is written.
+    A finished run gives what it left behind; an unfinished one its newest checkpoint, on its own backend or another one; with `step` the
+    checkpoint of that step. `quantize`: bits per weight, by MLX. Raises UserError before anything is written.
     """
-    folder, recipe = RunFolder.open(run), recipes.reread(run / CONFIG)
+    checkpoint = checkpoint_of(run)
+    if checkpoint and step is None:
+        run, step = checkpoint
+    folder = RunFolder.open(run)
+    inputs.recorded(folder)  # damage is told
+    recipe = recipes.reread(run / CONFIG)
     check_empty(out)
     own: Kind = recipe.model.result
     if kind == "adapter" and own == "model":
@@ -34,16 +42,8 @@ def export(run: Path, kind: Kind, out: Path, quantize: int | None, backend: str 
     if kind == "adapter" and quantize:
         raise RecipeError("--quantize is for --as model: an adapter has no weights that could be quantised")
     write = backends.quantizer() if quantize else None
-    result, checkpoints = folder.path / own, folder.checkpoints()
-    if result.is_dir():
-        step, source = recipe.run.steps, result
-        what = f"exporting {result}"
-    elif checkpoints:
-        step, source = checkpoints[-1]
-        what = f"run '{run}' is not finished: exporting its checkpoint of step {step}, of {recipe.run.steps}"
-    else:
-        raise FolderError(f"run '{run}' has neither {own}/ nor a checkpoint yet; go on with it: opd train --resume {run}")
-
+    result = folder.path / own
+    step, source, what = _chosen(folder, recipe, step)
     finished = source == result
     opened = None if finished and kind == own else _open(recipe, run, source, finished, _backend(run, backend), progress)
     progress.note(what)
@@ -52,20 +52,64 @@ def export(run: Path, kind: Kind, out: Path, quantize: int | None, backend: str 
         if opened is not None:
             opened[0].export(target, kind)
             opened[1].save(target)
-            return
-        copy_result(source, target)
-        if kind == "model":  # of an earlier version, perhaps
-            open_encoder(source).save(target)
+        else:
+            copy_result(source, target)
+            if kind == "model":  # of an earlier version, perhaps
+                open_encoder(source).save(target)
 
     def fill(target: Path) -> None:
         if write is None:
-            return produce(target)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.whole") as whole:
-            produce(Path(whole))
-            write(Path(whole), target, quantize or 0)
+            produce(target)
+        else:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.whole") as whole:
+                produce(Path(whole))
+                write(Path(whole), target, quantize or 0)
+        recipes.leave(recipe, target, step)
 
     RunFolder(out.parent).fill(out.absolute(), fill)
     return {"run": str(run), "out": str(out), "as": kind, "step": step, "quantize": quantize}
+
+
+def as_model(path: str, backend: str, progress: Progress) -> None:
+    """Lets the checkpoint in `path` be a model: writes its student, model or adapter, into it, once. Nothing for any other folder."""
+    checkpoint = checkpoint_of(Path(path))
+    if checkpoint is None:
+        return
+    (run, step), source = checkpoint, Path(path)
+    folder = RunFolder.open(run)
+    inputs.recorded(folder)
+    recipe = recipes.reread(run / CONFIG)
+    result = source / recipe.model.result
+    if result.is_dir():
+        return
+    student, encoder = _open(recipe, run, source, False, backend, progress)
+
+    def fill(target: Path) -> None:
+        student.export(target, recipe.model.result)
+        encoder.save(target)
+        recipes.leave(recipe, target, step)
+
+    folder.fill(result, fill)
+
+
+def _chosen(folder: RunFolder, recipe: Recipe, step: int | None) -> tuple[int, Path, str]:
+    """The step that is exported, its folder, and what is told of it. Raises FolderError where there is none."""
+    result, run, steps = folder.path / recipe.model.result, folder.path, recipe.run.steps
+    there = dict(folder.checkpoints())
+    if result.is_dir():
+        there[recipes.step_of(result, steps)] = result
+    if not there:
+        raise FolderError(f"run '{run}' has neither {result.name}/ nor a checkpoint yet; go on with it: opd train --resume {run}")
+    if step is None:
+        step = max(there)
+        if step < steps:
+            what = "its checkpoint" if there[step] != result else f"{result.name}/"
+            return step, there[step], f"run '{run}' is not finished: exporting {what} of step {step}, of {steps}"
+    elif step not in there:
+        listed = ", ".join(str(one) for one in sorted(there))
+        raise FolderError(f"run '{run}' has no checkpoint of step {step}; it has those of: {listed}")
+    source = there[step]
+    return step, source, f"exporting {source}" if source == result else f"exporting the checkpoint of step {step}"
 
 
 def _open(recipe: Recipe, run: Path, source: Path, finished: bool, name: str, progress: Progress) -> tuple[Backend, PromptEncoder]:

@@ -131,6 +131,11 @@ class RunFolder:
         with _guarded(self.path / name):
             _write(self.path / name, "".join(dumps(row) + "\n" for row in rows))
 
+    def write_config(self, config: str) -> None:
+        """Replaces config.toml."""
+        with _guarded(self.path / CONFIG):
+            _write(self.path / CONFIG, config)
+
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a .json file."""
         with _guarded(self.path / name):
@@ -164,6 +169,16 @@ class RunFolder:
         """Steps and folders of all whole checkpoints, oldest first."""
         found = [(re.fullmatch(r"step-(\d{6,})", path.name), path) for path in (self.path / "checkpoints").glob("step-*")]
         return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def checkpoint_of(path: Path) -> tuple[Path, int] | None:
+    """The run and the step of a checkpoint's folder; None for any other folder."""
+    place = path.absolute()
+    match = re.fullmatch(r"step-(\d{6,})", place.name)
+    run = place.parent.parent
+    if match and place.parent.name == "checkpoints" and (run / CONFIG).is_file():
+        return path.parent.parent if path.parent.parent.absolute() == run else run, int(match[1])
+    return None
 
 
 def check_empty(path: Path) -> None:

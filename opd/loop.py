@@ -21,7 +21,7 @@ from opd.backend import Backend
 from opd.errors import FolderError, RunError, Stopped
 from opd.folder import RunFolder
 from opd.progress import Progress, Quiet
-from opd.recipe import Recipe
+from opd.recipe import Recipe, leave
 from opd.rollout import Pair
 from opd.types import Encoder, Example, Group, Sampling, TokenStatistics
 from opd.usable import Skipped, Unusable
@@ -71,6 +71,7 @@ class Trainer:
     folder: RunFolder
     name: str = ""
     progress: Progress = field(default_factory=Quiet)
+    _restored: tuple[int, float] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.taken = 0
@@ -90,10 +91,17 @@ class Trainer:
         finally:
             self.folder.release()
 
+    def restore(self) -> int:
+        """Loads the last checkpoint, and returns the steps that are done; `train` does so where nobody has. Raises FolderError."""
+        self._restored = self._restored or self._restore()
+        return self._restored[0]
+
     def _train(self) -> dict[str, Any]:
         started = time.monotonic()
         self.skipped = Skipped(self.progress, self.folder.rows(SKIPPED))
-        done, seconds = self._restore()
+        self.restore()
+        assert self._restored is not None
+        (done, seconds), self._restored = self._restored, None
         steps = self.recipe.run.steps
         if done == steps and len(self.idle) >= IDLE_STEPS:
             raise RunError(_ended(done, self.idle))
@@ -333,6 +341,7 @@ class Trainer:
     def _export(self, folder: Path) -> None:
         self.backend.export(folder, self.recipe.model.result)
         self.encoder.save(folder)
+        leave(self.recipe, folder, self.recipe.run.steps)
 
     def _checkpoint(self, step: int, seconds: float) -> None:
         def fill(folder: Path) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from opd import adapters, hub
 from opd.adapters import AdapterOptions
 from opd.errors import ModelError, RecipeError
+from opd.folder import checkpoint_of
 from opd.options import Options
 from opd.paths import PathText, expanded
 from opd.types import ModelOptions
@@ -111,6 +112,9 @@ class ModelChoice(Options):
             )
         if self.revision:
             raise RecipeError(f"model.revision = '{self.revision}': '{self.path}' is a folder, which has no revisions")
+        checkpoint = checkpoint_of(path)
+        if checkpoint:
+            return self._of_checkpoint(checkpoint[0], path, weights)
         if (path / "config.toml").is_file() and not (path / "config.json").is_file():
             results = [path / name for name in ("model", "adapter") if (path / name).is_dir()]
             if not results:
@@ -124,6 +128,16 @@ class ModelChoice(Options):
             raise RecipeError(f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base")
         hub.refuse_remote_code(path, self.path)
         return path, None
+
+    def _of_checkpoint(self, run: Path, path: Path, weights: bool) -> tuple[Path, Path | None]:
+        """A checkpoint's student, as a folder in the checkpoint; until `opd.export.as_model` makes that, the run's own base."""
+        for result in (path / "model", path / "adapter"):
+            if result.is_dir():
+                return ModelChoice(path=str(result))._found(weights)
+        if weights:
+            raise ModelError(f"model '{self.path}' is a checkpoint; export it first: opd export {path} --out FOLDER")
+        section = _read(run / "config.toml", tomllib.loads).get("model", {})
+        return ModelChoice(path=str(section.get("path", "tiny")), revision=str(section.get("revision", "")))._found(weights)
 
     def _base(self, adapter: Path, weights: bool) -> Path:
         """The folder of the model that an adapter was trained on, or of `base`."""
@@ -152,6 +166,8 @@ def is_tiny(path: str) -> bool:
         folder = Path(expanded(path))
     except ValueError:  # told where the model is opened
         return False
+    checkpoint = checkpoint_of(folder)
+    folder = checkpoint[0] if checkpoint else folder
     if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
         base = _read(folder / "config.toml", tomllib.loads).get("model", {})
         return is_tiny(str(base.get("path", "tiny")))

@@ -75,6 +75,12 @@ the presets are in [opd/presets](../opd/presets). Made by `python -m opd.recipe 
 """
 
 
+BESIDE = "recipe.toml"
+"""The file beside a result that says how the result was trained."""
+
+PATHS = {"model": ("path", "revision"), "data": ("path",), "measure": ("path",)}
+"""Keys that only say where something is."""
+
 DATA = {".jsonl", ".json", ".parquet", ".csv", ".tsv"}
 """Endings of what a person may take for a recipe."""
 
@@ -84,17 +90,23 @@ def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
 
     A file says what differs from a preset: the one it names at its top (`preset = "paper"`), else `preset` of its model.
     """
-    values = read(source)
-    values.pop("made_with", None)  # of a run's config.toml
-    for override in overrides:
-        assign(values, override)
+    values = given(source, overrides)
     if source not in PRESETS:
         section = values.get("model")
         named = values.pop("preset", None) or preset(str(section.get("path", "tiny") if isinstance(section, dict) else "tiny"))
         if named not in PRESETS:
             raise RecipeError(f"recipe '{source}': unknown preset {named!r}; {nearest(str(named), PRESETS)}")
-        values = _over(read(named), values)
+        values = over(read(named), values)
     return validate(values, source)
+
+
+def given(source: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a person says: the values of a file or preset, with the overrides. Raises RecipeError."""
+    values = read(source) if source else {}
+    values.pop("made_with", None)  # of a run's config.toml
+    for override in overrides:
+        assign(values, override)
+    return values
 
 
 def preset(model: str) -> str:
@@ -102,7 +114,7 @@ def preset(model: str) -> str:
     return "tiny" if is_tiny(model) else "lora"
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `above`, and those of `below` that it does not give."""
     both = {name: {**below[name], **above[name]} for name in below.keys() & above.keys() if isinstance(above[name], Mapping)}
     return {**below, **above, **both}
@@ -143,7 +155,10 @@ def assign(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # no TOML, a number of thousands of digits, or lists in lists without end
         value = text
-    values.setdefault(section, {})[key] = value
+    keys = values.setdefault(section, {})
+    if not isinstance(keys, dict):
+        raise RecipeError(f"--set {override}: {section} = {keys!r} in the recipe is no section")
+    keys[key] = value
 
 
 def validate(values: Mapping[str, Any], source: str) -> Recipe:
@@ -168,6 +183,26 @@ def validate(values: Mapping[str, Any], source: str) -> Recipe:
 def write(recipe: Recipe, made_with: Mapping[str, Any]) -> str:
     """The resolved recipe as TOML, with a [made_with] table of versions and the data's fingerprint."""
     return tomli_w.dumps({**recipe.model_dump(mode="json"), "made_with": dict(made_with)})
+
+
+def without_paths(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The sections as plain values, without the keys that only say where something is."""
+    dumped = recipe.model_dump(mode="json")
+    return {name: {key: value for key, value in section.items() if key not in PATHS.get(name, ())} for name, section in dumped.items()}
+
+
+def leave(recipe: Recipe, folder: Path, step: int) -> None:
+    """Writes the recipe of a result beside it, without paths, and the step that it is of: others measure and train it alike."""
+    content = {**without_paths(recipe), "made_with": {"step": step}}
+    (folder / BESIDE).write_text(tomli_w.dumps(content), encoding="utf-8")
+
+
+def step_of(folder: Path, finished: int) -> int:
+    """The step that a result is of; `finished` where an earlier version left none."""
+    try:
+        return int(tomllib.loads((folder / BESIDE).read_text(encoding="utf-8"))["made_with"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return finished
 
 
 def reread(path: Path) -> Recipe:

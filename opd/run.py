@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import opd
 from opd import backend as backends
-from opd import hub, measure, usable
+from opd import fingerprints, hub, inputs, measure, usable
 from opd import recipe as recipes
 from opd.backend import Backend
+from opd.changed import Changed
 from opd.data import Dataset, open_data, spread
-from opd.errors import DataError, RecipeError
+from opd.errors import DataError, FolderError, RecipeError
+from opd.export import as_model
 from opd.folder import CONFIG, RunFolder
 from opd.loop import Trainer
 from opd.models import is_tiny
 from opd.processor import open_encoder
 from opd.progress import Progress, Quiet
 from opd.recipe import Recipe
-from opd.types import Encoder, Example
+from opd.types import Encoder, Example, ModelOptions
 from opd.usable import Skipped
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
@@ -67,14 +70,46 @@ class Session:
         return answered, skipped
 
 
+@dataclass(frozen=True)
+class Opened:
+    """All that a session needs but the weights: what can be wrong with a recipe's inputs has been told."""
+
+    recipe: Recipe
+    name: str
+    encoder: Encoder
+    options: ModelOptions
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+
+    def inputs(self) -> dict[str, Any]:
+        """Fingerprints of it all; see `opd.inputs`."""
+        return {
+            "recipe": recipes.without_paths(self.recipe),
+            "model": fingerprints.of_model(self.options),
+            "data": inputs.of_data(self.examples),
+            "measured": inputs.of_data(self.held_out) if self.recipe.measure.path else None,
+        }
+
+    def load(self) -> Session:
+        """Loads the weights. Raises UserError."""
+        model = backends.load(self.name, self.options)
+        return Session(self.recipe, self.name, model, self.encoder, self.examples, self.held_out)
+
+
 def open_session(recipe: Recipe, backend: str, progress: Progress, few: bool = False) -> Session:
     """Opens the model's small files, then data, then weights, so that a mistake is told before anything slow. Raises UserError.
 
     With `few`, only the rows that are measured are read, and `examples` are those.
     """
+    return open_inputs(recipe, backend, progress, few).load()
+
+
+def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = False) -> Opened:
+    """Opens the model's small files, then data. Raises UserError."""
     if backend != "auto":  # which one `auto` is takes seconds: frameworks are imported to see their devices
         backends.resolve(backend)
-    for path in (recipe.data.path, recipe.measure.path):
+    trained = not few or not recipe.measure.path  # else only what is measured is opened
+    for path in ([recipe.data.path] if trained else []) + [recipe.measure.path]:
         if path not in ("", "tiny") and not os.path.exists(path):
             raise DataError(f"data file not found: {path}")
     with progress.pause():  # a download shows its own bars
@@ -82,53 +117,78 @@ def open_session(recipe: Recipe, backend: str, progress: Progress, few: bool = F
     recipe = _pinned(recipe, folder)
     name = backends.resolve(backend)
     encoder = open_encoder(folder, name, **recipe.model.pixels())
-    _check_data_is_given(recipe)
+    if trained:
+        _check_data_is_given(recipe)
     examples = None if few else _open_rows(recipe, recipe.data.path, progress)
     measured = held_out(recipe, examples, progress)
+    as_model(recipe.model.path, name, progress)
     with progress.pause():
         options = recipe.model.options(recipe.run.seed)
-    model = backends.load(name, options)
     if recipe.model.path == "tiny" != recipe.data.path:
         progress.note("the embedded tiny model knows nothing but its own scenes; a model for your images is named with --model")
-    return Session(recipe, name, model, encoder, measured if examples is None else examples, measured)
+    return Opened(recipe, name, encoder, options, measured if examples is None else examples, measured)
 
 
 def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:
     """A trainer in a new run folder `out`. Raises UserError before anything is written where the input is wrong."""
     RunFolder.check(out, force)
-    session = open_session(recipe, backend, progress or Quiet())
+    opened = open_inputs(recipe, backend, progress or Quiet())
+    began = opened.inputs()
+    session = opened.load()
+    folder = RunFolder(out)
     if session.backend.rank == 0:
-        data = {"rows": len(session.examples), "fingerprint": getattr(session.examples, "fingerprint", "generated")}
         made_with = {
             "backend": session.name,
             "opd": opd.__version__,
             "python": platform.python_version(),
             "packages": _versions(),
-            "data": data,
+            "data": began["data"],
         }
         folder = RunFolder.create(out, recipes.write(_anywhere(session.recipe), made_with), force)
+        folder.write(inputs.FILE, {**began, "history": []})
         _tell_unlocked(folder, progress or Quiet())
-    else:
-        folder = RunFolder(out)
     return _trainer(session, folder, progress)
 
 
-def resume(path: Path, backend: str | None = None, progress: Progress | None = None) -> Trainer:
-    """A trainer that goes on with the run in `path`, on its own backend or another one."""
+def resume(path: Path, backend: str | None = None, progress: Progress | None = None, changed: Changed | None = None) -> Trainer:
+    """A trainer that goes on with the run in `path`, on its own backend or another one, with what is `changed` on purpose.
+
+    Raises UserError where the run's inputs are not what the run began with, or another process trains there.
+    """
+    progress, changed = progress or Quiet(), changed or Changed()
     folder = RunFolder.open(path).locked()
     try:
-        _tell_unlocked(folder, progress or Quiet())
-        values = recipes.read(str(path / CONFIG))
-        made_with = values.get("made_with", {})
-        session = open_session(recipes.reread(path / CONFIG), backend or made_with.get("backend", "auto"), progress or Quiet())
-        began_with = made_with.get("data", {}).get("fingerprint")
-        if began_with not in (None, getattr(session.examples, "fingerprint", "generated")):
-            data = session.recipe.data.path
-            raise DataError(f"{data} is not what this run began with; restore it, or start a new run from this one's model with --model")
+        _tell_unlocked(folder, progress)
+        before = inputs.began(folder)
+        on_disk = recipes.reread(path / CONFIG)
+        _check_goes_on(folder, on_disk)
+        recipe, said = changed.applied(on_disk, folder)
+        made_with = recipes.read(str(path / CONFIG)).get("made_with", {})
+        opened = open_inputs(recipe, backend or made_with.get("backend", "auto"), progress)
+        now = opened.inputs()
+        differences = inputs.changes(before, now, opened.recipe, folder, () if changed.steps is None else ("run.steps",))
+        if differences and not changed.accept:
+            raise FolderError(f"{'; '.join(differences)}; restore it, or go on all the same with --accept-changes")
+        trainer = _trainer(opened.load(), folder, progress)
+        try:
+            done = trainer.restore()
+        except FolderError as error:
+            if not differences:
+                raise
+            raise FolderError(f"the checkpoint of '{path}' does not fit what has changed: {'; '.join(differences)}; restore it") from error
+        for line in (*said, *(f"accepted: {difference}" for difference in differences)):
+            progress.note(line)
+        if trainer.backend.rank == 0:
+            _write_down(folder, on_disk, _anywhere(opened.recipe), {**made_with, "data": now["data"]})
+            history = before.get("history", [])
+            if said or differences:
+                now_in_words = datetime.now(UTC).isoformat(timespec="seconds")
+                history = [*history, {"when": now_in_words, "step": done, "changes": [*said, *differences]}]
+            folder.write(inputs.FILE, {**now, "history": history})
     except BaseException:
         folder.release()
         raise
-    return _trainer(session, folder, progress)
+    return trainer
 
 
 def held_out(recipe: Recipe, examples: Sequence[Example] | None, progress: Progress | None = None) -> Sequence[Example]:
@@ -155,6 +215,25 @@ def _open_rows(recipe: Recipe, path: str, progress: Progress, count: int | None 
     if isinstance(examples, Dataset):
         examples.tell(progress)
     return examples
+
+
+def _check_goes_on(folder: RunFolder, recipe: Recipe) -> None:
+    """Raises FolderError where a run is done and its checkpoints are gone: it would begin again."""
+    result = recipe.model.result
+    if (folder.path / result).is_dir() and not folder.checkpoints():
+        raise FolderError(
+            f"run '{folder.path}' has {result}/, but no checkpoint to go on from; train its result on with: opd train --model {folder.path}"
+        )
+
+
+def _write_down(folder: RunFolder, before: Recipe, now: Recipe, made_with: Mapping[str, Any]) -> None:
+    """The recipe that a run goes on with, where it is another one."""
+    if now == before:
+        return
+    result = folder.path / before.model.result
+    if result.is_dir() and not (result / recipes.BESIDE).exists():  # of an earlier version, which left no step
+        recipes.leave(before, result, before.run.steps)
+    folder.write_config(recipes.write(now, made_with))
 
 
 def _tell_unlocked(folder: RunFolder, progress: Progress) -> None:

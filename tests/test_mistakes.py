@@ -104,7 +104,7 @@ def refused(here, *arguments):
         (["train", "--out", "file/run"], "run folder 'file/run' cannot be written"),
         (["train", "--resume", "nowhere"], "run folder 'nowhere' not found"),
         (["train", "--resume", "full"], "'full' is no run folder: it has no config.toml"),
-        (["train", "--resume", "old", "--steps", "5"], "--resume goes on with the run's own recipe"),
+        (["train", "--resume", "old", "--seed", "5"], "--resume goes on with the run's own recipe"),
     ],
 )
 def test_arguments(here, arguments, message, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from opd_cli.options import PRESET, preset, resolve, shared
+from opd_cli.options import resolve, shared
 from opd_cli.terminal import say_json
 
 
@@ -24,7 +24,8 @@ def gap(
 
     Where rows have no answers, agreement of full image and crop is measured alone.
 
-    With no RECIPE the preset is tiny, and lora where --model names any other model than the embedded one.
+    A run's model, its checkpoints and exports are measured as the run measured: with its recipe, its measured data where no --data
+    is given, and its backend. With no RECIPE and any other model the preset is tiny for the embedded model, else lora.
 
     \b
     Examples:
@@ -36,18 +37,14 @@ def gap(
     from opd_cli.progress import show
     from opd_cli.tables import measured
 
-    chosen = recipe or preset(model, overrides)
+    shortcuts = {"model.path": model, "data.path": data, "measure.count": count}
     with show() as progress:
-        session = run.open_session(
-            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides),
-            backend or "auto",
-            progress,
-            few=True,
-        )
+        resolved = resolve(recipe, shortcuts, overrides, backend=backend)
+        session = run.open_session(resolved.recipe, resolved.backend, progress, few=True)
         if not session.held_out:
             raise click.UsageError("nothing to measure: measure.count is 0")
-        if recipe is None:
-            progress.note(PRESET.format(chosen))
+        if resolved.line:
+            progress.note(resolved.line)
         answered, skipped = session.answer(progress)
         result = {
             **measure.accuracies(answered),

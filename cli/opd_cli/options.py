@@ -10,12 +10,9 @@ import click
 import tomli_w
 
 if TYPE_CHECKING:
-    from opd.recipe import Recipe
+    from opd.inherit import Resolved
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-PRESET = "preset {}: no recipe was named"
-"""What is told where the preset was chosen by the model."""
 
 
 class UserPath(click.Path):
@@ -51,22 +48,14 @@ def shared(command: Command) -> Command:
     return command
 
 
-def preset(model: str | None, overrides: tuple[str, ...]) -> str:
-    """The preset where no recipe is named."""
-    from opd import recipe as recipes
-
-    values: dict[str, Any] = {"model": {"path": model or "tiny"}}
-    for override in overrides:
-        recipes.assign(values, override)
-    return recipes.preset(str(values["model"]["path"]))
-
-
-def resolve(recipe: str, shortcuts: Mapping[str, Any], overrides: tuple[str, ...]) -> Recipe:
-    """The recipe with the command's own options, by their names in it, and then every --set, applied."""
-    from opd import recipe as recipes
+def resolve(
+    recipe: str | None, shortcuts: Mapping[str, Any], overrides: tuple[str, ...], training: bool = False, backend: str | None = None
+) -> Resolved:
+    """The recipe with the command's own options, by their names in it, and then every --set, applied; see `opd.inherit`."""
+    from opd.inherit import resolve as resolved
 
     # As TOML: json leaves characters raw that no text in TOML may hold.
     chosen = [
         tomli_w.dumps({"value": value}).strip().replace("value = ", f"{key}=", 1) for key, value in shortcuts.items() if value is not None
     ]
-    return recipes.load(recipe, [*chosen, *overrides])
+    return resolved(recipe, [*chosen, *overrides], training, backend)

@@ -6,7 +6,7 @@ import re
 
 import click
 
-from opd_cli.options import PRESET, preset, resolve, shared
+from opd_cli.options import resolve, shared
 from opd_cli.terminal import say_json
 
 
@@ -57,14 +57,14 @@ def plan(
     from opd_cli.progress import show
     from opd_cli.tables import planned
 
-    name = recipe or preset(model, overrides)
-    resolved = resolve(name, {"model.path": model, "data.path": data}, overrides)
+    found = resolve(recipe, {"model.path": model, "data.path": data}, overrides)
+    resolved = found.recipe
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
     chosen = devices.device(device_name, backend)
     first = planning.plan(resolved, chosen, backend, assumed)
-    if recipe is None:
+    if found.line:
         with show() as progress:
-            progress.note(PRESET.format(name))
+            progress.note(found.line)
     others = [one for one in devices.DEVICES.values() if one.name != chosen.name]
     plans = [first, *(planning.on(first, one) for one in others)]
     result = planning.report(plans, resolved.model.path)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from opd_cli.options import PRESET, preset, resolve, shared
+from opd_cli.options import resolve, shared
 from opd_cli.terminal import say_json
 
 
@@ -18,7 +18,8 @@ def sample(
 ) -> None:
     """Shows what a model answers on the full image and on the evidence crop, for a few examples.
 
-    With no RECIPE the preset is tiny, and lora where --model names any other model than the embedded one.
+    A run's model, its checkpoints and exports are asked as the run measured: with its recipe, and its measured data where no --data is
+    given. With no RECIPE and any other model the preset is tiny for the embedded model, else lora.
 
     \b
     Examples:
@@ -30,16 +31,12 @@ def sample(
     from opd_cli.progress import show
     from opd_cli.tables import answers
 
-    chosen = recipe or preset(model, overrides)
+    shortcuts = {"model.path": model, "data.path": data, "measure.count": count}
     with show() as progress:
-        session = run.open_session(
-            resolve(chosen, {"model.path": model, "data.path": data, "measure.count": count}, overrides),
-            backend or "auto",
-            progress,
-            few=True,
-        )
-        if recipe is None:
-            progress.note(PRESET.format(chosen))
+        resolved = resolve(recipe, shortcuts, overrides, backend=backend)
+        session = run.open_session(resolved.recipe, resolved.backend, progress, few=True)
+        if resolved.line:
+            progress.note(resolved.line)
         answered, skipped = session.answer(progress)
     if as_json:
         found = {

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from opd_cli.options import PRESET, UserPath, preset, resolve, shared
+from opd_cli.options import UserPath, resolve, shared
 from opd_cli.terminal import say_json
+
+if TYPE_CHECKING:
+    from opd.changed import Changed
+
+RESUMED = (
+    "--steps extends the run, --data, --model and --set measure.path say where something was moved, "
+    "and what is edited in config.toml needs --accept-changes"
+)
 
 
 @click.command()
@@ -17,6 +26,7 @@ from opd_cli.terminal import say_json
 @click.option("--seed", type=int, help="Seed of data order and sampling.")
 @click.option("--resume", type=UserPath(), metavar="RUN", help="Go on with a run from its last checkpoint.")
 @click.option("--force", is_flag=True, help="Where --out holds a run already, set that one aside as NAME~1.")
+@click.option("--accept-changes", is_flag=True, help="With --resume: go on although model, data or recipe are not what they were.")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -31,12 +41,13 @@ def train(
     seed: int | None,
     resume: Path | None,
     force: bool,
+    accept_changes: bool,
 ) -> None:
     """Trains a model with Vision-OPD, and prints accuracy on crop and full image before and after.
 
-    RECIPE is a preset (tiny, paper, lora) or a TOML file. With none given it is tiny, which trains an embedded model of 0.6M
-    parameters on a synthetic task, and lora where --model names any other model. Every key that --set takes, with its default:
-    docs/recipe.md.
+    RECIPE is a preset (tiny, paper, lora) or a TOML file. With none given, a run's model (its checkpoints and exports too) is trained
+    on with the run's recipe, but data and seed; the embedded model of 0.6M parameters is trained with the preset tiny on a synthetic
+    task, and any other with lora. Every key that --set takes, with its default: docs/recipe.md.
 
     \b
     Examples:
@@ -45,6 +56,7 @@ def train(
       opd train paper --model ~/models/Qwen3-VL-2B-Instruct --data pairs.jsonl
       opd train my.toml --steps 50 --set teacher.rule=frozen
       opd train --resume runs/tiny
+      opd train --resume runs/tiny --steps 800
     """
     from opd import run
     from opd.errors import Stopped
@@ -54,18 +66,16 @@ def train(
 
     with show() as progress:
         if resume is not None:
-            given = [name for name, value in ctx.params.items() if value and name not in ("recipe", "backend", "as_json", "resume")]
-            if given or recipe is not None:
-                raise click.UsageError("--resume goes on with the run's own recipe: give it with --backend and --json at most", ctx)
-            trainer = run.resume(resume, backend, progress)
+            trainer = run.resume(resume, backend, progress, _changed(ctx))
+        elif accept_changes:
+            raise click.UsageError("--accept-changes is for --resume: a new run has nothing that could have changed", ctx)
         else:
             shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
-            chosen = recipe or preset(model, overrides)
-            named_after = data if data and recipe is None else chosen
-            folder = out or _free(Path("runs") / stem(named_after))
-            trainer = run.start(resolve(chosen, shortcuts, overrides), backend or "auto", folder, force, progress)
-            if recipe is None:
-                progress.note(PRESET.format(chosen))
+            resolved = resolve(recipe, shortcuts, overrides, training=True, backend=backend)
+            folder = out or _free(Path("runs") / stem(recipe or resolved.recipe.data.path))
+            trainer = run.start(resolved.recipe, resolved.backend, folder, force, progress)
+            if resolved.line:
+                progress.note(resolved.line)
         try:
             summary = trainer.train()
         except KeyboardInterrupt:
@@ -74,6 +84,26 @@ def train(
         say_json({**summary, "run": str(trainer.folder.path)})
     else:
         before_after(summary, trainer.folder.path)
+
+
+def _changed(ctx: click.Context) -> Changed:
+    """What the options change in a run that goes on. Raises UsageError for what they cannot."""
+    from opd.changed import Changed
+
+    given = ctx.params
+    if str(given["resume"]).startswith("-"):
+        raise click.UsageError(f"--resume names the run that goes on, but '{given['resume']}' follows it", ctx)
+    for option in ("recipe", "out", "seed", "force"):
+        if given[option] is not None and given[option] is not False:
+            name = "RECIPE" if option == "recipe" else f"--{option}"
+            raise click.UsageError(f"--resume goes on with the run's own recipe, so {name} has no place beside it; {RESUMED}", ctx)
+    measured = None
+    for override in given["overrides"]:
+        key, _, value = override.partition("=")
+        if key.strip() != "measure.path" or not value:
+            raise click.UsageError(f"--resume goes on with the run's own recipe, so --set {key} has no place beside it; {RESUMED}", ctx)
+        measured = value.strip().strip("'\"")
+    return Changed(given["data"], measured, given["model"], given["steps"], given["accept_changes"])
 
 
 def _free(path: Path) -> Path:
