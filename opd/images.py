@@ -51,6 +51,9 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
         if not path.is_file():
             raise DataError(f"image not found: {short(path)}")
         with _open(path) as image:
+            if image.format == "EPS":
+                # Pillow has Ghostscript run it, where that is installed.
+                raise DataError("an EPS drawing is a program, which is never run; save it as PNG")
             check_size(image.size, max_pixels)
             yield image
     except DataError as error:

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from opd import inert
-from opd.errors import UserError
+from opd.errors import DataError, UserError
+from opd.images import open_image
 from opd_cli import main
 from tests.conftest import INSTALLED
 from tests.random_models import qwen3_vl
@@ -192,6 +193,23 @@ def test_pickled_weights_alone_are_refused(here, tmp_path):
     said = opd("gap", "tiny", "--model", folder, "--backend", backend, "--set", "data.path=tiny", code=2).stderr
     assert "pickled" in said
     assert not (root / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["drawing.eps", "photo.png"])
+def test_a_picture_that_is_a_program(name, tmp_path, monkeypatch):
+    """PostScript, under any name: Pillow would have Ghostscript run it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gs").write_text(f"#!/bin/sh\necho ran >> {tmp_path}/mark\n")
+    (tmp_path / "bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin:/usr/bin")
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n(a) (w) file closefile\nshowpage\n")
+    with pytest.raises(DataError, match="an EPS drawing is a program"):
+        open_image(tmp_path / name)
+    row = {"image": name, "question": "What?", "boxes": [[1, 1, 9, 9]], "answer": "1"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    said = opd("gap", "tiny", "--data", tmp_path / "rows.jsonl", "--set", "data.strict=true", code=2).stderr
+    assert "an EPS drawing is a program" in said
+    assert not (tmp_path / "mark").exists()
 
 
 def test_what_is_copied(tmp_path):

@@ -148,7 +148,7 @@ def not_finite(model: Model, parameters: Parameters) -> str | None:
     held = {**dict(tree_flatten(model.module.parameters())), **parameters}
     floats = {name: value for name, value in held.items() if mx.issubdtype(value.dtype, mx.floating)}
     # A sum reads as fast as memory allows; of large numbers it may be infinite by itself.
-    sums = {name: value.astype(mx.float32).sum() if value.size < 2**20 else value.sum() for name, value in floats.items()}
+    sums = {name: value.sum() for name, value in floats.items()}
     mx.eval(sums)
     for name, found in sums.items():
         if not np.isfinite(found.item()) and not mx.isfinite(floats[name]).all().item():
