@@ -87,6 +87,15 @@ def test_a_unit_of_boxes_that_is_not_understood_is_fatal(folder: Path, rows: lis
     assert refused(path).startswith(f"{path}{message}")
 
 
+def test_a_line_of_neither_kind_among_rows_is_a_faulty_row(folder: Path) -> None:
+    """Only a first line, or one that seems to state a unit of boxes, can be a header."""
+    data = read_jsonl(write(folder, ROW, {"error": "download failed"}, {}, ROW))
+    assert [source for source, _ in data.skipped] == ["data.jsonl:2", "data.jsonl:3"]
+    assert "field 'image' is missing" in data.skipped[0][1]
+    misspelt = {"imgae": "a.png", "qestion": "?", "note": 1}
+    assert "did you mean 'image'?" in refused(write(folder, misspelt, misspelt))
+
+
 def test_fields_that_are_not_known_are_told_once_with_the_nearest(folder: Path) -> None:
     misspelt = {**ROW, "wieght": 0.0, "choises": ["red", "blue"], "anwser": "red", "teacher_qestion": "x"}
     data = read_jsonl(write(folder, misspelt, {**misspelt, "bbox": [1, 2, 3, 4]}, {**ROW, "wieght": 1, "anwser": None, "note": "n"}))
