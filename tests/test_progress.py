@@ -204,6 +204,15 @@ def test_a_slow_step_is_told_in_minutes(screen, monkeypatch):
     assert shown.raw.splitlines()[-1] == "train: 8/65  2.3 min/step  2 h 13 min left"
 
 
+def test_the_end_of_a_phase_is_told_once(screen):
+    shown = screen(80, live=False)
+    with progress.show() as bars:
+        bars.begin("before", 2)
+        bars.advance(2)
+        bars.advance(0)
+    assert shown.raw.splitlines() == ["measure before: 2 answers", "measure before: 2/2"]
+
+
 def test_hours_stand_in_the_bar(screen, monkeypatch):
     shown, clock = screen(80), [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])

@@ -140,7 +140,7 @@ class Shown:
         """Moves the bar; speaks from time to time when piped."""
         phase = self._phases[self._now]
         phase.advance(units)
-        over = phase.done >= phase.total and self._now != "read"
+        over = units and phase.done >= phase.total and self._now != "read"
         if not self._live and (time.monotonic() - self._spoke > PLAIN_SECONDS or over):
             self._spoke = time.monotonic()
             parts = f"{phase.title}: {phase.done}/{phase.total}", phase.rate(), phase.left(), *phase.detail
