@@ -39,8 +39,8 @@ OLDER: Mapping[str, Mapping[str, str]] = {
 }
 """By model_type: beginnings of older names, and what stands for each today; the first that fits."""
 
-FURTHER_HEADS: Mapping[str, str] = {"qwen3_5": r"^mtp\."}
-"""By model_type: tensors that transformers leaves out too, since they predict tokens after the next."""
+OTHER_HEADS: Mapping[str, str] = {"qwen3_5": r"^mtp\.", "gemma3": r"^(model\.)?vision_tower\.(vision_model\.)?head\."}
+"""By model_type: heads that are no fault of a file: that predict tokens after the next, and that pool a whole image."""
 
 UNREAD = re.compile(
     r"(^|\.)(position_ids|\w*inv_freq|cos_cached|sin_cached|embed_scale|rotary_(pos_)?emb\.\w+)$"  # computed from the configuration
@@ -64,8 +64,8 @@ def embedding(model_type: str) -> str:
 
 def is_left_out(model_type: str, name: str) -> bool:
     """Whether no forward reads a tensor of this name, today's or an older one."""
-    further = FURTHER_HEADS.get(model_type)
-    return bool(UNREAD.search(name) or (further and re.search(further, name)))
+    other = OTHER_HEADS.get(model_type)
+    return bool(UNREAD.search(name) or (other and re.search(other, name)))
 
 
 def used(model_type: str, stored: Collection[str], folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 from PIL import Image
 
 from opd import backend as backends
+from opd import names
 from opd.objective import Objective, log_softmax
 from opd.processor import open_encoder
 from opd.types import Completion, Group, ModelOptions
+from tests import random_models
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -67,7 +70,7 @@ def stock_model(folder: Path) -> Any:
 
 
 def copied(folder: Path, out: Path, **config: Any) -> Path:
-    """A copy of a model folder, with settings of config.json by dotted key; None takes a key out."""
+    """A copy of a model folder, with settings of config.json by dotted key."""
     shutil.copytree(folder, out)
     content = json.loads((out / "config.json").read_text())
     for key, value in config.items():
@@ -82,3 +85,30 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         content = content.setdefault(parent, {})
     content[last] = value
+
+
+def remade(folder: Path, out: Path, settings: Mapping[str, Any]) -> tuple[Path, Any]:
+    """A copy with settings of config.json by dotted key, and stock transformers' model of it in float64.
+
+    Weights are those of `folder`, and random ones where these have another shape or are not there.
+    """
+    import torch
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    copied(folder, out, **settings)
+    config = transformers.AutoConfig.from_pretrained(out)
+    config._attn_implementation = "sdpa"
+    model = transformers.AutoModelForImageTextToText.from_config(config).double().eval()
+    kind, rng = config.model_type, np.random.default_rng(1)
+    before = {names.today(kind, name): value for name, value in load_file(folder / "model.safetensors").items()}
+    weights = {}
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            value = before.get(name)
+            if value is None or value.shape != tuple(parameter.shape):
+                value = random_models._random(rng, name, tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(value))
+            weights[name] = value
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out, model

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from opd import adapters, errors
 from opd.errors import FolderError, RecipeError
+from opd.ids import check_ids
 from opd.objective import Objective
 from opd.types import (
     Completion,
@@ -95,6 +96,7 @@ class MlxBackend:
         self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
     ) -> list[list[Completion]]:
         """Draws completions; see the protocol. Small prompts that are sampled to learn from wait for their backward."""
+        check_ids(prompts, (), self._model.config["text_config"]["vocab_size"])
         self._kept = None
         if policy == "student" and sampling.temperature and uniforms.size:
             self._kept = self._keep(prompts)
@@ -116,6 +118,7 @@ class MlxBackend:
         used = [index for index, group in enumerate(groups) if group.tokens]
         if not used:
             return nothing(groups)
+        check_ids((), [groups[index] for index in used], self._model.config["text_config"]["vocab_size"])
         # What there is of a gradient is added to: two would not fit where one does.
         sums, self._gradient = self._gradient, {}
         kept, self._kept = self._kept, None
@@ -157,6 +160,7 @@ class MlxBackend:
         """Statistics without a gradient; see the protocol."""
         if not any(group.tokens for group in groups):
             return nothing(groups)
+        check_ids((), groups, self._model.config["text_config"]["vocab_size"])
         targets = lay_out_targets(groups)
         teacher, student = self._hidden("teacher", groups), self._hidden("student", groups)
         return records(self._divergence(student, teacher, targets, objective, gradient=False, top=top), targets)

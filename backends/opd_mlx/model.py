@@ -20,7 +20,7 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
-from opd import adapters, inert, names, weight_formats
+from opd import adapters, inert, names, settings, weight_formats
 from opd.errors import FolderError, ModelError, RecipeError, holds_nan, nearest
 from opd.model_files import read_json, tensor_headers, weight_files
 from opd.permissions import as_new
@@ -202,10 +202,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     try:
         # transformers would take the settings of MLX's quantisation for some of its own.
-        completed = cast("dict[str, Any]", AutoConfig.for_model(**weight_formats.without(config)).to_dict())
-        return {**completed, "quantization": weight_formats.mlx_settings(config)}
+        found = AutoConfig.for_model(**weight_formats.without(config))
+        completed, plain = found.to_dict(), settings.defaults(found)
+        settings.check(completed, plain, config, path, "mlx", "cpu")
+        # mlx-vlm's own classes read keys that transformers does not know.
+        return {**settings.known(completed, plain), "quantization": weight_formats.mlx_settings(config)}
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ModelError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{path} cannot be used: {settings.reason(error)}") from error
 
 
 def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:

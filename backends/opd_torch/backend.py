@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 
 from opd import adapters, errors
 from opd.errors import FolderError, ModelError, RecipeError, nearest
+from opd.ids import check_ids
 from opd.objective import Objective
 from opd.types import (
     Completion,
@@ -94,6 +95,7 @@ class TorchBackend:
         self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
     ) -> list[list[Completion]]:
         """Draws completions; see the protocol."""
+        check_ids(prompts, (), self._student.get_input_embeddings().num_embeddings)
         model = self._student if policy == "student" else self._teacher
         if not uniforms.size:
             return [[Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False) for _ in row] for row in uniforms]
@@ -120,6 +122,7 @@ class TorchBackend:
         used = without_empty(groups)
         if not used:
             return in_place(groups, [])
+        check_ids((), used, self._student.get_input_embeddings().num_embeddings)
         parts = cut(used, split)
         # What there is of a gradient is added to in place: two would not fit where one does.
         gradient, self._gradient = self._gradient, {}
@@ -142,6 +145,7 @@ class TorchBackend:
         used = without_empty(groups)
         if not used:
             return in_place(groups, [])
+        check_ids((), used, self._student.get_input_embeddings().num_embeddings)
         (teacher,), (student,) = (self._hidden(policy, used, [used]) for policy in ("teacher", "student"))
         targets = lay_out_targets(used, self._device)
         return in_place(groups, records(self._divergence(student, teacher, targets, objective, top=top), targets))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd import adapters, inert, names, weight_formats
+from opd import adapters, inert, names, settings, weight_formats
 from opd.errors import FolderError, ModelError, holds_nan
 from opd.model_files import StoredTensor, read_json, tensor_headers
 from opd.permissions import as_new
@@ -107,6 +107,10 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
                 for key in weight_formats.SETTINGS:
                     if hasattr(part, key):
                         delattr(part, key)
+            if its:
+                settings.check(config.to_dict(), settings.defaults(config), content, path / "config.json", "torch", "mlx")
+            if kind == "gemma3":
+                config.vision_config.vision_use_head = False  # no forward reads it
             with torch.device("meta"):
                 empty = architecture(config) if its else architecture.from_config(config)
             if its:
@@ -115,7 +119,7 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
             more |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
             model, found = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(str(whole), str(path))
+        reason = settings.reason(error).replace(str(whole), str(path))
         raise ModelError(f"{path} cannot be loaded: {reason}") from error
     finally:
         if bars:

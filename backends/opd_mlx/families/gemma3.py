@@ -36,15 +36,10 @@ class Gemma3:
     vision = ("vision_tower.", "multi_modal_projector.")
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """See `opd_mlx.families.Family`. Raises ValueError where the text is none that this family computes."""
+        """See `opd_mlx.families.Family`."""
         from mlx_vlm.models.gemma3 import Model, ModelConfig, TextConfig, VisionConfig
 
         text, vision = config["text_config"], config["vision_config"]
-        for kind in KINDS:
-            if text["rope_parameters"][kind]["rope_type"] not in ("default", "linear"):
-                raise ValueError(f"rotary positions of type '{text['rope_parameters'][kind]['rope_type']}' are not supported")
-        if text["attn_logit_softcapping"] or text["final_logit_softcapping"] or text["use_bidirectional_attention"]:
-            raise ValueError("soft caps and attention to later text are not supported")
         args = TextConfig.from_dict({**text, "mm_tokens_per_image": config["mm_tokens_per_image"]})
         module = Model(ModelConfig(args, VisionConfig.from_dict(vision), "gemma3", vocab_size=text["vocab_size"]))
         module.vision_tower.vision_model.post_layernorm.eps = vision["layer_norm_eps"]

@@ -39,8 +39,10 @@ class Idefics3:
 
         text, vision = config["text_config"], config["vision_config"]
         rope, width = text["rope_parameters"], text["hidden_size"] // text["num_attention_heads"]
-        if rope["rope_type"] != "default" or (text.get("head_dim") or width) != width or text["attention_bias"] or text["mlp_bias"]:
-            raise ValueError("the text is not the Llama that mlx-vlm builds: biases, head_dim or rotary positions differ")
+        if (text.get("head_dim") or width) != width:
+            raise ValueError(
+                f"text_config.head_dim = {text['head_dim']} is not hidden_size / num_attention_heads; --backend cpu computes it"
+            )
         args = TextConfig.from_dict({**text, "rope_theta": rope["rope_theta"]})
         towers = VisionConfig.from_dict({**vision, "model_type": "idefics3"})
         module = Model(ModelConfig(args, towers, "idefics3", scale_factor=config["scale_factor"]))

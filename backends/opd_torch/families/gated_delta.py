@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, pad, silu, softplus
+from torch.nn.functional import conv1d, pad, softplus
+from transformers.activations import ACT2FN
 
 from opd_torch.attention import Angles
 from opd_torch.batch import Batch, Prefixes, Ragged, Step
@@ -93,7 +94,7 @@ def _mix(layer: Any, normed: Tensor, ragged: Ragged, memory: Memory | None) -> t
         ends = ragged.counts[:, None] + torch.arange(net.conv_kernel_size - 1, device=seen.device)
         window = seen.gather(2, ends[:, None].expand(-1, seen.shape[1], -1))
     kernel = net.conv1d.weight.to(seen.dtype)
-    channels = silu(conv1d(seen, kernel, groups=len(kernel))).transpose(1, 2)
+    channels = ACT2FN[net.activation](conv1d(seen, kernel, groups=len(kernel))).transpose(1, 2)
     query, key, value = channels.split([net.key_dim, net.key_dim, net.value_dim], -1)
     # As transformers rounds it; padding neither decays the state nor writes to it.
     decay = -net.A_log.float().exp() * softplus(net.in_proj_a(normed).float() + net.dt_bias)
