@@ -35,6 +35,9 @@ TOKENS = {
 }
 """Ids in a config.json, and what the tokens are called in a tokenizer."""
 
+SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "do_image_splitting", "do_pan_and_scan")
+"""Steps of an image processor; the text "false" would count as true."""
+
 ENLARGED = 2**24
 """Pixels to which a processor may enlarge an image; more fill the memory with nothing."""
 
@@ -158,14 +161,21 @@ def equal(file: Path, key: str, held: Any, config_key: str, wanted: Any) -> None
 
 
 def check_channels(file: Path, processor: Any, channels: Any) -> None:
-    """Raises ModelError where the mean and deviation of pixels have not one number for each channel."""
+    """Raises ModelError where a mean and deviation of pixels are not one number for each channel, or a switch is no switch."""
+    for name in SWITCHES:
+        held = getattr(processor, name, None)
+        if not isinstance(held, bool | None):
+            raise ModelError(f"{file}: {name} is {_short(held)}, neither true nor false")
+    factor = getattr(processor, "rescale_factor", 1)
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
+        raise ModelError(f"{file}: rescale_factor is {_short(factor)}, not a number above 0")
     for name in ("image_mean", "image_std"):
         values = getattr(processor, name, None)
         if values is None or isinstance(values, int | float):
             continue
         if not isinstance(values, list | tuple) or len(values) != channels or not all(isinstance(value, int | float) for value in values):
             raise ModelError(f"{file}: {name} is {_short(values)}, but images have {channels} channels; the processor is of another model")
-        if name == "image_std" and not all(values):
+        if name == "image_std" and not all(value > 0 for value in values):
             raise ModelError(f"{file}: image_std is {_short(values)}, and pixels are divided by it; take the model's own file")
 
 

@@ -13,7 +13,7 @@ from opd.backend import Backend
 from opd.errors import FolderError, RecipeError
 from opd.folder import CONFIG, RunFolder, check_empty, checkpoint_of
 from opd.inert import copy_result
-from opd.processor import open_encoder
+from opd.processor import needs_torchvision, open_encoder
 from opd.progress import Progress
 from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
@@ -67,6 +67,8 @@ def export(
         recipes.leave(recipe, target, step)
 
     RunFolder(out.parent).fill(out.absolute(), fill)
+    if kind == "model" and not quantize and (name := needs_torchvision(out)):
+        progress.note(f"to load its processor, {name}, transformers needs torchvision beside it: pip install torchvision")
     return {"run": str(run), "out": str(out), "as": kind, "step": step, "quantize": quantize}
 
 

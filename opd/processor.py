@@ -18,6 +18,7 @@ from opd import families, renderer, templates
 from opd.consistency import complete
 from opd.errors import BackendError, DataError, ModelError, one_line
 from opd.families.layout import counted, plain
+from opd.model_files import read_json
 from opd.prompts import PromptEncoder, content, read_config
 from opd.types import IntArray, Policy, Prompt, VisualTokens
 from opd.view import MAX_PIXELS
@@ -47,6 +48,19 @@ def open_encoder(model: Path, backend: str = "", **pixels: int | None) -> Prompt
 def _checked(encoder: PromptEncoder) -> PromptEncoder:
     encoder.check()
     return encoder
+
+
+def needs_torchvision(model: Path) -> str:
+    """The name of the model's own processor in transformers where it has a part that needs torchvision; else empty.
+
+    Training needs none of it, but whoever serves an export with `AutoProcessor` does.
+    """
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = PROCESSOR_MAPPING_NAMES.get(read_json(model / "config.json").get("model_type"), "")
+    own = getattr(transformers, name, None) if name else None
+    return name if "video_processor" in getattr(own, "get_attributes", list)() else ""
 
 
 class ProcessorEncoder(PromptEncoder):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from opd.errors import DataError, ModelError
 from opd.plan.families import read_config as read_plan_config
-from opd.processor import open_encoder
+from opd.processor import needs_torchvision, open_encoder
 from opd.prompts import PromptEncoder
 from opd.tiny import MODEL
 from opd_cli import main
@@ -71,7 +71,12 @@ def test_every_random_model_is_of_one_piece(tmp_path):
         (IMAGES, {"size": {"shortest_edge": -1, "longest_edge": 65536}}, "size.shortest_edge is -1, not"),
         (IMAGES, {"size": {"height": 4, "width": 4}}, "preprocessor_config.json"),
         (IMAGES, {"size": "large"}, "cannot be loaded"),
-        (IMAGES, {"rescale_factor": "much"}, "preprocessor_config.json cannot be used"),
+        (IMAGES, {"rescale_factor": "much"}, "preprocessor_config.json: rescale_factor is 'much', not a number above 0"),
+        (IMAGES, {"rescale_factor": 0}, "preprocessor_config.json: rescale_factor is 0, not a number above 0"),
+        (IMAGES, {"do_resize": "false"}, "preprocessor_config.json: do_resize is 'false', neither true nor false"),
+        (IMAGES, {"do_normalize": [None]}, "preprocessor_config.json: do_normalize is [None], neither true nor false"),
+        (IMAGES, {"image_std": [0.5, -0.5, 0.5]}, "image_std is [0.5, -0.5, 0.5], and pixels are divided by it"),
+        (IMAGES, {"image_processor_type": "Mine"}, "tokenizer or image processor cannot be loaded"),
         (IMAGES, {"resample": 99}, "preprocessor_config.json cannot be used"),
         (CONFIG, {"vision_config__patch_size": 16}, "patch_size is 8, but vision_config.patch_size in config.json is 16"),
         (CONFIG, {"vision_config__in_channels": 1}, "images have 1 channels"),
@@ -179,6 +184,31 @@ def test_other_families(tmp_path, family, file, values, message):
         (folder / file).write_text("{}")
     change(folder / file, **values)
     assert message in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "notes.md"])
+def test_links_that_leave_the_folder_are_refused(model, tmp_path, name):
+    outside = tmp_path / name
+    shutil.copyfile(model / name if (model / name).is_file() else model / "config.json", outside)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(outside)
+    assert f"{model / name} is a link to {outside}, outside of the model folder" in refused(model)
+
+
+def test_an_index_that_leaves_the_folder_is_refused(model, tmp_path):
+    (model / "model.safetensors").rename(tmp_path / "model.safetensors")
+    shutil.copyfile(tmp_path / "model.safetensors", model / "part.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    assert "outside of the model folder" in refused(model)
+
+
+NEEDS = [("qwen2_5_vl", "Qwen2_5_VLProcessor"), ("smolvlm", "SmolVLMProcessor"), ("gemma3", ""), ("llava", ""), (None, "")]
+
+
+@pytest.mark.parametrize(("family", "needs"), NEEDS)
+def test_processors_that_need_torchvision_are_known(tmp_path, family, needs):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    assert needs_torchvision(tmp_path) == needs
 
 
 def test_a_plan_refuses_absurd_sizes_before_it_adds_them_up(model):
