@@ -425,6 +425,15 @@ def test_the_teachers_bounds_win_over_the_students(opd):
     grids(opd, **bounds, student=student, teacher=teacher)
 
 
+def test_images_of_another_size_are_no_known_features(opd):
+    """A prompt's key tells bounds apart too: a frozen tower's features of it are computed once for both policies."""
+    for bound in (0, 2048):
+        run = opd.train({"view.kind": "full", "model.teacher_max_pixels": bound})
+        assert {group.student.key == group.teacher.key for group in run.groups} == {bound == 0}
+        assert {grid(group.student) == grid(group.teacher) for group in run.groups} == {bound == 0}
+    assert len({group.student.key for group in run.groups}) == len(run.groups)
+
+
 # Data and view
 
 
@@ -450,19 +459,17 @@ def _(opd, value):
         return {"image": student, "teacher_image": teacher, "question": asked, "id": f"{length}"}
 
     rows = [long(value + more, *views) for more in (0, 1) for views in ((small, large), (large, small))]
-    run = opd.train({"data.max_prompt_tokens": value, "rollout.prompts": 4, "run.steps": 1}, data=opd.data(rows))
+    data = opd.data(rows)
+    settings = {"data.max_prompt_tokens": value, "rollout.prompts": 4, "run.steps": 1, "measure.path": str(data), "measure.count": 4}
+    run = opd.train(settings, data=data)
     lengths = sorted((len(group.student), len(group.teacher)) for group in run.groups)
     less = value - (16 - 4)
     assert lengths == [(less, value), (value, less)]
     assert [one["skipped"] for one in run.rows("metrics.jsonl")] == [2]
+    for when in range(2):
+        asked = run.measured[when * len(run.measured) // 2 : (when + 1) * len(run.measured) // 2]
+        assert sorted(len(prompt) for call in asked for prompt in call.prompts) == [less, less, value, value]
     return lengths
-
-
-@key("data.max_image_pixels", 178_956_970, SIZE[0] * SIZE[1] - 1)
-def _(opd, value):
-    """Refuses every row where its picture is larger."""
-    run = opd.train({"data.max_image_pixels": value, "run.steps": 1}, code=0 if value > SIZE[0] * SIZE[1] else 2)
-    return run.code
 
 
 @key("data.strict", False, True)
@@ -569,15 +576,29 @@ def _(opd, value):
 
 @key("rollout.microbatch_tokens", 16384, 60)
 def _(opd, value):
-    """60 is room for a prompt and two of its four completions of eight tokens: a group a call, split in halves."""
-    with recorder.writing(recorder.endless):
-        run = opd.train({"rollout.microbatch_tokens": value, "rollout.completions": 4, "rollout.max_tokens": 8, "run.steps": 1})
-    longest = {max(len(group.student), len(group.teacher)) for group in run.groups}
-    assert {60 - 24 < length <= 60 - 16 for length in longest} == {True}
-    calls = [(len(call.groups), call.split) for call in run.of("accumulate")]
+    """60 is room for a prompt and two of its four completions of eight tokens: a group a call, split in halves.
+
+    The longer prompt counts, which is the teacher's where crops are enlarged.
+    """
+    calls, (student, teacher) = microbatches(opd, value)
+    assert teacher < student
+    assert 60 - 24 < student <= 60 - 16
     assert calls == ([(3, 0)] if value > 60 else [(1, 2)] * 3)
-    assert [len(call.prompts) for call in run.drawn] == [3]
+    student, teacher = microbatches(opd, value, {"view.enlarge": 2})[1]
+    assert student + 8 <= teacher
+    assert microbatches(opd, teacher + 16, {"view.enlarge": 2})[0] == [(1, 2)] * 3
+    assert microbatches(opd, 3 * (teacher + 32) - 1, {"view.enlarge": 2})[0] == [(2, 0), (1, 0)]
     return calls
+
+
+def microbatches(opd, value, settings=None):
+    """Groups and split of every call of a step, and the length of the student's and of the teacher's prompts."""
+    rollout = {"rollout.microbatch_tokens": value, "rollout.completions": 4, "rollout.max_tokens": 8, "run.steps": 1}
+    with recorder.writing(recorder.endless):
+        run = opd.train({**rollout, **(settings or {})})
+    assert [len(call.prompts) for call in run.drawn] == [3]
+    (lengths,) = {(len(group.student), len(group.teacher)) for group in run.groups}
+    return [(len(call.groups), call.split) for call in run.of("accumulate")], lengths
 
 
 @key("rollout.sample_tokens", 65536, 60)
@@ -666,10 +687,11 @@ def _(opd, value):
 
 
 def learning_rates(opd, steps, settings):
-    run = opd.train({"optimizer.learning_rate": 1.0, "run.steps": steps, **settings})
+    """Every step's learning rate as a share of its peak."""
+    run = opd.train({"optimizer.learning_rate": 0.25, "run.steps": steps, **settings})
     rates = [update.learning_rate for update in run.updates]
     assert [one["learning_rate"] for one in run.rows("metrics.jsonl")] == rates
-    return rates
+    return [rate / 0.25 for rate in rates]
 
 
 @key("optimizer.schedule", "constant", "cosine", "linear")

@@ -194,6 +194,14 @@ def near(ours, theirs):
     return all(np.linalg.norm(ours[name] - value) <= 1e-4 * max(np.linalg.norm(value), 1e-2 * whole) for name, value in theirs.items())
 
 
+def test_gradients_add_up_until_a_step(case):
+    once = gradient(case.loaded, case.groups)
+    assert near(gradient(case.loaded, case.groups), {name: 2 * value for name, value in once.items()})
+    case.loaded.apply(NOTHING)
+    assert near(gradient(case.loaded, case.groups), once)
+    case.loaded.apply(NOTHING)
+
+
 @pytest.mark.parametrize("change", ["apply", "load"])
 def test_nothing_that_a_rollout_kept_outlives_the_weights(change, case, tmp_path):
     """A backend may keep its pass over a rollout's prompts for the gradient along them; but not once the student is another one."""
