@@ -64,6 +64,19 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
         raise DataError(f"image cannot be read: {short(path)}: {_reason(error)}") from error
 
 
+def image_size(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """The upright (width, height) of a picture, from the header of a file alone. Raises DataError as `open_image` does for headers."""
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= SWAPPED else (width, height)
+
+    if isinstance(source, Image.Image):
+        return upright(source)
+    with opened(source, max_pixels) as image:
+        return upright(image)
+
+
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
     """Raises DataError where a picture of this (width, height) is above the bound."""
     width, height = size

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd import measure, randomness, rollout, schedules, usable
+from opd import measure, preflight, randomness, rollout, schedules, usable
 from opd.ahead import ahead
 from opd.backend import Backend
 from opd.errors import FolderError, RunError, Stopped
@@ -35,6 +35,7 @@ IDLE_STEPS = 5
 GRADIENT = "the gradient was not finite"
 OUTPUTS = "the model's log-probabilities were not finite"
 WEIGHTS = "every row had weight 0"
+NO_PROMPT = "no prompt of the step can be used"
 EMPTY = "every completion was empty"
 BANNED = "every completion held a banned token"
 
@@ -42,6 +43,7 @@ ADVICE = {
     GRADIENT: "lower optimizer.learning_rate, or set model.dtype=float32",
     OUTPUTS: "look for NaN in the model's weights, lower optimizer.learning_rate, or set model.dtype=float32",
     WEIGHTS: "give rows a weight above 0",
+    NO_PROMPT: "mend or remove such rows, or raise rollout.prompts",
 }
 """What a person may do about the reasons for which steps were not taken."""
 
@@ -115,8 +117,11 @@ class Trainer:
         before = self._before()
         self.progress.begin("train", steps, done)
         for step, batch in enumerate(ahead(self._encode, range(done + 1, steps + 1)), done + 1):
-            if missing := self._without_prompt(batch):
-                self._end(step - 1, seconds + time.monotonic() - started, f"step {step}: {missing}")
+            if self._lacks_prompts(batch):
+                if not self._any_usable():
+                    why = f"step {step}: {NO_PROMPT}, and none in the data ({self.skipped.why()})"
+                    self._end(step - 1, seconds + time.monotonic() - started, why)
+                batch = Batch((), batch.reasons)
             metrics, samples = self.step(step, batch)
             if self.backend.rank == 0:
                 self.folder.append("metrics.jsonl", metrics)
@@ -194,7 +199,7 @@ class Trainer:
         if result is not None:
             why = GRADIENT if np.isfinite(means["logprob_gap"]) else OUTPUTS
         else:
-            why = WEIGHTS if tokens else _all_dropped(rest[2], empty)
+            why = WEIGHTS if tokens else _all_dropped(rest[2], empty) if rest[2] else NO_PROMPT
         rate = schedules.teacher_rate(recipe.teacher, step) if taken else 0.0
         if rate:
             backend.move_teacher(rate)
@@ -236,16 +241,22 @@ class Trainer:
             pairs.append(Pair(place, example.id, example.weight, *prompts))
         return Batch(tuple(pairs), tuple(reasons))
 
-    def _without_prompt(self, batch: Batch) -> str:
-        """What to say where a process has no usable prompt in a step, the same on every process; empty where each has one."""
-        lacking = np.zeros(self.backend.size)
-        lacking[self.backend.rank] = not batch.pairs
-        lacking = self.backend.total(lacking)
-        if not lacking.any():
-            return ""
-        where = "" if self.backend.size == 1 else f" on process {int(lacking.argmax())}"
-        why = f" ({usable.reasons(batch.reasons)})" if batch.reasons else ""
-        return f"no usable prompt{where}{why}; mend or remove such rows, or raise rollout.prompts"
+    def _lacks_prompts(self, batch: Batch) -> bool:
+        """Whether a process has no usable prompt in a step; the same on every process."""
+        return bool(self.backend.total(np.array([float(not batch.pairs)]))[0])
+
+    def _any_usable(self) -> bool:
+        """Whether some row of the data can be used, of a sample where the data are large; those that cannot are counted."""
+        count = min(len(self.examples), preflight.SAMPLE)
+        for index in range(count):
+            example = replace(self.examples[index * len(self.examples) // count], answer=None)
+            try:
+                usable.encode(self.encoder, example, self.recipe.view, self.recipe.data.max_prompt_tokens)
+            except Unusable as error:
+                self.skipped.add(example, error)
+                continue
+            return True
+        return False
 
     def _count(self, not_taken: str | None, step: int) -> None:
         """Counts a step that was taken, or tells why it was not."""

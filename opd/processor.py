@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image
+from PIL.Image import Image, new
 
 from opd import families, renderer, templates
 from opd.consistency import complete
@@ -25,6 +25,9 @@ from opd.view import MAX_PIXELS
 
 ROWS = ("cuda", "cpu")
 """Built-in backends that run a model without a family file."""
+
+LARGE = (4096, 3072)
+"""A large photo: what a processor makes of it tells how many pixels its images have at most."""
 
 PIXELS = ("max_pixels", "min_pixels", "teacher_max_pixels", "teacher_min_pixels")
 
@@ -70,9 +73,6 @@ class ProcessorEncoder(PromptEncoder):
         """Loads the processor from a folder; nothing is downloaded. Raises ModelError, also where `pixels` bounds an image's size."""
         self._model, self._config = Path(model), read_config(Path(model))
         kind = self._config["model_type"]
-        for name in PIXELS:
-            if pixels.get(name) is not None:
-                raise ModelError(f"model.{name}: models of type '{kind}' have no file that says how to bound their images; leave it at 0")
         if "mrope_section" in json.dumps(self._config):
             raise ModelError(f"{model}: models of type '{kind}' have positions of several axes, for which they need a file in opd/families")
         image = self._config.get("image_token_id", self._config.get("image_token_index"))
@@ -87,6 +87,7 @@ class ProcessorEncoder(PromptEncoder):
         numbers = {image, *(int(self._tokenizer.convert_tokens_to_ids(token)) for token in named if token in self._tokenizer.get_vocab())}
         self.banned = tuple(sorted(numbers - set(self.stop)))
         self._reserved = {str(self._tokenizer.convert_ids_to_tokens(number)) for number in self.banned}
+        self._check_bounds(pixels)
         self._made = json.dumps(self._processor.to_dict(), sort_keys=True, default=str).encode()
 
     def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
@@ -121,6 +122,23 @@ class ProcessorEncoder(PromptEncoder):
     def max_pixels(self, policy: Policy) -> int:
         """See `PromptEncoder`."""
         return MAX_PIXELS
+
+    def length(self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student") -> int:
+        """See `PromptEncoder`; nothing but the processor can tell, so blank images are encoded."""
+        return len(self.encode([new("RGB", size) for size in images], question, policy))
+
+    def _check_bounds(self, pixels: Mapping[str, int | None]) -> None:
+        """Raises ModelError where `pixels` asks for more than the processor does anyway: it cannot be told to."""
+        for name in PIXELS:
+            if (bound := pixels.get(name)) is None:
+                continue
+            if "max" in name:
+                arrays = self._process([{"type": "image"}], [new("RGB", LARGE)]).values()
+                seen = sum(array.size for array in arrays if np.issubdtype(array.dtype, np.floating)) // 3
+                if seen <= bound:
+                    continue
+            kind = self._config["model_type"]
+            raise ModelError(f"model.{name}: models of type '{kind}' have no file that says how to bound their images; leave it at 0")
 
     def _process(self, parts: Sequence[Mapping[str, str]], images: Sequence[Image]) -> dict[str, Any]:
         """What the processor makes of one user turn, as numpy arrays: `apply_chat_template`, its template rendered with bounds."""

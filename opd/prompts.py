@@ -5,6 +5,7 @@ Only a tokenizer and a PIL image processor are loaded (no torch, no torchvision)
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,6 +85,50 @@ class PromptEncoder:
         self._family = family.named(self._tokenizer)
         self._template = templates.trained(templates.chosen(model, self._tokenizer), self._probe)
         self._check_template()
+        self._bound(max_pixels, min_pixels, teacher_max_pixels, teacher_min_pixels)
+        # Student and teacher are asked the same, and so are all epochs.
+        self._asked = lru_cache(TEXTS)(lambda question, images: self._render(content(question, images)))
+        self._ids = lru_cache(TEXTS)(self._tokenized)
+        self._placed = lru_cache(LAYOUTS)(self._place)
+        self._image_token = self._token(model, self._family.image_token)
+        self.banned = tuple(self._token(model, token) for token in self._family.banned)
+        self.stop = self._stops(model)
+
+    def encode(self, images: Sequence[Image.Image], question: str, policy: Policy = "student") -> Prompt:
+        """One user turn, thinking off: the images, then the question; or the images where `<image>` stands in the question.
+
+        `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
+        Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
+        """
+        arrays, layouts = self._lay_out(images, self._sizes[policy])
+        text = self._written(question, layouts)
+        tiles = tuple((number, tile) for number, layout in enumerate(layouts) for tile in layout.tiles)
+        tokens, positions, visual = self._placed(text, tiles, tuple(image.size for image in images))
+        return Prompt(tokens, positions, arrays, self._key(images, self._settings[policy]), visual)
+
+    def length(self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student") -> int:
+        """Tokens of the prompt that `encode` gives for images of these (width, height), from their sizes alone. Raises DataError."""
+        try:
+            layouts = self._family.layouts(self._processor, images, self._sizes[policy], self._config)
+        except Exception as error:  # whatever a processor does
+            raise _not_encodable(images, error) from error
+        tiles = [tile for layout in layouts for tile in layout.tiles]
+        return len(self._ids(self._written(question, layouts))) + sum(tile.tokens - 1 for tile in tiles)
+
+    def bounded(self, **pixels: int | None) -> PromptEncoder:
+        """The same encoder with other bounds on images, which are given as to the class. Raises ModelError."""
+        other = copy.copy(self)
+        other._bound(**pixels)
+        return other
+
+    def _bound(
+        self,
+        max_pixels: int | None = None,
+        min_pixels: int | None = None,
+        teacher_max_pixels: int | None = None,
+        teacher_min_pixels: int | None = None,
+    ) -> None:
+        """Sets the bounds on images."""
         teacher = teacher_min_pixels or min_pixels, teacher_max_pixels or max_pixels
         try:
             self._sizes = {
@@ -92,35 +137,20 @@ class PromptEncoder:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{self._processor_file()}: no bounds on an image's size that can be used: {one_line(error)}") from error
-        # Student and teacher are asked the same, and so are all epochs.
-        self._asked = lru_cache(TEXTS)(lambda question, images: self._render(content(question, images)))
-        self._ids = lru_cache(TEXTS)(self._tokenized)
-        self._placed = lru_cache(LAYOUTS)(self._place)
-        self._image_token = self._token(model, self._family.image_token)
-        self.banned = tuple(self._token(model, token) for token in self._family.banned)
-        self.stop = self._stops(model)
         self._settings = {
             policy: json.dumps({**self._processor.to_dict(), **sizes}, sort_keys=True, default=str).encode()
             for policy, sizes in self._sizes.items()
         }
 
-    def encode(self, images: Sequence[Image.Image], question: str, policy: Policy = "student") -> Prompt:
-        """One user turn, thinking off: the images, then the question; or the images where `<image>` stands in the question.
-
-        `images` are upright and RGB (see `opd.view`). With more images than markers, the rest follow the last marked one.
-        Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
-        """
-        text = self._asked(question, len(images))
-        arrays, layouts = self._lay_out(images, self._sizes[policy])
-        before, *parts = text.split(self._family.placeholder)
-        if len(parts) != len(images):
+    def _written(self, question: str, layouts: Sequence[Layout]) -> str:
+        """The prompt's text, with one image token for each tile. Raises DataError where the question holds one too."""
+        before, *parts = self._asked(question, len(layouts)).split(self._family.placeholder)
+        if len(parts) != len(layouts):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.placeholder}'; remove it")
         text = before + "".join(layout.text + part for layout, part in zip(layouts, parts, strict=True))
         if np.count_nonzero(self._ids(text) == self._image_token) != sum(len(layout.tiles) for layout in layouts):
             raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.image_token}'; remove it")
-        tiles = tuple((number, tile) for number, layout in enumerate(layouts) for tile in layout.tiles)
-        tokens, positions, visual = self._placed(text, tiles, tuple(image.size for image in images))
-        return Prompt(tokens, positions, arrays, self._key(images, self._settings[policy]), visual)
+        return text
 
     def check(self) -> None:
         """Raises ModelError where config, weights, tokenizer and image processor are not of one model."""
@@ -249,8 +279,7 @@ class PromptEncoder:
         except MemoryError:
             raise
         except Exception as error:  # whatever a processor does: ValueError, ZeroDivisionError, OverflowError
-            given = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise DataError(f"images of {given} pixels cannot be encoded: {one_line(error)}") from error
+            raise _not_encodable([image.size for image in images], error) from error
 
     def _key(self, images: Sequence[Image.Image], settings: bytes) -> str:
         digest = hashlib.sha256(settings)
@@ -314,3 +343,8 @@ def _load(model: Path) -> tuple[Any, Any]:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and bare Exception for broken files
         raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
     return tokenizer, processor
+
+
+def _not_encodable(images: Sequence[tuple[int, int]], error: Exception) -> DataError:
+    given = ", ".join(f"{width} x {height}" for width, height in images)
+    return DataError(f"images of {given} pixels cannot be encoded: {one_line(error)}")

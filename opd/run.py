@@ -13,7 +13,7 @@ from typing import Any
 
 import opd
 from opd import backend as backends
-from opd import fingerprints, hub, inputs, measure, usable
+from opd import fingerprints, hub, inputs, measure, preflight, usable
 from opd import recipe as recipes
 from opd.backend import Backend
 from opd.changed import Changed
@@ -133,6 +133,7 @@ def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress
     """A trainer in a new run folder `out`. Raises UserError before anything is written where the input is wrong."""
     RunFolder.check(out, force)
     opened = open_inputs(recipe, backend, progress or Quiet())
+    preflight.check(opened.recipe, opened.encoder, opened.examples, progress or Quiet())
     began = opened.inputs()
     session = opened.load()
     folder = RunFolder(out)
@@ -169,6 +170,7 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
         differences = inputs.changes(before, now, opened.recipe, folder, () if changed.steps is None else ("run.steps",))
         if differences and not changed.accept:
             raise FolderError(f"{'; '.join(differences)}; restore it, or go on all the same with --accept-changes")
+        preflight.check(opened.recipe, opened.encoder, opened.examples, progress)
         trainer = _trainer(opened.load(), folder, progress)
         try:
             done = trainer.restore()

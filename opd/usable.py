@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from opd.errors import DataError, OpdError
+from opd.images import image_size
 from opd.progress import Progress
+from opd.prompts import PromptEncoder
 from opd.questions import student_question, teacher_question
 from opd.types import Encoder, Example, Prompt
-from opd.view import MAX_PIXELS, ViewOptions, student_images, teacher_images
+from opd.view import MAX_PIXELS, ViewOptions, student_images, teacher_images, teacher_sizes
 
 TOLD = 5
 """Rows that are told one by one; further ones are counted."""
@@ -27,7 +30,7 @@ class Unusable(DataError):
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
-        self.kind = kind or re.sub(r"(…[\s,x:;]*)+", "… ", ITS_OWN.sub("…", reason)).strip(" …:;,") or reason
+        self.kind = kind or re.sub(r"(\.\.\.[\s,x:;]*)+", "... ", ITS_OWN.sub("...", reason)).strip(" .:;,") or reason
 
 
 class Skipped:
@@ -95,11 +98,36 @@ def encode(encoder: Encoder, example: Example, view: ViewOptions, limit: int | N
 
     Raises Unusable where the row has none, and other errors of `opd.errors` where no row could have one.
     """
-    for question in (example.question, example.teacher_question or "", *example.choices):
-        if any("\ud800" <= letter <= "\udfff" for letter in question):
+    with _guarded(example):
+        prompts = encode_student(encoder, example), encode_teacher(encoder, example, view)
+    longest = max(map(len, prompts))
+    if limit and longest > limit:
+        raise Unusable(*too_long(longest, limit))
+    return prompts
+
+
+def lengths(encoder: Encoder, example: Example, view: ViewOptions, size_of: Callable[..., tuple[int, int]] = image_size) -> tuple[int, int]:
+    """Tokens of both prompts of a row, from the sizes of its images where the encoder can tell them so; raises as `encode` does."""
+    if not isinstance(encoder, PromptEncoder):
+        student, teacher = encode(encoder, example, view)
+        return len(student), len(teacher)
+    with _guarded(example):
+        full = [size_of(source, example.max_image_pixels) for source in example.images]
+        crop = teacher_sizes(example, view, encoder.max_pixels("teacher"), size_of)
+        return (
+            encoder.length(full, student_question(example)),
+            encoder.length(crop, teacher_question(example, view), "teacher"),
+        )
+
+
+@contextmanager
+def _guarded(example: Example) -> Iterator[None]:
+    """Makes a fault of one row Unusable."""
+    for text in (example.question, example.teacher_question or "", *example.choices):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise Unusable("the question holds half of a surrogate pair, which is no character")
     try:
-        prompts = encode_student(encoder, example), encode_teacher(encoder, example, view)
+        yield
     except DataError as error:
         raise Unusable(str(error)) from error
     except OpdError:
@@ -107,10 +135,6 @@ def encode(encoder: Encoder, example: Example, view: ViewOptions, limit: int | N
     except Exception as error:  # whatever the libraries that read images and texts raise for one of them
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise Unusable(f"the row cannot be encoded: {reason}", "the row cannot be encoded") from error
-    longest = max(map(len, prompts))
-    if limit and longest > limit:
-        raise Unusable(*too_long(longest, limit))
-    return prompts
 
 
 def too_long(tokens: int, limit: int) -> tuple[str, str]:

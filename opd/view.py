@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Literal, TypeAlias
 
@@ -18,7 +18,7 @@ from PIL.Image import new as new_image
 from pydantic import Field
 
 from opd.errors import DataError
-from opd.images import open_image
+from opd.images import image_size, open_image
 from opd.options import Options
 from opd.types import Box, Example
 
@@ -129,8 +129,7 @@ def teacher_images(example: Example, options: ViewOptions, max_pixels: int | Non
         return student_images(example)
     if options.kind == "crop" and example.teacher_images:
         return [open_image(source, example.max_image_pixels) for source in example.teacher_images]
-    if not example.boxes or not all(0 <= box.image < len(example.images) for box in example.boxes):
-        raise DataError(f"example {example.id}: the view '{options.kind}' needs boxes, each in one of the example's images")
+    _check_evidence(example, options)
     views: list[Image] = []
     for number, source in enumerate(example.images):
         image = open_image(source, example.max_image_pixels)
@@ -148,14 +147,49 @@ def views_per_image(example: Example, options: ViewOptions) -> list[int]:
     return [max(1, sum(box.image == number for box in example.boxes)) for number in range(len(example.images))]
 
 
+def teacher_sizes(
+    example: Example,
+    options: ViewOptions,
+    max_pixels: int | None = MAX_PIXELS,
+    size_of: Callable[..., tuple[int, int]] = image_size,
+) -> list[tuple[int, int]]:
+    """The sizes of `teacher_images`, from the headers of files; `size_of` may be an `image_size` that remembers."""
+    given = example.teacher_images if options.kind == "crop" else ()
+    sizes = [size_of(source, example.max_image_pixels) for source in given or example.images]
+    if options.kind == "full" or given:
+        return sizes
+    _check_evidence(example, options)
+    found = []
+    for number, size in enumerate(sizes):
+        boxes = [box for box in example.boxes if box.image == number]
+        places = _places(size, boxes, options, f"{example.id}/{number}", max_pixels) if boxes else [((0, 0, 0, 0), size)]
+        found += [seen for _, seen in places]
+    return found
+
+
+def _check_evidence(example: Example, options: ViewOptions) -> None:
+    if not example.boxes or not all(0 <= box.image < len(example.images) for box in example.boxes):
+        raise DataError(f"example {example.id}: the view '{options.kind}' needs boxes, each in one of the example's images")
+
+
+def _places(
+    size: tuple[int, int], boxes: Sequence[Box], options: ViewOptions, id: str, max_pixels: int | None
+) -> list[tuple[Region, tuple[int, int]]]:
+    """The region of each crop of an image, and the size that the crop is brought to."""
+    found = []
+    for number, box in enumerate([hull(boxes)] if options.boxes == "hull" else boxes):
+        place = region(box, *size, options.margin, options.margin_fraction)
+        if options.kind == "wrong":
+            place = elsewhere(place, boxes, *size, f"{id}/{number}")
+        across, down = place[2] - place[0], place[3] - place[1]
+        found.append((place, enlarged(across, down, options.min_size, options.enlarge, max_pixels)))
+    return found
+
+
 def _crops(image: Image, boxes: Sequence[Box], options: ViewOptions, id: str, max_pixels: int | None) -> list[Image]:
     crops = []
-    for number, box in enumerate([hull(boxes)] if options.boxes == "hull" else boxes):
-        place = region(box, *image.size, options.margin, options.margin_fraction)
-        if options.kind == "wrong":
-            place = elsewhere(place, boxes, *image.size, f"{id}/{number}")
+    for place, size in _places(image.size, boxes, options, id, max_pixels):
         crop = _cut(image, place)
-        size = enlarged(*crop.size, options.min_size, options.enlarge, max_pixels)
         crops.append(crop if size == crop.size else crop.resize(size, Resampling.BICUBIC))
     return crops
 

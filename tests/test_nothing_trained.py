@@ -69,8 +69,7 @@ def ended(path, one):
 def test_a_step_without_a_usable_prompt_ends_the_run_with_the_cause(tmp_path, options):
     one = trainer(tmp_path / "run", *options)
     said = ended(tmp_path / "run", one)
-    rows = one.recipe.rollout.prompts
-    assert said.startswith(f"step 1: no usable prompt ({rows} row{'s' * (rows > 1)}: above data.max_prompt_tokens = 1)")
+    assert said == ("step 1: no prompt of the step can be used, and none in the data (12 rows: above data.max_prompt_tokens = 1)")
     assert "finite" not in said
     assert not one.folder.checkpoints()
 
@@ -99,7 +98,9 @@ def test_a_prompt_that_vanishes_late_ends_the_run_behind_what_was_learnt(tmp_pat
 
     one = trainer(tmp_path / "run", "measure.count=0", "run.checkpoint_every=0")
     one.encoder = Vanishing()
-    assert ended(tmp_path / "run", one).startswith("step 4: no usable prompt (4 rows: image not found)")
+    assert ended(tmp_path / "run", one).startswith(
+        "step 4: no prompt of the step can be used, and none in the data (12 rows: image not found)"
+    )
     assert [step for step, _ in one.folder.checkpoints()] == [3]
     trainer(tmp_path / "run").train()
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
@@ -118,8 +119,29 @@ def test_processes_end_together_where_one_has_no_prompt(tmp_path):
     from tests.test_loop import OPTIONS
 
     RunFolder.create(tmp_path / "run", recipes.write(recipes.load("paper", OPTIONS), {}))
-    with pytest.raises(RunError, match="no usable prompt on process"):
+    with pytest.raises(RunError, match=r"^steps 1 to 5 were not taken: no prompt of the step can be used; mend or remove"):
         Together.start(2, run)
+
+
+def test_a_run_goes_on_where_other_rows_can_be_used(tmp_path):
+    """One prompt a step, and one row of four that cannot be used: its steps are not taken, which is told and counted."""
+    examples = [replace(one, question=f"q{index}") for index, one in enumerate(coloured(4))]
+    one = trainer(tmp_path / "run", "rollout.prompts=1", "run.steps=8", "measure.count=0", examples=examples)
+    one.encoder = Refusing("q1")
+    notes = []
+    one.progress.note = notes.append
+    summary = one.train()
+    assert (summary["steps_not_taken"], summary["steps_not_finite"], summary["prompts_skipped"]) == (2, 0, 2)
+    assert sum(note.endswith("no prompt of the step can be used, so the step was not taken") for note in notes) == 2
+    assert any(note.startswith("2 of 8 prompts (25.0%) could not be used: 1 row: images of") for note in notes)
+    assert (tmp_path / "run/model").is_dir()
+
+
+def test_five_steps_in_a_row_without_a_prompt_end_a_run(tmp_path):
+    examples = [replace(one, question=f"q{index}") for index, one in enumerate(coloured(12))]
+    one = trainer(tmp_path / "run", "rollout.prompts=1", "run.steps=24", "measure.count=0", examples=examples)
+    one.encoder = Refusing(*(f"q{index}" for index in range(1, 12)))
+    assert "were not taken: no prompt of the step can be used; mend or remove such rows" in ended(tmp_path / "run", one)
 
 
 @pytest.mark.parametrize(

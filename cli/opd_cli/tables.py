@@ -124,6 +124,8 @@ def planned(result: Mapping[str, Any]) -> None:
     across, down = assumed["crop"]
     say(f"image {width}x{height}: prompt of {assumed['prompt_tokens']} tokens, {assumed['text_tokens']} of them text")
     say(f"crop {across}x{down}: prompt of {assumed['crop_prompt_tokens']} tokens")
+    for note in result["notes"]:
+        say(cell(note, "yellow"))
     say(f"step: {assumed['prompts']} prompts x {assumed['completions']} completions of {assumed['completion_tokens']} tokens")
     few = "" if batch["completions"] == assumed["completions"] else f", {batch['completions']} completions at a time"
     say(f"micro-batches: {batch['count']} of {batch['groups']} prompts{few}, {batch['tokens']} tokens each")
@@ -137,8 +139,9 @@ def planned(result: Mapping[str, Any]) -> None:
     console.print(table)
 
     table = _table("memory", "bytes", "")
+    bound = {"kept image features": f"grows, to at most {_bytes(found['kept_features_bound'])}"}
     for part, size in found["held"].items():
-        table.add_row(part, _bytes(size), "always")
+        table.add_row(part, _bytes(size), bound.get(part, "always"))
     for part, size in found["parts"].items():
         table.add_row(part, _bytes(size), "at times")
     table.add_section()

@@ -62,6 +62,11 @@ class Dataset(Sequence[Example]):
         """The example at `index`, or a tuple of examples."""
         return self._examples[index]
 
+    @property
+    def rows(self) -> int:
+        """Rows of the whole file, faulty ones too."""
+        return self._rows
+
     def without_answers(self) -> Dataset:
         """The same rows for training alone."""
         examples = [replace(example, answer=None) for example in self._examples]

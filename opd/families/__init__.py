@@ -65,6 +65,15 @@ class Family(Protocol):
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         """The model's forward arguments for `images`, and how each stands in the prompt. Raises ValueError as the processor does."""
 
+    def layouts(
+        self,
+        processor: Any,
+        images: Sequence[tuple[int, int]],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> list[Layout]:
+        """How images of these (width, height) stand in the prompt: the layouts of `lay_out`, without pixels."""
+
     def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
         """Rotary positions int32 [axes, P] of an expanded prompt, as the model's own code numbers them; `grids` of all tiles."""
 

@@ -42,9 +42,9 @@ class Gemma3:
         return Gemma3(*(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True)))
 
     def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
-        """There is nothing to bound: raises ModelError where a bound is asked for."""
-        if min_pixels is not None or max_pixels is not None:
-            size = processor.size
+        """There is nothing to bound: raises ModelError where a bound is asked for that does not hold anyway."""
+        size, own = processor.size, self.most_pixels(processor, {})
+        if (min_pixels is not None and min_pixels > own) or (max_pixels is not None and max_pixels < own):
             raise ModelError(f"gemma3 sees every image at {size['width']} x {size['height']} pixels; leave min_pixels and max_pixels at 0")
         return {}
 
@@ -67,9 +67,20 @@ class Gemma3:
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         """Pixels [images, 3, H, W]; the line breaks around an image belong to its text."""
         found = processor(images=list(images), return_tensors="np", do_pan_and_scan=False, **sizes)
+        sizes_given = [image.size for image in images]
+        return {"pixel_values": plain(found["pixel_values"])}, self.layouts(processor, sizes_given, sizes, config)
+
+    def layouts(
+        self,
+        processor: Any,
+        images: Sequence[tuple[int, int]],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> list[Layout]:
+        """See `Family`."""
         side = isqrt(int(config.get("mm_tokens_per_image", 256)))
         layout = Layout(f"\n\n{self.placeholder}{self.image_token}{self.end}\n\n", (Tile((side, side)),))
-        return {"pixel_values": plain(found["pixel_values"])}, [layout] * len(images)
+        return [layout] * len(images)
 
     def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
         """int32 [1, P]: one after the other."""

@@ -74,12 +74,23 @@ class Idefics3:
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         """Pixels [tiles, 3, H, W] of all images one after the other, and their masks [tiles, H, W]."""
         found = processor(images=[list(images)], return_tensors="np", return_row_col_info=True, **sizes)
-        vision = config["vision_config"]
-        side = int(vision["image_size"]) // int(vision["patch_size"]) // int(config.get("scale_factor", 2))
+        side = _side(config)
         arrays = {name: plain(found[name][0]) for name in ("pixel_values", "pixel_attention_mask")}
         return arrays, [
             self._layout(int(rows), int(columns), side) for rows, columns in zip(found["rows"][0], found["cols"][0], strict=True)
         ]
+
+    def layouts(
+        self,
+        processor: Any,
+        images: Sequence[tuple[int, int]],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> list[Layout]:
+        """See `Family`."""
+        side = _side(config)
+        tiles = [processor.get_number_of_image_patches(height, width, dict(sizes)) for width, height in images]
+        return [self._layout(rows, columns, side) for _, rows, columns in tiles]
 
     def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
         """int32 [1, P]: one after the other."""
@@ -99,3 +110,9 @@ class Idefics3:
             for column in range(columns)
         ]
         return Layout(text, (*tiles, Tile((side, side))))
+
+
+def _side(config: Mapping[str, Any]) -> int:
+    """Visual tokens along a side of a tile."""
+    vision = config["vision_config"]
+    return int(vision["image_size"]) // int(vision["patch_size"]) // int(config.get("scale_factor", 2))

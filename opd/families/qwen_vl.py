@@ -79,6 +79,22 @@ class QwenVL:
         arrays = {name: plain(found[name]) for name in ("pixel_values", "image_grid_thw")}
         return arrays, [Layout(self.placeholder, (Tile(grid),)) for grid in grids]
 
+    def layouts(
+        self,
+        processor: Any,
+        images: Sequence[tuple[int, int]],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> list[Layout]:
+        """See `Family`."""
+        side = processor.patch_size * processor.merge_size
+        found = []
+        for width, height in images:
+            if processor.do_resize:
+                height, width = _resized(processor, (width, height), sizes["size"])
+            found.append(Layout(self.placeholder, (Tile((height // side, width // side)),)))
+        return found
+
     def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
         """int32 [3, P]: text counts up on all axes; an image stands at one time, and takes max(rows, columns) positions."""
         parts: list[NDArray[np.int64]] = []
@@ -102,19 +118,27 @@ def _is_plain(processor: Any) -> bool:
     return type(processor).__name__ == "Qwen2VLImageProcessorPil" and all(steps)
 
 
+def _resized(processor: Any, image: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
+    """Height and width to which the processor brings an image of this (width, height)."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    width, height = image
+    side = processor.patch_size * processor.merge_size
+    found: tuple[int, int] = smart_resize(height, width, side, size["shortest_edge"], size["longest_edge"])
+    return found
+
+
 def _patches(processor: Any, images: Sequence[Image], size: Mapping[str, int]) -> dict[str, NDArray[np.generic]]:
     """What the processor gives, to the bit, in a quarter of its time.
 
     An eight-bit value has one of 256 results, so patches are cut from bytes and looked up; and every image stands in
     `temporal_patch_size` frames, all alike.
     """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
     side, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
     table = _table(float(processor.rescale_factor), tuple(processor.image_mean), tuple(processor.image_std))
     pixels, grids = [], []
     for image in images:
-        height, width = smart_resize(image.height, image.width, side * merge, size["shortest_edge"], size["longest_edge"])
+        height, width = _resized(processor, image.size, size)
         if (width, height) != image.size:
             image = image.resize((width, height), processor.resample)
         rows, columns = height // side, width // side

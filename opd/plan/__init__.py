@@ -13,22 +13,30 @@ from typing import Any
 
 from PIL.Image import new
 
+from opd import preflight
 from opd.adapters import check_targets
+from opd.data import open_data
 from opd.errors import BackendError, DataError, UserError, nearest
+from opd.images import image_size
 from opd.models import ModelChoice
 from opd.plan.activations import Setting
 from opd.plan.devices import HERE, Device
 from opd.plan.families import read_config, shape_of
-from opd.plan.memory import Memory, memory
+from opd.plan.memory import KEPT_FEATURES, Memory, memory
 from opd.plan.passes import passed
 from opd.plan.shape import Shape, Tune
-from opd.plan.work import Stage, View, Work, stages
+from opd.plan.work import KNOWN_BYTES, Stage, View, Work, stages
 from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
-from opd.types import Policy
+from opd.types import Example, Policy
+from opd.usable import too_long
+from opd.view import teacher_sizes
 
 IMAGE = (1024, 768)
 """Width and height of an image where neither an option nor the data says."""
+
+MANY = 2**31
+"""Rows of data that nobody has counted."""
 
 TEXT_TOKENS = 64
 """Tokens of the chat template and a question, without those that mark an image, where no option says."""
@@ -60,6 +68,8 @@ class Plan:
     crop: tuple[int, int]
     smaller_images: tuple[int, View, View] | None
     """Half of the student's pixels, and what both policies see with that bound; None where the family has no such bound."""
+    notes: tuple[str, ...] = ()
+    """How many rows of the data are above the limit of a prompt, in the words of training."""
 
     @property
     def memory(self) -> Memory:
@@ -150,9 +160,14 @@ def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: As
     if options.adapters and not options.adapter:
         check_targets(options.adapters.targets, {name for layer in shape.kinds for name in shape.linears(layer)})
     image, crop = assumed.image, assumed.crop
+    examples = _data(recipe) if image is None or crop is None else []
+    notes, rows = [], MANY
+    if examples:
+        found = preflight.refuse(recipe, PromptEncoder(folder, **choice.pixels()), examples, preflight.SAMPLE)
+        notes, rows = found.said(), found.rows
     if image is None or crop is None:
-        found = _of_data(recipe)
-        image, crop = image or found[0], crop or (found[1] if image is None else _half(image))
+        sizes = _of_data(recipe, examples)
+        image, crop = image or sizes[0], crop or (sizes[1] if image is None else _half(image))
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
     bounds = choice.pixels()
 
@@ -162,8 +177,12 @@ def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: As
         return view(encoder, shape, patch, image, text, "student"), view(encoder, shape, patch, crop, text, "teacher")
 
     student, teacher = views(**bounds)
+    limit = recipe.data.max_prompt_tokens
+    if not notes and (longest := max(student.tokens, teacher.tokens)) > limit:
+        notes.append(f"{too_long(longest, limit)[0]}: training skips such rows; set model.max_pixels or data.max_prompt_tokens")
     tokens = assumed.completion_tokens or rollout.max_tokens
     work = Work(rollout.prompts, rollout.completions, tokens, student, teacher, rollout.microbatch_tokens, rollout.sample_tokens)
+    work = replace(work, rows=rows)
     pixels = student.patches * config["vision_config"]["patch_size"] ** 2 // 2
     try:
         smaller = pixels, *views(**{**bounds, "max_pixels": pixels})
@@ -171,7 +190,7 @@ def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: As
         smaller = None
     top_k = 0 if recipe.objective.form == "divergence" and not recipe.objective.top_k else recipe.objective.top_k or 1
     setting = _setting(device, backend, choice.dtype)
-    return Plan(shape, tuning(choice), work, setting, device, choice.dtype, top_k, text, image, crop, smaller)
+    return Plan(shape, tuning(choice), work, setting, device, choice.dtype, top_k, text, image, crop, smaller, tuple(notes))
 
 
 def view(encoder: PromptEncoder, shape: Shape, patch: int, size: tuple[int, int], text: int, policy: Policy) -> View:
@@ -206,6 +225,7 @@ def report(plans: Sequence[Plan], model: str) -> dict[str, Any]:
         "device": asdict(first.device),
         "backend": "mlx" if first.setting.mlx else "torch",
         "dtype": first.dtype,
+        "notes": list(first.notes),
         "assumed": {
             "image": list(first.image),
             "crop": list(first.crop),
@@ -219,7 +239,12 @@ def report(plans: Sequence[Plan], model: str) -> dict[str, Any]:
             "bandwidth_share": first.device.bandwidth_share,
         },
         "parameters": {part: {"all": count, "trained": trained[part]} for part, count in first.shape.parameters.items()},
-        "memory": {**asdict(found), "peak": found.peak, "usable": int(first.usable)},
+        "memory": {
+            **asdict(found),
+            "peak": found.peak,
+            "usable": int(first.usable),
+            "kept_features_bound": KNOWN_BYTES if KEPT_FEATURES in found.held else 0,
+        },
         "microbatch": {
             "groups": first.work.together,
             "count": first.work.calls,
@@ -247,18 +272,24 @@ def _setting(device: Device, backend: str | None, dtype: str) -> Setting:
     return Setting(name == "mlx", gpu, dtype == "bfloat16")
 
 
-def _of_data(recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sizes of the first row's image and of its crop; of a real model without data of its own, the assumed ones."""
-    from opd.data import open_data
-    from opd.view import student_images, teacher_images
-
+def _data(recipe: Recipe) -> Sequence[Example]:
+    """The rows of the recipe's data that are looked at before training; none of a real model without data of its own."""
     if recipe.data.path == "tiny" and recipe.model.path != "tiny":
+        return []
+    options = recipe.data
+    return open_data(options.path, options.strict, max_image_pixels=options.max_image_pixels, count=preflight.SAMPLE)
+
+
+def _of_data(recipe: Recipe, examples: Sequence[Example]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sizes of the first row's image and of its crop; without rows the assumed ones."""
+    if not examples:
         return IMAGE, _half(IMAGE)
-    example = open_data(recipe.data.path, strict=recipe.data.strict, max_image_pixels=recipe.data.max_image_pixels, count=1)[0]
-    full, crop = student_images(example), teacher_images(example, recipe.view)
+    example = examples[0]
+    full = [image_size(source, example.max_image_pixels) for source in example.images]
+    crop = teacher_sizes(example, recipe.view)
     if len(full) != 1 or len(crop) != 1:
         raise DataError(f"{example.source or example.id}: a row of several images cannot be planned; say --image and --crop")
-    return full[0].size, crop[0].size
+    return full[0], crop[0]
 
 
 def _half(image: tuple[int, int]) -> tuple[int, int]:

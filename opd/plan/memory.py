@@ -20,6 +20,9 @@ from opd.plan.activations import (
 from opd.plan.shape import Delta, Layer, Shape, Tune
 from opd.plan.work import KNOWN_BYTES, View, Work
 
+KEPT_FEATURES = "kept image features"
+"""A part that is held where the vision tower is frozen. It grows from step to step up to a bound, KNOWN_BYTES."""
+
 FOUR_BITS = 4.5 / 8
 """Bytes of a 4-bit weight with its share of a scale and an offset of 16 bits each for every 64 weights."""
 
@@ -173,14 +176,14 @@ def _held(shape: Shape, tune: Tune, work: Work, setting: Setting) -> dict[str, i
     else:
         layers = shape.weights if tune.kind == "qlora" else 0
         frozen = int((sum(counts.values()) - layers) * setting.item + layers * FOUR_BITS)
-    visual = work.prompts * (work.student.visual + work.teacher.visual)
+    visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
     known = min(KNOWN_BYTES, FLOAT * visual * shape.hidden * (1 + shape.vision.taps)) if not tune.sees else 0
     parts = {
         "frozen weights": frozen,
         "trained weights": FLOAT * trained,
         "teacher": FLOAT * trained,
         "optimizer moments": 2 * FLOAT * trained,
-        "image features": known,
+        KEPT_FEATURES: known,
     }
     return {name: size for name, size in parts.items() if size}
 

@@ -63,7 +63,8 @@ class View:
 class Work:
     """A step: `prompts` groups of `completions` completions of `tokens` tokens each.
 
-    They are differentiated in micro-batches of `budget` padded tokens, and sampled in such of `room`.
+    They are differentiated in micro-batches of `budget` padded tokens, and sampled in such of `room`. `rows` of the data differ: what a
+    frozen tower makes of their images is kept over all steps, up to a bound; 0: no more than the step's own.
     """
 
     prompts: int
@@ -73,6 +74,7 @@ class Work:
     teacher: View
     budget: int
     room: int = 0
+    rows: int = 0
 
     @property
     def longest(self) -> int:
