@@ -88,6 +88,9 @@ class RunFolder:
     def open(path: Path) -> RunFolder:
         """The folder of an earlier run. Raises FolderError where there is none."""
         _check_name(path, path / CONFIG)
+        checkpoint = checkpoint_of(path)
+        if checkpoint:
+            raise FolderError(f"'{path}' is a checkpoint of run '{checkpoint[0]}'; name the run")
         if not (path / CONFIG).is_file():
             raise FolderError(f"'{path}' is no run folder: it has no {CONFIG}" if path.exists() else f"run folder '{path}' not found")
         return RunFolder(path)

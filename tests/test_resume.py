@@ -183,6 +183,7 @@ def test_mistakes_beside_resume(own):
         assert said in refused(own, *arguments)
     for arguments in (["--model", own, "--resume"], ["--model", own, "--resume", "--steps", 5]):
         assert "--resume" in opd("train", *arguments, code=2).stderr
+    assert "is a checkpoint of run" in refused(own / "checkpoints/step-000002")
     shutil.rmtree(own / "checkpoints")
     assert "has model/, but no checkpoint to go on from; train its result on with: opd train --model" in refused(own)
 
