@@ -268,7 +268,8 @@ def test_the_preset_follows_the_model(tmp_path, monkeypatch):
     random = qwen3_vl(tmp_path / "random")
     assert not any(is_tiny(str(path)) for path in (random, "org/model", "nowhere", "other"))
     for command in ("gap", "sample"):
-        assert "preset tiny: no recipe was named" in opd(command, "--model", "exported", "--backend", "cpu", "--count", 1).stderr
+        for model, line in {MODEL: "preset tiny: no recipe was named", "exported": "the recipe of 'exported': tune full"}.items():
+            assert line in opd(command, "--model", model, "--backend", "cpu", "--count", 1).stderr
         assert "preset" not in opd(command, "tiny", "--model", random, "--backend", "cpu", "--count", 1).stderr
     monkeypatch.setattr("opd.run.start", lambda recipe, *rest: pytest.fail(f"{recipe.model.tune} {recipe.optimizer.learning_rate}"))
     for arguments in (["--model", random], ["--set", f"model.path={random}"]):
