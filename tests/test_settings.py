@@ -227,7 +227,7 @@ def test_settings_that_no_backend_computes(models, tmp_path, name, family, chang
     with pytest.raises(ModelError) as error:
         backends.load(name, ModelOptions(out))
     assert str(out) in str(error.value)
-    told = ("layer_type", "model_type", *(key.rpartition(".")[2] for key in change))
+    told = ("layer_type", "model_type", "rope_type", *(key.rpartition(".")[2] for key in change))
     assert any(name in str(error.value) for name in told), str(error.value)
     assert "\n" not in str(error.value)
 

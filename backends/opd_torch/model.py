@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -118,7 +119,7 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
             more: dict[str, Any] = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
             more |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
             model, found = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
         reason = settings.reason(error).replace(str(whole), str(path))
         raise ModelError(f"{path} cannot be loaded: {reason}") from error
     finally:
