@@ -39,7 +39,7 @@ def open_encoder(model: Path, backend: str = "", **pixels: int | None) -> Prompt
     """
     config = read_config(model)
     kind = str(config["model_type"])
-    if kind in families.model_types() or _known(kind):
+    if kind in families.model_types():
         complete(model / "config.json", config)  # loading would name the fault worse
     if kind in families.model_types() or not _known(kind):
         return _checked(PromptEncoder(model, **pixels))
