@@ -477,6 +477,8 @@ def _(opd, value):
     data = opd.data([row(0), row(1), row(2, image="missing.png")])
     run = opd.train({"data.strict": value, "rollout.prompts": 2, "run.steps": 1}, data=data, code=2 if value else 0)
     assert (run.backend is None) is value
+    measured = opd.train({"data.strict": value, "measure.path": str(data), "measure.count": 3, "run.steps": 1}, code=2 if value else 0)
+    assert not measured.calls if value else [len(call.prompts) for call in measured.measured] == [4, 4]
     if not value:
         assert sorted(numbers_of(run.drawn[0].prompts)) == [0, 1]
     return run.code
@@ -1048,16 +1050,17 @@ def test_a_resumed_run_has_the_same_calls(opd):
 def test_gap_and_sample_ask_as_training_measures(command, opd):
     settings = {
         "view.margin": 4, "view.min_size": 48, "measure.max_tokens": 5, "model.max_pixels": 2048, "model.teacher_max_pixels": 4096,
-        "rollout.sample_tokens": 1, "measure.count": 3, "model.dtype": "bfloat16",
+        "rollout.sample_tokens": 1, "measure.count": 3, "model.dtype": "bfloat16", "data.max_prompt_tokens": 90,
     }  # fmt: skip
-    train = opd.train(settings)
-    chosen = {"data.path": str(opd.twelve), **settings}
+    data = opd.data([row(number, question=ask(number) + "a" * 100 * (number == 1)) for number in range(3)])  # the second is too long
+    train = opd.train(settings, data=data)
+    chosen = {"data.path": str(data), **settings}
     run = opd(command, "tiny", "--backend", recorder.NAME, *opd.sets(chosen), *(["--count", 3] if command == "sample" else []), "--json")
     before = train.measured[: len(train.measured) // 2]
     assert [[prompt.key for prompt in call.prompts] for call in run.calls] == [[prompt.key for prompt in call.prompts] for call in before]
     assert [(call.policy, call.sampling, call.uniforms.shape) for call in run.calls] == [
         ("student", Sampling(0.0, encoder().stop, encoder().banned), (1, 1, 5))
-    ] * 6
+    ] * 4
     assert run.options == train.options
     counted = opd(command, "tiny", "--backend", recorder.NAME, "--data", opd.twelve, "--count", 2, "--json")
     assert sum(len(call.prompts) for call in counted.calls) == 4
@@ -1070,8 +1073,11 @@ def test_options_of_the_command_line_are_keys_of_the_recipe(opd):
     """And --set wins over them."""
     out = opd.folder() / "run"
     settings = {name: value for name, value in BASE.items() if name != "run.steps"}
-    shared = ["train", "tiny", "--backend", recorder.NAME, *opd.sets(settings), "--data", opd.twelve, "--model", "tiny"]
+    model = opd.folder() / "copy"
+    shutil.copytree(MODEL, model)
+    shared = ["train", "tiny", "--backend", recorder.NAME, *opd.sets(settings), "--data", opd.twelve, "--model", model]
     run = opd(*shared, "--steps", 3, "--seed", 5, "--out", out, out=out)
+    assert run.options.path == model
     other = opd.train({"run.steps": 3, "run.seed": 5})
     assert [call.uniforms.tolist() for call in run.drawn] == [call.uniforms.tolist() for call in other.drawn]
     assert [numbers_of(call.prompts) for call in run.drawn] == [numbers_of(call.prompts) for call in other.drawn]
