@@ -1063,7 +1063,7 @@ def test_gap_and_sample_ask_as_training_measures(command, opd):
     ] * 4
     assert run.options == train.options
     counted = opd(command, "tiny", "--backend", recorder.NAME, "--data", opd.twelve, "--count", 2, "--json")
-    assert sum(len(call.prompts) for call in counted.calls) == 4
+    assert sorted(number_of(prompt) for call in counted.calls for prompt in call.prompts) == [0, 0, 6, 6]
     found = json.loads(counted.stdout)
     assert found["model"] == "tiny"
     assert (found["rows"] if command == "gap" else len(found["answers"])) == 2
