@@ -18,7 +18,7 @@ def answered(full: str, crop: str) -> list[Answered]:
     texts = {"r": "7", "w": "8", "-": "9"}
     rights = {"r": True, "w": False, "-": None}
     return [
-        Answered(str(index), None if a == "-" else "7", texts[a], texts[b], rights[a], rights[b])
+        Answered(str(index), None if a == "-" else "7", texts[a], texts[b], rights[a], rights[b], index)
         for index, (a, b) in enumerate(zip(full, crop, strict=True))
     ]
 
