@@ -104,7 +104,7 @@ def _chosen(folder: RunFolder, recipe: Recipe, step: int | None) -> tuple[int, P
         raise FolderError(f"run '{run}' has neither {result.name}/ nor a checkpoint yet; go on with it: opd train --resume {run}")
     if step is None:
         step = max(there)
-        if step < steps:
+        if step < steps or there[step] != result:  # the last checkpoint stands before the result does
             what = "its checkpoint" if there[step] != result else f"{result.name}/"
             return step, there[step], f"run '{run}' is not finished: exporting {what} of step {step}, of {steps}"
     elif step not in there:
