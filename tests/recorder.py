@@ -5,6 +5,7 @@ It is installed as other people's backends are, by an entry point, so nothing of
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ class Recorder:
     def export(self, folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights.txt").write_text("weights")
+        if kind == "model":
+            shutil.copyfile(self.options.path / "config.json", folder / "config.json")
         self._called("export", None, folder=folder, kind=kind)
 
     def tensors(self, kind):
