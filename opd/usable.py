@@ -6,6 +6,7 @@ Training and measuring encode rows here alone, so that both skip the same rows, 
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +35,10 @@ class Unusable(DataError):
 
 
 class Skipped:
-    """The rows that could not be used: `reasons` by row, and `kinds` of reasons by row. A row is told once, and only the first few are."""
+    """The rows that could not be used: `reasons` by row, and `kinds` of reasons by row. A row is told once, and only the first few are.
+
+    Safe for threads: rows are encoded ahead on another thread.
+    """
 
     def __init__(self, progress: Progress, earlier: Iterable[Mapping[str, str]] = ()) -> None:
         """`earlier`: those of an earlier part of the same run, as `records` gives them; they are not told again."""
@@ -42,6 +46,7 @@ class Skipped:
         self.kinds: dict[str, str] = {}
         self._progress = progress
         self._handed = 0
+        self._lock = threading.Lock()
         for row in earlier:
             self.reasons[row["row"]], self.kinds[row["row"]] = row["reason"], row["kind"]
             self._handed += 1
@@ -49,16 +54,19 @@ class Skipped:
     def add(self, example: Example, error: Unusable) -> None:
         """Counts a row, and tells it where it is a new one."""
         row = name(example)
-        new = row not in self.reasons
-        self.reasons[row], self.kinds[row] = str(error), error.kind
-        if new and len(self.reasons) <= TOLD:
+        with self._lock:
+            new = row not in self.reasons
+            self.reasons[row], self.kinds[row] = str(error), error.kind
+            count = len(self.reasons)
+        if new and count <= TOLD:
             self._progress.note(f"skipped {row}: {error}")
-        elif new and len(self.reasons) == TOLD + 1:
+        elif new and count == TOLD + 1:
             self._progress.note("more rows are skipped; they are counted, and no longer told one by one")
 
     def records(self) -> list[dict[str, str]]:
         """Every row with its reason, in the order in which they fell out."""
-        return [{"row": row, "reason": reason, "kind": self.kinds[row]} for row, reason in self.reasons.items()]
+        with self._lock:
+            return [{"row": row, "reason": reason, "kind": self.kinds[row]} for row, reason in self.reasons.items()]
 
     def new(self) -> list[dict[str, str]]:
         """The `records` since the last call."""
@@ -68,7 +76,7 @@ class Skipped:
 
     def why(self) -> str:
         """The reasons in words, the most frequent first, each with the number of its rows."""
-        return reasons(self.kinds.values())
+        return reasons(row["kind"] for row in self.records())
 
 
 def reasons(kinds: Iterable[str]) -> str:

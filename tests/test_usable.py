@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -215,3 +217,23 @@ def test_the_limit_holds_for_what_is_measured():
     assert [one.row for one in found] == [row for row, one in enumerate(coloured(12)) if len(one.question) + 1 <= 7]
     assert skipped.why() == f"{12 - len(found)} rows: above data.max_prompt_tokens = 7"
     assert 0 < len(found) < 12
+
+
+def test_rows_fall_out_on_another_thread(monkeypatch):
+    """Training asks for new rows while the next step's are encoded: none is lost, told twice, or in the way."""
+    rows = 20_000
+    skipped = Skipped(Quiet())
+    example = coloured(1)[0]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(
+            target=lambda: [skipped.add(replace(example, id=str(row), source=""), Unusable("no")) for row in range(rows)]
+        )
+        thread.start()
+        found = []
+        while thread.is_alive():
+            found += skipped.new()
+    finally:
+        sys.setswitchinterval(interval)
+    assert [row["row"] for row in [*found, *skipped.new()]] == [str(row) for row in range(rows)]
