@@ -375,7 +375,7 @@ class Trainer:
                 self.backend.load(path)
                 state = RunFolder(path).read(STATE)
                 seconds, self.taken, self.idle = float(state["seconds"]), int(state["taken"]), list(state["idle"])
-            except (OSError, ValueError, KeyError, FolderError) as error:
+            except (OSError, ValueError, KeyError, TypeError, FolderError) as error:
                 raise FolderError(f"checkpoint '{path}' is damaged: {error}; remove it to {earlier}") from error
             if done < self.recipe.run.steps:
                 self.progress.note(f"going on after step {done} of {self.recipe.run.steps}")

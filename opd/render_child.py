@@ -18,6 +18,9 @@ import threading
 import time
 from typing import Any
 
+UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that a terminal or a scheduler sends to the whole group: the parent finishes its step, which may need a prompt."""
+
 CHARACTERS = 2**20
 """Length of a text, beyond eight times the length of the request."""
 
@@ -80,7 +83,8 @@ def _peak() -> int:
 
 def main() -> None:
     """Answers requests until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    for number in UNHEARD:
+        signal.signal(number, signal.SIG_IGN)
     sys.path[:] = json.loads(sys.argv[1])
     seconds, memory = int(sys.argv[2]), int(sys.argv[3])
     answers = os.fdopen(os.dup(1), "wb")
@@ -94,7 +98,10 @@ def main() -> None:
     for line in sys.stdin.buffer:
         limit_time(seconds)
         busy.set()
-        answers.write(json.dumps(answer(json.loads(line), len(line), memory)).encode() + b"\n")
+        try:
+            answers.write(json.dumps(answer(json.loads(line), len(line), memory)).encode() + b"\n")
+        except MemoryError:
+            os._exit(resource.RLIMIT_AS)
         answers.flush()
         busy.clear()
 

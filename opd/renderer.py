@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -129,6 +130,8 @@ def _stop(process: subprocess.Popen[bytes]) -> str:
         return f"gave no answer in {PATIENCE:.0f} seconds"
     if code == -signal.SIGXCPU:
         return f"takes more than {SECONDS} seconds"
+    if code > 0 and code != resource.RLIMIT_AS:  # no bound: the process itself failed
+        return f"ended its process with exit code {code}"
     return f"takes more than {MEMORY >> 20} MiB of memory"
 
 

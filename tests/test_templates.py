@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
 from click.testing import CliRunner
@@ -198,3 +199,20 @@ def test_a_template_runs_nothing_and_reaches_nothing(tmp_path, monkeypatch):
         with pytest.raises(renderer.TemplateError):
             renderer.render(template, [], {})
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_signal_to_the_whole_group_leaves_the_renderer_alone():
+    """`timeout` and schedulers signal every process of a run, which then finishes its step."""
+    assert renderer.render("{{ messages[0].role }}", [], {}) == "user"
+    process = renderer._process()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    assert renderer.render("{{ messages[0].role }}", [], {}) == "user"
+    assert renderer._process() is process
+
+
+def test_a_renderer_that_cannot_start_is_no_matter_of_memory(monkeypatch):
+    renderer.stop()
+    monkeypatch.setattr(renderer, "MEMORY", "much")  # no number, so the process ends at once
+    with pytest.raises(renderer.TemplateError, match="ended its process with exit code 1"):
+        renderer.render("{{ messages[0].role }}", [], {})
