@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from opd import hub, names, randomness
-from opd.errors import ModelError, RecipeError, nearest
+from opd.errors import ModelError, RecipeError, nearest, shown
 from opd.model_files import read_json
 from opd.types import FloatArray, ModelOptions
 
@@ -186,11 +186,11 @@ def options_of(folder: Path) -> AdapterOptions:
         known = {*READ, *SAME_FUNCTION, *PLAIN}
         near = "" if name in PLAIN else nearest(name, known)
         hint = f"; {near}" if near.startswith("did you mean") else ""
-        raise ModelError(f"{folder / CONFIG}: {name} = {_shown(value)} is not supported; only plain LoRA is{hint}")
+        raise ModelError(f"{folder / CONFIG}: {name} = {shown(value)} is not supported; only plain LoRA is{hint}")
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise ModelError(
-            f"{folder / CONFIG}: init_lora_weights = {_shown(start)} is not supported: it takes a part out of the base's weights; "
+            f"{folder / CONFIG}: init_lora_weights = {shown(start)} is not supported: it takes a part out of the base's weights; "
             "save the adapter as plain LoRA, with save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
         )
     try:
@@ -264,11 +264,6 @@ def _float32(dtype: str, shape: list[int], data: bytes) -> FloatArray:
     else:
         values = np.frombuffer(data, {"F32": np.float32, "F16": np.float16, "F64": np.float64}[dtype]).astype(np.float32)
     return values.reshape(shape)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _config(folder: Path) -> dict[str, Any]:

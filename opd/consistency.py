@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.errors import ModelError, one_line
+from opd import weight_formats
+from opd.errors import ModelError, one_line, shortened
 from opd.model_files import StoredTensor, tensor_headers
 
 SECTIONS = ("", "text_config", "vision_config")
@@ -65,10 +66,9 @@ def complete(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with the defaults of transformers. Raises ModelError."""
     from transformers import AutoConfig
 
-    # transformers would take the settings of MLX's quantisation for some of its own.
-    known = {name: value for name, value in config.items() if not name.startswith("quantization")}
     try:
-        return dict(AutoConfig.for_model(**known).to_dict())
+        # transformers would take the settings of MLX's quantisation for some of its own.
+        return dict(AutoConfig.for_model(**weight_formats.without(config)).to_dict())
     except Exception as error:  # transformers raises its own, TypeError, KeyError and ValueError
         raise ModelError(f"{file} cannot be used: {one_line(error)}") from error
 
@@ -197,4 +197,4 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 def _short(value: Any) -> str:
     value = list(value) if isinstance(value, tuple) else value
     text = value if isinstance(value, str) and value[:1] in "'\"" else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(text, 60)

@@ -14,8 +14,10 @@ OpdError
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class OpdError(Exception):
@@ -67,7 +69,17 @@ def one_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return line if len(line) <= 300 else f"{line[:297]}..."
+    return shortened(line, 300)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text for a message, of at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown(value: Any) -> str:
+    """A value for a message, as JSON."""
+    return shortened(json.dumps(value, default=str), 80)
 
 
 def no_weights(folder: Path, part: str) -> ModelError:

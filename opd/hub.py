@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from opd.errors import ModelError
+from opd.errors import ModelError, one_line
 from opd.model_files import read_json
 
 SMALL = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
@@ -96,14 +96,10 @@ def _reason(error: Exception, name: str, revision: str) -> str:
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"{place} has no revision '{revision}' of it; check model.revision"
     if isinstance(cause, errors.HfHubHTTPError):
-        return f"{place} answered {cause.response.status_code}, and it is not in the cache ({_line(cause)}); try again later"
+        return f"{place} answered {cause.response.status_code}, and it is not in the cache ({one_line(cause)}); try again later"
     if is_offline_mode():
         at = f", at revision '{revision}'" if revision else ""
         return f"neither a folder here nor in the cache {constants.HF_HUB_CACHE}{at}, and HF_HUB_OFFLINE is set: unset it to download"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"neither a folder here nor in the cache, and {place} cannot be reached ({_line(cause)}); check the network"
-    return f"the download from {place} failed ({_line(cause)}); try again: it goes on where it stopped"
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return f"neither a folder here nor in the cache, and {place} cannot be reached ({one_line(cause)}); check the network"
+    return f"the download from {place} failed ({one_line(cause)}); try again: it goes on where it stopped"

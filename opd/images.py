@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from opd.errors import DataError
+from opd.errors import DataError, one_line, shortened
 from opd.image_formats import load_plugin, named
 from opd.types import MAX_IMAGE_PIXELS
 
@@ -215,5 +215,4 @@ def _silence() -> None:
 
 def _reason(error: Exception) -> str:
     """Pillow's reason in one line, without the path that the caller names anyway."""
-    found = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return found if len(found) <= 200 else found[:197] + "..."
+    return shortened(one_line(error), 200)

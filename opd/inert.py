@@ -84,9 +84,7 @@ def copy_result(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy_files(source, folder)
     for file in sorted(source.iterdir()):
-        if file.is_file() and (
-            file.suffix == ".safetensors" or fnmatch(file.name, "*.safetensors.index.json") or file.name == "adapter_config.json"
-        ):
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in RESULT):
             shutil.copyfile(file, folder / file.name)
 
 

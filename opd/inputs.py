@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from opd.errors import FolderError
+from opd.errors import FolderError, shortened
 from opd.folder import CONFIG, RunFolder
 from opd.recipe import Recipe, read
 
@@ -106,4 +106,4 @@ def _of_rows(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+    return shortened(repr(value), 40)

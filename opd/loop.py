@@ -119,7 +119,9 @@ class Trainer:
         for step, batch in enumerate(ahead(self._encode, range(done + 1, steps + 1)), done + 1):
             if self._lacks_prompts(batch):
                 if not self._any_usable():
-                    why = f"step {step}: {NO_PROMPT}, and none in the data ({self.skipped.why()})"
+                    few = len(self.examples) > preflight.SAMPLE
+                    none = f"none of {preflight.SAMPLE} rows spread over the data" if few else "none in the data"
+                    why = f"step {step}: {NO_PROMPT}, and {none} ({self.skipped.why()})"
                     self._end(step - 1, seconds + time.monotonic() - started, why)
                 batch = Batch((), batch.reasons)
             metrics, samples = self.step(step, batch)

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from opd.errors import ModelError, UserError, no_weights, one_line
+from opd.errors import ModelError, UserError, no_weights, one_line, shortened
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -110,7 +110,7 @@ def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
                 tensors[name] = tensor
     for name, file in owners.items():
         if name not in tensors:
-            raise ModelError(f"{folder / INDEX}: {file} does not hold the tensor {_short(name)}; download both again")
+            raise ModelError(f"{folder / INDEX}: {file} does not hold the tensor {shortened(name, 120)}; download both again")
     return tensors
 
 
@@ -126,9 +126,8 @@ def _owners(folder: Path) -> dict[str, str]:
         raise ModelError(f"{path} has no weight_map, which names the file of each tensor")
     for name, file in owners.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise ModelError(
-                f"{path}: weight_map gives {_short(repr(file))} for {_short(name)}; it names files in the folder, *.safetensors"
-            )
+            what = f"{shortened(repr(file), 120)} for {shortened(name, 120)}"
+            raise ModelError(f"{path}: weight_map gives {what}; it names files in the folder, *.safetensors")
     for file in sorted(set(owners.values())):
         _checked(folder, file)
     return owners
@@ -137,7 +136,9 @@ def _owners(folder: Path) -> dict[str, str]:
 def _checked(folder: Path, file: str) -> str:
     """`file`, which is a name in the folder and exists."""
     if Path(file).name != file or "\\" in file or "\0" in file:
-        raise ModelError(f"{folder / INDEX}: weight_map names {_short(repr(file))}, outside of the model folder; weights stand beside it")
+        raise ModelError(
+            f"{folder / INDEX}: weight_map names {shortened(repr(file), 120)}, outside of the model folder; weights stand beside it"
+        )
     if not (folder / file).is_file():
         raise no_weights(folder, file)
     return file
@@ -164,18 +165,16 @@ def _stored(path: Path, name: str, value: Any, room: int) -> StoredTensor:
     fields: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise ModelError(f"{path} cannot be read as safetensors: the header says nothing usable of {_short(name)}")
+        raise ModelError(f"{path} cannot be read as safetensors: the header says nothing usable of {shortened(name, 120)}")
     begin, end = offsets
     if not begin <= end <= room:
-        raise ModelError(f"{path} is cut off: {_short(name)} ends at byte {end:,} of {room:,}; download it again")
+        raise ModelError(f"{path} is cut off: {shortened(name, 120)} ends at byte {end:,} of {room:,}; download it again")
     if dtype in WIDTHS and end - begin != WIDTHS[dtype] * math.prod(shape):
-        raise ModelError(f"{path} cannot be read as safetensors: {_short(name)} has {end - begin:,} bytes for {dtype} {tuple(shape)}")
+        raise ModelError(
+            f"{path} cannot be read as safetensors: {shortened(name, 120)} has {end - begin:,} bytes for {dtype} {tuple(shape)}"
+        )
     return StoredTensor(dtype, tuple(shape), path.name)
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -7,14 +7,13 @@ does not know changes nothing in transformers, so nothing here; it is told where
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from opd.errors import ModelError
+from opd.errors import ModelError, shown
 
 Values: TypeAlias = "tuple[Any, ...] | None"
 """Values that are computed as transformers computes them; None: all that transformers takes."""
@@ -203,7 +202,7 @@ def check(
         if setting is None and key not in plain and not key.startswith(("text_config.rope_parameters.", "vision_config.rope_parameters.")):
             if value and LOOKS_READ.search(name):
                 logging.getLogger(__name__).warning(
-                    "%s: %s = %s is read by nobody, here and in transformers alike", file, key, _shown(value)
+                    "%s: %s = %s is read by nobody, here and in transformers alike", file, key, shown(value)
                 )
             continue
         values = _values(setting, backend)
@@ -213,7 +212,7 @@ def check(
         theirs = _values(setting, "mlx" if backend == "torch" else "torch")
         if setting is not None and other and (theirs is None or any(_same(value, one) for one in theirs)):
             hint = f"--backend {other} does"
-        raise ModelError(f"{file}: the {backend} backend does not compute {_named(key, written)} = {_shown(value)}; {hint}")
+        raise ModelError(f"{file}: the {backend} backend does not compute {_named(key, written)} = {shown(value)}; {hint}")
     _check_together(config, written, file)
 
 
@@ -224,12 +223,6 @@ def defaults(configuration: Any) -> dict[str, Any]:
         part = getattr(configuration, name)
         plain[name] = type(part)().to_dict() | {"model_type": plain[name]["model_type"]}
     return plain
-
-
-def reason(error: Exception) -> str:
-    """What transformers says is wrong with a configuration, in one line; some of its errors name only a validator in the first."""
-    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 def known(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,12 +243,10 @@ def _check_together(config: Mapping[str, Any], written: Mapping[str, Any], file:
         inner = written.get(place[:-1], {}) if place else written
         for name in REACHES_IN:
             if isinstance(inner, Mapping) and inner.get(name) is not None:
-                raise ModelError(
-                    f"{file}: {place}{name} = {_shown(inner[name])} is computed by no backend, so this model cannot be trained"
-                )
+                raise ModelError(f"{file}: {place}{name} = {shown(inner[name])} is computed by no backend, so this model cannot be trained")
     for place, name in (("vision_config", "patch_size"), ("vision_config", "temporal_patch_size"), ("vision_config", "image_size")):
         if not isinstance(vision.get(name, 1), int):
-            raise ModelError(f"{file}: {place}.{name} = {_shown(vision[name])} is not supported; only one number for all sides is")
+            raise ModelError(f"{file}: {place}.{name} = {shown(vision[name])} is not supported; only one number for all sides is")
     if vision.get("out_hidden_size", text["hidden_size"]) != text["hidden_size"]:
         raise ModelError(
             f"{file}: vision_config.out_hidden_size = {vision['out_hidden_size']} is not text_config.hidden_size = {text['hidden_size']}, "
@@ -263,13 +254,13 @@ def _check_together(config: Mapping[str, Any], written: Mapping[str, Any], file:
         )
     width = text["hidden_size"] // text["num_attention_heads"]
     if config["model_type"] == "qwen2_5_vl" and text.get("head_dim") not in (None, width):
-        raise ModelError(f"{file}: text_config.head_dim = {_shown(text['head_dim'])} is not hidden_size / num_attention_heads = {width}")
+        raise ModelError(f"{file}: text_config.head_dim = {shown(text['head_dim'])} is not hidden_size / num_attention_heads = {width}")
     rope = text.get("rope_parameters") or {}
     sections = rope.get("mrope_section")
     half = int((text.get("head_dim") or width) * (rope.get("partial_rotary_factor") or 1.0)) // 2
     if sections is not None and (not isinstance(sections, list | tuple) or len(sections) != 3 or sum(sections) != half):
         raise ModelError(
-            f"{file}: {_named('text_config.rope_parameters.mrope_section', written)} = {_shown(sections)} does not add up to {half}"
+            f"{file}: {_named('text_config.rope_parameters.mrope_section', written)} = {shown(sections)} does not add up to {half}"
         )
     kinds = text.get("layer_types") or []
     if "layer_types" in text and len(kinds) < text["num_hidden_layers"]:
@@ -317,8 +308,3 @@ def _named(key: str, written: Mapping[str, Any]) -> str:
     if place == "text_config" and "text_config" not in written:
         return name
     return key
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from opd.errors import DataError, OpdError
+from opd.errors import DataError, OpdError, one_line
 from opd.images import image_size
 from opd.progress import Progress
 from opd.prompts import PromptEncoder
@@ -141,8 +141,7 @@ def _guarded(example: Example) -> Iterator[None]:
     except OpdError:
         raise
     except Exception as error:  # whatever the libraries that read images and texts raise for one of them
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise Unusable(f"the row cannot be encoded: {reason}", "the row cannot be encoded") from error
+        raise Unusable(f"the row cannot be encoded: {one_line(error)}", "the row cannot be encoded") from error
 
 
 def too_long(tokens: int, limit: int) -> tuple[str, str]:

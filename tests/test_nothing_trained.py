@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd import loop
+from opd import loop, preflight
 from opd.errors import DataError, RunError
 from opd.folder import RunFolder
 from opd.toy import Together, ToyBackend, ToyEncoder
@@ -72,6 +72,12 @@ def test_a_step_without_a_usable_prompt_ends_the_run_with_the_cause(tmp_path, op
     assert said == ("step 1: no prompt of the step can be used, and none in the data (12 rows: above data.max_prompt_tokens = 1)")
     assert "finite" not in said
     assert not one.folder.checkpoints()
+
+
+def test_of_large_data_a_sample_is_named_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "SAMPLE", 5)
+    one = trainer(tmp_path / "run", "data.max_prompt_tokens=1", "rollout.prompts=1")
+    assert "step 1: no prompt of the step can be used, and none of 5 rows spread over the data (" in ended(tmp_path / "run", one)
 
 
 def test_the_most_frequent_cause_stands_first(tmp_path):

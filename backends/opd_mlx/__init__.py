@@ -36,7 +36,7 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
     from mlx_vlm.quant_utils import quantize_model
 
     from opd import inert, model_files
-    from opd.errors import ModelError
+    from opd.errors import ModelError, one_line
     from opd.permissions import as_new
     from opd_mlx.families import family
 
@@ -49,7 +49,7 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
         try:
             model, config = utils.load_model(whole, lazy=True), utils.load_config(whole)
         except Exception as error:  # whatever mlx-vlm and its models raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(str(whole), str(source))
+            reason = one_line(error).replace(str(whole), str(source))
             raise ModelError(f"mlx-vlm, which quantises, cannot load this model of type '{kind}': {reason}") from error
         own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints, and our stdout is for results

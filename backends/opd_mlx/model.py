@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
 from opd import adapters, inert, names, settings, weight_formats
-from opd.errors import FolderError, ModelError, RecipeError, holds_nan, nearest
+from opd.errors import FolderError, ModelError, RecipeError, holds_nan, nearest, one_line
 from opd.model_files import read_json, tensor_headers, weight_files
 from opd.permissions import as_new
 from opd.types import ModelOptions
@@ -208,7 +208,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         # mlx-vlm's own classes read keys that transformers does not know.
         return {**settings.known(completed, plain), "quantization": weight_formats.mlx_settings(config)}
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ModelError(f"{path} cannot be used: {settings.reason(error)}") from error
+        raise ModelError(f"{path} cannot be used: {one_line(error)}") from error
 
 
 def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:

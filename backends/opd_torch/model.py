@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd import adapters, inert, names, settings, weight_formats
-from opd.errors import FolderError, ModelError, holds_nan
+from opd.errors import FolderError, ModelError, holds_nan, one_line
 from opd.model_files import StoredTensor, read_json, tensor_headers
 from opd.permissions import as_new
 from opd.types import ModelOptions
@@ -120,7 +120,7 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
             more |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
             model, found = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
-        reason = settings.reason(error).replace(str(whole), str(path))
+        reason = one_line(error).replace(str(whole), str(path))
         raise ModelError(f"{path} cannot be loaded: {reason}") from error
     finally:
         if bars:

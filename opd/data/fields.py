@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opd.errors import DataError
+from opd.errors import DataError, shortened
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -115,8 +115,7 @@ def show(value: Any) -> str:
 
 def cut(text: str) -> str:
     """A text for a message: without half characters, and cut where it is long."""
-    shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-    return shown.encode("utf-8", "backslashreplace").decode()
+    return shortened(text, SHOWN).encode("utf-8", "backslashreplace").decode()
 
 
 def wrong(field: str, value: Any, wanted: str) -> DataError:

@@ -11,7 +11,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opd.consistency import check_sizes
+from opd.consistency import check_sizes, complete
 from opd.errors import ModelError
 from opd.families import family
 from opd.model_files import read_json
@@ -32,8 +32,6 @@ def shape_of(config: Config) -> Shape:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a supported family, with the defaults of transformers for what it leaves out. Raises ModelError."""
-    from transformers import AutoConfig
-
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder}: no config.json, so this is no model folder")
@@ -41,13 +39,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_sizes(file, stated)
     try:
         family(str(stated.get("model_type")))
-        # transformers would take the settings of MLX's quantisation for some of its own.
-        completed = AutoConfig.for_model(**{name: value for name, value in stated.items() if not name.startswith("quantization")})
     except ModelError as error:
         raise ModelError(f"{file}: {error}; of another model nothing can be planned, though torch may train it by rows") from None
-    except Exception as error:  # transformers raises its own, TypeError, KeyError and ValueError
-        raise ModelError(f"{file} cannot be used: {next(iter(str(error).strip().splitlines()), type(error).__name__)}") from error
-    return dict(completed.to_dict())
+    return complete(file, stated)
 
 
 def _qwen3_vl(config: Config) -> Shape:
