@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from opd import backend as backends
 from opd.adapters import AdapterOptions, part
-from opd.plan import Assumed, devices, plan, view
+from opd.memory import feature_bytes
+from opd.plan import Assumed, devices, on, plan, report, view
 from opd.plan.families import read_config, read_shape, shape_of
 from opd.plan.shape import PARTS, Tune
 from opd.plan.work import Cost, View, Work, completions, prefix, stages, tower
@@ -296,6 +297,18 @@ def test_the_largest_step_fits_and_one_more_group_does_not(folder):
     assert 1 < groups < recipe.rollout.prompts
     assert replace(found, work=found.work.limited(groups)).memory.peak <= found.usable
     assert replace(found, work=found.work.limited(groups + 1)).memory.peak > found.usable
+
+
+def test_kept_features_are_bounded_as_the_backends_bound_them(folder):
+    recipe = load("lora", [f"model.path={folder}", "rollout.prompts=512"])
+    small = replace(devices.DEVICES["RTX 4090"], memory=2 * 2**30)
+    found = plan(recipe, small, assumed=Assumed((2048, 1536)))
+    said = report([found], "")["memory"]
+    assert said["kept_features_bound"] == said["held"]["kept image features"] == feature_bytes(small.memory) == 2**26
+    large = on(found, devices.DEVICES["H200"])
+    assert large.memory.held["kept image features"] > 2**26
+    few = replace(found, work=replace(found.work, prompts=4))
+    assert replace(few, setting=large.setting).stages["student forward"].operations < few.stages["student forward"].operations
 
 
 def test_of_a_group_that_is_too_large_some_completions_fit(folder):

@@ -18,6 +18,7 @@ from opd.adapters import check_targets
 from opd.data import open_data
 from opd.errors import BackendError, DataError, UserError, nearest
 from opd.images import image_size
+from opd.memory import feature_bytes
 from opd.models import ModelChoice
 from opd.plan.activations import Setting
 from opd.plan.devices import HERE, Device
@@ -25,7 +26,7 @@ from opd.plan.families import read_config, shape_of
 from opd.plan.memory import KEPT_FEATURES, Memory, memory
 from opd.plan.passes import passed
 from opd.plan.shape import Shape, Tune
-from opd.plan.work import KNOWN_BYTES, Stage, View, Work, stages
+from opd.plan.work import Stage, View, Work, stages
 from opd.prompts import PromptEncoder
 from opd.recipe import Recipe
 from opd.types import Example, Policy
@@ -81,7 +82,7 @@ class Plan:
         """Work of the step by stage."""
         again = self.memory.checkpointed
         beside = passed(self.shape, self.tune, self.work, self.setting, again)
-        found = stages(self.shape, self.tune, self.work, self.setting.item, again)
+        found = stages(self.shape, self.tune, self.work, self.setting.item, again, self.setting.features)
         return {name: replace(stage, passed=beside[name]) for name, stage in found.items()}
 
     @property
@@ -243,7 +244,7 @@ def report(plans: Sequence[Plan], model: str) -> dict[str, Any]:
             **asdict(found),
             "peak": found.peak,
             "usable": int(first.usable),
-            "kept_features_bound": KNOWN_BYTES if KEPT_FEATURES in found.held else 0,
+            "kept_features_bound": first.setting.features if KEPT_FEATURES in found.held else 0,
         },
         "microbatch": {
             "groups": first.work.together,
@@ -269,7 +270,7 @@ def _setting(device: Device, backend: str | None, dtype: str) -> Setting:
         raise BackendError(f"--backend '{backend}' cannot be planned; {nearest(backend, known)}")
     name = device.backend if backend in (None, "auto") else str(backend)
     gpu = name == "cuda" or (name == "mlx" and (device.name != HERE or platform.system() == "Darwin"))
-    return Setting(name == "mlx", gpu, dtype == "bfloat16")
+    return Setting(name == "mlx", gpu, dtype == "bfloat16", feature_bytes(device.memory))
 
 
 def _data(recipe: Recipe) -> Sequence[Example]:

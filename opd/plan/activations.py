@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd.memory import FEATURES_MOST
 from opd.plan.shape import Attention, Delta, Layer, Shape, Tune, Vision
 from opd.plan.work import View, Work
 
@@ -33,11 +34,15 @@ BLOCK_BYTES = {False: 2**23, True: 2**28}
 
 @dataclass(frozen=True)
 class Setting:
-    """How a backend computes: `mlx`, else torch; on a `gpu` products take half precision as it is; `half` is bfloat16."""
+    """How a backend computes: `mlx`, else torch; on a `gpu` products take half precision as it is; `half` is bfloat16.
+
+    `features`: bytes of a frozen tower's results that it keeps at most; see `opd.memory.feature_bytes`.
+    """
 
     mlx: bool
     gpu: bool
     half: bool
+    features: int = FEATURES_MOST
 
     @property
     def item(self) -> int:

@@ -6,7 +6,6 @@ measured here, with the backend's own products, those of `benchmarks.plan_agains
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from opd.errors import RecipeError, nearest
+from opd.memory import host_memory
 
 HERE = "this machine"
 
@@ -114,7 +114,7 @@ def this_machine(backend: str | None = None) -> Device:
     target = np.empty_like(source)
     # A copy reads and writes.
     bandwidth = 2.0 * source.nbytes * _per_second(lambda: np.copyto(target, source))
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    memory = float(host_memory())
     rates = {"float32": speed, "bfloat16": speed}
     said = f"its processor, measured now with {library} in float32"
     packed = _packed() if library == "mlx" and platform.system() != "Darwin" else None

@@ -18,10 +18,10 @@ from opd.plan.activations import (
     passing_scores,
 )
 from opd.plan.shape import Delta, Layer, Shape, Tune
-from opd.plan.work import KNOWN_BYTES, View, Work
+from opd.plan.work import View, Work
 
 KEPT_FEATURES = "kept image features"
-"""A part that is held where the vision tower is frozen. It grows from step to step up to a bound, KNOWN_BYTES."""
+"""A part that is held where the vision tower is frozen. It grows from step to step up to a bound, `Setting.features`."""
 
 FOUR_BITS = 4.5 / 8
 """Bytes of a 4-bit weight with its share of a scale and an offset of 16 bits each for every 64 weights."""
@@ -177,7 +177,7 @@ def _held(shape: Shape, tune: Tune, work: Work, setting: Setting) -> dict[str, i
         layers = shape.weights if tune.kind == "qlora" else 0
         frozen = int((sum(counts.values()) - layers) * setting.item + layers * FOUR_BITS)
     visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
-    known = min(KNOWN_BYTES, FLOAT * visual * shape.hidden * (1 + shape.vision.taps)) if not tune.sees else 0
+    known = min(setting.features, FLOAT * visual * shape.hidden * (1 + shape.vision.taps)) if not tune.sees else 0
     parts = {
         "frozen weights": frozen,
         "trained weights": FLOAT * trained,

@@ -26,7 +26,7 @@ AVERAGE = {False: 3, True: 8}
 
 def passed(shape: Shape, tune: Tune, work: Work, setting: Setting, again: bool) -> dict[str, float]:
     """Bytes by stage."""
-    seen = reused(shape, tune, work)
+    seen = reused(shape, tune, work, setting.features)
     student, teacher = (_kept(shape, work, setting, view) for view in (work.student, work.teacher))
     rows, trained = work.completions * work.tokens, sum(tune.trained(shape).values())
     logits = float(FLOAT * shape.vocabulary * rows)

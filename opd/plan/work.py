@@ -11,10 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from opd.memory import FEATURES_MOST
 from opd.plan.shape import Attention, Delta, Layer, Shape, Tune, Vision
-
-KNOWN_BYTES = 2**30
-"""Image features of a frozen tower that the backends keep within a step."""
 
 
 @dataclass(frozen=True)
@@ -192,15 +190,18 @@ def completions(shape: Shape, before: int, length: int, count: int) -> Cost:
     return Cost(2.0 * rows * shape.weights, mixing, rows * len(shape.layers) * _last(shape))
 
 
-def reused(shape: Shape, tune: Tune, work: Work) -> bool:
-    """Whether image features are computed once a step: the tower is frozen, and what is kept of both policies' images fits."""
+def reused(shape: Shape, tune: Tune, work: Work, room: int) -> bool:
+    """Whether image features are computed once a step: the tower is frozen, and both policies' take at most `room` bytes."""
     visual = work.prompts * (work.student.visual + work.teacher.visual)
-    return not tune.sees and 4 * visual * shape.hidden * (1 + shape.vision.taps) <= KNOWN_BYTES
+    return not tune.sees and 4 * visual * shape.hidden * (1 + shape.vision.taps) <= room
 
 
-def stages(shape: Shape, tune: Tune, work: Work, item: int, checkpointed: bool) -> dict[str, Stage]:
-    """Every stage of a step; `item` bytes of a number in computation. With `checkpointed`, layers are computed twice."""
-    once, full = reused(shape, tune, work), tune.full
+def stages(shape: Shape, tune: Tune, work: Work, item: int, checkpointed: bool, room: int = FEATURES_MOST) -> dict[str, Stage]:
+    """Every stage of a step; `item` bytes of a number in computation, `room` bytes for a frozen tower's features.
+
+    With `checkpointed`, layers are computed twice.
+    """
+    once, full = reused(shape, tune, work, room), tune.full
     rows = work.completions * work.tokens
     image = tower(shape.vision, work.student)
     prompt, teacher_prompt = prefix(shape, work.student), prefix(shape, work.teacher)
