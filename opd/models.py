@@ -93,8 +93,11 @@ class ModelChoice(Options):
             self.tune == "qlora",
         )
 
-    def _found(self, weights: bool = True, is_base: bool = False) -> tuple[Path, Path | None]:
-        """The model's folder, and that of an adapter on it where `path` names one, which the base of another must not be."""
+    def _found(self, weights: bool = True, is_base: bool = False, behind: tuple[Path, ...] = ()) -> tuple[Path, Path | None]:
+        """The model's folder, and that of an adapter on it where `path` names one, which the base of another must not be.
+
+        `behind`: checkpoints that led here, of which none comes twice.
+        """
         if self.path == "tiny" and not self.base:
             from opd.tiny import MODEL
 
@@ -114,7 +117,7 @@ class ModelChoice(Options):
             raise RecipeError(f"model.revision = '{self.revision}': '{self.path}' is a folder, which has no revisions")
         checkpoint = checkpoint_of(path)
         if checkpoint:
-            return self._of_checkpoint(checkpoint[0], path, weights)
+            return self._of_checkpoint(checkpoint[0], path, weights, is_base, behind)
         if (path / "config.toml").is_file() and not (path / "config.json").is_file():
             results = [path / name for name in ("model", "adapter") if (path / name).is_dir()]
             if not results:
@@ -123,32 +126,40 @@ class ModelChoice(Options):
         if adapters.is_adapter(path):
             if is_base:
                 raise ModelError(f"'{self.path}' is an adapter itself; export it, and name the export with --set model.base=...")
-            return self._base(path, weights), path
+            return self._base(path, weights, behind), path
         if self.base:
             raise RecipeError(f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base")
         hub.refuse_remote_code(path, self.path)
         return path, None
 
-    def _of_checkpoint(self, run: Path, path: Path, weights: bool) -> tuple[Path, Path | None]:
+    def _of_checkpoint(self, run: Path, path: Path, weights: bool, is_base: bool, behind: tuple[Path, ...]) -> tuple[Path, Path | None]:
         """A checkpoint's student, as a folder in the checkpoint; until `opd.export.as_model` makes that, the run's own base."""
+        if path.resolve() in behind:
+            raise ModelError(f"model '{self.path}' is a checkpoint that names itself as its base; name the run's first model")
+        behind = (*behind, path.resolve())
         for result in (path / "model", path / "adapter"):
             if result.is_dir():
-                return ModelChoice(path=str(result))._found(weights)
+                return ModelChoice(path=str(result))._found(weights, is_base, behind)
         if weights:
             raise ModelError(f"model '{self.path}' is a checkpoint; export it first: opd export {path} --out FOLDER")
-        section = _read(run / "config.toml", tomllib.loads).get("model", {})
-        return ModelChoice(path=str(section.get("path", "tiny")), revision=str(section.get("revision", "")))._found(weights)
+        section = _section(run)
+        first = {name: str(section.get(name, "")) for name in ("path", "revision")}
+        try:
+            return ModelChoice(path=first["path"] or "tiny", revision=first["revision"])._found(weights, is_base, behind)
+        except ValidationError as error:
+            raise ModelError(f"{run / 'config.toml'}: model.path is no path or name: {error.errors()[0]['msg']}") from error
 
-    def _base(self, adapter: Path, weights: bool) -> Path:
+    def _base(self, adapter: Path, weights: bool, behind: tuple[Path, ...]) -> Path:
         """The folder of the model that an adapter was trained on, or of `base`."""
         name = self.base or adapters.base(adapter)
-        if not Path(name).is_dir() and Path(name).parts[-3:] == ("opd", "tiny", "model"):
+        if not os.path.isdir(name) and Path(name).parts[-3:] == ("opd", "tiny", "model"):
             name = "tiny"  # of another installation
         told = f"model '{self.path}' is an adapter, and its base"
-        if not self.base and not Path(name).is_dir() and QUANTISED.search(name):
+        if not self.base and not os.path.isdir(name) and QUANTISED.search(name):
             raise ModelError(f"{told}, '{name}', holds quantised weights; name the original: --set model.base={QUANTISED.sub('', name)}")
         try:
-            return ModelChoice(path=name, revision="" if self.base else adapters.revision(adapter))._found(weights, is_base=True)[0]
+            choice = ModelChoice(path=name, revision="" if self.base else adapters.revision(adapter))
+            return choice._found(weights, is_base=True, behind=behind)[0]
         except ValidationError as error:
             raise ModelError(f"{told} is no path or name: {error.errors()[0]['msg']}") from error
         except ModelError as error:
@@ -156,8 +167,11 @@ class ModelChoice(Options):
             raise ModelError(f"{told} is not here: {error}{hint}") from error
 
 
-def is_tiny(path: str) -> bool:
-    """Whether a model is the embedded one, or was made of it: by a run, an adapter or an export. False where there is nothing."""
+def is_tiny(path: str, behind: frozenset[Path] = frozenset()) -> bool:
+    """Whether a model is the embedded one, or was made of it: by a run, an adapter or an export. False where there is nothing.
+
+    `behind`: folders that led here, of which none comes twice.
+    """
     from opd.tiny import MODEL
 
     if path == "tiny":
@@ -168,14 +182,23 @@ def is_tiny(path: str) -> bool:
         return False
     checkpoint = checkpoint_of(folder)
     folder = checkpoint[0] if checkpoint else folder
+    place = folder.resolve()
+    if place in behind:
+        return False
+    behind |= {place}
     if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
-        base = _read(folder / "config.toml", tomllib.loads).get("model", {})
-        return is_tiny(str(base.get("path", "tiny")))
+        return is_tiny(str(_section(folder).get("path", "tiny")), behind)
     if (folder / "adapter_config.json").is_file():
         name = str(_read(folder / "adapter_config.json", json.loads).get("base_model_name_or_path", ""))
-        return name != path and (Path(name).parts[-3:] == MODEL.parts[-3:] or is_tiny(name))
+        return Path(name).parts[-3:] == MODEL.parts[-3:] or is_tiny(name, behind)
     embedded, found = (_read(place / "config.json", json.loads) for place in (MODEL, folder))
     return all(found.get(key) == value for key, value in embedded.items())
+
+
+def _section(run: Path) -> dict[str, Any]:
+    """The model section of a run's recipe; empty where there is none."""
+    section = _read(run / "config.toml", tomllib.loads).get("model")
+    return section if isinstance(section, dict) else {}
 
 
 def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

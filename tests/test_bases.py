@@ -1,0 +1,68 @@
+"""What an adapter, a run or a checkpoint names as its base: names that lead in a circle, or that no file has, are one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from opd.errors import ModelError
+from opd.models import ModelChoice, is_tiny
+from opd.tiny import MODEL
+
+
+def adapter(folder, base):
+    folder.mkdir(parents=True)
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def run(folder, model):
+    (folder / "checkpoints" / "step-000001").mkdir(parents=True)
+    (folder / "config.toml").write_text(model)
+    return folder
+
+
+def test_a_circle_of_bases_is_no_tiny_model(tmp_path):
+    first = adapter(tmp_path / "first", tmp_path / "second")
+    adapter(tmp_path / "second", first)
+    assert not is_tiny(str(first))
+    run(tmp_path / "one", f'[model]\npath = "{tmp_path / "other"}"\n')
+    run(tmp_path / "other", f'[model]\npath = "{tmp_path / "one"}"\n')
+    assert not is_tiny(str(tmp_path / "one"))
+    assert is_tiny(str(adapter(tmp_path / "third", "tiny")))
+
+
+def test_a_checkpoint_that_is_its_own_base_is_one_line(tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "step-000001"
+    run(tmp_path / "run", f'[model]\npath = "{step}"\n')
+    with pytest.raises(ModelError, match="names itself as its base"):
+        ModelChoice(path=str(step)).folder(weights=False)
+    adapter(step / "adapter", step)
+    with pytest.raises(ModelError, match="names itself as its base"):
+        ModelChoice(path=str(step)).folder()
+
+
+def test_an_adapter_over_the_adapter_of_a_checkpoint_is_refused(tmp_path):
+    """It would be trained without the lower one."""
+    step = run(tmp_path / "run", '[model]\ntune = "lora"\n') / "checkpoints" / "step-000001"
+    adapter(step / "adapter", "tiny")
+    with pytest.raises(ModelError, match="is an adapter itself"):
+        ModelChoice(path=str(adapter(tmp_path / "upper", step))).folder()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\0b", "\udce9"])
+def test_a_base_that_no_file_is_called_is_one_line(tmp_path, name):
+    folder = adapter(tmp_path / "adapter", name)
+    with pytest.raises(ModelError, match="is no path or name") as error:
+        ModelChoice(path=str(folder)).folder()
+    assert "\n" not in str(error.value)
+    assert not is_tiny(str(folder))
+
+
+@pytest.mark.parametrize("text", ["model = 5\n", 'model = "x"\n', ""])
+def test_a_recipe_without_a_model_section_is_of_the_embedded_one(tmp_path, text):
+    step = run(tmp_path / "run", text) / "checkpoints" / "step-000001"
+    assert is_tiny(str(tmp_path / "run"))
+    assert ModelChoice(path=str(step)).folder(weights=False) == MODEL
