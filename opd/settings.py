@@ -256,12 +256,13 @@ def _check_together(config: Mapping[str, Any], written: Mapping[str, Any], file:
     if config["model_type"] == "qwen2_5_vl" and text.get("head_dim") not in (None, width):
         raise ModelError(f"{file}: text_config.head_dim = {shown(text['head_dim'])} is not hidden_size / num_attention_heads = {width}")
     rope = text.get("rope_parameters") or {}
-    sections = rope.get("mrope_section")
+    section, sections = "text_config.rope_parameters.mrope_section", rope.get("mrope_section")
     half = int((text.get("head_dim") or width) * (rope.get("partial_rotary_factor") or 1.0)) // 2
-    if sections is not None and (not isinstance(sections, list | tuple) or len(sections) != 3 or sum(sections) != half):
-        raise ModelError(
-            f"{file}: {_named('text_config.rope_parameters.mrope_section', written)} = {shown(sections)} does not add up to {half}"
-        )
+    if sections is not None and (not isinstance(sections, list | tuple) or len(sections) != 3):
+        raise ModelError(f"{file}: {_named(section, written)} = {shown(sections)} is not three numbers")
+    # Sections that are interleaved say which angles are of height and width; all others are of time.
+    if sections is not None and config["model_type"] == "qwen2_5_vl" and sum(sections) != half:
+        raise ModelError(f"{file}: {_named(section, written)} = {shown(sections)} does not add up to {half}")
     kinds = text.get("layer_types") or []
     if "layer_types" in text and len(kinds) < text["num_hidden_layers"]:
         raise ModelError(f"{file}: text_config.layer_types names {len(kinds)} layers, and num_hidden_layers is {text['num_hidden_layers']}")

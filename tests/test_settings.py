@@ -44,7 +44,7 @@ BOTH = {
     "qwen3_vl": [
         QWEN_SIZES
         | at(T, head_dim=24, num_hidden_layers=2)
-        | at(R, rope_theta=500.0, mrope_section=[4, 3, 5])
+        | at(R, rope_theta=500.0, mrope_section=[1, 2, 6])
         | at(V, num_position_embeddings=144, deepstack_visual_indexes=[1, 0])
         | {"tie_word_embeddings": False},
     ],
@@ -60,6 +60,7 @@ BOTH = {
         | at(R, rope_theta=500.0, partial_rotary_factor=0.5, mrope_section=[2, 2, 2])
         | at(V, num_position_embeddings=144)
         | at(T, layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"], attention_bias=True),
+        at(R, partial_rotary_factor=0.5, mrope_section=[1, 3, 3]),
     ],
     "gemma3": [
         SIGLIP_SIZES
@@ -95,7 +96,7 @@ NEITHER = {
     "qwen3_vl": [
         at(R, rope_type="dynamic", factor=4.0),
         at(R, partial_rotary_factor=0.5),
-        at(R, mrope_section=[1, 1, 1]),
+        at(R, mrope_section=[1, 1]),
         at(T, is_causal=False),
         at(V, in_channels=1),
         at(V, patch_size=[8, 8]),
