@@ -167,4 +167,5 @@ def test_an_adapter_is_given_as_the_run_left_it(tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (run / "adapter" / name).write_text(name)
     opd("export", run, "--as", "adapter", "--out", tmp_path / "out")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    exported = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert exported == ["adapter_config.json", "adapter_model.safetensors", "recipe.toml"]

@@ -189,7 +189,7 @@ def test_what_cannot_be_encoded_is_refused(case, tmp_path, change, says):
 
 def test_a_bound_on_pixels_is_refused(case):
     with pytest.raises(ModelError, match=r"model\.max_pixels: models of type 'llava' have no file that says how to bound"):
-        open_encoder(case.folder, max_pixels=4096)
+        open_encoder(case.folder, max_pixels=100)
 
 
 def test_arrays_with_a_value_for_every_token_are_refused(case, monkeypatch):
