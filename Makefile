@@ -32,8 +32,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 train: install
 	$(if $(filter mlx,$(BACKEND)),$(FAST),) $(VENV)/bin/opd train --backend $(BACKEND) $(ARGS)
 
+# Processes side by side, of one thread each: a few at most, since each loads both frameworks.
 test: install
-	$(FAST) $(VENV)/bin/python -m pytest -q $(ARGS)
+	$(FAST) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: install
 	$(VENV)/bin/ruff check .
