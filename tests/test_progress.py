@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from opd_cli import main, progress, signals
-from opd_cli.progress import duration, rate
+from opd_cli.progress import digits_of, duration, rate
 from opd_cli.terminal import Stderr
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +40,11 @@ METRICS = {"step": 1, "loss": 0.123456, "divergence": 0.1234, "tokens_per_second
 )
 def test_times_have_fitting_units(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(("number", "said"), [(1234.5, "1234"), (9.97, "10"), (9.94, "9.9"), (0.4, "0.4"), (0.0321, "0.032")])
+def test_a_slow_machine_draws_more_than_0_tokens_a_second(number, said):
+    assert digits_of(number) == said
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_the_commands_of_opd(tmp_path, monkeypatch, cached):
             arguments += ["--backend", "cpu"]
             if "--resume" not in arguments and arguments[0] != "export":
                 arguments += SHORT if arguments[0] == "train" else FEW
-        if arguments[0] == "train" and "--resume" not in arguments:
-            arguments += ["--steps", "5"]
+        if arguments[0] == "train" and ("--resume" not in arguments or "--steps" in arguments):
+            arguments += ["--steps", "6" if "--resume" in arguments else "5"]
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, f"{' '.join(command)}: {result.output} {result.exception!r}"
         assert "skipped" not in result.stderr

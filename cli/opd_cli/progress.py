@@ -105,6 +105,11 @@ def rate(seconds: float, unit: str) -> str:
     return f"{value:.{0 if value >= 100 else 1}f} {name}/{unit}"
 
 
+def digits_of(number: float) -> str:
+    """A number above 0 as it is read: 1234, 78, 7.8, 0.78, 0.0078; never 0 for a small one."""
+    return f"{number:.0f}" if number >= 9.95 else f"{number:.2g}"
+
+
 class Shown:
     """What `opd.progress.Progress` asks for, on stderr."""
 
@@ -150,7 +155,7 @@ class Shown:
         """Takes the numbers that stand beside the bar."""
         digits, unit = (4, "tokens/s") if self._wide else (3, "tok/s")
         loss, divergence = (f"{name} {metrics[name]:.{digits}f}" for name in ("loss", "divergence"))
-        speed = f"{metrics['tokens_per_second']:.0f} {unit}"
+        speed = f"{digits_of(metrics['tokens_per_second'])} {unit}"
         self._phases["train"].detail = (loss, divergence, speed) if self._wide else (loss, speed, divergence)
 
     def note(self, message: str) -> None:
