@@ -179,6 +179,20 @@ def check_channels(file: Path, processor: Any, channels: Any) -> None:
             raise ModelError(f"{file}: image_std is {_short(values)}, and pixels are divided by it; take the model's own file")
 
 
+def check_switch(file: Path, processor: Any, name: str, wanted: bool) -> None:
+    """Raises ModelError where a step of a processor is not as the tower, or the prompt, needs it."""
+    if bool(getattr(processor, name, wanted)) is not wanted:
+        raise ModelError(f"{file}: {name} is {not wanted}, which is not supported for this model; set it to {str(wanted).lower()}")
+
+
+def edges(size: Any) -> dict[str, Any]:
+    """A processor's size by name; none where it is something else."""
+    try:
+        return dict(size)
+    except (TypeError, ValueError):
+        return {}
+
+
 def check_edge(file: Path, key: str, held: Any, largest: int) -> None:
     """Raises ModelError where a processor's size is no number of at least 1, or would fill the memory."""
     if type(held) is not int or not 1 <= held <= largest:

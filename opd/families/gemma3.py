@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd.consistency import check_channels, equal
+from opd.consistency import check_channels, check_switch, edges, equal
 from opd.errors import ModelError
 from opd.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
@@ -55,10 +55,12 @@ class Gemma3:
     def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
         """The square is the tower's, and both count the same tokens."""
         vision, tokens = config["vision_config"], config["mm_tokens_per_image"]
-        size = dict(processor.size)
+        size = edges(processor.size)
         for side in ("height", "width"):
             equal(file, f"size.{side}", size.get(side), "vision_config.image_size", vision["image_size"])
         check_channels(file, processor, vision["num_channels"])
+        check_switch(file, processor, "do_resize", True)
+        check_switch(file, processor, "do_pan_and_scan", False)  # it adds crops of the image, and a text, to a prompt
         if "image_seq_length" in settings:
             equal(file.with_name("processor_config.json"), "image_seq_length", settings["image_seq_length"], "mm_tokens_per_image", tokens)
 

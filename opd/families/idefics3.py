@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd.consistency import check_channels, check_edge, equal
+from opd.consistency import check_channels, check_edge, check_switch, edges, equal
 from opd.errors import ModelError
 from opd.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
@@ -60,10 +60,11 @@ class Idefics3:
 
     def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
         """Tiles are as large as the tower's images, and both count the same tokens."""
-        vision, tile = config["vision_config"], dict(processor.max_image_size).get("longest_edge")
+        vision, tile = config["vision_config"], edges(processor.max_image_size).get("longest_edge")
         equal(file, "max_image_size.longest_edge", tile, "vision_config.image_size", vision["image_size"])
-        check_edge(file, "size.longest_edge", dict(processor.size).get("longest_edge"), 2**14)
+        check_edge(file, "size.longest_edge", edges(processor.size).get("longest_edge"), 2**14)
         check_channels(file, processor, vision["num_channels"])
+        check_switch(file, processor, "do_resize", True)
         if "image_seq_len" in settings:
             tokens = (vision["image_size"] // vision["patch_size"] // config["scale_factor"]) ** 2
             name = "(vision_config.image_size / patch_size / scale_factor)^2"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd.consistency import ENLARGED, check_channels, check_edge, equal
+from opd.consistency import ENLARGED, check_channels, check_edge, edges, equal
 from opd.families.layout import Layout, Tile, plain, token
 from opd.types import FloatArray, IntArray
 
@@ -62,7 +62,7 @@ class QwenVL:
         for key, name in (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2):
             equal(file, key, getattr(processor, key), f"vision_config.{name}", vision[name])
         check_channels(file, processor, vision["in_channels"])
-        size = dict(processor.size)
+        size = edges(processor.size)
         check_edge(file, "size.longest_edge", size.get("longest_edge"), 2**40)
         check_edge(file, "size.shortest_edge", size.get("shortest_edge"), min(ENLARGED, size["longest_edge"]))
 
