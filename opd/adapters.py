@@ -20,7 +20,7 @@ from safetensors import SafetensorError, deserialize
 
 from opd import hub, names, randomness
 from opd.errors import ModelError, RecipeError, nearest, shown
-from opd.model_files import read_json
+from opd.model_files import INDEX, SINGLE, check_links, read_json
 from opd.types import FloatArray, ModelOptions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -157,8 +157,20 @@ def changes(tensors: Mapping[str, FloatArray], scale: float) -> Iterator[tuple[s
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter in PEFT's format, and no model beside it."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter in PEFT's format, and no model beside it; a model's config.json alone is none."""
+    is_model = (folder / "config.json").is_file()
+    return (folder / CONFIG).is_file() and not (is_model and (_has_weights(folder) or not (folder / WEIGHTS).is_file()))
+
+
+def check_alone(folder: Path) -> None:
+    """Raises ModelError where a folder holds both a model and an adapter: transformers would load the adapter over its own base."""
+    if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and _has_weights(folder):
+        raise ModelError(f"{folder} holds a model and an adapter; put {CONFIG} and {WEIGHTS} into a folder of their own")
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's weights."""
+    return any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def base(folder: Path) -> str:
@@ -195,9 +207,9 @@ def options_of(folder: Path) -> AdapterOptions:
         )
     try:
         rank, alpha = operator.index(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{folder / CONFIG}: r and lora_alpha are not both numbers") from error
-    if rank < 1 or not math.isfinite(alpha):
+    if rank < 1 or not math.isfinite(alpha) or not alpha:  # scaled by 0 nothing would train
         raise ModelError(f"{folder / CONFIG}: r = {rank} and lora_alpha = {alpha} are no rank and scale of an adapter")
     return AdapterOptions(rank, alpha)
 
@@ -267,6 +279,7 @@ def _float32(dtype: str, shape: list[int], data: bytes) -> FloatArray:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    check_links(folder)
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder / CONFIG}: describes no LoRA adapter")

@@ -44,6 +44,8 @@ CODE = (
     "kernel_config",
     "use_kernels",
     "transformers_weights",
+    "auto_mapping",
+    "megatron_core",
 )
 """Keys, at any depth of a configuration, whose values name Python to run, kernels to fetch, or other files to load."""
 
@@ -84,7 +86,12 @@ def copy_result(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy_files(source, folder)
     for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in RESULT):
+        if not file.is_file() or not any(fnmatch(file.name, pattern) for pattern in RESULT):
+            continue
+        if file.name == "adapter_config.json":
+            content = without_code(model_files.read_json(file))
+            (folder / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        else:
             shutil.copyfile(file, folder / file.name)
 
 

@@ -129,6 +129,7 @@ class ModelChoice(Options):
             return self._base(path, weights, behind), path
         if self.base:
             raise RecipeError(f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base")
+        adapters.check_alone(path)
         hub.refuse_remote_code(path, self.path)
         return path, None
 

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from opd.adapters import options_of
 from opd.errors import ModelError
+from opd.inert import copy_result
 from opd.models import ModelChoice, is_tiny
 from opd.tiny import MODEL
 
@@ -66,3 +68,43 @@ def test_a_recipe_without_a_model_section_is_of_the_embedded_one(tmp_path, text)
     step = run(tmp_path / "run", text) / "checkpoints" / "step-000001"
     assert is_tiny(str(tmp_path / "run"))
     assert ModelChoice(path=str(step)).folder(weights=False) == MODEL
+
+
+def test_a_model_and_an_adapter_in_one_folder(tmp_path):
+    """transformers loads the adapter over the base that it names, so neither alone is meant for certain."""
+    both = adapter(tmp_path / "both", "tiny")
+    (both / "config.json").write_text("{}")
+    (both / "adapter_model.safetensors").write_bytes(b"")
+    assert ModelChoice(path=str(both)).folder() == MODEL  # a model's settings alone are no model
+    (both / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="holds a model and an adapter"):
+        ModelChoice(path=str(both)).folder()
+    (both / "adapter_model.safetensors").unlink()
+    assert ModelChoice(path=str(both)).folder() == both
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 10**400, float("inf"), "x", None])
+def test_an_adapter_whose_scale_is_none(tmp_path, alpha):
+    folder = adapter(tmp_path / "adapter", "tiny")
+    content = json.loads((folder / "adapter_config.json").read_text()) | {"lora_alpha": alpha}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="lora_alpha"):
+        options_of(folder)
+
+
+def test_an_adapter_that_is_a_link_to_elsewhere_is_refused(tmp_path):
+    folder = adapter(tmp_path / "adapter", "tiny")
+    (tmp_path / "secret").write_bytes(b"")
+    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="outside of the model folder"):
+        ModelChoice(path=str(folder)).options()
+
+
+def test_an_exported_adapter_names_no_code(tmp_path):
+    """PEFT imports the modules that these settings name."""
+    folder = adapter(tmp_path / "adapter", "tiny")
+    content = json.loads((folder / "adapter_config.json").read_text())
+    planted = {"auto_mapping": {"base_model_class": "X", "parent_library": "planted"}, "megatron_core": "planted"}
+    (folder / "adapter_config.json").write_text(json.dumps(content | planted))
+    copy_result(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()) == content
