@@ -165,7 +165,7 @@ def test_an_adapter_is_given_as_the_run_left_it(tmp_path):
     (run / "adapter").mkdir(parents=True)
     (run / "config.toml").write_text('[model]\ntune = "lora"\n')
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (run / "adapter" / name).write_text(name)
+        (run / "adapter" / name).write_text("{}")
     opd("export", run, "--as", "adapter", "--out", tmp_path / "out")
     exported = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert exported == ["adapter_config.json", "adapter_model.safetensors", "recipe.toml"]
