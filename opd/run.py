@@ -27,7 +27,7 @@ from opd.processor import open_encoder
 from opd.progress import Progress, Quiet
 from opd.recipe import Recipe
 from opd.types import Encoder, Example, ModelOptions
-from opd.usable import Skipped
+from opd.usable import Skipped, Unusable
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
 """Packages whose versions are written down with a run."""
@@ -68,6 +68,14 @@ class Session:
             share = f"{missing} of {usable.rows(len(self.held_out))} ({missing / len(self.held_out):.1%})"
             progress.note(f"{share} cannot be used: {skipped.why()}")
         return answered, skipped
+
+    def left_out(self, answered: Sequence[measure.Answered], skipped: Skipped) -> dict[str, Any]:
+        """The rows that were not answered, and why: those that could not be read, and those that could not be encoded."""
+        unread = [{"row": row, "reason": reason, "kind": Unusable(reason).kind} for row, reason in getattr(self.held_out, "skipped", ())]
+        return {
+            "rows_skipped": len(unread) + len(self.held_out) - len(answered),
+            "skipped": [*unread, *skipped.records()],
+        }
 
 
 @dataclass(frozen=True)

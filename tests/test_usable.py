@@ -237,3 +237,14 @@ def test_rows_fall_out_on_another_thread(monkeypatch):
     finally:
         sys.setswitchinterval(interval)
     assert [row["row"] for row in [*found, *skipped.new()]] == [str(row) for row in range(rows)]
+
+
+def test_rows_that_cannot_be_read_are_counted_where_rows_are_measured(here, tmp_path):
+    """A half of a character in a file is told like a row that cannot be encoded."""
+    pytest.importorskip("torch")
+    half = json.dumps(GOOD).replace("colour", "\\ud83d", 1)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, GOOD)) + half + "\n")
+    for command in ("gap", "sample"):
+        found = json.loads(here(command, "--json").stdout)
+        assert (found["rows_skipped"], [one["row"] for one in found["skipped"]]) == (1, ["rows.jsonl:3"])
+        assert "surrogate" in found["skipped"][0]["reason"]

@@ -48,8 +48,7 @@ def gap(
         answered, skipped = session.answer(progress)
         result = {
             **measure.accuracies(answered),
-            "rows_skipped": len(session.held_out) - len(answered),
-            "skipped": skipped.records(),
+            **session.left_out(answered, skipped),
         }
     if as_json:
         say_json({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result})

@@ -42,8 +42,7 @@ def sample(
         found = {
             "model": session.recipe.model.path,
             "answers": [asdict(one) for one in answered],
-            "rows_skipped": len(session.held_out) - len(answered),
-            "skipped": skipped.records(),
+            **session.left_out(answered, skipped),
         }
         say_json(found)
     else:
