@@ -18,6 +18,7 @@ from opd import inputs
 from opd import recipe as recipes
 from opd.errors import DataError
 from opd.folder import CONFIG, RunFolder, checkpoint_of
+from opd.models import is_tiny
 from opd.paths import expanded
 from opd.recipe import PRESETS, Recipe
 
@@ -60,6 +61,9 @@ def resolve(source: str | None, overrides: Sequence[str] = (), training: bool = 
         preset = recipes.preset(path)
         line = "" if source else f"preset {preset}: no recipe was named"
         return Resolved(recipes.load(source or preset, overrides), line, backend or "auto")
+    own_data = found.values["data"].get("path", "tiny") != "tiny"
+    if training and own_data and not _says(given, "data", "path") and is_tiny(path):
+        raise recipes.no_data(path)  # scenes of the embedded model are not what its run was trained on
     recipe = recipes.validate(recipes.over(_taken(found, given, training), given), source or found.name)
     _check_data(recipe, given, found)
     own = found.backend if not training and backend is None and _runs_here(found.backend) else None

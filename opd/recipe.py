@@ -191,6 +191,11 @@ def without_paths(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {name: {key: value for key, value in section.items() if key not in PATHS.get(name, ())} for name, section in dumped.items()}
 
 
+def no_data(model: str) -> RecipeError:
+    """The error where nobody named the data of a model that the embedded scenes are not for."""
+    return RecipeError(f"model '{model}' has no data yet: give --data FILE (--data tiny takes the scenes of the embedded model, for a try)")
+
+
 def leave(recipe: Recipe, folder: Path, step: int) -> None:
     """Writes the recipe of a result beside it, without paths, and the step that it is of: others measure and train it alike."""
     content = {**without_paths(recipe), "made_with": {"step": step}}

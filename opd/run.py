@@ -18,7 +18,7 @@ from opd import recipe as recipes
 from opd.backend import Backend
 from opd.changed import Changed
 from opd.data import Dataset, open_data, spread
-from opd.errors import DataError, FolderError, RecipeError
+from opd.errors import DataError, FolderError
 from opd.export import as_model
 from opd.folder import CONFIG, RunFolder
 from opd.loop import Trainer
@@ -255,9 +255,7 @@ def _check_data_is_given(recipe: Recipe) -> None:
     """Raises RecipeError where nobody named the data, and the model is not the one that the default data are for."""
     if "path" in recipe.data.model_fields_set or is_tiny(recipe.model.path):
         return
-    raise RecipeError(
-        f"model '{recipe.model.path}' has no data yet: give --data FILE (--data tiny takes the scenes of the embedded model, for a try)"
-    )
+    raise recipes.no_data(recipe.model.path)
 
 
 def _pinned(recipe: Recipe, folder: Path) -> Recipe:

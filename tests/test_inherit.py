@@ -168,6 +168,18 @@ def test_a_model_of_ones_own_without_data(here):
         inherit.resolve("my.toml", ["run.steps=3"])
 
 
+def test_a_run_on_data_of_ones_own_does_not_go_on_with_scenes(tmp_path):
+    """A run of the embedded model too: where --data is forgotten, its scenes are not what the run was trained on."""
+    for name, data in (("own", "pairs.jsonl"), ("scenes", "tiny")):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "config.toml").write_text(f'[model]\npath = "tiny"\n[data]\npath = "{data}"\n')
+    own = tmp_path / "own"
+    with pytest.raises(RecipeError, match=r"own' has no data yet: give --data FILE"):
+        resolved(own, training=True)
+    assert resolved(own, f"data.path={__file__}", training=True).recipe.data.path == __file__
+    assert resolved(tmp_path / "scenes", training=True).recipe.data.path == "tiny"
+
+
 def test_a_misspelt_model_is_told_before_any_picture_is_read(here, monkeypatch):
     monkeypatch.setattr("opd.run.open_data", lambda *rest, **more: pytest.fail("data are read"))
     data = ["--data", here / "pairs.jsonl"]
