@@ -15,7 +15,7 @@ SLOW_EXPONENTIAL = platform.machine() == "x86_64" and mx.default_device() == mx.
 BLOCK = 8**3
 """Numbers that are summed together: about the root of a vocabulary."""
 
-FEW = 64
+FEW = 128
 """Numbers that may be added one after the other."""
 
 
@@ -63,7 +63,7 @@ def total(values: mx.array) -> mx.array:
     Parts of equal width need no copy that is filled up; the widths of published vocabularies have such parts.
     """
     while (width := values.shape[-1]) > FEW:
-        part = next((size for size in (FEW, FEW // 2, FEW // 4) if width % size == 0), None)
+        part = next((size for size in range(FEW, 15, -1) if width % size == 0), None)
         parts = None if part is None else values.reshape(*values.shape[:-1], -1, part)
         values = block_sums(in_blocks(values)) if parts is None else parts.sum(-1)
     return values.sum(-1, keepdims=True)
