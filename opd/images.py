@@ -45,8 +45,12 @@ def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -
 
 @contextmanager
 def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
-    """A file whose header is read and whose pixels are not yet decoded; faults inside the block are DataErrors of one line."""
+    """A file whose header is read and whose pixels are not yet decoded; faults inside the block are DataErrors of one line.
+
+    MemoryError stays what it is: it says nothing of a picture whose size is within the bound.
+    """
     _silence()
+    within = False
     try:
         if not path.is_file():
             raise DataError(f"image not found: {short(path)}")
@@ -55,12 +59,15 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
                 # Pillow has Ghostscript run it, where that is installed.
                 raise DataError("an EPS drawing is a program, which is never run; save it as PNG")
             check_size(image.size, max_pixels)
+            within = True
             yield image
     except DataError as error:
         if str(error).startswith("image not found: "):
             raise
         raise DataError(f"{short(path)}: {error}") from error
     except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError ...
+        if within and isinstance(error, MemoryError):  # not the header's fault: the machine is full
+            raise
         raise DataError(f"image cannot be read: {short(path)}: {_reason(error)}") from error
 
 

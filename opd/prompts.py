@@ -110,6 +110,8 @@ class PromptEncoder:
         """Tokens of the prompt that `encode` gives for images of these (width, height), from their sizes alone. Raises DataError."""
         try:
             layouts = self._family.layouts(self._processor, images, self._sizes[policy], self._config)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a processor does
             raise _not_encodable(images, error) from error
         tiles = [tile for layout in layouts for tile in layout.tiles]

@@ -130,7 +130,7 @@ def lengths(encoder: Encoder, example: Example, view: ViewOptions, size_of: Call
 
 @contextmanager
 def _guarded(example: Example) -> Iterator[None]:
-    """Makes a fault of one row Unusable."""
+    """Makes a fault of one row Unusable; MemoryError is none of the row's."""
     for text in (example.question, example.teacher_question or "", *example.choices):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise Unusable("the question holds half of a surrogate pair, which is no character")
@@ -138,7 +138,7 @@ def _guarded(example: Example) -> Iterator[None]:
         yield
     except DataError as error:
         raise Unusable(str(error)) from error
-    except OpdError:
+    except (OpdError, MemoryError):  # a machine without memory would lose every row, one by one
         raise
     except Exception as error:  # whatever the libraries that read images and texts raise for one of them
         raise Unusable(f"the row cannot be encoded: {one_line(error)}", "the row cannot be encoded") from error

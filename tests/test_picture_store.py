@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from opd import images
 from opd.data import dataset, pictures, read_jsonl, spread
 from opd.data.pictures import places
 from opd.errors import DataError
@@ -198,3 +199,22 @@ def test_many_faulty_rows_are_told_in_few_lines(tmp_path: Path) -> None:
     data.tell(Notes())  # type: ignore[arg-type]
     assert len(Notes.lines) == dataset.TOLD + 1
     assert Notes.lines[-1] == "skipped 80 more rows, 100 in all"
+
+
+def test_a_machine_without_memory_is_no_fault_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows that share the picture hear of it; a header that asks for too much is the picture's own fault."""
+    Image.new("L", (20, 10)).save(tmp_path / "a.png")
+    data = write(tmp_path, row("a.png"), row("a.png"), row("a.png"))
+
+    def full(*given: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pictures, "measured", full)
+        with pytest.raises(MemoryError):
+            read_jsonl(data)
+        with pytest.raises(MemoryError), images.opened(tmp_path / "a.png"):
+            full()
+    monkeypatch.setattr(images, "_open", full)
+    with pytest.raises(DataError, match=r"a\.png: MemoryError"):
+        read_jsonl(data)

@@ -16,6 +16,8 @@ from opd import measure, usable
 from opd.folder import RunFolder
 from opd.measure import answer
 from opd.progress import Quiet
+from opd.prompts import PromptEncoder
+from opd.tiny import MODEL
 from opd.toy import ToyBackend, ToyEncoder
 from opd.usable import Skipped, Unusable
 from opd.view import ViewOptions
@@ -87,7 +89,7 @@ def test_half_of_a_surrogate_pair_is_a_fault_of_the_row(question, field):
         usable.encode(ToyEncoder(), replace(example, **{field: question}), ViewOptions())
 
 
-@pytest.mark.parametrize("failure", [OSError("disk"), TypeError("TextEncodeInput must be Union\nand more"), MemoryError()])
+@pytest.mark.parametrize("failure", [OSError("disk"), TypeError("TextEncodeInput must be Union\nand more")])
 def test_whatever_a_library_raises_for_one_row_is_a_fault_of_the_row(failure):
     class Failing(ToyEncoder):
         def encode(self, images, question, policy="student"):
@@ -248,3 +250,32 @@ def test_rows_that_cannot_be_read_are_counted_where_rows_are_measured(here, tmp_
         found = json.loads(here(command, "--json").stdout)
         assert (found["rows_skipped"], [one["row"] for one in found["skipped"]]) == (1, ["rows.jsonl:3"])
         assert "surrogate" in found["skipped"][0]["reason"]
+
+
+@pytest.mark.parametrize("limit", [None, 600])
+def test_a_machine_without_memory_is_no_fault_of_a_row(limit):
+    """Else a run would lose every row, one by one, and end because none can be used."""
+
+    class Full(ToyEncoder):
+        def encode(self, images, question, policy="student"):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        usable.encode(Full(), coloured(1)[0], ViewOptions(), limit)
+    with pytest.raises(MemoryError):
+        usable.lengths(Full(), coloured(1)[0], ViewOptions())
+
+
+@pytest.mark.parametrize("command", ["gap", "train"])
+def test_a_machine_without_memory_ends_the_run_in_one_line(here, tmp_path, monkeypatch, command):
+    pytest.importorskip("torch")
+
+    def full(self, *given):
+        raise MemoryError
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n")
+    monkeypatch.setattr(type(PromptEncoder(MODEL)._family), "lay_out", full)
+    monkeypatch.setattr("opd.run.open_encoder", lambda folder, *_, **__: PromptEncoder(folder))
+    result = here(command, *(["--out", "run", "--steps", "1"] if command == "train" else []))
+    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    assert result.stderr.splitlines()[-1] == "opd: not enough memory on this machine; opd plan says what a run takes"

@@ -63,19 +63,25 @@ class Pictures:
         self._pixels = 0
 
     def __call__(self, path: Path) -> ImageFacts:
-        """What is known of a picture. Never raises, so that rows that share a picture share its fault."""
+        """What is known of a picture; a fault is a part of that, so that rows that share a picture share it.
+
+        Raises MemoryError where the machine has no room for the pixels, to all rows that wait for them.
+        """
         with self._lock:
             found = self._known.get(path)
             if found is None:
                 mine = self._known[path] = Future()
         if found is None:
-            mine.set_result(self._read(path))
+            try:
+                mine.set_result(self._read(path))
+            except MemoryError as error:
+                mine.set_exception(error)
             found = mine
         return found.result()
 
     def facts(self) -> list[ImageFacts]:
         """All pictures that were asked for."""
-        return [future.result() for future in self._known.values() if future.done()]
+        return [future.result() for future in self._known.values() if future.done() and not future.exception()]
 
     def save(self) -> Path | None:
         """Writes the store where that is worth it: beside the data file, or else in the user's cache folder; its path, or None.
@@ -107,6 +113,8 @@ class Pictures:
             return found
         except DataError as error:
             return ImageFacts((0, 0), b"", f"{short(path)}: {error}")
+        except MemoryError:
+            raise
         except Exception as error:  # the rows that wait for this picture must hear of it
             return ImageFacts(
                 (0, 0), b"", f"image cannot be read: {short(path)}: {getattr(error, 'strerror', None) or type(error).__name__}"
