@@ -7,6 +7,7 @@ kill -9 or when the machine goes down. The file's content only says who holds th
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -17,25 +18,13 @@ from typing import Any
 
 from opd.errors import FolderError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-try:
-    import msvcrt
-except ImportError:  # everywhere else
-    msvcrt = None  # type: ignore[assignment]
-
 FILE = ".lock"
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-"""What a file system that has no locks answers."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+"""What a file system that has no locks answers; ENOTSUP and EOPNOTSUPP are two numbers on a Mac."""
 
 RANKS = ("RANK", "MLX_RANK", "OMPI_COMM_WORLD_RANK")
 """Where the launchers torchrun, mlx.launch and mpirun write a process's rank."""
-
-LOCKED_BYTE = 1 << 30
-"""Where Windows locks, which keeps others from reading the locked part: behind the content."""
 
 
 class RunLock:
@@ -89,13 +78,7 @@ def _lock(file: int, folder: Path) -> bool:
     Closes the file and raises FolderError where another process has the lock.
     """
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif msvcrt is not None:
-            os.lseek(file, LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            return False
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NO_LOCKS:
             return False
@@ -109,7 +92,7 @@ def _lock(file: int, folder: Path) -> bool:
 def _release(path: Path, file: int) -> None:
     # The name goes before the lock: whoever has opened the file meanwhile finds that the name has gone.
     if _names(path, file):
-        with suppress(OSError):  # Windows removes no open file
+        with suppress(OSError):
             path.unlink()
     os.close(file)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -78,6 +79,18 @@ def test_training_releases_the_folder(tmp_path):
     assert not (run / lock.FILE).exists()
     opd("train", "--backend", "cpu", "--steps", 1, "--out", run, "--force", *FAST, "--set", "measure.count=0")
     assert not (tmp_path / "run~1" / lock.FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL"])
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, name):
+    """By every number that a system has for it: on a Mac ENOTSUP is not EOPNOTSUPP."""
+
+    def flock(file, operation):
+        raise OSError(getattr(errno, name), "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    assert not lock.take(tmp_path).works
+    assert {errno.ENOTSUP, errno.EOPNOTSUPP} <= lock.NO_LOCKS
 
 
 def test_where_there_are_no_locks(tmp_path, monkeypatch):

@@ -300,3 +300,11 @@ def test_no_traceback_reaches_a_terminal(here):
         done.stderr
         == "opd: model 'nowhere': no such folder; give a folder in Hugging Face layout, a run folder, a Hugging Face id, or 'tiny'\n"
     )
+
+
+def test_windows_is_told_what_runs_there(here, monkeypatch):
+    """Before any module is imported that only POSIX has."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    line = refused(here, "train")
+    assert line == "opd: Windows is not supported; install and run opd inside WSL, the Windows Subsystem for Linux"
+    assert "on Windows, inside WSL" in (Path(__file__).parent.parent / "README.md").read_text()

@@ -21,6 +21,9 @@ COMMANDS = {
     "backends": "Show which backends are installed, and check them on this device.",
 }
 
+WINDOWS = "Windows is not supported; install and run opd inside WSL, the Windows Subsystem for Linux"
+"""What is told there: locks, bounds of memory and of time, and signals are those of POSIX."""
+
 SPINS = "2000"
 """How often a thread of torch's on Linux looks for its next piece of work before it sleeps: 300,000 times if nobody says, which are
 milliseconds, on the core that encodes the next step's images."""
@@ -84,6 +87,8 @@ class Commands(click.Group):
         """Runs a command; its exit code."""
         given = list(sys.argv[1:] if not args and kwargs.get("args") is None else args[0] if args else kwargs["args"])
         try:
+            if sys.platform == "win32":
+                raise click.UsageError(WINDOWS)
             for argument in given:
                 _check(argument)
             super().main(*args, **{**kwargs, "standalone_mode": False})
