@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opd import lock
-from opd.errors import FolderError, RunError
+from opd.errors import FolderError, RunError, one_line
 from opd.paths import unusable
 from opd.strict_json import dumps
 
@@ -119,14 +119,22 @@ class RunFolder:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over. Raises FolderError."""
+        return [row for _, row in self.numbered(name)]
+
+    def numbered(self, name: str, remedy: str = "remove that line to go on") -> list[tuple[int, dict[str, Any]]]:
+        """The `rows`, each with the number of its line, counted from 1; `remedy`: what an error says to do."""
         path = self.path / name
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        try:
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+        except OSError as error:
+            raise FolderError(f"'{path}' cannot be read: {error.strerror or error}") from error
         rows = []
         for number, line in enumerate(lines[:-1], start=1):
-            try:
-                rows += [json.loads(line)] if line else []
-            except ValueError as error:
-                raise FolderError(f"'{path}' is damaged at line {number}: {error}; remove that line to go on") from error
+            if line.strip():
+                try:
+                    rows.append((number, _object(line)))
+                except (ValueError, RecursionError) as error:
+                    raise FolderError(f"'{path}' is damaged at line {number}: {one_line(error)}; {remedy}") from error
         return rows
 
     def rewrite(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -221,6 +229,13 @@ def _free(path: Path) -> Path:
 
 def _obstacle(path: Path) -> str:
     return "not writable" if path.is_dir() else "not a folder"
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    found = json.loads(line.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
 
 
 def _write(path: Path, text: str) -> None:

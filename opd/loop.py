@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd import measure, preflight, randomness, rollout, schedules, usable
+from opd import measure, preflight, randomness, records, rollout, schedules, usable
 from opd.ahead import ahead
 from opd.backend import Backend
 from opd.errors import FolderError, RunError, Stopped
 from opd.folder import RunFolder
 from opd.progress import Progress, Quiet
 from opd.recipe import Recipe, leave
+from opd.records import SKIPPED
 from opd.rollout import Pair
 from opd.types import Encoder, Example, Group, Sampling, TokenStatistics
 from opd.usable import Skipped, Unusable
 
 STATE = "state.json"
-SKIPPED = "skipped.jsonl"
 
 IDLE_STEPS = 5
 """So many steps in a row that were not taken end a run."""
@@ -100,7 +100,7 @@ class Trainer:
 
     def _train(self) -> dict[str, Any]:
         started = time.monotonic()
-        self.skipped = Skipped(self.progress, self.folder.rows(SKIPPED))
+        self.skipped = Skipped(self.progress, records.read(self.folder, SKIPPED))
         self.restore()
         assert self._restored is not None
         (done, seconds), self._restored = self._restored, None
@@ -114,7 +114,7 @@ class Trainer:
         rows, prompts = len(self.examples), self.recipe.rollout.prompts
         if rows < prompts and done < steps:
             self.progress.note(f"{_plural(rows, 'row')} for rollout.prompts = {prompts}: rows stand in a step more than once")
-        before = self._before()
+        before = self._before(done)
         self.progress.begin("train", steps, done)
         for step, batch in enumerate(ahead(self._encode, range(done + 1, steps + 1)), done + 1):
             if self._lacks_prompts(batch):
@@ -291,11 +291,12 @@ class Trainer:
             for completion, row in zip(kept.completions[0], statistics, strict=True)
         ]
 
-    def _before(self) -> list[measure.Answered]:
+    def _before(self, done: int) -> list[measure.Answered]:
         """The answers before training: a resumed run reads the ones that were kept."""
-        rows = [row for row in self.folder.rows("answers.jsonl") if row["when"] == "before"]
-        if rows:
-            return [measure.Answered(**{key: value for key, value in row.items() if key != "when"}) for row in rows]
+        if kept := records.before(self.folder):
+            return kept
+        if done and self.held_out:
+            self.progress.note(f"no answers of before training are kept: what is called before is measured after step {done}")
         answered = self._measure("before")
         self._keep("before", answered)
         self._record(0, answered)
@@ -342,13 +343,13 @@ class Trainer:
     def _keep(self, when: str, answered: Sequence[measure.Answered]) -> None:
         """Every answer before or after, to answers.jsonl."""
         if answered and self.backend.rank == 0:
-            others = [row for row in self.folder.rows("answers.jsonl") if row["when"] != when]
+            others = [row for row in records.read(self.folder, "answers.jsonl") if row["when"] != when]
             self.folder.rewrite("answers.jsonl", [*others, *({"when": when, **asdict(one)} for one in answered)])
 
     def _record(self, step: int, answered: Sequence[measure.Answered]) -> None:
         """Accuracies and their intervals at a step, to accuracy.jsonl: the gap as it closes."""
         if answered and self.backend.rank == 0:
-            earlier = [row for row in self.folder.rows("accuracy.jsonl") if row["step"] < step]
+            earlier = [row for row in records.read(self.folder, "accuracy.jsonl") if row["step"] < step]
             self.folder.rewrite("accuracy.jsonl", [*earlier, {"step": step, **measure.accuracies(answered)}])
 
     def _export(self, folder: Path) -> None:
@@ -383,12 +384,14 @@ class Trainer:
                 self.progress.note(f"going on after step {done} of {self.recipe.run.steps}")
         if self.backend.rank == 0:
             for name in ("metrics.jsonl", "rollouts.jsonl", "accuracy.jsonl"):
-                rows = self.folder.rows(name)
+                rows = records.read(self.folder, name)
                 self.folder.rewrite(name, [row for row in rows if row["step"] <= done])
+            if (self.folder.path / SKIPPED).exists():  # a row behind a half-written one would be on its line
+                self.folder.rewrite(SKIPPED, records.read(self.folder, SKIPPED))
         return done, seconds
 
     def _summary(self, before: Sequence[measure.Answered], after: Sequence[measure.Answered], seconds: float) -> dict[str, Any]:
-        rows = self.folder.rows("metrics.jsonl")
+        rows = records.read(self.folder, "metrics.jsonl")
         before, after = measure.paired(before, after)
         summary = {
             "backend": self.name,

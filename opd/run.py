@@ -13,7 +13,7 @@ from typing import Any
 
 import opd
 from opd import backend as backends
-from opd import fingerprints, hub, inputs, measure, preflight, usable
+from opd import fingerprints, hub, inputs, measure, preflight, records, usable
 from opd import recipe as recipes
 from opd.backend import Backend
 from opd.changed import Changed
@@ -171,6 +171,7 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
         before = inputs.began(folder)
         on_disk = recipes.reread(path / CONFIG)
         _check_goes_on(folder, on_disk)
+        records.check(folder)
         recipe, said = changed.applied(on_disk, folder)
         made_with = recipes.read(str(path / CONFIG)).get("made_with", {})
         opened = open_inputs(recipe, backend or made_with.get("backend", "auto"), progress)

@@ -135,6 +135,13 @@ def test_a_damaged_config_is_no_other_recipe(own, keep):
         assert "is damaged: it holds no section of a recipe" in refused(own)
 
 
+@pytest.mark.parametrize("name", ["answers.jsonl", "skipped.jsonl"])
+def test_damaged_records_are_told_before_anything_is_opened(own, name):
+    append(own / name, "{}\n")
+    shutil.rmtree("base")
+    assert f"{name}' is damaged at line " in refused(own)
+
+
 def test_a_run_of_an_earlier_version_has_no_fingerprints(own):
     (own / "inputs.json").unlink()
     append("held.jsonl", "\n")
