@@ -19,6 +19,7 @@ from benchmarks import arithmetic, measuring, workload
 from benchmarks.workload import Shape
 from opd.objective import Objective
 from opd_torch import backend as backend_module
+from opd_torch.objective import HeadResult
 
 FULL = Objective(alpha=0.5, top_k=None)
 SHAPES = [Shape(p, r, n, crop=max(256, p // 4)) for p in (512, 2048, 4096, 8192) for r in (128, 512, 1024) for n in (1, 8, 16)]
@@ -31,7 +32,8 @@ def counted(backend: Any, groups: list[Any], again: bool) -> int:
     above = mock.patch.object(backend_module, "CHECKPOINT_ABOVE", -1 if again else float("inf"))
     # Autocast does not know the meta device; precision changes no count.
     plain = mock.patch.object(torch, "autocast", side_effect=lambda *_, **__: nullcontext())
-    with above, plain, mock.patch.object(backend_module, "records", lambda _, targets: [[None] * count for count in targets.counts]):
+    unread = mock.patch.object(HeadResult, "records", lambda _, groups: [[None] * len(group.completions) for group in groups])
+    with above, plain, unread:
         found = measuring.flops(lambda: backend.accumulate(groups, FULL), own)
     backend._gradient = {}
     return found

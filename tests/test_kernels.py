@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from opd.objective import Objective, evaluate, log_softmax
+from opd.types import STATISTICS
 from tests.conftest import BACKENDS
 
 N, D, V, CHUNK = 10, 6, 37, 3
 GRID = list(itertools.product([0.0, 0.3, 0.5, 1.0], [None, 5, V], [True, False], [0.7, 1.0, 1.3]))
-STATISTICS = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "ratio", "divergence")
 
 
 def case(seed=0):

@@ -10,14 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
-from opd.types import Completion, Group
+from opd.types import STATISTICS, Completion, Group
 from opd_torch import backend as backend_module
 from tests import random_models
 from tests.test_torch_memory import peak_bytes
 from tests.torch_cases import clone, gradients_of, make_case, relative_error
 
 JSD = Objective(alpha=0.5, top_k=20)
-STATISTICS = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "ratio", "divergence")
 
 
 @pytest.fixture(scope="module", params=random_models.FAMILIES)

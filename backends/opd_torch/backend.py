@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 
 from opd import adapters, errors
 from opd.errors import FolderError, ModelError, RecipeError, nearest
+from opd.groups import drop_empty, restore_empty, slices
 from opd.ids import check_ids
 from opd.objective import Objective
 from opd.types import (
@@ -50,7 +51,6 @@ from opd_torch.model import (
 )
 from opd_torch.objective import HeadResult, default_chunk, divergence_head
 from opd_torch.optimizer import Optimizer, move_teacher
-from opd_torch.parts import cut, in_place, records, without_empty
 
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
 """What `save` writes."""
@@ -119,11 +119,11 @@ class TorchBackend:
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum; see the protocol."""
-        used = without_empty(groups)
+        used = drop_empty(groups)
         if not used:
-            return in_place(groups, [])
+            return restore_empty(groups, [])
         check_ids((), used, self._student.get_input_embeddings().num_embeddings)
-        parts = cut(used, split)
+        parts = slices(used, split)
         # What there is of a gradient is added to in place: two would not fit where one does.
         gradient, self._gradient = self._gradient, {}
         # Before the teacher runs, so that what serves none of these prompts is freed.
@@ -138,17 +138,17 @@ class TorchBackend:
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None
-        return in_place(groups, statistics)
+        return restore_empty(groups, statistics)
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
         """Statistics without a gradient; see the protocol."""
-        used = without_empty(groups)
+        used = drop_empty(groups)
         if not used:
-            return in_place(groups, [])
+            return restore_empty(groups, [])
         check_ids((), used, self._student.get_input_embeddings().num_embeddings)
         (teacher,), (student,) = (self._hidden(policy, used, [used]) for policy in ("teacher", "student"))
         targets = lay_out_targets(used, self._device)
-        return in_place(groups, records(self._divergence(student, teacher, targets, objective, top=top), targets))
+        return restore_empty(groups, self._divergence(student, teacher, targets, objective, top=top).records(used))
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes; see the protocol."""
@@ -277,7 +277,7 @@ class TorchBackend:
                     head.grad = result.head_gradient if head.grad is None else head.grad.add_(result.head_gradient)
                     result.head_gradient = None  # a table of the vocabulary
                 student.backward(result.hidden_gradient.to(student.dtype))
-                for rows, its in zip(statistics, records(result, targets), strict=True):
+                for rows, its in zip(statistics, result.records(part), strict=True):
                     rows += its
                 del student, result
         ends = [(x, leaf.grad) for layer, its in zip(memory, leaves, strict=True) for x, leaf in zip(layer, its, strict=True)]

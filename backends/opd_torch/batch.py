@@ -235,18 +235,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Targets:
-    """What completion tokens are and weigh, [M] each; `lengths` [R] of the completions and `counts` [B] of each group's."""
+    """Completion tokens, their log-probabilities as recorded, and their weights, [M] each."""
 
     tokens: Tensor
     logprobs: Tensor
     weights: Tensor
-    lengths: NDArray[np.int64]
-    counts: list[int]
-
-    def ragged(self, values: Tensor) -> list[list[NDArray[Any]]]:
-        """Cuts `values` [M, ...] into arrays [T, ...] of each completion of each group."""
-        pieces = iter(np.split(values.cpu().numpy(), np.cumsum(self.lengths)[:-1]))
-        return [[next(pieces) for _ in range(count)] for count in self.counts]
 
 
 def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device, multiple: int = 1) -> Prefixes:
@@ -294,8 +287,6 @@ def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
         tokens=_index(np.concatenate([completion.tokens for completion in completions]), device),
         logprobs=torch.from_numpy(np.concatenate([completion.logprobs for completion in completions])).to(device),
         weights=torch.from_numpy(np.concatenate(weights)).to(device),
-        lengths=np.array([len(completion) for completion in completions], dtype=np.int64),
-        counts=[len(group.completions) for group in groups],
     )
 
 

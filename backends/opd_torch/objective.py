@@ -10,12 +10,15 @@ block, so that all between the products of a chunk stays in the caches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opd import groups
 from opd.objective import LEAST_TAIL, LOG_RATIO_BOUND, Objective
+from opd.types import STATISTICS, Alternatives, Group, TokenStatistics
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one float32 array [C, V] at the default chunk."""
@@ -25,8 +28,6 @@ BLOCK_BYTES = 2**20
 
 LARGEST_DIFFERENCE = 80.0
 """Of two log-probabilities: exp of it is still finite in float32, and exp of its negative is next to nothing."""
-
-STATISTICS = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "ratio", "divergence")
 
 
 @dataclass
@@ -46,6 +47,15 @@ class HeadResult:
     head_gradient: Tensor | None = None
     student_top: tuple[Tensor, Tensor] | None = None
     teacher_top: tuple[Tensor, Tensor] | None = None
+
+    def records(self, computed: Sequence[Group]) -> list[list[TokenStatistics]]:
+        """One record for every completion of the `computed` groups, whose tokens are the rows."""
+        statistics = torch.stack([getattr(self, name) for name in STATISTICS], 1).float()
+        student_top, teacher_top = (
+            None if top is None else Alternatives(top[0].int().cpu().numpy(), top[1].float().cpu().numpy())
+            for top in (self.student_top, self.teacher_top)
+        )
+        return groups.records(computed, statistics.cpu().numpy(), student_top, teacher_top)
 
 
 def default_chunk(vocabulary: int) -> int:
