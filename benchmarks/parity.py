@@ -32,11 +32,10 @@ from PIL import Image
 
 from benchmarks import measuring
 from benchmarks.measuring import Row
-from opd import backend as backends
-from opd.adapters import AdapterOptions
+from opd import registry as backends
 from opd.backend import Backend
 from opd.objective import Objective
-from opd.types import Group, ModelOptions, Update
+from opd.types import AdapterOptions, Group, ModelOptions, Update
 from tests import prompt_cases, random_models, torch_cases
 from tests.adapter_cases import under_peft
 

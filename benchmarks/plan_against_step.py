@@ -74,7 +74,7 @@ def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
     """One row a verb: bytes and seconds as planned and as measured, and the plan's over the measured."""
     from opd import plan as planning
     from opd.plan import devices
-    from opd.recipe import load
+    from opd.run.recipe import load
 
     backend_name, tune = name.split("-")
     image, crop, completions, tokens = QUICK_WORK if quick else WORK.get(tune, WORK["full"])
@@ -114,8 +114,8 @@ class Step:
     def __init__(self, recipe: Any, backend_name: str, planned: Any) -> None:
         from PIL import Image
 
-        from opd import backend as backends
-        from opd.prompts import PromptEncoder
+        from opd import registry as backends
+        from opd.prompts.encoder import PromptEncoder
         from opd.types import Completion, Group, Sampling, Update
 
         work, rng = planned.work, np.random.default_rng(0)

@@ -88,8 +88,8 @@ def apart(name: str, seed: int, steps: int) -> dict[str, Any]:
 
 def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     """The summary of one run, and how its accuracies came."""
-    from opd import recipe as recipes
-    from opd import run as runs
+    from opd.run import recipe as recipes
+    from opd.run import session as runs
 
     rate = recipes.load("tiny").optimizer.learning_rate
     options = [option.format(small=rate / 3, large=rate * 3) for option in CONTROLS[name]]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 
-from opd.families import family
+from opd.prompts.families import family
 from opd.types import Completion, Group, ModelOptions, Prompt, VisualTokens
 from opd_torch import backend as backend_module
 from opd_torch.backend import TorchBackend

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
-
-if TYPE_CHECKING:
-    from opd.adapters import AdapterOptions
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int32]
@@ -24,6 +21,13 @@ Policy: TypeAlias = Literal["student", "teacher"]
 
 MAX_IMAGE_PIXELS = 178_956_970
 """Default of `data.max_image_pixels`: pictures of more pixels are refused, as Pillow refuses them by itself."""
+
+
+IMAGE_MARKER = "<image>"
+"""Where an image stands in a question, in the formats that say so (Vision-OPD-6K, ms-swift, LLaVA)."""
+
+MAX_PIXELS = 1 << 24
+"""Pixels above which no crop is enlarged where nothing is known of the image processor: the largest published bound, 16.8 million."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Example:
 
     Evidence is either `boxes`, from which the teacher's crop is cut, or `teacher_images`, given as they are.
     `answer` serves measuring only; training never reads it: one reference answer, or several of which any
-    is right. `choices` are put into the prompt where the question does not hold them (`opd.questions`).
+    is right. `choices` are put into the prompt where the question does not hold them (`opd.views.questions`).
     `max_image_pixels`: larger pictures are refused when they are opened.
     """
 
@@ -199,12 +203,30 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
+class AdapterOptions:
+    """Adapters of `rank` on the language model's linear layers, on every one or on `targets` (by the last word of a name); and on every
+    linear layer of vision tower and projector where those are asked for."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ()
+    vision: bool = False
+    projector: bool = False
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """How a backend loads a model: `path` is a folder in Hugging Face layout.
 
     With `adapters` only those are trained, over the model's frozen weights, which stand in 4 bits where `four_bit`; without, all
     parameters are, the vision tower's where `tune_vision`. `adapter` is a folder in PEFT's format: what the adapters start from, or what
-    is added to the weights where there are none. See `opd.adapters`.
+    is added to the weights where there are none. See `opd.models.adapters`.
     """
 
     path: Path
@@ -216,7 +238,7 @@ class ModelOptions:
 
 
 class Encoder(Protocol):
-    """Turns images and a question into a Prompt, and tokens back into text; `opd.prompts.PromptEncoder` is the real one."""
+    """Turns images and a question into a Prompt, and tokens back into text; `opd.prompts.encoder.PromptEncoder` is the real one."""
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -234,3 +256,14 @@ class Encoder(Protocol):
 
     def save(self, folder: Path) -> None:
         """Writes into an exported folder what turns a conversation into the prompt that was trained."""
+
+
+@runtime_checkable
+class SizedEncoder(Encoder, Protocol):
+    """An encoder that tells the length of a prompt from the sizes of its images, so that none is decoded."""
+
+    def length(self, sizes: Sequence[tuple[int, int]], question: str, policy: Policy = "student") -> int:
+        """Tokens of the prompt of a question with images of `sizes` (width, height)."""
+
+    def max_pixels(self, policy: Policy) -> int:
+        """Pixels above which an image of this policy is made smaller."""

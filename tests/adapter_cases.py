@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from opd import adapters
-from opd import backend as backends
-from opd.adapters import AdapterOptions
-from opd.processor import open_encoder
-from opd.types import Completion, Group, ModelOptions
+from opd import registry as backends
+from opd.models import adapters
+from opd.prompts.processor import open_encoder
+from opd.types import AdapterOptions, Completion, Group, ModelOptions
 
 SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)]]
 """Widths and heights of the images of each group's student; the teacher's are the next group's."""

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import opd_mlx
 from opd.objective import evaluate, log_softmax
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
 from opd.types import Completion, Group, ModelOptions
 from opd_mlx.backend import MlxBackend
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from opd import backend as backends
-from opd import names
+from opd import registry as backends
+from opd.models import names
 from opd.objective import Objective, log_softmax
-from opd.processor import open_encoder
+from opd.prompts.processor import open_encoder
 from opd.types import Completion, Group, ModelOptions
 from tests import random_models
 

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from opd.ahead import ahead
+from opd.prefetch import ahead
 
 
 def test_the_next_is_made_while_this_one_is_used():

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from opd.answers import chosen, matches, normal, number
-from opd.folder import RunFolder
-from opd.measure import Answered, _judge, accuracies
+from opd.data.answers import chosen, matches, normal, number
+from opd.measure.gap import Answered, _judge, accuracies
+from opd.run.folder import RunFolder
 from opd.types import Example
 from opd_cli import tables
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from opd.adapters import options_of
 from opd.errors import ModelError
-from opd.inert import copy_result
-from opd.models import ModelChoice, is_tiny
+from opd.models.adapters import options_of
+from opd.models.choice import ModelChoice, is_tiny
+from opd.models.inert import copy_result
 from opd.tiny import MODEL
 
 

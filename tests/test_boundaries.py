@@ -6,6 +6,8 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,92 @@ PACKAGES = {
 }
 ALLOWED = {"opd": set(), "opd_torch": {"opd"}, "opd_mlx": {"opd"}, "opd_cli": {"opd"}}
 HEAVY = {"torch", "mlx", "mlx_lm", "mlx_vlm", "transformers"}
+
+GROUND = {"backend", "errors", "groups", "ids", "memory", "objective", "options", "paths", "prefetch", "progress", "randomness", "types"}
+"""The modules that every room may import: `opd/*.py`."""
+
+ROOMS: dict[str, set[str]] = {
+    "tiny": set(),
+    "models": {"tiny"},
+    "data": {"tiny"},
+    "prompts": {"models"},
+    "registry": set(),
+    "method": set(),
+    "views": {"data"},
+    "measure": {"views", "method", "data"},
+    "testing": {"views", "prompts", "registry", "tiny"},
+    "run": {"measure", "method", "views", "registry", "prompts", "data", "models", "tiny"},
+    "plan": {"run", "views", "registry", "prompts", "data", "models", "tiny"},
+}
+"""The rooms of `opd`, from the lowest floor up, and the rooms that each may import beside the ground and itself."""
+
+FOR_BACKENDS = {
+    "models": {"adapters", "files", "inert", "names", "permissions", "settings", "weight_formats"},
+    "method": {"rollout"},
+}
+"""What backends import beside the ground: the files of a model folder, and the bookkeeping of completions."""
+
+
+def modules(package: str) -> dict[str, Path]:
+    """All modules of a package by name."""
+    found = {}
+    for file in sorted(PACKAGES[package].rglob("*.py")):
+        parts = file.relative_to(PACKAGES[package].parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imports(file: Path, known: Collection[str]) -> Iterator[tuple[int, str]]:
+    """Line and name of every module among the `known` that a file imports: at its top, in a function or for its types."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in known or node.module in known:
+                    yield node.lineno, inner if inner in known else node.module
+
+
+def room(module: str) -> str:
+    """The room of a module of `opd`; "" for the ground, the package itself included."""
+    name = module.split(".")[1] if "." in module else ""
+    return "" if name in GROUND else name
+
+
+def test_rooms_import_the_floors_below():
+    known = modules("opd")
+    assert {room(name) for name in known} == {"", *ROOMS}
+    below: set[str] = set()
+    for name, allowed in ROOMS.items():
+        assert allowed <= below, f"{name} stands below a room that it may import"
+        below.add(name)
+    for name, file in known.items():
+        for line, target in imports(file, known):
+            if name == "opd" or room(target) in ("", room(name)):  # the package's own names are of any room
+                continue
+            assert room(name), f"{file}:{line}: the ground imports {target}"
+            assert room(target) in ROOMS[room(name)], f"{file}:{line}: {room(name)} imports {target}"
+
+
+@pytest.mark.parametrize("package", ["opd_torch", "opd_mlx"])
+def test_backends_import_the_ground_and_named_helpers(package):
+    known = modules("opd")
+    for file in modules(package).values():
+        for line, target in imports(file, known):
+            helper = target.split(".")[2] if target.count(".") > 1 else ""
+            assert not room(target) or helper in FOR_BACKENDS.get(room(target), ()), f"{file}:{line} imports {target}"
+
+
+@pytest.mark.parametrize("package", ["opd", "opd_cli"])
+def test_no_imports_go_in_a_circle(package):
+    known = modules(package)
+    arrows = {name: {target for _, target in imports(file, known) if target != name} for name, file in known.items()}
+    sorter = TopologicalSorter(arrows)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def loaded_by(code: str) -> set[str]:
@@ -56,7 +144,8 @@ def test_threads_of_torch_do_not_spin_for_long(given, found):
 
 
 def test_the_core_loads_no_framework():
-    assert not loaded_by("import opd, opd.loop, opd.run, opd.testing, opd.toy, opd.tiny, opd.prompts, opd.data") & HEAVY
+    rooms = ", ".join(name for name in modules("opd") if not name.endswith("render_child"))
+    assert not loaded_by(f"import {rooms}") & HEAVY
 
 
 def test_the_mlx_backend_needs_no_torch():

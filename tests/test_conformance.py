@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd import backend as backends
-from opd import usable
-from opd.prompts import PromptEncoder
-from opd.testing import check
-from opd.toy import ToyBackend, ToyEncoder
+from opd import registry as backends
+from opd.prompts.encoder import PromptEncoder
+from opd.testing.conformance import check
+from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import ModelOptions
-from opd.view import ViewOptions
+from opd.views import usable
+from opd.views.crop import ViewOptions
 from tests.conftest import coloured
 
 

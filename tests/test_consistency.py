@@ -11,8 +11,8 @@ from PIL import Image
 
 from opd.errors import DataError, ModelError
 from opd.plan.families import read_config as read_plan_config
-from opd.processor import needs_torchvision, open_encoder
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
+from opd.prompts.processor import needs_torchvision, open_encoder
 from opd.tiny import MODEL
 from opd_cli import main
 from tests import random_models

@@ -52,11 +52,11 @@ def test_a_control_runs(name, monkeypatch):
 def test_supervised_training_is_the_cross_entropy_of_the_labels():
     """Its gradient against finite differences of the labels' log-probabilities."""
     pytest.importorskip("torch")
-    from opd import recipe as recipes
-    from opd import rollout
-    from opd.loop import Trainer
+    from opd.method import rollout
     from opd.progress import Quiet
-    from opd.run import open_session
+    from opd.run import recipe as recipes
+    from opd.run.loop import Trainer
+    from opd.run.session import open_session
 
     session = open_session(recipes.load("tiny", ["rollout.prompts=2", "measure.count=0"]), "cpu", Quiet())
     trainer = Trainer(session.recipe, session.backend, session.encoder, session.examples, (), Path("unused"))

@@ -15,9 +15,8 @@ if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU on this machine", allow_module_level=True)
 
 import opd_torch
-from opd.adapters import AdapterOptions
 from opd.objective import Objective
-from opd.types import ModelOptions, Sampling, Update
+from opd.types import AdapterOptions, ModelOptions, Sampling, Update
 from opd_torch import sampling as rollout
 from opd_torch.backend import TorchBackend
 from opd_torch.kernels.recorder import Recorder

@@ -12,8 +12,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from opd.data import DataOptions, Dataset, open_data, read_jsonl
+from opd.data.images import open_image
 from opd.errors import DataError
-from opd.images import open_image
 from opd.types import Box, Example
 
 WIDTH, HEIGHT = 40, 20

@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from opd import backend as backends
+from opd import registry as backends
 from opd.objective import Objective
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
 from opd.tiny import Scenes
 from opd.types import Completion, Group, ModelOptions
-from opd.view import student_images
+from opd.views.crop import student_images
 from opd_cli import main
 from tests.random_models import qwen3_vl
 

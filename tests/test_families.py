@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from opd.errors import ModelError
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
 from tests import random_models
 from tests.prompt_cases import QUESTION, expected
 

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 import opd_mlx
 from opd.objective import Objective, evaluate, log_softmax
-from opd.prompts import PromptEncoder
-from opd.testing import check
+from opd.prompts.encoder import PromptEncoder
+from opd.testing.conformance import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_mlx import backend as backend_module
 from opd_mlx.families import qwen3_5

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import opd_torch
 from opd.objective import Objective
-from opd.testing import check
+from opd.testing.conformance import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_torch import backend as backend_module
 from opd_torch import vision

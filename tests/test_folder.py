@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from opd.errors import FolderError, RunError
-from opd.folder import RunFolder
+from opd.run.folder import RunFolder
 
 
 def test_a_run_is_never_overwritten(tmp_path):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from opd import hub
 from opd.errors import ModelError
-from opd.models import ModelChoice
+from opd.models import hub
+from opd.models.choice import ModelChoice
 from opd.tiny import MODEL
 from opd_cli import main
 from tests.fake_hub import COMMIT, serve

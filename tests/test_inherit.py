@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd import inherit
 from opd.errors import DataError, FolderError, RecipeError
-from opd.recipe import PRESETS
+from opd.run import inherit
+from opd.run.recipe import PRESETS
 from tests.random_models import qwen3_vl
 from tests.test_mistakes import refused
 from tests.test_train import FAST, metrics, opd, photos
@@ -181,7 +181,7 @@ def test_a_run_on_data_of_ones_own_does_not_go_on_with_scenes(tmp_path):
 
 
 def test_a_misspelt_model_is_told_before_any_picture_is_read(here, monkeypatch):
-    monkeypatch.setattr("opd.run.open_data", lambda *rest, **more: pytest.fail("data are read"))
+    monkeypatch.setattr("opd.run.session.open_data", lambda *rest, **more: pytest.fail("data are read"))
     data = ["--data", here / "pairs.jsonl"]
     assert "no such folder" in refused(Path(), "train", "--model", "nowhere", *data)
     shutil.copytree(here / "base", "broken")

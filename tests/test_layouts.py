@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from opd.errors import ModelError
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
 from tests import random_models
 from tests.layouts import LAYOUTS, NAMED, PROCESSORS, TEXT_ALONE, read, stock, write
 

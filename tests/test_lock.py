@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from opd import lock
 from opd.errors import FolderError
-from opd.folder import RunFolder
+from opd.run import lock
+from opd.run.folder import RunFolder
 from tests.test_mistakes import content, refused
 from tests.test_train import FAST, opd
 

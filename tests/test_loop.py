@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd import recipe as recipes
-from opd import usable
 from opd.errors import DataError, FolderError, Stopped
-from opd.folder import RunFolder
-from opd.loop import Trainer
 from opd.progress import Quiet
-from opd.toy import Together, ToyBackend, ToyEncoder
+from opd.run import recipe as recipes
+from opd.run.folder import RunFolder
+from opd.run.loop import Trainer
+from opd.testing.toy import Together, ToyBackend, ToyEncoder
+from opd.views import usable
 from tests.conftest import coloured
 
 OPTIONS = [

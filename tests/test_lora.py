@@ -12,14 +12,13 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from opd import adapters
-from opd import backend as backends
-from opd.adapters import AdapterOptions
+from opd import registry as backends
 from opd.errors import ModelError, RecipeError
-from opd.models import ModelChoice
+from opd.models import adapters
+from opd.models.choice import ModelChoice
 from opd.objective import Objective
-from opd.testing import check, relative_error
-from opd.types import ModelOptions, Sampling, Update
+from opd.testing.conformance import check, relative_error
+from opd.types import AdapterOptions, ModelOptions, Sampling, Update
 from opd_cli import main
 from tests.adapter_cases import OPTIONS, language_layers, logprobs_of, loss_of, make_case, peft_model, write_adapter
 from tests.conftest import BACKENDS, INSTALLED

@@ -12,12 +12,11 @@ peft = pytest.importorskip("peft")
 
 import transformers
 
-from opd import adapters
-from opd import backend as backends
-from opd.adapters import AdapterOptions
+from opd import registry as backends
+from opd.models import adapters
 from opd.objective import Objective
-from opd.testing import relative_error
-from opd.types import ModelOptions, Update
+from opd.testing.conformance import relative_error
+from opd.types import AdapterOptions, ModelOptions, Update
 from tests.adapter_cases import OPTIONS, logprobs_of, loss_of, make_case, peft_model
 from tests.random_models import FAMILIES
 from tests.torch_cases import delta_rule_in_float64, plain_loss_and_gradients, stock_logits

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opd import measure, usable
-from opd.measure import Answered, accuracies, answer, gap_closed
-from opd.toy import ToyBackend, ToyEncoder
+from opd.measure import gap as measure
+from opd.measure.gap import Answered, accuracies, answer, gap_closed
+from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import Sampling
-from opd.view import ViewOptions
+from opd.views import usable
+from opd.views.crop import ViewOptions
 from tests.conftest import coloured
 
 

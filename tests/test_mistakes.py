@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd import backend as backends
+from opd import registry as backends
 from opd.tiny import MODEL
 from opd_cli import main
 
@@ -267,7 +267,7 @@ def test_an_unwritable_folder(here, monkeypatch):
 
 def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(here, monkeypatch):
     """Not the person's mistake: exit 1, still one line, and everything up to the last checkpoint is there."""
-    from opd.folder import RunFolder
+    from opd.run.folder import RunFolder
 
     append = RunFolder.append
     monkeypatch.setattr(RunFolder, "append", lambda folder, name, row: fill_up(append, folder, name, row))
@@ -281,7 +281,7 @@ def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(here, monkeypa
 
 
 def fill_up(append, folder, name, row):
-    from opd.folder import _guarded
+    from opd.run.folder import _guarded
 
     if row["step"] == 3:
         with _guarded(folder.path / name):

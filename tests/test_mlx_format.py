@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import opd_mlx
-from opd import backend as backends
+from opd import registry as backends
 from opd.errors import ModelError
 from opd.objective import Objective
-from opd.prompts import PromptEncoder
-from opd.testing import relative_error
+from opd.prompts.encoder import PromptEncoder
+from opd.testing.conformance import relative_error
 from opd.types import Completion, Group, ModelOptions, Update
 from tests import random_models
 from tests.adapter_cases import OPTIONS, logprobs_of

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from opd import model_files
 from opd.errors import DataError, ModelError
-from opd.model_files import StoredTensor, check_links, read_json, tensor_headers, weight_files
+from opd.models import files as model_files
+from opd.models.files import StoredTensor, check_links, read_json, tensor_headers, weight_files
 from opd.tiny import MODEL
 
 

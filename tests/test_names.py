@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch")
 
 from safetensors.numpy import load_file, save_file
 
-from opd import adapters
-from opd import backend as backends
+from opd import registry as backends
 from opd.errors import ModelError
-from opd.models import ModelChoice
-from opd.names import is_left_out, today
-from opd.types import ModelOptions
+from opd.models import adapters
+from opd.models.choice import ModelChoice
+from opd.models.names import is_left_out, today
+from opd.types import AdapterOptions, ModelOptions
 from tests import random_models
 from tests.adapter_cases import OPTIONS, language_layers, under_peft, write_adapter
 from tests.stock_cases import copied, group_of, ours, stock, stock_model
@@ -306,7 +306,7 @@ def test_starts_that_leave_the_base_alone(models, adapter, tmp_path, settings):
         settings |= {"eva_config": {"rho": 2.0}}
     folder, group = models("qwen3_vl")
     if settings["init_lora_weights"] in ("orthogonal", "mica"):  # peft wants an even rank there
-        adapter = write_adapter(tmp_path / "even", folder, language_layers(layers=1), options=adapters.AdapterOptions(4, 8.0))
+        adapter = write_adapter(tmp_path / "even", folder, language_layers(layers=1), options=AdapterOptions(4, 8.0))
     changed = with_settings(adapter, tmp_path / "changed", **settings)
     expected = stock(under_peft(stock_model(folder).float(), changed), group)
     np.testing.assert_allclose(ours("cpu", folder, group, adapter=changed), expected, atol=1e-4)

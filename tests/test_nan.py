@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from opd import backend as backends
+from opd import registry as backends
 from opd.errors import ModelError, RunError
 from opd.tiny import MODEL
 from opd.types import ModelOptions, Sampling
@@ -66,9 +66,9 @@ def test_large_weights_are_numbers(backend_name, tmp_path):
 
 @pytest.fixture
 def loaded(backend_name):
-    from opd.prompts import PromptEncoder
+    from opd.prompts.encoder import PromptEncoder
     from opd.tiny import Scenes
-    from opd.view import student_images
+    from opd.views.crop import student_images
 
     scene = Scenes("train", 1)[0]
     prompt = PromptEncoder(MODEL).encode(student_images(scene), scene.question)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd import loop, preflight
 from opd.errors import DataError, RunError
-from opd.folder import RunFolder
-from opd.toy import Together, ToyBackend, ToyEncoder
+from opd.run import loop, preflight
+from opd.run.folder import RunFolder
+from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion
 from tests.conftest import coloured
 from tests.test_loop import metrics, trainer
@@ -121,7 +121,7 @@ def test_processes_end_together_where_one_has_no_prompt(tmp_path):
         one.encoder = Refusing("q0")
         one.train()
 
-    from opd import recipe as recipes
+    from opd.run import recipe as recipes
     from tests.test_loop import OPTIONS
 
     RunFolder.create(tmp_path / "run", recipes.write(recipes.load("paper", OPTIONS), {}))

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from opd import families
-from opd.families import qwen_vl
+from opd.prompts import families
+from opd.prompts.families import qwen_vl
 from tests.random_models import SOURCE
 
 SIZES = [[(128, 128)], [(48, 80), (200, 33)], [(7, 9)], [(901, 640)], [(64, 64), (64, 64), (31, 77)]]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from opd import recipe as recipes
 from opd.errors import FolderError, RecipeError, RunError
-from opd.folder import RunFolder, check_empty
 from opd.paths import expanded, stem
+from opd.run import recipe as recipes
+from opd.run.folder import RunFolder, check_empty
 from opd.tiny import MODEL
 from tests.test_mistakes import GOOD, refused
 from tests.test_train import opd
@@ -101,7 +101,7 @@ def test_a_default_run_folder_fits_under_any_data(home, monkeypatch):
         started.append(out)
         raise RunError("named")
 
-    monkeypatch.setattr("opd.run.start", start)
+    monkeypatch.setattr("opd.run.session.start", start)
     for name in ("d" * 249 + ".jsonl", "数" * 80 + ".jsonl", "d" * 255):
         (home / name).write_bytes((home / "pairs.jsonl").read_bytes())
         with pytest.raises(SystemExit):

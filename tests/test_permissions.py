@@ -8,7 +8,7 @@ import stat
 import pytest
 from click.testing import CliRunner
 
-from opd.permissions import as_new
+from opd.models.permissions import as_new
 from opd_cli import main
 from tests.random_models import llava, qwen3_vl
 

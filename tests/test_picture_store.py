@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from opd import images
-from opd.data import dataset, pictures, read_jsonl, spread
+from opd.data import dataset, images, pictures, read_jsonl, spread
 from opd.data.pictures import places
 from opd.errors import DataError
 from opd.types import Example

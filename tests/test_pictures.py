@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from opd.data import open_data, pictures, read_jsonl
+from opd.data.images import open_image
 from opd.data.pictures import PixelBudget
 from opd.errors import DataError
-from opd.images import open_image
 from opd.types import Box, Example
-from opd.view import ViewOptions, enlarged, teacher_images
+from opd.views.crop import ViewOptions, enlarged, teacher_images
 
 RAMP = np.tile(np.linspace(0, 4095, 64).astype(np.uint16), (8, 1))
 """Twelve bits from black to white."""

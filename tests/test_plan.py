@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from opd import backend as backends
-from opd.adapters import AdapterOptions, part
+from opd import registry as backends
 from opd.memory import feature_bytes
+from opd.models.adapters import part
 from opd.plan import Assumed, devices, on, plan, report, view
 from opd.plan.families import read_config, read_shape, shape_of
 from opd.plan.shape import PARTS, Tune
 from opd.plan.work import Cost, View, Work, completions, prefix, stages, tower
-from opd.prompts import PromptEncoder
-from opd.recipe import load
-from opd.types import ModelOptions
+from opd.prompts.encoder import PromptEncoder
+from opd.run.recipe import load
+from opd.types import AdapterOptions, ModelOptions
 from opd_cli import main
 from tests.random_models import FAMILIES, SOURCE
 
@@ -249,7 +249,7 @@ def group(work):
 
 @pytest.mark.parametrize(("budget", "split"), [(700, 0), (132, 0), (131, 2), (122, 2), (121, 1), (1, 1)])
 def test_a_step_is_cut_as_the_loop_cuts_it(budget, split):
-    from opd import rollout
+    from opd.method import rollout
 
     work = Work(20, 3, 10, View(20, 20, 2, 2), View(4, 10, 2, 2), budget, room=600)
     cut = rollout.cut([group(work)] * 20, budget)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opd import backend as backends
-from opd.adapters import AdapterOptions
+from opd import registry as backends
 from opd.objective import Objective
 from opd.plan import view
 from opd.plan.activations import Setting
@@ -18,8 +17,8 @@ from opd.plan.families import read_config, read_shape
 from opd.plan.memory import CHECKPOINT_ABOVE, estimate, memory
 from opd.plan.shape import Tune
 from opd.plan.work import Work
-from opd.prompts import PromptEncoder
-from opd.types import Completion, Group, ModelOptions, Sampling, Update
+from opd.prompts.encoder import PromptEncoder
+from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
 from tests import random_models
 
 LINEAR = random_models.LINEAR

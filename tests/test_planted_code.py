@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from opd import inert
+from opd.data.images import open_image
 from opd.errors import DataError, UserError
-from opd.images import open_image
+from opd.models import inert
 from opd_cli import main
 from tests.conftest import INSTALLED
 from tests.random_models import qwen3_vl
@@ -155,7 +155,7 @@ def test_a_folder_with_a_model_and_an_adapter(here, tmp_path):
     folder = qwen3_vl(tmp_path / "both", seed=6, hidden=64, mlp=128, head_dim=16)
     import numpy as np
 
-    from opd import backend as backends
+    from opd import registry as backends
     from opd.types import ModelOptions
 
     alone = backends.load(backend, ModelOptions(folder)).tensors("student")

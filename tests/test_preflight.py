@@ -11,16 +11,17 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd import preflight, usable
-from opd import recipe as recipes
 from opd.errors import DataError
-from opd.processor import open_encoder
 from opd.progress import Quiet
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
+from opd.prompts.processor import open_encoder
+from opd.run import preflight
+from opd.run import recipe as recipes
+from opd.testing.toy import ToyEncoder
 from opd.tiny import MODEL
-from opd.toy import ToyEncoder
 from opd.types import Box, Example
-from opd.view import ViewOptions, teacher_images, teacher_sizes
+from opd.views import usable
+from opd.views.crop import ViewOptions, teacher_images, teacher_sizes
 from opd_cli import main
 from tests import random_models
 from tests.conftest import coloured

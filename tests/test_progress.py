@@ -256,7 +256,7 @@ def test_a_run_under_nohup_goes_on():
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_any_command(monkeypatch, name, code):
-    monkeypatch.setattr("opd.recipe.load", lambda *arguments: os.kill(os.getpid(), getattr(signal, name)))
+    monkeypatch.setattr("opd.run.recipe.load", lambda *arguments: os.kill(os.getpid(), getattr(signal, name)))
     result = CliRunner().invoke(main, ["gap"])
     assert (result.exit_code, result.stderr) == (code, "opd: interrupted\n")
 

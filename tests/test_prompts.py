@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from opd.errors import DataError, ModelError
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL, Scenes
-from opd.view import ViewOptions, student_images, teacher_images
+from opd.views.crop import ViewOptions, student_images, teacher_images
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TURN = """{%- for message in messages -%}

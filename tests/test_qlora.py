@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd import backend as backends
+from opd import registry as backends
 from opd.errors import BackendError, ModelError, RecipeError
 from opd.objective import Objective
-from opd.testing import check, relative_error
+from opd.testing.conformance import check, relative_error
 from opd.types import ModelOptions, Update
 from tests.adapter_cases import OPTIONS, groups_of, language_layers, logprobs_of, make_case
 from tests.random_models import qwen3_vl

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from opd.prompts import content
-from opd.questions import holds, student_question, teacher_question, with_choices
+from opd.data.choices import holds, with_choices
+from opd.prompts.encoder import content
 from opd.types import Box, Example
-from opd.usable import encode_student, encode_teacher
-from opd.view import ViewOptions, teacher_images
+from opd.views.crop import ViewOptions, teacher_images
+from opd.views.questions import student_question, teacher_question
+from opd.views.usable import encode_student, encode_teacher
 
 COLOURS = ("red", "dark red", "blue")
 EACH = ViewOptions(boxes="each", margin=0, min_size=1)
@@ -126,7 +127,7 @@ def test_one_crop_an_image_and_given_images_keep_the_markers() -> None:
 
 
 def test_no_crop_is_enlarged_above_what_the_processor_keeps(random_model: Path) -> None:
-    from opd.prompts import PromptEncoder
+    from opd.prompts.encoder import PromptEncoder
 
     encoder = PromptEncoder(random_model, max_pixels=32 * 32 * 4, teacher_max_pixels=32 * 32 * 16)
     assert (encoder.max_pixels("student"), encoder.max_pixels("teacher")) == (4096, 16384)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from opd import recipe as recipes
 from opd.errors import RecipeError
+from opd.run import recipe as recipes
 
 
 def test_the_paper_preset_is_the_official_run():

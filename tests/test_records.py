@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from opd import records
 from opd.errors import FolderError
-from opd.folder import RunFolder
+from opd.run import records
+from opd.run.folder import RunFolder
 from tests.test_loop import trainer
 
 

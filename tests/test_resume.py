@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd import fingerprints
+from opd.run import fingerprints
 from opd.tiny import MODEL
 from tests.test_mistakes import content
 from tests.test_train import FAST, metrics, opd, photos, weights

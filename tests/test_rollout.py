@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd import usable
-from opd.rollout import Pair, completions, cut, groups, keep, microbatches, most, sample, spare, split
-from opd.toy import Together, ToyBackend, ToyEncoder
+from opd.method.rollout import Pair, completions, cut, groups, keep, microbatches, most, sample, spare, split
+from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
-from opd.view import ViewOptions
+from opd.views import usable
+from opd.views.crop import ViewOptions
 from tests.conftest import coloured
 
 

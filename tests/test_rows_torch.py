@@ -18,13 +18,12 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import opd_torch
-from opd import adapters
-from opd.adapters import AdapterOptions
 from opd.errors import DataError, ModelError
+from opd.models import adapters
 from opd.objective import Objective
-from opd.processor import ProcessorEncoder, open_encoder
-from opd.testing import check
-from opd.types import Completion, Group, ModelOptions, Sampling, Update
+from opd.prompts.processor import ProcessorEncoder, open_encoder
+from opd.testing.conformance import check
+from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
 from opd_cli import main
 from tests.adapter_cases import under_peft
 from tests.prompt_cases import QUESTION, expected

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from opd.schedules import OptimizerOptions, TeacherOptions, learning_rate, teacher_rate, update
+from opd.method.schedules import OptimizerOptions, TeacherOptions, learning_rate, teacher_rate, update
 
 
 def rates(steps, **options):

@@ -16,12 +16,11 @@ import dataclasses
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from opd import backend as backends
-from opd import names, settings
-from opd.adapters import AdapterOptions
+from opd import registry as backends
 from opd.errors import ModelError
+from opd.models import names, settings
 from opd.objective import Objective
-from opd.types import Completion, ModelOptions, Sampling
+from opd.types import AdapterOptions, Completion, ModelOptions, Sampling
 from tests import random_models
 from tests.stock_cases import JSD, copied, group_of, ours, put, remade, stock, stock_model
 

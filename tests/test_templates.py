@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
-from opd import renderer, templates
 from opd.errors import DataError, ModelError
-from opd.prompts import PromptEncoder
+from opd.prompts import renderer, templates
+from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL, Scenes
-from opd.usable import encode_student, encode_teacher
-from opd.view import ViewOptions
+from opd.views.crop import ViewOptions
+from opd.views.usable import encode_student, encode_teacher
 from opd_cli import main
 
 HEAD = """{%- set image = '<|vision_start|><|image_pad|><|vision_end|>' %}

@@ -19,10 +19,10 @@ import pytest
 from click.testing import CliRunner
 
 import opd_cli
-from opd import measure
-from opd import recipe as recipes
-from opd.folder import RunFolder
-from opd.strict_json import dumps
+from opd.measure import gap as measure
+from opd.run import recipe as recipes
+from opd.run.folder import RunFolder
+from opd.run.strict_json import dumps
 from opd_cli import main, suggestions, terminal
 from opd_cli.console import Terminal
 from opd_cli.tables import answers, before_after, measured
@@ -279,7 +279,7 @@ def test_a_fault_of_opd_keeps_its_traceback_and_asks_for_a_report(monkeypatch):
     def fault(*arguments):
         raise ValueError("\x1b[2J\u202ehidden")
 
-    monkeypatch.setattr("opd.recipe.load", fault)
+    monkeypatch.setattr("opd.run.recipe.load", fault)
     result = CliRunner().invoke(main, ["gap"])
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
@@ -294,7 +294,7 @@ def test_little_memory_is_one_line(monkeypatch):
     def full(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("opd.recipe.load", full)
+    monkeypatch.setattr("opd.run.recipe.load", full)
     result = CliRunner().invoke(main, ["gap"])
     assert result.exit_code == 1
     assert result.stderr.startswith("opd: not enough memory")

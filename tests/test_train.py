@@ -248,7 +248,7 @@ def test_backends_are_checked_against_committed_numbers(backend_name):
 
 def test_the_preset_follows_the_model(tmp_path, monkeypatch):
     """`tiny` for the embedded model and whatever was made of it; any other model takes `lora`."""
-    from opd.models import is_tiny
+    from opd.models.choice import is_tiny
     from opd.tiny import MODEL
     from tests.random_models import qwen3_vl
 
@@ -271,7 +271,7 @@ def test_the_preset_follows_the_model(tmp_path, monkeypatch):
         for model, line in {MODEL: "preset tiny: no recipe was named", "exported": "the recipe of 'exported': tune full"}.items():
             assert line in opd(command, "--model", model, "--backend", "cpu", "--count", 1).stderr
         assert "preset" not in opd(command, "tiny", "--model", random, "--backend", "cpu", "--count", 1).stderr
-    monkeypatch.setattr("opd.run.start", lambda recipe, *rest: pytest.fail(f"{recipe.model.tune} {recipe.optimizer.learning_rate}"))
+    monkeypatch.setattr("opd.run.session.start", lambda recipe, *rest: pytest.fail(f"{recipe.model.tune} {recipe.optimizer.learning_rate}"))
     for arguments in (["--model", random], ["--set", f"model.path={random}"]):
         with pytest.raises(pytest.fail.Exception, match="lora 5e-05"):
             CliRunner().invoke(main, ["train", *map(str, arguments)], catch_exceptions=False)

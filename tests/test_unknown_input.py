@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd import recipe as recipes
 from opd.data import read_jsonl
 from opd.errors import DataError
 from opd.progress import Quiet
-from opd.run import held_out
+from opd.run import recipe as recipes
+from opd.run.session import held_out
 from opd.types import Box
 from opd_cli import main
 

@@ -12,15 +12,16 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd import measure, usable
-from opd.folder import RunFolder
-from opd.measure import answer
+from opd.measure import gap as measure
+from opd.measure.gap import answer
 from opd.progress import Quiet
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
+from opd.run.folder import RunFolder
+from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.tiny import MODEL
-from opd.toy import ToyBackend, ToyEncoder
-from opd.usable import Skipped, Unusable
-from opd.view import ViewOptions
+from opd.views import usable
+from opd.views.crop import ViewOptions
+from opd.views.usable import Skipped, Unusable
 from opd_cli import main
 from tests.conftest import coloured
 from tests.test_loop import trainer
@@ -49,7 +50,7 @@ def here(tmp_path, monkeypatch):
         (tmp_path / "vanished.png").unlink(missing_ok=True)
         return encode(*given)
 
-    for module in ("opd.usable", "opd.measure"):
+    for module in ("opd.views.usable", "opd.measure.gap"):
         monkeypatch.setattr(f"{module}.encode", vanishing)
 
     def opd(*arguments):
@@ -275,7 +276,7 @@ def test_a_machine_without_memory_ends_the_run_in_one_line(here, tmp_path, monke
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n")
     monkeypatch.setattr(type(PromptEncoder(MODEL)._family), "lay_out", full)
-    monkeypatch.setattr("opd.run.open_encoder", lambda folder, *_, **__: PromptEncoder(folder))
+    monkeypatch.setattr("opd.run.session.open_encoder", lambda folder, *_, **__: PromptEncoder(folder))
     result = here(command, *(["--out", "run", "--steps", "1"] if command == "train" else []))
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     assert result.stderr.splitlines()[-1] == "opd: not enough memory on this machine; opd plan says what a run takes"

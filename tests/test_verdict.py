@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.measure import accuracies, changes, gap_closed, paired
+from opd.measure.gap import accuracies, changes, gap_closed, paired
 from opd_cli.tables import before_after
 from tests.test_measure import answered
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from opd.errors import DataError
 from opd.types import Box, Example
-from opd.view import MAX_ASPECT, Region, ViewOptions, elsewhere, enlarged, hull, region, student_images, teacher_images
+from opd.views.crop import MAX_ASPECT, Region, ViewOptions, elsewhere, enlarged, hull, region, student_images, teacher_images
 
 TINY = ViewOptions(margin=6, min_size=48)
 BARE = ViewOptions(margin=0, min_size=1)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opd import backend as backends
+from opd import registry as backends
 from opd.errors import BackendError
-from opd.models import ModelChoice
+from opd.models.choice import ModelChoice
 from opd.objective import Objective, evaluate, log_softmax
-from opd.processor import open_encoder
+from opd.prompts.processor import open_encoder
+from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.tiny import MODEL
-from opd.toy import ToyBackend, ToyEncoder
 from opd.types import Completion, Group, Sampling, Update
 from tests.conftest import INSTALLED
 

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import opd_torch
-from opd.processor import open_encoder
-from opd.prompts import PromptEncoder
+from opd.prompts.encoder import PromptEncoder
+from opd.prompts.processor import open_encoder
 from opd.types import Completion, Group, ModelOptions
 from opd_torch.backend import TorchBackend
 

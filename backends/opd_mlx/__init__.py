@@ -35,9 +35,10 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
     from mlx_vlm import utils
     from mlx_vlm.quant_utils import quantize_model
 
-    from opd import inert, model_files
     from opd.errors import ModelError, one_line
-    from opd.permissions import as_new
+    from opd.models import files as model_files
+    from opd.models import inert
+    from opd.models.permissions import as_new
     from opd_mlx.families import family
 
     stated = inert.without_code(model_files.read_json(source / "config.json"))

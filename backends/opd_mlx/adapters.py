@@ -1,4 +1,4 @@
-"""Low-rank adapters as mlx-lm's layers, put into mlx-vlm's modules; and adapters merged into weights. See `opd.adapters`.
+"""Low-rank adapters as mlx-lm's layers, put into mlx-vlm's modules; and adapters merged into weights. See `opd.models.adapters`.
 
 mlx-lm keeps A as [in, r] and B as [r, out]: `turned` is what stands between its layout and PEFT's.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from opd import adapters
+from opd.models import adapters
 from opd.types import FloatArray, ModelOptions
 
 SIDES = {".lora_a": adapters.A, ".lora_b": adapters.B}

@@ -12,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from opd import adapters, errors
+from opd import errors
 from opd.errors import FolderError, RecipeError
 from opd.ids import check_ids
+from opd.models import adapters
 from opd.objective import Objective
 from opd.types import (
     Completion,

@@ -20,10 +20,10 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
-from opd import adapters, inert, names, settings, weight_formats
 from opd.errors import FolderError, ModelError, RecipeError, holds_nan, nearest, one_line
-from opd.model_files import read_json, tensor_headers, weight_files
-from opd.permissions import as_new
+from opd.models import adapters, inert, names, settings, weight_formats
+from opd.models.files import read_json, tensor_headers, weight_files
+from opd.models.permissions import as_new
 from opd.types import ModelOptions
 from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
 from opd_mlx.attention import Layer
@@ -228,7 +228,7 @@ def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:
 
 
 def write_model(model: Model, options: ModelOptions, parameters: Parameters, folder: Path) -> None:
-    """A Hugging Face model folder: the source's data files (see `opd.inert`), with what was trained in the source's dtypes.
+    """A Hugging Face model folder: the source's data files (see `opd.models.inert`), with what was trained in the source's dtypes.
 
     Adapters are merged. Weights that were quantised are written plain; those that only stood in 4 bits, as they are stored.
     """

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.rollout import completions
+from opd.method.rollout import completions
 from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
 from opd_mlx.attention import Own, room
 from opd_mlx.batch import Batch, Prefixes, Step, lay_out_prefixes

@@ -1,4 +1,4 @@
-"""Low-rank adapters as peft's layers, injected into transformers' modules; and adapters merged into weights. See `opd.adapters`."""
+"""Low-rank adapters as peft's layers, injected into transformers' modules; and adapters merged into weights. See `opd.models.adapters`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd import adapters
+from opd.models import adapters
 from opd.types import FloatArray, ModelOptions
 
 

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from opd import adapters, errors
+from opd import errors
 from opd.errors import FolderError, ModelError, RecipeError, nearest
 from opd.groups import drop_empty, restore_empty, slices
 from opd.ids import check_ids
+from opd.models import adapters
 from opd.objective import Objective
 from opd.types import (
     Completion,

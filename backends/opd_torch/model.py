@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd import adapters, inert, names, settings, weight_formats
 from opd.errors import FolderError, ModelError, holds_nan, one_line
-from opd.model_files import StoredTensor, read_json, tensor_headers
-from opd.permissions import as_new
+from opd.models import adapters, inert, names, settings, weight_formats
+from opd.models.files import StoredTensor, read_json, tensor_headers
+from opd.models.permissions import as_new
 from opd.types import ModelOptions
 from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
 from opd_torch.families import Family, family, rows
@@ -168,7 +168,7 @@ def _check(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> None:
 
 
 def write_model(model: Any, source: Path, folder: Path) -> None:
-    """Writes all weights, by the names and in the precision they had in `source`, and copies the data files of `source` (see `opd.inert`).
+    """Writes all weights, by the names and in the precision they had in `source`, and copies its data files (see `opd.models.inert`).
 
     Tensors that the model leaves out are written as they are.
     """

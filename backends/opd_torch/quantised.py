@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import transformers
 
-from opd import adapters
 from opd.errors import BackendError
+from opd.models import adapters
 
 NEEDED = ("bitsandbytes", "accelerate")
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd.rollout import completions
+from opd.method.rollout import completions
 from opd.types import Completion, FloatArray, Prompt, Sampling
 from opd_torch.attention import room
 from opd_torch.batch import Prefixes, Step, lay_out_prefixes

@@ -24,9 +24,9 @@ def backends(name: str | None, check: bool, as_json: bool) -> None:
       opd backends
       opd backends mlx --check
     """
-    from opd import backend as found
+    from opd import registry as found
     from opd.errors import BackendError, nearest
-    from opd.fixtures import check_backend
+    from opd.testing.fixtures import check_backend
     from opd_cli.tables import backend_table, check_table
 
     if name is not None and name not in found.names():

@@ -30,7 +30,7 @@ def export(run: Path, kind: str, out: Path, quantize: str | None, backend: str |
       opd export runs/tiny --out halfway --step 200
       opd export runs/lora --as adapter --out my-adapter
     """
-    from opd.export import export as write
+    from opd.run.export import export as write
     from opd_cli.progress import show
 
     with show() as progress:

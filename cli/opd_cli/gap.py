@@ -33,7 +33,8 @@ def gap(
       opd gap --model runs/tiny --count 200
       opd gap --model ~/models/Qwen3-VL-2B-Instruct --data pairs.jsonl --json
     """
-    from opd import measure, run
+    from opd.measure import gap as measure
+    from opd.run import session as run
     from opd_cli.progress import show
     from opd_cli.tables import measured
 

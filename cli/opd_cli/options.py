@@ -10,7 +10,7 @@ import click
 import tomli_w
 
 if TYPE_CHECKING:
-    from opd.inherit import Resolved
+    from opd.run.inherit import Resolved
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -51,8 +51,8 @@ def shared(command: Command) -> Command:
 def resolve(
     recipe: str | None, shortcuts: Mapping[str, Any], overrides: tuple[str, ...], training: bool = False, backend: str | None = None
 ) -> Resolved:
-    """The recipe with the command's own options, by their names in it, and then every --set, applied; see `opd.inherit`."""
-    from opd.inherit import resolve as resolved
+    """The recipe with the command's own options, by their names in it, and then every --set, applied; see `opd.run.inherit`."""
+    from opd.run.inherit import resolve as resolved
 
     # As TOML: json leaves characters raw that no text in TOML may hold.
     chosen = [

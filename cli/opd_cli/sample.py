@@ -27,7 +27,7 @@ def sample(
       opd sample --model runs/tiny --count 20
       opd sample --data pairs.jsonl --json
     """
-    from opd import run
+    from opd.run import session as run
     from opd_cli.progress import show
     from opd_cli.tables import answers
 

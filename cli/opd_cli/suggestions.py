@@ -100,7 +100,7 @@ def unknown_option(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
 
 def keys() -> dict[str, list[str]]:
     """Sections in which a recipe has each key, as section.key."""
-    from opd.recipe import Recipe
+    from opd.run.recipe import Recipe
 
     found: dict[str, list[str]] = {}
     for section, field in Recipe.model_fields.items():

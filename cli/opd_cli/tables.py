@@ -14,9 +14,9 @@ from rich.text import Text
 from opd_cli.console import Terminal, cell
 
 if TYPE_CHECKING:
-    from opd.backend import State
-    from opd.measure import Answered
-    from opd.testing import Result
+    from opd.measure.gap import Answered
+    from opd.registry import State
+    from opd.testing.conformance import Result
 
 MANY_CUT = 0.05
 """Share of completions cut off at their longest from which a person is told; a good run has 1-2 %."""

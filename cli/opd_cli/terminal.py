@@ -65,7 +65,7 @@ def say(text: str) -> None:
 
 def say_json(value: Mapping[str, Any]) -> None:
     r"""Writes one JSON object to stdout, in ASCII: everything else is \uXXXX, and what is not finite is null."""
-    from opd.strict_json import dumps
+    from opd.run.strict_json import dumps
 
     sys.stdout.write(dumps(value, ascii_only=True) + "\n")
 

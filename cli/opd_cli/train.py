@@ -11,7 +11,7 @@ from opd_cli.options import UserPath, resolve, shared
 from opd_cli.terminal import say_json
 
 if TYPE_CHECKING:
-    from opd.changed import Changed
+    from opd.run.changed import Changed
 
 RESUMED = (
     "--steps extends the run, --data, --model and --set measure.path say where something was moved, "
@@ -58,9 +58,9 @@ def train(
       opd train --resume runs/tiny
       opd train --resume runs/tiny --steps 800
     """
-    from opd import run
     from opd.errors import Stopped
     from opd.paths import stem
+    from opd.run import session as run
     from opd_cli.progress import show
     from opd_cli.tables import before_after
 
@@ -88,7 +88,7 @@ def train(
 
 def _changed(ctx: click.Context) -> Changed:
     """What the options change in a run that goes on. Raises UsageError for what they cannot."""
-    from opd.changed import Changed
+    from opd.run.changed import Changed
 
     given = ctx.params
     if str(given["resume"]).startswith("-"):

@@ -21,16 +21,15 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from opd.answers import chosen
 from opd.data import foreign
+from opd.data.answers import chosen
 from opd.data.boxes import BoxFormat, boxes, stated_format
+from opd.data.choices import with_choices
 from opd.data.fields import Row, is_finite, missing, paths, show, text, texts, whole, wrong
 from opd.data.pictures import ImageFacts
 from opd.data.survey import FIELDS
 from opd.errors import DataError
-from opd.prompts import IMAGE_MARKER
-from opd.questions import with_choices
-from opd.types import Example
+from opd.types import IMAGE_MARKER, Example
 
 LETTERED = len(ascii_uppercase)
 """The most choices that have a letter."""

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from opd.data.images import check_size, measured, opened, short
 from opd.errors import DataError
-from opd.images import check_size, measured, opened, short
 
 VERSION = 1
 POOL_PIXELS = 1 << 27

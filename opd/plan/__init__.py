@@ -13,13 +13,12 @@ from typing import Any
 
 from PIL.Image import new
 
-from opd import preflight
-from opd.adapters import check_targets
 from opd.data import open_data
+from opd.data.images import image_size
 from opd.errors import BackendError, DataError, UserError, nearest
-from opd.images import image_size
 from opd.memory import feature_bytes
-from opd.models import ModelChoice
+from opd.models.adapters import check_targets
+from opd.models.choice import ModelChoice
 from opd.plan.activations import Setting
 from opd.plan.devices import HERE, Device
 from opd.plan.families import read_config, shape_of
@@ -27,11 +26,12 @@ from opd.plan.memory import KEPT_FEATURES, Memory, memory
 from opd.plan.passes import passed
 from opd.plan.shape import Shape, Tune
 from opd.plan.work import Stage, View, Work, stages
-from opd.prompts import PromptEncoder
-from opd.recipe import Recipe
+from opd.prompts.encoder import PromptEncoder
+from opd.run import preflight
+from opd.run.recipe import Recipe
 from opd.types import Example, Policy
-from opd.usable import too_long
-from opd.view import teacher_sizes
+from opd.views.crop import teacher_sizes
+from opd.views.usable import too_long
 
 IMAGE = (1024, 768)
 """Width and height of an image where neither an option nor the data says."""

@@ -11,11 +11,11 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opd.consistency import check_sizes, complete
 from opd.errors import ModelError
-from opd.families import family
-from opd.model_files import read_json
+from opd.models.consistency import check_sizes, complete
+from opd.models.files import read_json
 from opd.plan.shape import Attention, Delta, Projector, Shape, Vision
+from opd.prompts.families import family
 
 Config: TypeAlias = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """What differs between families of vision-language models once a prompt is encoded; one module per family.
 
 mlx-vlm's modules hold the parameters, and `Layer`s of `opd_mlx.attention` say how one of them computes. Everything else of this package
-is one code for all families. Twin of `opd_torch.families`; `opd.families` is the part of the prompt's encoding.
+is one code for all families. Twin of `opd_torch.families`; `opd.prompts.families` is the part of the prompt's encoding.
 
 Legend: S visual tokens, D text width, B prompts, P prompt tokens.
 """

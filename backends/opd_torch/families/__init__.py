@@ -1,7 +1,7 @@
 """What differs between families of vision-language models once a prompt is encoded; one module per family.
 
 transformers' modules hold the parameters and compute projections, norms and feed-forward; a family says in which order. Everything else
-of this package is one code for all families. Twin of `opd_mlx.families`; `opd.families` is the part of the prompt's encoding.
+of this package is one code for all families. Twin of `opd_mlx.families`; `opd.prompts.families` is the part of the prompt's encoding.
 
 Legend: N packed rows, D hidden width, H query heads, G key-value heads, d head width, S visual tokens of all prompts.
 """

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd import adapters
 from opd.errors import ModelError
+from opd.models import adapters
 from opd.types import Prompt
 from opd_torch.batch import Batch, Prefixes
 from opd_torch.vision import computed

@@ -1,0 +1,225 @@
+"""Image files as the models see them: upright, RGB, eight bits.
+
+Boxes and crops are always in pixels of the upright image, which is what every viewer and annotation tool shows.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from opd.data.image_formats import load_plugin, named
+from opd.errors import DataError, one_line, shortened
+from opd.types import MAX_IMAGE_PIXELS
+
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that 16-bit pictures hold in practice: cameras and scanners store 10, 12 or 14 bits in 16."""
+
+SWAPPED = 5
+"""EXIF orientations from this one on exchange width and height."""
+
+PILLOW = r"PIL\."
+"""Modules whose warnings are not shown."""
+
+_OPENING = threading.Lock()
+
+
+def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decodes a file (the first frame of an animation), or takes an image in memory, and makes it upright and RGB.
+
+    Raises DataError with the path where the file is missing, damaged, truncated, no image, or has more than `max_pixels`.
+    """
+    if isinstance(source, Image.Image):
+        return upright_rgb(source)
+    with opened(source, max_pixels) as image:
+        return upright_rgb(image)
+
+
+@contextmanager
+def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
+    """A file whose header is read and whose pixels are not yet decoded; faults inside the block are DataErrors of one line.
+
+    MemoryError stays what it is: it says nothing of a picture whose size is within the bound.
+    """
+    _silence()
+    within = False
+    try:
+        if not path.is_file():
+            raise DataError(f"image not found: {short(path)}")
+        with _open(path) as image:
+            if image.format == "EPS":
+                # Pillow has Ghostscript run it, where that is installed.
+                raise DataError("an EPS drawing is a program, which is never run; save it as PNG")
+            check_size(image.size, max_pixels)
+            within = True
+            yield image
+    except DataError as error:
+        if str(error).startswith("image not found: "):
+            raise
+        raise DataError(f"{short(path)}: {error}") from error
+    except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError ...
+        if within and isinstance(error, MemoryError):  # not the header's fault: the machine is full
+            raise
+        raise DataError(f"image cannot be read: {short(path)}: {_reason(error)}") from error
+
+
+def image_size(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """The upright (width, height) of a picture, from the header of a file alone. Raises DataError as `open_image` does for headers."""
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= SWAPPED else (width, height)
+
+    if isinstance(source, Image.Image):
+        return upright(source)
+    with opened(source, max_pixels) as image:
+        return upright(image)
+
+
+def check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """Raises DataError where a picture of this (width, height) is above the bound."""
+    width, height = size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{width} x {height} = {width * height} pixels, above data.max_image_pixels = {max_pixels}; "
+            "raise it for pictures that you trust"
+        )
+
+
+def measured(image: Image.Image) -> tuple[tuple[int, int], int]:
+    """Decodes an opened file: its upright (width, height), and the bits that its values fill.
+
+    Bits are 8 for all but 16-bit pictures. Raises DataError for pixels that `upright_rgb` refuses.
+    """
+    bits = _decode(image)
+    width, height = image.size
+    turned = _orientation(image) >= SWAPPED
+    return (height, width) if turned else (width, height), bits
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation, lays transparent pixels on white, and converts every mode to RGB.
+
+    Sixteen bits are scaled to eight. Where no value of a 16-bit picture is above 255, 1,023, 4,095 or
+    16,383, its values are taken as of 8, 10, 12 or 14 bits: as 16 bits they would all be dark.
+    Raises DataError for pixels whose range is not known: floats and integers above 65,535.
+    """
+    _decode(image)
+    if _orientation(image) != 1:  # else `exif_transpose` would copy all pixels
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I"):
+        return _eight_bits(np.asarray(image)).convert("RGB")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def short(path: Path | str) -> str:
+    """A path for a message, cut in its middle where it is long."""
+    shown = str(path)
+    return shown if len(shown) <= 300 else f"{shown[:120]}...{shown[-120:]}"
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Image.DecompressionBombError:
+        # The bound is the caller's, so Pillow's own is set aside while the header is read.
+        with _OPENING:
+            bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(path)
+            finally:
+                Image.MAX_IMAGE_PIXELS = bound
+    except UnidentifiedImageError:
+        if load_plugin(path):
+            with suppress(UnidentifiedImageError):
+                return Image.open(path)
+        raise UnidentifiedImageError(named(path)) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    found = image.getexif().get(0x0112, 1)
+    return found if isinstance(found, int) and 2 <= found <= 8 else 1
+
+
+def _decode(image: Image.Image) -> int:
+    """Decodes the pixels, and returns the bits that the values of a picture fill: 8 for all but 16-bit ones."""
+    modes = _raw_modes(image)
+    image.load()
+    if image.mode == "F":
+        raise DataError("floating-point pixels have no agreed range; save the image with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError("integer pixels outside 0..65535 have no agreed range; save the image with 8 or 16 bits")
+        return _depth(values)
+    if not isinstance(image, ImageFile.ImageFile) or not any(";16" in mode for mode in modes):
+        return 8
+    # Pillow keeps the upper eight bits of colours: nothing is lost but where all are small.
+    upper = np.asarray(image)
+    colours = upper[..., :3] if image.mode.startswith("RGB") else upper[..., :1]
+    if colours.max() >= 1 << (DEPTHS[-2] - 8):
+        return 16
+    return _stretch(image, upper)
+
+
+def _stretch(image: ImageFile.ImageFile, upper: NDArray[np.uint8]) -> int:
+    """Scales the colours of a 16-bit picture by the bits that they fill, in place, and returns those."""
+    with Image.open(image.filename) as again:
+        modes = _raw_modes(again)
+        if len(modes) != 1 or not modes[0].startswith("RGB"):
+            raise DataError("a picture of 16 bits whose values are all small would be dark; save it with 8 bits")
+        # Read in the other byte order, the "upper" eight bits are the lower ones.
+        swapped = modes[0][:-1] + ("L" if modes[0].endswith("B") else "B")
+        (tile,) = again.tile
+        args = swapped if isinstance(tile.args, str) else (swapped, *(tile.args or ())[1:])
+        again.tile = [tile._replace(args=args)]
+        values = upper.astype(np.uint16) << 8 | np.asarray(again)
+    bits = _depth(values[..., :3])
+    scaled = np.asarray(_eight_bits(values[..., :3]))
+    alpha = [] if image.mode == "RGB" else [upper[..., 3:]]
+    image.paste(Image.fromarray(np.concatenate([scaled, *alpha], axis=2), image.mode))
+    return bits
+
+
+def _depth(values: NDArray[Any]) -> int:
+    """The fewest bits of `DEPTHS` that hold all values."""
+    largest = int(values.max())
+    return next(bits for bits in DEPTHS if largest < 1 << bits)
+
+
+def _eight_bits(values: NDArray[Any]) -> Image.Image:
+    top = (1 << _depth(values)) - 1
+    # Rounded to the nearest, halves up. A table: 64-bit arithmetic on all pixels would take eight times the picture.
+    table = ((np.arange(top + 1, dtype=np.int64) * 510 + top) // (2 * top)).astype(np.uint8)
+    return Image.fromarray(table[values])
+
+
+def _raw_modes(image: Image.Image) -> list[str]:
+    """How the pixels stand in an opened file that is not yet decoded, such as "RGB;16B"."""
+    tiles = getattr(image, "tile", [])
+    return [str(tile[3] if isinstance(tile[3], str) else (tile[3] or [""])[0]) for tile in tiles]
+
+
+def _silence() -> None:
+    """Keeps Pillow's warnings (of large pictures, odd EXIF blocks, palettes) from the screen: its errors are told, with the row."""
+    if not any(entry[0] == "ignore" and entry[3] is not None and entry[3].pattern == PILLOW for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=PILLOW)
+
+
+def _reason(error: Exception) -> str:
+    """Pillow's reason in one line, without the path that the caller names anyway."""
+    return shortened(one_line(error), 200)

@@ -1,0 +1,214 @@
+"""Whether the parts of a model folder belong together: config, weights, tokenizer and image processor.
+
+Each part may be right alone and of another model. A mistake is told in one line, with its file and
+key, before anything is allocated or written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ModelError, one_line, shortened
+from opd.models import weight_formats
+from opd.models.files import StoredTensor, tensor_headers
+
+SECTIONS = ("", "text_config", "vision_config")
+
+SIZES = {
+    2**24: ("vocab_size", "hidden_size", "intermediate_size", "out_hidden_size", "max_position_embeddings", "num_position_embeddings"),
+    2**16: ("num_attention_heads", "num_key_value_heads", "num_heads", "head_dim", "image_size", "mm_tokens_per_image"),
+    2**12: ("num_hidden_layers", "depth", "patch_size", "temporal_patch_size", "spatial_merge_size", "scale_factor"),
+    2**8: ("num_channels", "in_channels"),
+}
+"""Sizes in a config.json by their largest value; no published model comes near."""
+
+TOKENS = {
+    "image_token_id": "image_token",
+    "image_token_index": "image_token",
+    "video_token_id": "video_token",
+    "vision_start_token_id": "vision_start_token",
+    "vision_end_token_id": "vision_end_token",
+    "boi_token_index": "boi_token",
+    "eoi_token_index": "eoi_token",
+}
+"""Ids in a config.json, and what the tokens are called in a tokenizer."""
+
+SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "do_image_splitting", "do_pan_and_scan")
+"""Steps of an image processor; the text "false" would count as true."""
+
+ENLARGED = 2**24
+"""Pixels to which a processor may enlarge an image; more fill the memory with nothing."""
+
+
+def check_sizes(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises ModelError where a config.json holds numbers that no model has."""
+    for name, value in _numbers(config, ""):
+        if abs(value) > 2**53 or not math.isfinite(value):
+            raise ModelError(f"{file}: {name} is {_short(value)}, which no model has; take the model's own file")
+    for section in SECTIONS:
+        inner = config.get(section) if section else config
+        if not isinstance(inner, dict):
+            continue
+        for largest, keys in SIZES.items():
+            for key in keys:
+                size: Any = inner.get(key)
+                if isinstance(size, list | dict | None):
+                    continue  # sides of an image, or a model that counts each layer's heads
+                if type(size) is not int or not 1 <= size <= largest:
+                    where = f"{section}.{key}" if section else key
+                    raise ModelError(f"{file}: {where} is {_short(size)}, not a whole number between 1 and {largest:,}")
+
+
+def complete(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the defaults of transformers. Raises ModelError."""
+    from transformers import AutoConfig
+
+    try:
+        # transformers would take the settings of MLX's quantisation for some of its own.
+        return dict(AutoConfig.for_model(**weight_formats.without(config)).to_dict())
+    except Exception as error:  # transformers raises its own, TypeError, KeyError and ValueError
+        raise ModelError(f"{file} cannot be used: {one_line(error)}") from error
+
+
+def check_weights(folder: Path, config: Mapping[str, Any]) -> int | None:
+    """The rows of the embedding, which the headers of the weights give; None where no weights are here yet.
+
+    Raises ModelError where they are not those of the (completed) config.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return None
+    tensors = tensor_headers(folder)
+    layers = [(config.get(section) or {}).get(key) for section, key in (("text_config", "num_hidden_layers"), ("vision_config", "depth"))]
+    if sum(count for count in layers if isinstance(count, int)) > len(tensors):
+        raise ModelError(f"{folder}: config.json describes {max(layers, key=lambda count: count or 0):,} layers, and the weights hold "
+                         f"{len(tensors):,} tensors; they are of two models")  # fmt: skip
+    text = config.get("text_config") or config
+    for name, tensor in tensors.items():
+        if name.endswith("embed_tokens.weight") and len(tensor.shape) == 2:
+            _check_table(folder, name, tensor, text)
+            return tensor.shape[0]
+    return None
+
+
+def _check_table(folder: Path, name: str, tensor: StoredTensor, text: Mapping[str, Any]) -> None:
+    rows, width = tensor.shape
+    for key, there in (("vocab_size", rows), ("hidden_size", width)):
+        stated = text.get(key)
+        packed = key == "hidden_size" and not tensor.dtype.startswith(("F", "BF"))
+        if isinstance(stated, int) and stated != there and not packed:
+            raise ModelError(
+                f"{folder / 'config.json'}: {key} is {stated:,}, but {name} in {tensor.file} is {rows:,} x {width:,}; "
+                "the two files are of two models"
+            )
+
+
+def check_tokens(folder: Path, tokenizer: Any, rows: int) -> None:
+    """Raises ModelError where the tokenizer has tokens behind the `rows` of the embedding.
+
+    A padding token may be there: no prompt is padded.
+    """
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    beyond = [(number, token) for number, token in beyond if token != tokenizer.pad_token]
+    if beyond:
+        number, token = beyond[0]
+        more = f", and {len(beyond) - 1} more are" if len(beyond) > 1 else ""
+        raise ModelError(
+            f"{folder}: the tokenizer's token {_short(repr(token))} has the id {number:,}{more}, beyond the embedding's {rows:,} rows; "
+            "take the tokenizer of this model, or enlarge the embedding with resize_token_embeddings of transformers"
+        )
+
+
+def check_ids(folder: Path, stated: Mapping[str, Any], config: Mapping[str, Any], image: tuple[str, int], tokenizer: Any) -> None:
+    """Raises ModelError where ids of config.json are not the tokenizer's; `image`: the image token and its id.
+
+    The (completed) config's image id places the features; the others only where they are `stated`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for key, name in TOKENS.items():
+        held = stated.get(key, config.get(key) if name == "image_token" else None)
+        if held is None:
+            continue
+        token, number = image if name == "image_token" else (getattr(tokenizer, name, None), None)
+        if number is None:
+            token = token or {"video_token": "<|video_pad|>"}.get(name, f"<|{name.removesuffix('_token')}|>")
+            number = vocabulary.get(token)
+        if number is not None and held != number:
+            raise ModelError(
+                f"{folder / 'config.json'}: {key} is {_short(held)}, but the tokenizer's '{token}' has the id {number}; "
+                "the two are of two models"
+            )
+
+
+def stop_ids(file: Path, held: Any, rows: int | None) -> list[int]:
+    """The ids under `eos_token_id` in a file; none where there is none. Raises ModelError for what is no id."""
+    ids = [] if held is None else held if isinstance(held, list) else [held]
+    for number in ids:
+        if type(number) is not int or not 0 <= number < (rows or 2**31):
+            bound = f" below {rows:,}, the rows of the embedding" if rows else ""
+            raise ModelError(f"{file}: eos_token_id holds {_short(number)}; it is the id of a token{bound}, or a list of ids")
+    return ids
+
+
+def equal(file: Path, key: str, held: Any, config_key: str, wanted: Any) -> None:
+    """Raises ModelError where a processor's setting is not the one that the vision tower needs."""
+    if held != wanted or isinstance(held, bool):
+        raise ModelError(
+            f"{file}: {key} is {_short(held)}, but {config_key} in config.json is {_short(wanted)}; the processor is of another model"
+        )
+
+
+def check_channels(file: Path, processor: Any, channels: Any) -> None:
+    """Raises ModelError where a mean and deviation of pixels are not one number for each channel, or a switch is no switch."""
+    for name in SWITCHES:
+        held = getattr(processor, name, None)
+        if not isinstance(held, bool | None):
+            raise ModelError(f"{file}: {name} is {_short(held)}, neither true nor false")
+    factor = getattr(processor, "rescale_factor", 1)
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
+        raise ModelError(f"{file}: rescale_factor is {_short(factor)}, not a number above 0")
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, None)
+        if values is None or isinstance(values, int | float):
+            continue
+        if not isinstance(values, list | tuple) or len(values) != channels or not all(isinstance(value, int | float) for value in values):
+            raise ModelError(f"{file}: {name} is {_short(values)}, but images have {channels} channels; the processor is of another model")
+        if name == "image_std" and not all(value > 0 for value in values):
+            raise ModelError(f"{file}: image_std is {_short(values)}, and pixels are divided by it; take the model's own file")
+
+
+def check_switch(file: Path, processor: Any, name: str, wanted: bool) -> None:
+    """Raises ModelError where a step of a processor is not as the tower, or the prompt, needs it."""
+    if bool(getattr(processor, name, wanted)) is not wanted:
+        raise ModelError(f"{file}: {name} is {not wanted}, which is not supported for this model; set it to {str(wanted).lower()}")
+
+
+def edges(size: Any) -> dict[str, Any]:
+    """A processor's size by name; none where it is something else."""
+    try:
+        return dict(size)
+    except (TypeError, ValueError):
+        return {}
+
+
+def check_edge(file: Path, key: str, held: Any, largest: int) -> None:
+    """Raises ModelError where a processor's size is no number of at least 1, or would fill the memory."""
+    if type(held) is not int or not 1 <= held <= largest:
+        raise ModelError(f"{file}: {key} is {_short(held)}, not a whole number between 1 and {largest:,}")
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Every number in nested JSON, and the place; the depth is bounded by `read_json`."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+    pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+
+
+def _short(value: Any) -> str:
+    value = list(value) if isinstance(value, tuple) else value
+    text = value if isinstance(value, str) and value[:1] in "'\"" else repr(value)
+    return shortened(text, 60)

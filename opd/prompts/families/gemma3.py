@@ -1,0 +1,89 @@
+"""Gemma 3: every image is stretched to one square and becomes a fixed number of visual tokens, which see each other in both directions.
+
+Pan and scan (crops of the same image beside it) is off, as in the published processors.
+Source: `Gemma3Processor` and `Gemma3ImageProcessor` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from opd.errors import ModelError
+from opd.models.consistency import check_channels, check_switch, edges, equal
+from opd.prompts.families.layout import Layout, Tile, counted, plain, token
+from opd.types import IntArray
+
+
+@dataclass(frozen=True)
+class Gemma3:
+    """See `opd.prompts.families.Family`."""
+
+    model_types = ("gemma3",)
+    placeholder: str = "<start_of_image>"
+    end: str = "<end_of_image>"
+    image_token: str = "<image_soft_token>"
+
+    @property
+    def banned(self) -> tuple[str, ...]:
+        """All three tokens of an image."""
+        return self.placeholder, self.end, self.image_token
+
+    def named(self, tokenizer: Any) -> Gemma3:
+        """As `Gemma3Processor` takes tokens from its tokenizer."""
+        names = ("boi_token", "eoi_token", "image_token")
+        return Gemma3(*(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True)))
+
+    def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+        """There is nothing to bound: raises ModelError where a bound is asked for that does not hold anyway."""
+        size, own = processor.size, self.most_pixels(processor, {})
+        if (min_pixels is not None and min_pixels > own) or (max_pixels is not None and max_pixels < own):
+            raise ModelError(f"gemma3 sees every image at {size['width']} x {size['height']} pixels; leave min_pixels and max_pixels at 0")
+        return {}
+
+    def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
+        """See `Family`."""
+        return int(processor.size["height"]) * int(processor.size["width"])
+
+    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
+        """The square is the tower's, and both count the same tokens."""
+        vision, tokens = config["vision_config"], config["mm_tokens_per_image"]
+        size = edges(processor.size)
+        for side in ("height", "width"):
+            equal(file, f"size.{side}", size.get(side), "vision_config.image_size", vision["image_size"])
+        check_channels(file, processor, vision["num_channels"])
+        check_switch(file, processor, "do_resize", True)
+        check_switch(file, processor, "do_pan_and_scan", False)  # it adds crops of the image, and a text, to a prompt
+        if "image_seq_length" in settings:
+            equal(file.with_name("processor_config.json"), "image_seq_length", settings["image_seq_length"], "mm_tokens_per_image", tokens)
+
+    def lay_out(
+        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+        """Pixels [images, 3, H, W]; the line breaks around an image belong to its text."""
+        found = processor(images=list(images), return_tensors="np", do_pan_and_scan=False, **sizes)
+        sizes_given = [image.size for image in images]
+        return {"pixel_values": plain(found["pixel_values"])}, self.layouts(processor, sizes_given, sizes, config)
+
+    def layouts(
+        self,
+        processor: Any,
+        images: Sequence[tuple[int, int]],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> list[Layout]:
+        """See `Family`."""
+        side = isqrt(int(config.get("mm_tokens_per_image", 256)))
+        layout = Layout(f"\n\n{self.placeholder}{self.image_token}{self.end}\n\n", (Tile((side, side)),))
+        return [layout] * len(images)
+
+    def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
+        """int32 [1, P]: one after the other."""
+        return counted(tokens)

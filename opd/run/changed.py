@@ -1,0 +1,67 @@
+"""What a person changes on purpose when a run goes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from opd.errors import DataError, FolderError, ModelError
+from opd.method.schedules import learning_rate
+from opd.models import hub
+from opd.run.folder import RunFolder
+from opd.run.recipe import Recipe, validate
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Places where the run's inputs are now, the number of steps to end at, and whether other inputs than the run's are accepted."""
+
+    data: str | None = None
+    measured: str | None = None
+    model: str | None = None
+    steps: int | None = None
+    accept: bool = False
+
+    def applied(self, recipe: Recipe, folder: RunFolder) -> tuple[Recipe, list[str]]:
+        """The recipe with the changes, and a line for what they change in the run. Raises UserError."""
+        values = recipe.model_dump()
+        places = {"data": self.data, "measure": self.measured, "model": self.model}
+        for section, path in places.items():
+            if path is not None:
+                values[section]["path"] = path
+        if self.model is not None:
+            values["model"]["revision"] = ""
+        said = []
+        if self.steps is not None and self.steps != recipe.run.steps:
+            values["run"]["steps"] = self.steps
+            said = [self._extension(recipe, folder)]
+        changed = validate(values, str(folder.path))
+        self._check_places(changed, folder)
+        return changed, said
+
+    def _extension(self, recipe: Recipe, folder: RunFolder) -> str:
+        """What other steps change. Raises FolderError where more are done."""
+        steps, before = self.steps or 0, recipe.run.steps
+        done = max([step for step, _ in folder.checkpoints()], default=0)
+        if steps < done:
+            raise FolderError(f"run '{folder.path}' has done {done} steps: --steps {steps} would be fewer; give {done} or more")
+        line = f"run.steps is {steps} from now on, not {before}"
+        if recipe.optimizer.schedule == "constant" or done <= recipe.optimizer.warmup_steps:
+            return line
+        then, now = (learning_rate(recipe.optimizer, step, end) for step, end in ((done, before), (min(done + 1, steps), steps)))
+        return (
+            f"{line}: optimizer.schedule = {recipe.optimizer.schedule} ends there too, so the learning rate, {then:.2g} at step {done}, "
+            f"goes on at {now:.2g}, and the result is not that of a run begun with {steps} steps"
+        )
+
+    def _check_places(self, recipe: Recipe, folder: RunFolder) -> None:
+        """Raises UserError where something of the run's is no longer where it was, and nobody says where it is."""
+        for path, given, option in (
+            (recipe.data.path, self.data, "--data FILE"),
+            (recipe.measure.path, self.measured, "--set measure.path=FILE"),
+        ):
+            if path not in ("", "tiny") and given is None and not os.path.exists(path):
+                raise DataError(f"data file not found: {path}, of run '{folder.path}'; where it was moved, give {option}")
+        path = recipe.model.path
+        if path != "tiny" and self.model is None and not os.path.isdir(path) and not hub.is_id(path):
+            raise ModelError(f"model '{path}' of run '{folder.path}': no such folder; where it was moved, give --model FOLDER")

@@ -1,0 +1,251 @@
+"""The run folder: everything a run writes, each file whole or not at all.
+
+config.toml, metrics.jsonl, rollouts.jsonl, answers.jsonl, accuracy.jsonl, summary.json, model/ or adapter/, checkpoints/step-000040/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from opd.errors import FolderError, RunError, one_line
+from opd.models.find import CONFIG, checkpoint_of
+from opd.paths import unusable
+from opd.run import lock
+from opd.run.strict_json import dumps
+
+DEEPEST = "checkpoints/step-000000.partial/optimizer.safetensors"
+"""The longest path that a run writes below its folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk; `path` holds a config.toml."""
+
+    path: Path
+    lock: lock.RunLock | None = field(default=None, compare=False)
+    """What keeps other processes from training here, where this process trains."""
+
+    @staticmethod
+    def check(path: Path, force: bool = False) -> None:
+        """Raises FolderError where a run cannot start in `path`: unwritable, or it holds a run (without `force`, or while that one is
+        being trained), or something else."""
+        _check_name(path, path / DEEPEST, *([f"{path}~1"] if force else []))
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if path.exists() and not path.is_dir():
+            raise FolderError(f"run folder '{path}' is a file; name another with --out")
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise FolderError(f"run folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with --out")
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not (path / CONFIG).is_file():
+            raise FolderError(f"run folder '{path}' exists and is no run; name another with --out")
+        if not force:
+            raise FolderError(
+                f"run folder '{path}' holds a run; continue it with --resume, replace it with --force, or name another with --out"
+            )
+        lock.check(path)
+
+    @staticmethod
+    def create(path: Path, config: str, force: bool = False) -> RunFolder:
+        """Starts a run folder, locked. With `force`, a run that is there already is kept as NAME~1, NAME~2, ...
+
+        Raises FolderError where it is taken or cannot be written.
+        """
+        RunFolder.check(path, force)
+        aside = _free(path) if (path / CONFIG).is_file() else None
+        made = [folder for folder in (path, *path.absolute().parents) if folder == path or not folder.exists()]
+        held: lock.RunLock | None = None
+        try:
+            if aside:
+                _set_aside(path, aside)
+            path.mkdir(parents=True, exist_ok=True)
+            held = lock.take(path)
+            if (path / CONFIG).exists():
+                held.release()
+                raise FolderError(f"another process has begun a run in '{path}'; name another with --out")
+            _write(path / CONFIG, config)
+        except OSError as error:
+            if held:
+                held.release()
+            for folder in made:
+                with suppress(OSError):  # not empty: not ours
+                    folder.rmdir()
+            if aside and aside.exists():
+                aside.rename(path)
+            raise FolderError(f"run folder '{path}' cannot be written: {error.strerror}; name another with --out") from error
+        return RunFolder(path, held)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """The folder of an earlier run. Raises FolderError where there is none."""
+        _check_name(path, path / CONFIG)
+        checkpoint = checkpoint_of(path)
+        if checkpoint:
+            raise FolderError(f"'{path}' is a checkpoint of run '{checkpoint[0]}'; name the run")
+        if not (path / CONFIG).is_file():
+            raise FolderError(f"'{path}' is no run folder: it has no {CONFIG}" if path.exists() else f"run folder '{path}' not found")
+        return RunFolder(path)
+
+    @property
+    def model(self) -> Path:
+        """Where the trained student goes."""
+        return self.path / "model"
+
+    def locked(self) -> RunFolder:
+        """This folder, locked while this process trains here. Raises FolderError where another one does.
+
+        Of several processes that train one run together, the first holds the lock.
+        """
+        return replace(self, lock=lock.take(self.path)) if lock.is_first_process() else self
+
+    def release(self) -> None:
+        """Lets other processes train here."""
+        if self.lock:
+            self.lock.release()
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Appends one object to a .jsonl file."""
+        with _guarded(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(dumps(row) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over. Raises FolderError."""
+        return [row for _, row in self.numbered(name)]
+
+    def numbered(self, name: str, remedy: str = "remove that line to go on") -> list[tuple[int, dict[str, Any]]]:
+        """The `rows`, each with the number of its line, counted from 1; `remedy`: what an error says to do."""
+        path = self.path / name
+        try:
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+        except OSError as error:
+            raise FolderError(f"'{path}' cannot be read: {error.strerror or error}") from error
+        rows = []
+        for number, line in enumerate(lines[:-1], start=1):
+            if line.strip():
+                try:
+                    rows.append((number, _object(line)))
+                except (ValueError, RecursionError) as error:
+                    raise FolderError(f"'{path}' is damaged at line {number}: {one_line(error)}; {remedy}") from error
+        return rows
+
+    def rewrite(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces a .jsonl file."""
+        with _guarded(self.path / name):
+            _write(self.path / name, "".join(dumps(row) + "\n" for row in rows))
+
+    def write_config(self, config: str) -> None:
+        """Replaces config.toml."""
+        with _guarded(self.path / CONFIG):
+            _write(self.path / CONFIG, config)
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a .json file."""
+        with _guarded(self.path / name):
+            _write(self.path / name, dumps(value, indent=2) + "\n")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The object of a .json file. Raises OSError or ValueError where it is missing or damaged."""
+        return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+
+    def fill(self, path: Path, fill: Callable[[Path], None]) -> None:
+        """Lets `fill` write a folder under a temporary name, then puts it in place of `path`."""
+        temporary = path.with_name(path.name + ".partial")
+        with _guarded(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            try:
+                fill(temporary)
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.rename(path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # half a folder would fill a full disk
+                raise
+
+    def checkpoint(self, step: int, keep: int, fill: Callable[[Path], None]) -> None:
+        """Writes the checkpoint of a step, then removes all but the newest `keep`."""
+        self.fill(self.path / "checkpoints" / f"step-{step:06d}", fill)
+        for old, _ in self.checkpoints()[:-keep]:
+            shutil.rmtree(self.path / "checkpoints" / f"step-{old:06d}")
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and folders of all whole checkpoints, oldest first."""
+        found = [(re.fullmatch(r"step-(\d{6,})", path.name), path) for path in (self.path / "checkpoints").glob("step-*")]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def check_empty(path: Path) -> None:
+    """Raises FolderError where `path` is not a folder that is empty, or can be made."""
+    _check_name(path, f"{path}.partial", path / DEEPEST)
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if path.is_dir() and any(path.iterdir()):
+        raise FolderError(f"folder '{path}' is not empty; name another with --out")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise FolderError(f"folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with --out")
+
+
+def _check_name(*paths: Path | str) -> None:
+    """Raises FolderError where no file can have one of `paths`."""
+    for path in paths:
+        fault = unusable(path)
+        if fault:
+            raise FolderError(fault)
+
+
+def _set_aside(path: Path, aside: Path) -> None:
+    """Renames a run that nobody trains. Raises FolderError where somebody does."""
+    held = lock.take(path)
+    try:
+        path.rename(aside)
+        (aside / lock.FILE).unlink(missing_ok=True)
+    finally:
+        held.release()
+
+
+def _free(path: Path) -> Path:
+    number = 1
+    while path.with_name(f"{path.name}~{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}~{number}")
+
+
+def _obstacle(path: Path) -> str:
+    return "not writable" if path.is_dir() else "not a folder"
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    found = json.loads(line.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk
+        raise
+
+
+class _guarded:  # noqa: N801  used like a function
+    """Turns a full disk or a lost folder into one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise RunError(f"'{self.path}' cannot be written: {error.strerror or error}; what was saved before stays") from error

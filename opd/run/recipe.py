@@ -1,0 +1,239 @@
+"""A recipe: every option of a run in one place, from a preset or a TOML file, with overrides.
+
+Each section is the options of one module, declared there with default, range and help; this module only puts them together.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from opd.data import DataOptions
+from opd.errors import RecipeError, nearest
+from opd.measure.gap import MeasureOptions
+from opd.method.rollout import RolloutOptions
+from opd.method.schedules import OptimizerOptions, TeacherOptions
+from opd.models.choice import ModelChoice, is_tiny
+from opd.objective import Objective
+from opd.options import Options
+from opd.paths import expanded
+from opd.views.crop import ViewOptions
+
+PRESETS = ("tiny", "paper", "lora")
+
+
+class ObjectiveOptions(Options):
+    """The divergence; see `opd.objective`."""
+
+    form: Literal["divergence", "sampled"] = Field("divergence", description="The full divergence, or its form on the sampled token alone.")
+    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the teacher in the mixture; 0: forward KL, 1: reverse KL.")
+    top_k: int = Field(100, ge=0, description="Most likely tokens of the student that are compared; 0: the full vocabulary.")
+    tail: bool = Field(True, description="One more bucket for the mass outside the top k; else both sides are renormalised.")
+    ratio_clip: float = Field(2.0, ge=0, description="Upper bound of the importance ratio; 0 turns the correction off.")
+
+    def objective(self, temperature: float) -> Objective:
+        """The objective at the sampling temperature."""
+        return Objective(self.alpha, self.top_k or None, self.tail, self.ratio_clip or None, temperature, self.form)
+
+
+class RunOptions(Options):
+    """The run itself."""
+
+    steps: int = Field(65, ge=1, description="Optimizer steps.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of data order and sampling.")
+    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last one.")
+    keep: int = Field(2, ge=1, description="Checkpoints that are kept, newest first.")
+    rollouts_every: int = Field(10, ge=0, description="Steps between the completions written to rollouts.jsonl; 0: none.")
+
+
+class Recipe(Options):
+    """All sections; the same names serve `--set section.key=value`."""
+
+    model: ModelChoice = ModelChoice()
+    data: DataOptions = DataOptions()
+    view: ViewOptions = ViewOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    teacher: TeacherOptions = TeacherOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    measure: MeasureOptions = MeasureOptions()
+    run: RunOptions = RunOptions()
+
+
+REFERENCE = """# A recipe
+
+One TOML file; `--set section.key=value` takes the same names. A file says what differs from a preset: the one it names with a first line
+`preset = "paper"`, else `tiny` for the embedded model and `lora` for any other. The defaults below hold for what the preset does not set;
+the presets are in [opd/presets](../opd/presets). Made by `python -m opd.run.recipe > docs/recipe.md`.
+"""
+
+
+BESIDE = "recipe.toml"
+"""The file beside a result that says how the result was trained."""
+
+PATHS = {"model": ("path", "revision"), "data": ("path",), "measure": ("path",)}
+"""Keys that only say where something is."""
+
+DATA = {".jsonl", ".json", ".parquet", ".csv", ".tsv"}
+"""Endings of what a person may take for a recipe."""
+
+
+def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line.
+
+    A file says what differs from a preset: the one it names at its top (`preset = "paper"`), else `preset` of its model.
+    """
+    values = given(source, overrides)
+    if source not in PRESETS:
+        section = values.get("model")
+        named = values.pop("preset", None) or preset(str(section.get("path", "tiny") if isinstance(section, dict) else "tiny"))
+        if named not in PRESETS:
+            raise RecipeError(f"recipe '{source}': unknown preset {named!r}; {nearest(str(named), PRESETS)}")
+        values = over(read(named), values)
+    return validate(values, source)
+
+
+def given(source: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a person says: the values of a file or preset, with the overrides. Raises RecipeError."""
+    values = read(source) if source else {}
+    values.pop("made_with", None)  # of a run's config.toml
+    for override in overrides:
+        assign(values, override)
+    return values
+
+
+def preset(model: str) -> str:
+    """The preset where none is named: `tiny` for the embedded model and what was made of it, `lora` for any other."""
+    return "tiny" if is_tiny(model) else "lora"
+
+
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `above`, and those of `below` that it does not give."""
+    both = {name: {**below[name], **above[name]} for name in below.keys() & above.keys() if isinstance(above[name], Mapping)}
+    return {**below, **above, **both}
+
+
+def read(source: str) -> dict[str, Any]:
+    """The values of a preset or a TOML file, not yet validated."""
+    if source in PRESETS:
+        text = (files("opd") / "presets" / f"{source}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            path = Path(expanded(source))
+        except ValueError as error:
+            raise RecipeError(f"recipe: {error}") from error
+        if (path / "config.toml").is_file():
+            raise RecipeError(f"'{source}' is a run folder, no recipe; a model is given with --model {source}")
+        if not path.is_file():
+            raise RecipeError(f"recipe '{source}': neither a file nor a preset; {nearest(source, PRESETS)}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe '{source}' cannot be read: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        if Path(source).suffix in DATA:
+            raise RecipeError(f"'{source}' is no recipe (a TOML file); data is given with --data {source}") from error
+        raise RecipeError(f"recipe '{source}' is not valid TOML: {error}") from error
+
+
+def assign(values: dict[str, Any], override: str) -> None:
+    """Applies one `section.key=value`; the value is read as TOML, and as a plain string where it is none."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        raise RecipeError(f"--set {override}: write it as section.key=value, such as --set run.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):  # no TOML, a number of thousands of digits, or lists in lists without end
+        value = text
+    keys = values.setdefault(section, {})
+    if not isinstance(keys, dict):
+        raise RecipeError(f"--set {override}: {section} = {keys!r} in the recipe is no section")
+    keys[key] = value
+
+
+def validate(values: Mapping[str, Any], source: str) -> Recipe:
+    """The recipe of plain values. Raises RecipeError for the first unknown key or value out of range."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        where = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            *section, name = (str(part) for part in error["loc"])
+            known = Recipe.model_fields
+            if section:
+                known = known[section[0]].default.__class__.model_fields
+            raise RecipeError(f"recipe '{source}': unknown key {where}; {nearest(name, known)}") from failure
+        if error["type"] == "value_error":  # a check of several keys together, in its section's own words
+            raise RecipeError(f"recipe '{source}': {where}: {error['ctx']['error']}") from failure
+        given = error["input"] if not isinstance(error["input"], dict) else "this section"
+        raise RecipeError(f"recipe '{source}': {where} = {given!r}: {_plain(error['msg'])}") from failure
+
+
+def write(recipe: Recipe, made_with: Mapping[str, Any]) -> str:
+    """The resolved recipe as TOML, with a [made_with] table of versions and the data's fingerprint."""
+    return tomli_w.dumps({**recipe.model_dump(mode="json"), "made_with": dict(made_with)})
+
+
+def without_paths(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The sections as plain values, without the keys that only say where something is."""
+    dumped = recipe.model_dump(mode="json")
+    return {name: {key: value for key, value in section.items() if key not in PATHS.get(name, ())} for name, section in dumped.items()}
+
+
+def no_data(model: str) -> RecipeError:
+    """The error where nobody named the data of a model that the embedded scenes are not for."""
+    return RecipeError(f"model '{model}' has no data yet: give --data FILE (--data tiny takes the scenes of the embedded model, for a try)")
+
+
+def leave(recipe: Recipe, folder: Path, step: int) -> None:
+    """Writes the recipe of a result beside it, without paths, and the step that it is of: others measure and train it alike."""
+    content = {**without_paths(recipe), "made_with": {"step": step}}
+    (folder / BESIDE).write_text(tomli_w.dumps(content), encoding="utf-8")
+
+
+def step_of(folder: Path, finished: int) -> int:
+    """The step that a result is of; `finished` where an earlier version left none."""
+    try:
+        return int(tomllib.loads((folder / BESIDE).read_text(encoding="utf-8"))["made_with"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return finished
+
+
+def reread(path: Path) -> Recipe:
+    """The recipe of a run folder's config.toml."""
+    values = read(str(path))
+    values.pop("made_with", None)
+    return validate(values, str(path))
+
+
+def _plain(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def reference() -> str:
+    """Every section and key with its default and what it means, as Markdown: docs/recipe.md."""
+    lines = [REFERENCE]
+    for name, section in Recipe.model_fields.items():
+        options = type(section.default)
+        lines += [f"## [{name}]", "", (options.__doc__ or "").strip().splitlines()[0], "", "| key | default | |", "|---|---|---|"]
+        for key, value in section.default.model_dump(mode="json").items():
+            description = options.model_fields[key].description or ""
+            default = json.dumps(value) if isinstance(value, list) else tomli_w.dumps({key: value}).partition(" = ")[2].strip()
+            lines.append(f"| `{key}` | `{default}` | {description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
