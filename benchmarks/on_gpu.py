@@ -30,7 +30,8 @@ from benchmarks.against_rows import FULL
 from benchmarks.workload import Shape
 from opd.types import Group, Sampling, Update
 from opd_torch.batch import lay_out, lay_out_targets
-from opd_torch.forward import activation_bytes, hidden_states
+from opd_torch.footprint import activation_bytes
+from opd_torch.forward import hidden_states
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,7 +20,7 @@ from opd.testing.conformance import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_torch import backend as backend_module
 from opd_torch import vision
-from opd_torch.families import gated_delta
+from opd_torch.layers import gated_delta
 from tests import random_models
 from tests.torch_cases import (
     clone,

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import opd_torch
 from opd.objective import Objective
 from opd.types import ModelOptions
-from opd_torch import model as model_module
 from opd_torch.kernels import fused
 from opd_torch.kernels.pointwise import HalfNorm, quicken
 from opd_torch.kernels.rotary import turns
+from opd_torch.model import load as model_module
 from tests import random_models
 from tests.torch_cases import loss_of, make_case
 

@@ -8,9 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from opd.types import Prompt, VisualTokens
-from opd_torch import attention
 from opd_torch.batch import Reach, lay_out
 from opd_torch.kernels import joined as module
+from opd_torch.layers import attention
 from tests.test_torch_memory import peak_bytes
 
 H, G, D, SCALE = 4, 2, 6, 0.4

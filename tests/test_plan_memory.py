@@ -214,7 +214,7 @@ def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkey
 @pytest.mark.parametrize("image", [(112, 96), (320, 320)], ids=["short", "long"])
 def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, image):
     measured = Measured(backend_name, middle, QUESTION, image, (32, 32), n=3, length=7)
-    forward = importlib.import_module(measured.module.__name__.replace("backend", "forward"))
+    forward = importlib.import_module("opd_mlx.forward" if backend_name == "mlx" else "opd_torch.footprint")
     assert forward.CHECKPOINT_ABOVE == CHECKPOINT_ABOVE
     if backend_name == "mlx":
         found = forward.activation_bytes(measured.backend._model, measured.backend._batch("student", [measured.group]))

@@ -143,7 +143,7 @@ def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("accelerate")
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("opd_torch.model.check_four_bits", lambda device: None)
+    monkeypatch.setattr("opd_torch.model.load.check_four_bits", lambda device: None)
     four, dense = backends.load("cpu", case.options(four_bit=True)), backends.load("cpu", case.options())
     unpack = bitsandbytes.functional.dequantize_4bit
     for packed, plain in ((four._student, dense._student), (four._teacher, dense._teacher)):
@@ -169,7 +169,7 @@ def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
 
 def test_torch_says_what_is_missing(case, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    from opd_torch import quantised
+    from opd_torch.model import quantised
 
     with pytest.raises(BackendError, match=r"'qlora' needs a CUDA GPU on torch; use --backend mlx"):
         backends.load("cpu", case.options(four_bit=True))

@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import Group, Sampling, Update
-from opd_torch import attention
 from opd_torch import backend as backend_module
 from opd_torch import sampling as module
-from opd_torch.batch import Ragged
 from opd_torch.kernels import recorder
 from opd_torch.kernels.rotary import rotate, rotated_heads, turns
+from opd_torch.layers import attention
+from opd_torch.ragged import Ragged
 from tests import random_models
 from tests.torch_cases import clone, gradients_of, make_case, relative_error
 

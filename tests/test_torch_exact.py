@@ -173,7 +173,7 @@ def test_a_completion_ends_with_its_first_stop_token(case, double):
 
 
 def test_a_long_completion_outgrows_the_buffers(case, double, monkeypatch):
-    from opd_torch import attention
+    from opd_torch.layers import attention
 
     prompts = [case.groups[1].student]
     uniforms = np.random.default_rng(3).random((1, 2, 12), dtype=np.float32)

@@ -143,7 +143,7 @@ def test_a_full_disk_is_an_error_of_the_disk(loaded, tmp_path, monkeypatch):
     def full(*arguments, **more):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("opd_torch.model.save_file", full)
+    monkeypatch.setattr("opd_torch.model.files.save_file", full)
     with pytest.raises(OSError, match=r"student.safetensors: I/O error: No space left on device"):
         clone(loaded).save(tmp_path)
 

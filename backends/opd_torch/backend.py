@@ -34,15 +34,16 @@ from opd.types import (
     UpdateResult,
 )
 from opd_torch import sampling as rollout
-from opd_torch.adapters import merge
 from opd_torch.batch import Targets, lay_out_completions, lay_out_prefixes, lay_out_targets
-from opd_torch.forward import CHECKPOINT_ABOVE, Memory, activation_bytes, complete, joined_memory, prompt_bytes, remember, reordered
+from opd_torch.footprint import CHECKPOINT_ABOVE, activation_bytes, prompt_bytes
+from opd_torch.forward import Memory, complete, joined_memory, remember, reordered
 from opd_torch.model import (
     DTYPES,
     copy_model,
     head_name,
     load_model,
     master_dtype,
+    merge,
     not_finite,
     read_model,
     read_tensors,

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.types import Group, IntArray, Prompt
+from opd_torch.ragged import Owner, Ragged, index_tensor
 
 
 @dataclass(frozen=True)
@@ -33,88 +33,6 @@ class Reach:
 
     window: int | None = None
     blocks: bool = False
-
-
-class Ragged:
-    """Rows of unequal `lengths`: packed [total, ...] to padded [rows, longest, ...] and back, both differentiable.
-
-    `longest` may be more than any length. Padding repeats the first packed entry; what it becomes is never read, and its gradient is
-    dropped.
-    """
-
-    def __init__(self, lengths: NDArray[np.int64], device: torch.device, longest: int = 0) -> None:
-        self.lengths = lengths
-        self.rows, self.longest, self.total = len(lengths), max(longest, int(lengths.max())), int(lengths.sum())
-        self._device = device
-        self.even = self.rows * self.longest == self.total
-        if not self.even:
-            valid = np.arange(self.longest) < lengths[:, None]
-            self._packed = torch.from_numpy(np.flatnonzero(valid)).to(device)
-            self._padded = torch.from_numpy(np.where(valid.ravel(), np.cumsum(valid.ravel()) - 1, 0)).to(device)
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """`lengths` on the device."""
-        return torch.from_numpy(self.lengths).to(self._device)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """From [total, ...] to [rows, longest, ...]."""
-        padded = packed if self.even else _Pad.apply(packed, self._padded, self._packed)
-        return padded.view(self.rows, self.longest, *packed.shape[1:])
-
-    def fill(self, packed: Tensor, value: float) -> Tensor:
-        """As `pad`, with `value` for padding."""
-        if self.even:
-            return packed.view(self.rows, self.longest, *packed.shape[1:])
-        padded = packed.new_full((self.rows * self.longest, *packed.shape[1:]), value)
-        return padded.index_copy_(0, self._packed, packed).view(self.rows, self.longest, *packed.shape[1:])
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """From [rows, longest, ...] to [total, ...]."""
-        flat = padded.flatten(0, 1)
-        return flat if self.even else _Unpad.apply(flat, self._packed)
-
-
-class _Pad(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
-    """index_select whose backward is an index_select too: every packed entry has one place (index_add would be far slower)."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, padded_index: Tensor, packed_index: Tensor) -> Tensor:
-        ctx.save_for_backward(packed_index)
-        return packed.index_select(0, padded_index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Unpad(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
-    """index_select whose backward writes zeros where padding stood."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, packed_index: Tensor) -> Tensor:
-        ctx.save_for_backward(packed_index)
-        ctx.size = len(padded)
-        return padded.index_select(0, packed_index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        padded = gradient.new_zeros(ctx.size, *gradient.shape[1:])
-        padded[ctx.saved_tensors[0]] = gradient
-        return padded, None
-
-
-class Owner:
-    """Which prompt each of R completions belongs to, from the `counts` of B prompts."""
-
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self.each = counts[0] if len(set(counts)) == 1 else None
-        self.index = _index(np.repeat(np.arange(len(counts)), counts), device)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """From one entry a prompt [B, ...] to one a completion [R, ...]."""
-        # With equal counts the backward is a plain sum instead of a scatter, several times faster on the CPU.
-        return x.index_select(0, self.index) if self.each is None else x[:, None].expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -251,10 +169,10 @@ def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device, multiple: 
     visual = [prompt.visual.index + start for prompt, start in zip(prompts, np.cumsum(lengths) - lengths, strict=True)]
     return Prefixes(
         sources=prompts,
-        tokens=_index(np.concatenate([prompt.tokens[:-1] for prompt in prompts]), device),
-        positions=_index(np.concatenate([prompt.positions[:, :-1] for prompt in prompts], axis=1), device),
+        tokens=index_tensor(np.concatenate([prompt.tokens[:-1] for prompt in prompts]), device),
+        positions=index_tensor(np.concatenate([prompt.positions[:, :-1] for prompt in prompts], axis=1), device),
         ragged=Ragged(lengths, device, -(-int(lengths.max()) // multiple) * multiple),
-        visual_rows=_index(np.concatenate(visual), device),
+        visual_rows=index_tensor(np.concatenate(visual), device),
     )
 
 
@@ -271,8 +189,8 @@ def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntAr
     positions = [prompt.row_positions(len(tokens)) for prompt, tokens in flat if len(tokens)]
     return Batch(
         prefixes=prefixes,
-        tokens=_index(np.concatenate(inputs), device),
-        positions=_index(np.concatenate(positions, axis=1), device),
+        tokens=index_tensor(np.concatenate(inputs), device),
+        positions=index_tensor(np.concatenate(positions, axis=1), device),
         ragged=Ragged(np.array([len(tokens) for _, tokens in flat], dtype=np.int64), device),
         prompts=Ragged(np.array([sum(map(len, members)) for members in completions], dtype=np.int64), device),
         owner=Owner([len(members) for members in completions], device),
@@ -284,7 +202,7 @@ def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
     completions = [completion for group in groups for completion in group.completions]
     weights = [weight for group in groups for weight in group.weights]
     return Targets(
-        tokens=_index(np.concatenate([completion.tokens for completion in completions]), device),
+        tokens=index_tensor(np.concatenate([completion.tokens for completion in completions]), device),
         logprobs=torch.from_numpy(np.concatenate([completion.logprobs for completion in completions])).to(device),
         weights=torch.from_numpy(np.concatenate(weights)).to(device),
     )
@@ -302,7 +220,3 @@ def _images(prompts: Sequence[Prompt], longest: int) -> NDArray[np.int64] | None
         index = np.sort(prompt.visual.index)
         row[index] = np.cumsum(np.diff(index, prepend=-2) > 1)
     return images
-
-
-def _index(values: ArrayLike, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)

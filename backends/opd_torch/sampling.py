@@ -16,10 +16,10 @@ from torch import Tensor
 
 from opd.method.rollout import completions
 from opd.types import Completion, FloatArray, Prompt, Sampling
-from opd_torch.attention import room
 from opd_torch.batch import Prefixes, Step, lay_out_prefixes
 from opd_torch.forward import Memory, decode, joined_memory, narrowed, prefill
 from opd_torch.kernels.recorder import Recorder
+from opd_torch.layers.attention import room
 from opd_torch.objective import default_chunk, head_logits, operand
 
 PREFILL_TOKENS = 16384

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from opd_torch import attention
-from opd_torch.attention import Angles, KeysValues
 from opd_torch.batch import Reach
 from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.kernels.rotary import normed_turned, turns
+from opd_torch.layers import attention
+from opd_torch.layers.attention import Angles, KeysValues
 
 
 class Decoder:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from opd.types import Prompt
-from opd_torch.attention import Angles
 from opd_torch.batch import Reach
 from opd_torch.families.decoder import NormedDecoder
 from opd_torch.kernels.rotary import turns
+from opd_torch.layers.attention import Angles
 from opd_torch.vision import Frames, computed, visual_features
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_torch import attention
-from opd_torch.attention import Angles
-from opd_torch.families import gated_delta
 from opd_torch.families.qwen3_vl import Qwen3VL
 from opd_torch.kernels.rotary import normed_turned
+from opd_torch.layers import attention, gated_delta
+from opd_torch.layers.attention import Angles
 
 
 class Qwen35(Qwen3VL):

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_torch.batch import Batch, Ragged
+from opd_torch.batch import Batch
+from opd_torch.ragged import Ragged
 
 aten = torch.ops.aten
 

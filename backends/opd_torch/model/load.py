@@ -1,37 +1,32 @@
-"""Reads and writes model folders in Hugging Face layout, and names parameters as their files do."""
+"""Loads model folders in Hugging Face layout."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
-from opd.errors import FolderError, ModelError, holds_nan, one_line
+from opd.errors import ModelError, holds_nan, one_line
 from opd.models import adapters, inert, names, settings, weight_formats
-from opd.models.files import StoredTensor, read_json, tensor_headers
-from opd.models.permissions import as_new
+from opd.models.files import read_json, tensor_headers
 from opd.types import ModelOptions
-from opd_torch.adapters import add_adapters, hugging_face, linear_layers, merge
-from opd_torch.families import Family, family, rows
+from opd_torch import rows
+from opd_torch.families import family
+from opd_torch.families.family import Family
 from opd_torch.kernels.pointwise import quicken
-from opd_torch.quantised import check_four_bits, four_bits
+from opd_torch.model.adapters import add_adapters, linear_layers, merge
+from opd_torch.model.names import check_stored, hugging_face
+from opd_torch.model.quantised import check_four_bits, four_bits
 from opd_torch.vision import KnownFeatures, feature_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """Compute precisions; parameters are float32, and float64 (for tests) is float64 throughout."""
-
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Precisions as safetensors names them."""
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Any:
@@ -115,7 +110,7 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
             with torch.device("meta"):
                 empty = architecture(config) if its else architecture.from_config(config)
             if its:
-                _check(empty, stored, path)
+                check_stored(empty, stored, path)
             more: dict[str, Any] = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
             more |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
             model, found = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
@@ -138,90 +133,6 @@ def copy_model(model: Any) -> Any:
     """A teacher: its own copy of every trained parameter; what is frozen is shared, and what is known of it."""
     shared = [parameter for parameter in model.parameters() if not parameter.requires_grad] + [model.known]
     return copy.deepcopy(model, {id(one): one for one in shared})
-
-
-def trained_parameters(model: Any) -> dict[str, Tensor]:
-    """Trained parameters by Hugging Face name; a tied head goes by the embedding's name."""
-    return {hugging_face(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def head_name(model: Any) -> str:
-    """Name of the parameter that is the head: the embedding's where they are tied."""
-    return str(next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight))
-
-
-def stored_names(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> dict[str, str]:
-    """The name in the files of every tensor that a forward may read, by parameter of `model`. Raises ModelError."""
-    kind = model.config.model_type
-    used = names.used(kind, stored, path)
-    return names.with_tie(kind, used) if model.config.tie_word_embeddings else used
-
-
-def _check(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> None:
-    """Raises ModelError where the stored tensors are not those of `model`; transformers would invent what is missing."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: stored[old].shape for name, old in stored_names(model, stored, path).items()}
-    # Some writers store a tied head beside the embedding.
-    if model.config.tie_word_embeddings:
-        found.pop(names.HEAD, None)
-    names.check(expected, found, path)
-
-
-def write_model(model: Any, source: Path, folder: Path) -> None:
-    """Writes all weights, by the names and in the precision they had in `source`, and copies its data files (see `opd.models.inert`).
-
-    Tensors that the model leaves out are written as they are.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = tensor_headers(source)
-    inert.copy_files(source, folder)
-    config = read_json(folder / "config.json")
-    if model.family is None:
-        # transformers' own way back to the published names; it writes a configuration too, which is the source's again afterwards.
-        precision = STORED[next(tensor.dtype for tensor in stored.values() if tensor.dtype in STORED)]
-        own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied head has no name of its own
-        bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
-        model.save_pretrained(folder, state_dict={name: value.to(precision) for name, value in model.state_dict().items() if name in own})
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-        inert.copy_files(source, folder)
-        as_new(*folder.glob("*.safetensors"))
-    else:
-        older = stored_names(model, stored, source)
-        tensors = {older[name]: parameter.detach().to(STORED[stored[older[name]].dtype]) for name, parameter in model.named_parameters()}
-        for name, tensor in stored.items():
-            if names.is_left_out(config["model_type"], name):
-                with safe_open(source / tensor.file, framework="pt") as file:
-                    tensors[name] = file.get_tensor(name)
-        write_tensors(folder / "model.safetensors", tensors)
-    if weight_formats.settings(config):  # left over, of weights that are plain
-        (folder / "config.json").write_text(json.dumps(weight_formats.without(config), indent=2) + "\n", encoding="utf-8")
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Writes one safetensors file."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, file, metadata={"format": "pt", **metadata})
-        as_new(file)
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(f"{file}: {error}") from error
-
-
-def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, which must hold those of `expected` by name and shape. Raises FolderError."""
-    try:
-        tensors = load_file(file)
-        with safe_open(file, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise FolderError(f"{file}: cannot be read as safetensors ({error})") from error
-    wrong = [name for name in expected if name not in tensors or tensors[name].shape != expected[name].shape]
-    if wrong or len(tensors) != len(expected):
-        what = f"the first that differs is {wrong[0]}" if wrong else "it holds others too"
-        raise FolderError(f"{file}: these are not the tensors of this model; {what}")
-    return tensors, metadata
 
 
 def _family(path: Path) -> Family | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opd.models import adapters
 from opd.types import FloatArray, ModelOptions
+from opd_torch.model.names import hugging_face
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
@@ -38,11 +39,6 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = torch.from_numpy(values[hugging_face(name)]).to(parameter.device, dtype)
-
-
-def hugging_face(name: str) -> str:
-    """A parameter's name without peft's own words in it."""
-    return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
 def merge(model: Any, tensors: Mapping[str, FloatArray], scale: float) -> None:

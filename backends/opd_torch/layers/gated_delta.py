@@ -1,6 +1,6 @@
 """Layers of gated delta net (arXiv 2412.06464): a prompt's state and its last inputs are handed to each of its completions.
 
-The same three functions as `opd_torch.attention`. What a prompt leaves is `Memory`: the inputs of its last W - 1 tokens, which the
+The same three functions as `opd_torch.layers.attention`. What a prompt leaves is `Memory`: the inputs of its last W - 1 tokens, which the
 convolution still sees, and the recurrent state. Both are only read, never written, so that n completions can start from them, and all
 of it is differentiable. Training, prefill and decoding run one code.
 
@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad, softplus
 from transformers.activations import ACT2FN
 
-from opd_torch.attention import Angles
-from opd_torch.batch import Batch, Prefixes, Ragged, Step
+from opd_torch.batch import Batch, Prefixes, Step
 from opd_torch.kernels.pointwise import feed_forward
+from opd_torch.layers.attention import Angles
+from opd_torch.ragged import Ragged
 
 if TYPE_CHECKING:
-    from opd_torch.families import Family
+    from opd_torch.families.family import Family
 
 Memory: TypeAlias = tuple[Tensor, Tensor]
 """The convolution's window [B, C, W - 1] and the state [B, H, k, v], of B prompts or completions."""

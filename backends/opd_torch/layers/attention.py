@@ -22,7 +22,7 @@ from opd_torch.batch import Batch, Prefixes, Step
 from opd_torch.kernels.joined import joinable, joined
 
 if TYPE_CHECKING:
-    from opd_torch.families import Family
+    from opd_torch.families.family import Family
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 """Keys, with positions rotated in (`kernels.rotary`), and values: [B, G, P, d] of prefixes, [R, G, T, d] of completions."""
