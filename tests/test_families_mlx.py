@@ -24,7 +24,7 @@ from opd.prompts.encoder import PromptEncoder
 from opd.testing.conformance import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_mlx import backend as backend_module
-from opd_mlx.families import qwen3_5
+from opd_mlx.layers import gated_delta
 from tests import random_models
 from tests.mlx_cases import clone, loss_of, relative_error
 
@@ -151,7 +151,7 @@ def test_loss_and_every_gradient(case, expected, monkeypatch, again):
     assert len({len(group.student) for group in case.groups}) == 3
     if again:
         monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
-        monkeypatch.setattr(qwen3_5, "SEGMENT", 5)
+        monkeypatch.setattr(gated_delta, "SEGMENT", 5)
     backend = clone(case.loaded)
     loss, gradients = expected
     assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(loss, rel=1e-5)

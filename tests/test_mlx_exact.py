@@ -14,9 +14,10 @@ mx = pytest.importorskip("mlx.core")
 
 from opd.objective import Objective, log_softmax
 from opd.types import Sampling
-from opd_mlx import attention, sampling, vision
 from opd_mlx import backend as backend_module
+from opd_mlx import sampling, vision
 from opd_mlx.kernels import exponentials
+from opd_mlx.layers import attention
 from tests.mlx_cases import clone, distribution, loss_of, make_case, plain_loss_and_gradients, relative_error
 from tests.random_models import qwen3_vl
 

@@ -15,9 +15,10 @@ pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import Completion, Group, Sampling, Update
-from opd_mlx import attention, sampling
 from opd_mlx import backend as backend_module
+from opd_mlx import sampling
 from opd_mlx.kernels import backward, recorder
+from opd_mlx.layers import attention
 from tests import random_models
 from tests.mlx_cases import clone, make_case, relative_error
 from tests.test_families_mlx import make_case as family_case

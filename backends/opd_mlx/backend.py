@@ -31,8 +31,9 @@ from opd.types import (
 )
 from opd_mlx import sampling as rollout
 from opd_mlx.batch import Batch, Prefixes, Targets, lay_out, lay_out_targets
-from opd_mlx.forward import CHECKPOINT_ABOVE, activation_bytes, complete, hidden_states, look, prefill
-from opd_mlx.kernels.gradient import Run, add, add_words, memory_name, words_name, words_of
+from opd_mlx.footprint import activation_bytes
+from opd_mlx.forward import CHECKPOINT_ABOVE, complete, hidden_states, look, prefill
+from opd_mlx.gradient import Run, add, add_words, memory_name, words_name, words_of
 from opd_mlx.kernels.lanes import LANES
 from opd_mlx.model import Parameters, load_model, not_finite, read_tensors, write_model, write_tensors
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from opd.types import Update, UpdateResult
-from opd_mlx.kernels.gradient import TOGETHER
+from opd_mlx.gradient import TOGETHER
 from opd_mlx.kernels.recorder import compiled
 from opd_mlx.model import Parameters
 

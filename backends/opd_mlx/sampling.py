@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from opd.method.rollout import completions
 from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
-from opd_mlx.attention import Own, room
 from opd_mlx.batch import Batch, Prefixes, Step, lay_out_prefixes
 from opd_mlx.forward import Memory, complete, look, prefill
 from opd_mlx.kernels.exponentials import BLOCK, block_sums, exponential, in_blocks, total
 from opd_mlx.kernels.lanes import LANES
 from opd_mlx.kernels.recorder import COMPILES, Recorder
+from opd_mlx.layers.attention import room
+from opd_mlx.layers.layer import Own
 from opd_mlx.model import Model
 from opd_mlx.objective import default_chunk
 

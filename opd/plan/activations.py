@@ -21,7 +21,7 @@ CHUNK = 64
 """Tokens of which the delta rule is one solve, in both backends."""
 
 SEGMENT = 4 * CHUNK
-"""Tokens of which MLX holds what the delta rule computes; of longer rows it computes each segment again (`qwen3_5.py`)."""
+"""Tokens of which MLX holds what the delta rule computes; of longer rows it computes each segment again (`layers/gated_delta.py`)."""
 
 
 KEPT_BYTES = 2**24

@@ -42,7 +42,7 @@ ROOM = 64
 """Tokens of the first buffer of a completion's keys, which doubles when it is full (`attention.py` of both)."""
 
 TOGETHER = 2**24
-"""Bytes of parameters whose gradient, or step, MLX computes at a time (`kernels/gradient.py`)."""
+"""Bytes of parameters whose gradient, or step, MLX computes at a time (`gradient.py`)."""
 
 
 @dataclass(frozen=True)

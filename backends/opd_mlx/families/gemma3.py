@@ -12,10 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from opd.types import Prompt
-from opd_mlx.attention import KeysValues, Layer, angles_at
 from opd_mlx.batch import Rule
 from opd_mlx.families.qwen3_vl import NormedHeads, head_counts
 from opd_mlx.families.siglip import encode, tower_bytes
+from opd_mlx.layers.attention import angles_at
+from opd_mlx.layers.layer import KeysValues, Layer
 from opd_mlx.vision import Piece, visual_features
 
 KINDS = ("sliding_attention", "full_attention")
@@ -23,7 +24,7 @@ KINDS = ("sliding_attention", "full_attention")
 
 
 class Gemma3:
-    """See `opd_mlx.families.Family`."""
+    """See `Family`."""
 
     model_types = ("gemma3",)
     names: Mapping[str, str] = {
@@ -36,7 +37,7 @@ class Gemma3:
     vision = ("vision_tower.", "multi_modal_projector.")
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         from mlx_vlm.models.gemma3 import Model, ModelConfig, TextConfig, VisionConfig
 
         text, vision = config["text_config"], config["vision_config"]
@@ -53,11 +54,11 @@ class Gemma3:
         return module
 
     def text(self, module: Any) -> Any:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return module.language_model.model
 
     def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         text = config["text_config"]
         rules = {"sliding_attention": Rule(text["sliding_window"], blocks=True), "full_attention": Rule(blocks=True)}
         return [
@@ -75,13 +76,13 @@ class Gemma3:
         return tuple(angles_at(positions[0], base, width, dtype, factor) for base, factor, width in module._bases)
 
     def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         tower = module.vision_tower.vision_model
         places = np.arange(len(tower.embeddings.position_embedding.weight), dtype=np.int32)
         return visual_features(prompts, images, lambda found, _: [module.multi_modal_projector(encode(tower, found, again, places))])
 
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         text, kinds = dict(config["text_config"]), config["text_config"].get("rope_parameters", {})
         for kind, name in (("full_attention", "rope_global_base_freq"), ("sliding_attention", "rope_local_base_freq")):
             if "rope_theta" in kinds.get(kind, {}):
@@ -91,7 +92,7 @@ class Gemma3:
         return {**config, "text_config": text}
 
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return tower_bytes(config, prompt, itemsize)
 
 

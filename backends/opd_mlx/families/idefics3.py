@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd.types import Prompt
-from opd_mlx.attention import AttentionLayer, KeysValues, Layer, angles_at
 from opd_mlx.batch import Rule
 from opd_mlx.families.qwen3_vl import head_counts
 from opd_mlx.families.siglip import encode, tower_bytes
+from opd_mlx.layers.attention import AttentionLayer, angles_at
+from opd_mlx.layers.layer import KeysValues, Layer
 from opd_mlx.vision import Piece, visual_features
 
 
 class Idefics3:
-    """See `opd_mlx.families.Family`."""
+    """See `Family`."""
 
     model_types = ("idefics3", "smolvlm")
     names: Mapping[str, str] = {
@@ -34,7 +35,7 @@ class Idefics3:
     vision = ("vision_model.", "connector.")
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """See `opd_mlx.families.Family`. Raises ValueError where the text is none that this family computes."""
+        """See `Family`. Raises ValueError where the text is none that this family computes."""
         from mlx_vlm.models.idefics3 import Model, ModelConfig, TextConfig, VisionConfig
 
         text, vision = config["text_config"], config["vision_config"]
@@ -52,15 +53,15 @@ class Idefics3:
         return module
 
     def text(self, module: Any) -> Any:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return module.language_model
 
     def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return [AttentionLayer(layer, *head_counts(config), layer.self_attn.scale, Rule()) for layer in self.text(module).layers]
 
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return cast("mx.array", module.language_model.embed_tokens(tokens))
 
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
@@ -69,7 +70,7 @@ class Idefics3:
         return (angles_at(positions[0], args.rope_theta, args.hidden_size // args.num_attention_heads, dtype),)
 
     def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         tower = module.vision_model
         side = tower.embeddings.patch_size
 
@@ -89,11 +90,11 @@ class Idefics3:
         return visual_features(prompts, tiles, run)
 
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return dict(config)
 
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return tower_bytes(config, prompt, itemsize)
 
 

@@ -16,19 +16,20 @@ import numpy as np
 from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
-from opd_mlx.attention import AttentionLayer, Layer, feed_forward
 from opd_mlx.batch import Rule
 from opd_mlx.families.qwen3_vl import QwenVL, head_counts, image_attention, merged, vision_angles
 from opd_mlx.kernels.exponentials import exact_gelu
+from opd_mlx.layers.attention import AttentionLayer, feed_forward
+from opd_mlx.layers.layer import Layer
 
 
 class Qwen25VL(QwenVL):
-    """See `opd_mlx.families.Family`."""
+    """See `Family`."""
 
     model_types = ("qwen2_5_vl",)
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         from mlx_vlm.models.qwen2_5_vl import Model, ModelConfig, TextConfig, VisionConfig
 
         rope = {"type": "default", "mrope_section": config["text_config"]["rope_parameters"]["mrope_section"]}
@@ -40,7 +41,7 @@ class Qwen25VL(QwenVL):
         return module
 
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See `opd_mlx.families.Family`: the text's sizes stand beside all else."""
+        """See `Family`: the text's sizes stand beside all else."""
         text = {name: value for name, value in config.get("text_config", {}).items() if name != "model_type"}
         rope = text.get("rope_parameters", {})
         if "rope_theta" in rope:
@@ -50,7 +51,7 @@ class Qwen25VL(QwenVL):
         return {**text, **config, "vision_config": {**config["vision_config"], "model_type": "qwen2_5_vl"}}
 
     def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         text = config["text_config"]
         windows = [text["sliding_window"] if kind == "sliding_attention" else None for kind in text["layer_types"]]
         return [

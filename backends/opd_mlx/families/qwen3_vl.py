@@ -17,10 +17,11 @@ from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
 from opd.types import Prompt
-from opd_mlx.attention import AttentionLayer, KeysValues, Layer, attend, rotate
 from opd_mlx.batch import Rule
 from opd_mlx.kernels.exponentials import exact_gelu, gelu
 from opd_mlx.kernels.scores import KEPT_BYTES
+from opd_mlx.layers.attention import AttentionLayer, attend, rotate
+from opd_mlx.layers.layer import KeysValues, Layer
 from opd_mlx.vision import Piece, visual_features
 
 
@@ -36,11 +37,11 @@ class QwenVL:
     vision = ("vision_tower.",)
 
     def text(self, module: Any) -> Any:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return module.language_model.model
 
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return cast("mx.array", module.language_model.model.embed_tokens(tokens))
 
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
@@ -50,7 +51,7 @@ class QwenVL:
         return ((cosines[0, :, None], sines[0, :, None]),)
 
     def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         visual = module.vision_tower
         return visual_features(prompts, frames, lambda pieces, size: self.tower(visual, mx.array(pieces), size, again))
 
@@ -59,7 +60,7 @@ class QwenVL:
         raise NotImplementedError
 
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return dict(config)
 
     def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
@@ -71,12 +72,12 @@ class QwenVL:
 
 
 class Qwen3VL(QwenVL):
-    """See `opd_mlx.families.Family`."""
+    """See `Family`."""
 
     model_types = ("qwen3_vl",)
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         from mlx_vlm.models.qwen3_vl import Model, ModelConfig
 
         text, vision = dict(config["text_config"]), {**config["vision_config"], "model_type": "qwen3_vl"}
@@ -88,7 +89,7 @@ class Qwen3VL(QwenVL):
         return module
 
     def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
-        """See `opd_mlx.families.Family`."""
+        """See `Family`."""
         return [NormedHeads(layer, *head_counts(config), layer.self_attn.scale, Rule()) for layer in self.text(module).layers]
 
     def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: float) -> list[mx.array]:

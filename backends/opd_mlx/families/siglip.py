@@ -16,9 +16,9 @@ from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
 from opd.types import Prompt
-from opd_mlx.attention import attend
 from opd_mlx.kernels.exponentials import gelu
 from opd_mlx.kernels.scores import KEPT_BYTES
+from opd_mlx.layers.attention import attend
 
 
 def encode(tower: Any, pixels: NDArray[Any], again: float, places: NDArray[np.int32], real: NDArray[np.int32] | None = None) -> mx.array:

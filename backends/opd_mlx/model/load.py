@@ -7,32 +7,29 @@ of convolutions, whose channels MLX keeps last.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 
-from opd.errors import FolderError, ModelError, RecipeError, holds_nan, nearest, one_line
-from opd.models import adapters, inert, names, settings, weight_formats
+from opd.errors import ModelError, RecipeError, holds_nan, nearest, one_line
+from opd.models import adapters, names, settings, weight_formats
 from opd.models.files import read_json, tensor_headers, weight_files
-from opd.models.permissions import as_new
 from opd.types import ModelOptions
-from opd_mlx.adapters import Layers, add_adapters, linear_layers, merge, turned
-from opd_mlx.attention import Layer
-from opd_mlx.families import Family, family
-from opd_mlx.quantised import dequantised, four_bits, quantisation, quantise_alike
+from opd_mlx.families import family
+from opd_mlx.families.family import Family
+from opd_mlx.layers.layer import Layer
+from opd_mlx.model.adapters import add_adapters, linear_layers, merge_adapter, turned
+from opd_mlx.model.names import Parameters, channels_last, channels_second, hugging_face
+from opd_mlx.model.quantised import dequantised, four_bits, quantisation, quantise_alike
 from opd_mlx.vision import KnownFeatures, feature_room
-
-Parameters: TypeAlias = dict[str, mx.array]
-"""Arrays by MLX name."""
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
@@ -82,7 +79,7 @@ class Model:
 
     def to_hugging_face(self, parameters: Parameters) -> dict[str, mx.array]:
         """Hugging Face names and layouts."""
-        return {self.names[name]: turned(self.names[name], _channels_second(value)) for name, value in parameters.items()}
+        return {self.names[name]: turned(self.names[name], channels_second(value)) for name, value in parameters.items()}
 
     def _put(self, parameters: Parameters) -> None:
         self.module.update(tree_unflatten(list(parameters.items())))
@@ -108,18 +105,18 @@ def load_model(options: ModelOptions) -> tuple[Model, Parameters]:
         module = of.build(config, tied)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {error}") from error
-    quantised = quantisation(config, partial(_hugging_face, of))
+    quantised = quantisation(config, partial(hugging_face, of))
     found = dequantised(found, quantised, tables=True)
-    quantise_alike(module, found, quantised, partial(_hugging_face, of))
+    quantise_alike(module, found, quantised, partial(hugging_face, of))
     shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
-    named = {name: _hugging_face(of, name) for name in shapes}
+    named = {name: hugging_face(of, name) for name in shapes}
     names.check(
-        {named[name]: shape for name, shape in shapes.items()}, {name: _channels_last(value).shape for name, value in found.items()}, folder
+        {named[name]: shape for name, shape in shapes.items()}, {name: channels_last(value).shape for name, value in found.items()}, folder
     )
     base = Model(folder, of, config, module, of.layers(module, config), named, tied, dtype, None)
     if options.adapters is None:
-        return _all_trained(base, options, _merged(options, found, linear_layers(module, named)))
-    frozen = {name: _channels_last(found[original]) for name, original in named.items()}
+        return _all_trained(base, options, merge_adapter(options, found, linear_layers(module, named)))
+    frozen = {name: channels_last(found[original]) for name, original in named.items()}
     frozen = {name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value for name, value in frozen.items()}
     module.update(tree_unflatten(list(frozen.items())))
     layers = linear_layers(module, named)
@@ -159,7 +156,7 @@ def not_finite(model: Model, parameters: Parameters) -> str | None:
 
 def _all_trained(base: Model, options: ModelOptions, found: Mapping[str, mx.array]) -> tuple[Model, Parameters]:
     """A model whose parameters are all trained, the vision tower's where that is asked for."""
-    parameters = {name: _channels_last(found[original]).astype(mx.float32) for name, original in base.names.items()}
+    parameters = {name: channels_last(found[original]).astype(mx.float32) for name, original in base.names.items()}
     frozen = [] if options.tune_vision else [name for name in base.names if name.startswith(base.family.vision)]
     known = KnownFeatures(partial(base.family.features, base.module), feature_room()) if frozen else None
     model, dtype, module = replace(base, known=known), base.dtype, base.module
@@ -171,17 +168,6 @@ def _all_trained(base: Model, options: ModelOptions, found: Mapping[str, mx.arra
     if broken:
         raise holds_nan(model.folder, broken)
     return model, parameters
-
-
-def _merged(options: ModelOptions, tensors: Mapping[str, mx.array], layers: Layers | None = None) -> Mapping[str, mx.array]:
-    """The stored tensors, with the adapter that the options name added to them; it must fit `layers`."""
-    if options.adapter is None:
-        return tensors
-    if layers is None:
-        adapter = adapters.read(options.adapter, adapters.model_type(options.path))
-    else:
-        adapter = adapters.fitting(options, {name: shape for name, (_, shape) in layers.items()})
-    return merge(tensors, adapter.tensors, adapter.alpha / adapter.rank)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -219,66 +205,12 @@ def stored_tensors(folder: Path, of: Family) -> dict[str, mx.array]:
             loaded = mx.load(str(folder / file), return_metadata=True)
             part, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
             if metadata.get("format") == "mlx":  # names and layouts are MLX's, and norms that count from 1
-                part = {_hugging_face(of, name): _channels_second(value) for name, value in part.items()}
+                part = {hugging_face(of, name): channels_second(value) for name, value in part.items()}
                 part = {name: value - 1 if name.endswith(of.raised) else value for name, value in part.items()}
             tensors |= part
         return tensors
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: cannot be read as safetensors ({str(error).splitlines()[0]})") from error
-
-
-def write_model(model: Model, options: ModelOptions, parameters: Parameters, folder: Path) -> None:
-    """A Hugging Face model folder: the source's data files (see `opd.models.inert`), with what was trained in the source's dtypes.
-
-    Adapters are merged. Weights that were quantised are written plain; those that only stood in 4 bits, as they are stored.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    inert.copy_files(model.folder, folder)
-    of, config = model.family, read_json(folder / "config.json")
-    if weight_formats.settings(config):
-        (folder / "config.json").write_text(json.dumps(weight_formats.without(config), indent=2) + "\n", encoding="utf-8")
-    stored = stored_tensors(model.folder, of)
-    kind = model.config["model_type"]
-    older = names.used(kind, stored, model.folder)
-    if model.tied:
-        older = names.with_tie(kind, older)
-    quantised = quantisation(model.config, partial(_hugging_face, of))
-    tensors = dequantised({name: stored[old] for name, old in older.items()}, quantised)
-    if model.tied:
-        tensors.pop(names.HEAD, None)
-    trained = model.to_hugging_face(parameters)
-    if options.adapters is not None:
-        changed = merge(tensors, {name: np.array(value) for name, value in trained.items()}, options.adapters.scale)
-    else:
-        changed = {**_merged(options, tensors), **trained}
-    written = {older[name]: changed[name].astype(value.dtype) for name, value in tensors.items()}
-    unread = {name: value for name, value in stored.items() if names.is_left_out(kind, name)}
-    write_tensors(folder / "model.safetensors", {**written, **unread})
-
-
-def write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str) -> None:
-    """Writes one safetensors file that transformers accepts."""
-    try:
-        mx.save_safetensors(str(file), dict(tensors), metadata={"format": "pt", **metadata})
-        as_new(file)
-    except RuntimeError as error:  # what MLX makes of a full disk or a missing folder
-        raise OSError(f"{file}: {str(error).splitlines()[0]}") from error
-
-
-def read_tensors(file: Path, model: Model, like: Parameters, prefixes: Sequence[str]) -> tuple[dict[str, Parameters], dict[str, str]]:
-    """Parameters by prefix, and metadata, of a checkpoint's file, which must hold those of `like` by name and shape. Raises FolderError."""
-    try:
-        loaded = mx.load(str(file), return_metadata=True)
-    except RuntimeError as error:
-        raise FolderError(f"{file}: cannot be read as safetensors ({str(error).splitlines()[0]})") from error
-    tensors, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-    expected = {prefix + model.names[name]: name for prefix in prefixes for name in like}
-    found = {name: turned(name, _channels_last(value)) for name, value in tensors.items()}
-    wrong = [name for name, own in expected.items() if name not in found or found[name].shape != like[own].shape]
-    if wrong or len(found) != len(expected):
-        what = f"the first that differs is {wrong[0]}" if wrong else "it holds others too"
-        raise FolderError(f"{file}: these are not the tensors of this model; {what}")
-    return {prefix: {name: found[prefix + model.names[name]] for name in like} for prefix in prefixes}, metadata
 
 
 def _used(config: Mapping[str, Any], stored: Mapping[str, mx.array], folder: Path) -> tuple[dict[str, mx.array], bool]:
@@ -301,24 +233,3 @@ def _used(config: Mapping[str, Any], stored: Mapping[str, mx.array], folder: Pat
 
 def _equal(one: mx.array, other: mx.array | None) -> bool:
     return other is not None and one.shape == other.shape and bool(mx.array_equal(one, other))
-
-
-def _hugging_face(of: Family, name: str) -> str:
-    return _renamed(of.names, name)
-
-
-def _renamed(prefixes: Mapping[str, str], name: str) -> str:
-    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-    return prefixes.get(prefix, "") + name.removeprefix(prefix)
-
-
-def _channels_last(value: mx.array) -> mx.array:
-    """The kernel of a convolution [out, channel, ...], of which there is no other tensor of more than two axes, as MLX convolves.
-
-    Contiguous, as a step leaves it: so that a restored run computes what the run would have, to the bit.
-    """
-    return mx.contiguous(mx.moveaxis(value, 1, -1)) if value.ndim > 2 else value
-
-
-def _channels_second(value: mx.array) -> mx.array:
-    return mx.contiguous(mx.moveaxis(value, -1, 1)) if value.ndim > 2 else value

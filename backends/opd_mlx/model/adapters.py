@@ -68,3 +68,14 @@ def merge(tensors: Mapping[str, mx.array], adapter: Mapping[str, FloatArray], sc
     for name, change in adapters.changes(adapter, scale):
         merged[name] = merged[name].astype(mx.float32) + mx.array(np.ascontiguousarray(change))
     return merged
+
+
+def merge_adapter(options: ModelOptions, tensors: Mapping[str, mx.array], layers: Layers | None = None) -> Mapping[str, mx.array]:
+    """The stored tensors, with the adapter that the options name added to them; it must fit `layers`."""
+    if options.adapter is None:
+        return tensors
+    if layers is None:
+        adapter = adapters.read(options.adapter, adapters.model_type(options.path))
+    else:
+        adapter = adapters.fitting(options, {name: shape for name, (_, shape) in layers.items()})
+    return merge(tensors, adapter.tensors, adapter.alpha / adapter.rank)

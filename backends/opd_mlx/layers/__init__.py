@@ -1,0 +1,1 @@
+"""Layers of the language trunk: attention, and gated delta nets."""
