@@ -42,7 +42,8 @@ class Backend(Protocol):
 
         Token t of completion j is the first id whose cumulative probability, in the order of the vocabulary, exceeds
         uniforms[b, j, t]; banned ids have probability 0. A completion ends with a stop token (kept) or at max_tokens.
-        Raises ModelError where weights are NaN or infinite, and RunError where training made logits so.
+        Raises ModelError where weights are NaN or infinite, RunError where training made logits so, and OutOfMemory where the device's
+        memory does not suffice.
         """
 
     def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
@@ -50,8 +51,8 @@ class Backend(Protocol):
 
         With `split`, only so many completions of each group run at once, to hold less: prompts run once all the same, and their
         backward once, on the sum of what all completions ask of their keys and values. It changes no result.
-        Where it raises (out of memory), the gradient may be gone, with what other calls added: it is added to in place, since two would not
-        fit where one does. The step is to be begun again. Nothing half added is left.
+        Where it raises, the gradient is gone, with what other calls added: it is added to in place, since two would not fit where one
+        does. The step is then begun again. Raises OutOfMemory where the device's memory does not suffice.
         """
 
     def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:

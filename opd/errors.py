@@ -8,6 +8,7 @@ OpdError
 │   ├── BackendError     a backend that is unknown, not installed, or has no device
 │   └── FolderError      a run folder: taken, missing, unwritable
 ├── RunError             the run failed on its own: one line, exit code 1
+│   └── OutOfMemory      the device's memory does not suffice; nothing half done is left
 └── Stopped              a person stopped the run: one line, exit code 130
 """
 
@@ -54,6 +55,10 @@ class Stopped(OpdError):
 
 class RunError(OpdError):
     """The run failed although the input was right; the command line exits with 1."""
+
+
+class OutOfMemory(RunError):
+    """The device's memory does not suffice for a call of the backend. No gradient is left, and the step may be taken again."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

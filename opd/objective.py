@@ -22,6 +22,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from opd.options import Options
 
 Float64 = NDArray[np.float64]
 
@@ -52,6 +55,20 @@ class Objective:
     def support(self, vocabulary: int) -> int | None:
         """Entries of the support, or None where it is the full vocabulary (then there is no tail)."""
         return None if self.top_k is None or self.top_k >= vocabulary else self.top_k
+
+
+class ObjectiveOptions(Options):
+    """The divergence; see `opd.objective`."""
+
+    form: Literal["divergence", "sampled"] = Field("divergence", description="The full divergence, or its form on the sampled token alone.")
+    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the teacher in the mixture; 0: forward KL, 1: reverse KL.")
+    top_k: int = Field(100, ge=0, description="Most likely tokens of the student that are compared; 0: the full vocabulary.")
+    tail: bool = Field(True, description="One more bucket for the mass outside the top k; else both sides are renormalised.")
+    ratio_clip: float = Field(2.0, ge=0, description="Upper bound of the importance ratio; 0 turns the correction off.")
+
+    def objective(self, temperature: float) -> Objective:
+        """The objective at the sampling temperature."""
+        return Objective(self.alpha, self.top_k or None, self.tail, self.ratio_clip or None, temperature, self.form)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Preparing the next while this one is used: decoding images and cutting them into patches take no time of the model's."""
+"""Prefetching: another thread prepares the next item while this one is used, so that the device never waits for image decoding."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
-def ahead(make: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
-    """`make` of each argument in order, each on another thread while the result before it is used; an error is raised in its turn."""
+def prefetch(make: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
+    """`make` of each argument, in order. Each is made on another thread while the one before it is used; an error is raised in its turn."""
     with ThreadPoolExecutor(1) as thread:
         waiting: Future[Result] | None = None
         for argument in arguments:

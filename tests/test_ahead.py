@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from opd.prefetch import ahead
+from opd.prefetch import prefetch
 
 
 def test_the_next_is_made_while_this_one_is_used():
@@ -12,12 +12,12 @@ def test_the_next_is_made_while_this_one_is_used():
         made[number].set()
         return number
 
-    found = ahead(make, range(3))
+    found = prefetch(make, range(3))
     for number in found:
         assert all(event.wait(10) for event in made[: number + 2])
         assert not any(event.is_set() for event in made[number + 2 :])
     assert list(found) == []
-    assert list(ahead(make, [])) == []
+    assert list(prefetch(make, [])) == []
 
 
 def test_an_error_is_raised_in_its_turn():
@@ -26,7 +26,7 @@ def test_an_error_is_raised_in_its_turn():
             raise KeyError(number)
         return number
 
-    results = ahead(make, range(3))
+    results = prefetch(make, range(3))
     assert next(results) == 0
     with pytest.raises(KeyError):
         next(results)

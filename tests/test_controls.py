@@ -55,13 +55,16 @@ def test_supervised_training_is_the_cross_entropy_of_the_labels():
     from opd.method import rollout
     from opd.progress import Quiet
     from opd.run import recipe as recipes
-    from opd.run.loop import Trainer
+    from opd.run.batches import Batches
+    from opd.run.folder import RunFolder
     from opd.run.session import open_session
+    from opd.run.trainer import Trainer
+    from opd.views.usable import Skipped
 
     session = open_session(recipes.load("tiny", ["rollout.prompts=2", "measure.count=0"]), "cpu", Quiet())
-    trainer = Trainer(session.recipe, session.backend, session.encoder, session.examples, (), Path("unused"))
+    trainer = Trainer(session.recipe, session.backend, session.encoder, session.examples, (), RunFolder(Path("unused")))
     backend = tiny_controls.supervised(trainer)
-    batch = trainer._encode(1)
+    batch = Batches(session.recipe, backend, session.encoder, session.examples, Skipped(Quiet())).encode(1)
     from opd.types import Sampling
 
     uniforms = np.zeros((2, 1, 16), np.float32)

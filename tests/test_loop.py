@@ -9,13 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd.errors import DataError, FolderError, Stopped
+from opd.errors import DataError, FolderError, OutOfMemory, RunError, Stopped
 from opd.progress import Quiet
 from opd.run import recipe as recipes
+from opd.run.batches import Batches
 from opd.run.folder import RunFolder
-from opd.run.loop import Trainer
+from opd.run.trainer import Trainer
 from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.views import usable
+from opd.views.usable import Skipped
 from tests.conftest import coloured
 
 OPTIONS = [
@@ -328,9 +330,96 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
 
 def test_the_teacher_sees_the_crop(tmp_path):
     one = trainer(tmp_path / "run")
-    pair = one._encode(1).pairs[0]
+    pair = Batches(one.recipe, one.backend, one.encoder, one.examples, Skipped(Quiet())).encode(1).pairs[0]
     (example,) = (one for one in coloured() if one.id == pair.id)
     colour = np.asarray(example.images[0])
     np.testing.assert_allclose(pair.student.images["pixel_values"][0], colour.reshape(-1, 3).mean(0) / 255, rtol=1e-5)
     assert np.abs(pair.teacher.images["pixel_values"] - pair.student.images["pixel_values"]).max() > 1e-3
     np.testing.assert_array_equal(pair.teacher.tokens, pair.student.tokens)
+
+
+class Small(ToyBackend):
+    """A device whose memory suffices for few padded tokens at a time, in sampling and for a gradient; or not at a third gradient."""
+
+    def __init__(self, sampled, differentiated):
+        super().__init__()
+        self.limits = sampled, differentiated
+        self.failures = self.calls = 0
+
+    def sample(self, prompts, uniforms, sampling, policy="student"):
+        longest = max(map(len, prompts)) + uniforms.shape[1] * uniforms.shape[2]
+        self._check(len(prompts) * longest, self.limits[0])
+        return super().sample(prompts, uniforms, sampling, policy)
+
+    def accumulate(self, groups, objective, split=0):
+        longest = max(max(len(group.student), len(group.teacher)) for group in groups)
+        members = min(split or 99, max(len(group.completions) for group in groups))
+        tokens = max(len(one) for group in groups for one in group.completions)
+        try:
+            self._check(len(groups) * (longest + members * tokens), self.limits[1])
+        except OutOfMemory:
+            self.gradient = self._zeros()  # with what earlier calls added, as the protocol says
+            raise
+        return super().accumulate(groups, objective, split)
+
+    def _check(self, padded, limit):
+        self.calls += limit == "third call"
+        if self.calls == 3 if limit == "third call" else padded > limit:
+            self.failures += 1
+            raise OutOfMemory("out of memory")
+
+
+class Noted(Quiet):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+@pytest.mark.parametrize(("limits", "budget"), [((60, 10**6), 100), ((10**6, 60), 100), ((60, 60), 100), ((10**6, "third call"), 24)])
+def test_a_step_that_was_out_of_memory_is_taken_again_with_smaller_budgets(tmp_path, limits, budget):
+    """To the same result, and the run goes on with them."""
+    whole, told = ToyBackend(), Noted()
+    trainer(tmp_path / "whole", "measure.count=0", backend=whole).train()
+    small = Small(*limits)
+    trainer(tmp_path / "small", "measure.count=0", f"rollout.microbatch_tokens={budget}", backend=small, progress=told).train()
+    assert small.failures
+    assert len(told.notes) == small.failures
+    assert all(line.startswith("step 1: out of memory; it is taken again, and the run goes on, with rollout.") for line in told.notes)
+    for name, value in whole.tensors("student").items():
+        np.testing.assert_allclose(small.tensors("student")[name], value, rtol=0, atol=1e-6)
+    assert [row["tokens"] for row in metrics(tmp_path / "small")] == [row["tokens"] for row in metrics(tmp_path / "whole")]
+
+
+def test_a_device_too_small_for_one_completion_ends_the_run(tmp_path):
+    with pytest.raises(RunError, match="out of memory"):
+        trainer(tmp_path / "run", "measure.count=0", backend=Small(3, 3)).train()
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+class Heard:
+    def __init__(self):
+        self.said = []
+
+    def step(self, result):
+        self.said.append(("step", result.metrics["step"], len(result.statistics)))
+
+    def measured(self, step, accuracies):
+        self.said.append(("measured", step, accuracies["rows"]))
+
+    def interrupted(self):
+        self.said.append(("interrupted",))
+
+    def ended(self, summary):
+        self.said.append(("ended", summary["steps"]))
+
+
+def test_monitors_hear_what_happens_in_its_order(tmp_path):
+    one, heard = trainer(tmp_path / "run", "run.steps=4", "measure.every=2"), Heard()
+    one.monitors = [heard]
+    one.train()
+    assert heard.said == [
+        ("measured", 0, 4), ("step", 1, 4), ("step", 2, 4), ("measured", 2, 4), ("step", 3, 4), ("step", 4, 4), ("measured", 4, 4),
+        ("ended", 4),
+    ]  # fmt: skip

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from opd.errors import DataError, RunError
-from opd.run import loop, preflight
+from opd.method.step import GRADIENT
+from opd.run import preflight
 from opd.run.folder import RunFolder
 from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion
@@ -231,7 +232,7 @@ def test_a_run_whose_last_five_steps_were_not_taken_is_not_exported_when_resumed
 def test_four_steps_in_a_row_do_not_end_a_run(tmp_path):
     one = trainer(tmp_path / "run", "measure.count=0", "run.steps=11", backend=Poisoned({1, 2, 3, 4, 6, 7, 8, 9, 11}))
     summary = one.train()
-    assert (summary["steps_not_taken"], one.taken, one.idle) == (9, 2, [loop.GRADIENT])
+    assert (summary["steps_not_taken"], one.state.taken, one.state.idle) == (9, 2, [GRADIENT])
 
 
 def test_a_run_that_took_no_step_is_not_exported_when_it_is_resumed(tmp_path):

@@ -249,13 +249,13 @@ def group(work):
 
 @pytest.mark.parametrize(("budget", "split"), [(700, 0), (132, 0), (131, 2), (122, 2), (121, 1), (1, 1)])
 def test_a_step_is_cut_as_the_loop_cuts_it(budget, split):
-    from opd.method import rollout
+    from opd.method import microbatch
 
     work = Work(20, 3, 10, View(20, 20, 2, 2), View(4, 10, 2, 2), budget, room=600)
-    cut = rollout.cut([group(work)] * 20, budget)
+    cut = microbatch.microbatches_of([group(work)] * 20, budget)
     assert [len(part) for part in cut] == [work.together] * (work.calls - 1) + [20 - work.together * (work.calls - 1)]
-    assert work.split == split == rollout.split([group(work)] * len(cut[0]), budget)
-    rooms = rollout.microbatches([(work.student.tokens, work.tokens)] * 20, 3, 600)
+    assert work.split == split == microbatch.completions_at_once([group(work)] * len(cut[0]), budget)
+    rooms = microbatch.microbatches([(work.student.tokens, work.tokens)] * 20, 3, 600)
     assert work.sampled == len(rooms[0]) == 4
     assert work.limited(3).together == work.sampling(3).sampled == 3
     assert work.divided(2).split == 2

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.method.rollout import Pair, completions, cut, groups, keep, microbatches, most, sample, spare, split
+from opd.method.microbatch import completions_at_once, largest_count, microbatches, microbatches_of
+from opd.method.rollout import Pair, completions, groups, keep, sample, spare
 from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.views import usable
@@ -68,7 +69,7 @@ def test_weights_are_the_mean_over_all_tokens_of_the_step():
         [[np.float32(0.5 / 12)] * 2, [np.float32(0.5 / 12)]],
         [[np.float32(0.5 / 12)] * 3],
     ]
-    assert sorted(chain(*cut(made, 10**6))) == [0, 1]
+    assert sorted(chain(*microbatches_of(made, 10**6))) == [0, 1]
 
 
 def test_sampling_does_not_depend_on_the_cut():
@@ -87,7 +88,7 @@ def test_the_most_of_all_processes():
     found = {}
 
     def run(backend):
-        found[backend.rank] = most(backend, [3, 7, 5][backend.rank])
+        found[backend.rank] = largest_count(backend, [3, 7, 5][backend.rank])
 
     Together.start(3, run)
     assert found == {0: 7, 1: 7, 2: 7}
@@ -106,8 +107,8 @@ def test_a_group_above_the_budget_is_split():
     (one, other) = pairs(2)
     prompt = len(one.student)
     group = groups(keep([one], [[long, short, long, short]], banned=()), 26)
-    assert split(group, prompt + 40) == 0
-    assert split(group, prompt + 39) == 3
-    assert split(group, prompt + 20) == 2
-    assert split(group, 1) == 1
-    assert split([*group, *groups(keep([other], [[long]], banned=()), 10)], 1) == 0
+    assert completions_at_once(group, prompt + 40) == 0
+    assert completions_at_once(group, prompt + 39) == 3
+    assert completions_at_once(group, prompt + 20) == 2
+    assert completions_at_once(group, 1) == 1
+    assert completions_at_once([*group, *groups(keep([other], [[long]], banned=()), 10)], 1) == 0

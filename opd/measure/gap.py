@@ -23,7 +23,7 @@ from opd.data.answers import matches
 from opd.method.rollout import sample
 from opd.options import Options
 from opd.paths import PathText
-from opd.prefetch import ahead
+from opd.prefetch import prefetch
 from opd.progress import Quiet
 from opd.randomness import Purpose, generator
 from opd.types import Encoder, Example, Prompt, Sampling
@@ -99,7 +99,7 @@ def answer(
     slices = _slices(encoder, examples, view, limit, skipped)
     answered: list[Answered] = []
     passed = 0
-    for part in ahead(lambda number: next(slices, None), count()):
+    for part in prefetch(lambda number: next(slices, None), count()):
         if part is None:
             break
         full, crop = ([both[policy] for both in part.prompts] for policy in (0, 1))

@@ -1,4 +1,4 @@
-"""Rollout bookkeeping: micro-batches, what is dropped, and the weights of a step's tokens.
+"""The rollout: what the student samples, what of it is dropped, and the weights of a step's tokens.
 
 Legend: B prompts of a step, n completions of each, T tokens of a completion.
 """
@@ -14,6 +14,7 @@ from pydantic import Field
 
 from opd.backend import Backend
 from opd.errors import RunError
+from opd.method.microbatch import largest_count, microbatches
 from opd.options import Options
 from opd.types import Completion, FloatArray, Group, Prompt, Sampling
 
@@ -64,26 +65,6 @@ class Rollout:
     empty: int = 0
 
 
-def microbatches(costs: Sequence[tuple[int, int]], completions: int, budget: int) -> list[list[int]]:
-    """Cuts groups into micro-batches of at most `budget` padded tokens, like lengths together to pad little.
-
-    `costs` holds (prompt tokens, tokens of the longest completion) of each group. Returns indices; a group above the budget is alone.
-    """
-    order = sorted(range(len(costs)), key=lambda index: costs[index], reverse=True)
-    cut: list[list[int]] = []
-    longest_prompt = longest_completion = 0
-    for index in order:
-        prompt, completion = costs[index]
-        padded = max(longest_prompt, prompt) + completions * max(longest_completion, completion)
-        if cut and padded * (len(cut[-1]) + 1) <= budget:
-            cut[-1].append(index)
-            longest_completion = max(longest_completion, completion)
-        else:
-            cut.append([index])
-            longest_prompt, longest_completion = prompt, completion
-    return cut
-
-
 def sample(
     backend: Backend,
     prompts: Sequence[Prompt],
@@ -100,7 +81,7 @@ def sample(
     _, completions, max_tokens = uniforms.shape
     result: list[list[Completion]] = [[] for _ in prompts]
     parts = microbatches([(len(prompt), max_tokens) for prompt in prompts], completions, budget)
-    parts += [[0]] * (most(backend, len(parts)) - len(parts))  # every process makes the same number of calls
+    parts += [[0]] * (largest_count(backend, len(parts)) - len(parts))  # every process makes the same number of calls
     for part in parts:
         sampled = backend.sample([prompts[index] for index in part], uniforms[part], sampling)
         for index, group in zip(part, sampled, strict=True):
@@ -149,34 +130,10 @@ def groups(rollout: Rollout, step_tokens: int) -> list[Group]:
     ]
 
 
-def cut(step: Sequence[Group], budget: int) -> list[list[int]]:
-    """Cuts a step's groups into micro-batches by their longer prompt and longest completion; see `microbatches`."""
-    costs = [(max(len(group.student), len(group.teacher)), max(map(len, group.completions))) for group in step]
-    completions = max((len(group.completions) for group in step), default=0)
-    return microbatches(costs, completions, budget)
-
-
-def split(groups: Sequence[Group], budget: int) -> int:
-    """Completions of a micro-batch's group that run at once: 0 for all, fewer where a group that is alone is above the budget."""
-    if len(groups) != 1:
-        return 0
-    (group,) = groups
-    room = budget - max(len(group.student), len(group.teacher))
-    together = max(1, room // max(map(len, group.completions)))
-    return together if together < len(group.completions) else 0
-
-
 def spare(pair: Pair, stop: Sequence[int]) -> Group:
     """A group of one stop token with weight 0: it costs a call and adds nothing. It pads the calls of a process that has fewer."""
     token = Completion(np.array(stop[:1], np.int32), np.zeros(1, np.float32), finished=True)
     return Group(pair.student, pair.teacher, (token,), (np.zeros(1, np.float32),))
-
-
-def most(backend: Backend, count: int) -> int:
-    """The largest of all processes' counts."""
-    counts: NDArray[np.float64] = np.zeros(backend.size)
-    counts[backend.rank] = count
-    return int(backend.total(counts).max())
 
 
 def _usable(completion: Completion, banned: Sequence[int]) -> bool:

@@ -91,7 +91,7 @@ class Work:
 
     @property
     def split(self) -> int:
-        """Completions of a group that run at a time; 0 for all, fewer where a group is above the budget (`opd.method.rollout.split`)."""
+        """Completions of a group that run at a time; see `opd.method.microbatch.completions_at_once`."""
         few = max(1, (self.budget - self.longest) // self.tokens)
         return few if self.together == 1 and few < self.completions else 0
 

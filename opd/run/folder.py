@@ -32,6 +32,8 @@ class RunFolder:
     path: Path
     lock: lock.RunLock | None = field(default=None, compare=False)
     """What keeps other processes from training here, where this process trains."""
+    writes: bool = field(default=True, compare=False)
+    """Whether this process writes: of several that train one run, the first does."""
 
     @staticmethod
     def check(path: Path, force: bool = False) -> None:
@@ -113,8 +115,9 @@ class RunFolder:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one object to a .jsonl file."""
-        with _guarded(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(dumps(row) + "\n")
+        if self.writes:
+            with _guarded(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(dumps(row) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over. Raises FolderError."""
@@ -138,18 +141,15 @@ class RunFolder:
 
     def rewrite(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replaces a .jsonl file."""
-        with _guarded(self.path / name):
-            _write(self.path / name, "".join(dumps(row) + "\n" for row in rows))
+        self._replace(name, "".join(dumps(row) + "\n" for row in rows))
 
     def write_config(self, config: str) -> None:
         """Replaces config.toml."""
-        with _guarded(self.path / CONFIG):
-            _write(self.path / CONFIG, config)
+        self._replace(CONFIG, config)
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a .json file."""
-        with _guarded(self.path / name):
-            _write(self.path / name, dumps(value, indent=2) + "\n")
+        self._replace(name, dumps(value, indent=2) + "\n")
 
     def read(self, name: str) -> dict[str, Any]:
         """The object of a .json file. Raises OSError or ValueError where it is missing or damaged."""
@@ -157,6 +157,8 @@ class RunFolder:
 
     def fill(self, path: Path, fill: Callable[[Path], None]) -> None:
         """Lets `fill` write a folder under a temporary name, then puts it in place of `path`."""
+        if not self.writes:
+            return
         temporary = path.with_name(path.name + ".partial")
         with _guarded(path):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -172,8 +174,15 @@ class RunFolder:
     def checkpoint(self, step: int, keep: int, fill: Callable[[Path], None]) -> None:
         """Writes the checkpoint of a step, then removes all but the newest `keep`."""
         self.fill(self.path / "checkpoints" / f"step-{step:06d}", fill)
+        if not self.writes:
+            return
         for old, _ in self.checkpoints()[:-keep]:
             shutil.rmtree(self.path / "checkpoints" / f"step-{old:06d}")
+
+    def _replace(self, name: str, text: str) -> None:
+        if self.writes:
+            with _guarded(self.path / name):
+                _write(self.path / name, text)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and folders of all whole checkpoints, oldest first."""

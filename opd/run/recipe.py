@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -21,26 +21,12 @@ from opd.measure.gap import MeasureOptions
 from opd.method.rollout import RolloutOptions
 from opd.method.schedules import OptimizerOptions, TeacherOptions
 from opd.models.choice import ModelChoice, is_tiny
-from opd.objective import Objective
+from opd.objective import ObjectiveOptions
 from opd.options import Options
 from opd.paths import expanded
 from opd.views.crop import ViewOptions
 
 PRESETS = ("tiny", "paper", "lora")
-
-
-class ObjectiveOptions(Options):
-    """The divergence; see `opd.objective`."""
-
-    form: Literal["divergence", "sampled"] = Field("divergence", description="The full divergence, or its form on the sampled token alone.")
-    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the teacher in the mixture; 0: forward KL, 1: reverse KL.")
-    top_k: int = Field(100, ge=0, description="Most likely tokens of the student that are compared; 0: the full vocabulary.")
-    tail: bool = Field(True, description="One more bucket for the mass outside the top k; else both sides are renormalised.")
-    ratio_clip: float = Field(2.0, ge=0, description="Upper bound of the importance ratio; 0 turns the correction off.")
-
-    def objective(self, temperature: float) -> Objective:
-        """The objective at the sampling temperature."""
-        return Objective(self.alpha, self.top_k or None, self.tail, self.ratio_clip or None, temperature, self.form)
 
 
 class RunOptions(Options):

@@ -27,8 +27,8 @@ from opd.run import recipe as recipes
 from opd.run.changed import Changed
 from opd.run.export import as_model
 from opd.run.folder import RunFolder
-from opd.run.loop import Trainer
 from opd.run.recipe import Recipe
+from opd.run.trainer import Trainer
 from opd.types import Encoder, Example, ModelOptions
 from opd.views import usable
 from opd.views.usable import Skipped, Unusable

@@ -1,0 +1,27 @@
+"""Steps that were not taken: when they end a run, and what a person may do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from opd.method.step import GRADIENT, NO_PROMPT, OUTPUTS, WEIGHTS
+
+IDLE_STEPS = 5
+"""So many steps in a row that were not taken end a run."""
+
+ADVICE = {
+    GRADIENT: "lower optimizer.learning_rate, or set model.dtype=float32",
+    OUTPUTS: "look for NaN in the model's weights, lower optimizer.learning_rate, or set model.dtype=float32",
+    WEIGHTS: "give rows a weight above 0",
+    NO_PROMPT: "mend or remove such rows, or raise rollout.prompts",
+}
+"""What a person may do about the reasons for which steps were not taken."""
+
+
+def ended(step: int, idle: Sequence[str]) -> str:
+    """Why the last steps up to `step` were not taken (`idle`: the reason of each), and what to do."""
+    ((most, _), *others) = Counter(idle).most_common()
+    steps = f"step {step} was" if len(idle) == 1 else f"steps {step - len(idle) + 1} to {step} were"
+    advice = f"; {ADVICE[most]}" if most in ADVICE else ""
+    return f"{steps} not taken: {most}{', most often' if others else ''}{advice}"

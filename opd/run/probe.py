@@ -1,0 +1,94 @@
+"""Measuring a run: before training, between steps where the recipe asks for it, and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from opd.backend import Backend
+from opd.measure import gap
+from opd.measure.gap import Answered
+from opd.progress import Progress
+from opd.run import records
+from opd.run.folder import RunFolder
+from opd.run.monitors import Monitor
+from opd.run.recipe import Recipe
+from opd.types import Encoder, Example
+from opd.views import usable
+from opd.views.usable import Skipped
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Has the student answer the held-out examples, keeps the answers, and tells the monitors."""
+
+    recipe: Recipe
+    backend: Backend
+    encoder: Encoder
+    held_out: Sequence[Example]
+    folder: RunFolder
+    monitors: Sequence[Monitor]
+    progress: Progress
+    skipped: Skipped
+
+    def before(self, done: int) -> list[Answered]:
+        """The answers before training; a run that goes on after step `done` reads the ones that were kept."""
+        if kept := records.before(self.folder):
+            return kept
+        if done and self.held_out:
+            self.progress.note(f"no answers of before training are kept: what is called before is measured after step {done}")
+        answered = self._answers("before")
+        self._keep("before", answered)
+        self._tell(0, answered)
+        return answered
+
+    def between(self, step: int, before: Sequence[Answered]) -> None:
+        """Measures after a step, where the recipe asks for it."""
+        every, steps = self.recipe.measure.every, self.recipe.run.steps
+        if every and step % every == 0 and step < steps:
+            self._tell(step, self._answers("measure", before))
+            self.progress.begin("train", steps, step)
+
+    def after(self, before: Sequence[Answered]) -> list[Answered]:
+        """The answers after training, to the examples that were answered before."""
+        answered = self._answers("after", before)
+        self._keep("after", answered)
+        self._tell(self.recipe.run.steps, answered)
+        return answered
+
+    def _answers(self, phase: str, before: Sequence[Answered] | None = None) -> list[Answered]:
+        """The student's answers now, only to the examples that were answered `before` where that is given."""
+        if not self.held_out or (before is not None and not before):
+            return []
+        self.progress.begin(phase, 2 * len(self.held_out))
+        answered = gap.answer(
+            self.backend,
+            self.encoder,
+            self.held_out,
+            self.recipe.view,
+            self.recipe.measure.max_tokens,
+            self.recipe.rollout.sample_tokens,
+            self.progress.advance,
+            self.recipe.data.max_prompt_tokens,
+            self.skipped,
+        )
+        rows = {one.row for one in before} if before is not None else set(range(len(self.held_out)))
+        answered = [one for one in answered if one.row in rows]
+        if missing := len(rows) - len(answered):
+            which = "measured before" if before is not None else "to be measured"
+            left = "they are left out of every comparison" if answered else "nothing is measured"
+            self.progress.note(f"{missing} of {usable.rows(len(rows))} {which} cannot be used; {left}")
+        return answered
+
+    def _keep(self, when: str, answered: Sequence[Answered]) -> None:
+        """Every answer before or after, to answers.jsonl."""
+        if answered:
+            others = [row for row in records.read(self.folder, records.ANSWERS) if row["when"] != when]
+            rows = [{"when": when, **asdict(one)} for one in answered]
+            self.folder.rewrite(records.ANSWERS, [*others, *rows])
+
+    def _tell(self, step: int, answered: Sequence[Answered]) -> None:
+        if answered:
+            accuracies = gap.accuracies(answered)
+            for monitor in self.monitors:
+                monitor.measured(step, accuracies)
