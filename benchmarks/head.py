@@ -82,6 +82,7 @@ def mlx_sides(arrays: list[np.ndarray[Any, Any]]) -> dict[str, Side]:
     import mlx.core as mx
 
     from opd_mlx import objective
+    from opd_mlx.device import this_device
 
     student, student_head, teacher, teacher_head = (mx.array(value) for value in arrays)
     count = len(student)
@@ -91,7 +92,7 @@ def mlx_sides(arrays: list[np.ndarray[Any, Any]]) -> dict[str, Side]:
     def ours() -> tuple[float, dict[str, Any]]:
         found = objective.divergence_head(
             student, student_head, teacher, teacher_head, tokens, mx.zeros(count), weights, FULL,
-            chunk=objective.default_chunk(len(student_head)),
+            chunk=objective.default_chunk(len(student_head)), block_bytes=this_device().head_block_bytes,
         )  # fmt: skip
         gradient = {"hidden": found.hidden_gradient, "head": found.head_gradient}
         mx.eval(gradient)

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -86,17 +87,17 @@ def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
     import transformers
 
     import opd_mlx
-    from opd_mlx import sampling
-    from opd_mlx.kernels import recorder
+    from opd_mlx.device import this_device
 
     path = workload.folder(root / "model", 2048, layers=options.layers, **NARROW)
-    backend = opd_mlx.load(ModelOptions(path))
+    devices = {compiled: replace(this_device(), compiles=compiled, steps_ahead=int(compiled)) for compiled in SIDES.values()}
+    backends = {compiled: opd_mlx.load(ModelOptions(path), device) for compiled, device in devices.items()}
+    device = backends[False].device
     prompt = workload.prompt(transformers.AutoConfig.from_pretrained(path), 32)
     draws = np.random.default_rng(0).random((1, options.n, options.tokens), dtype=np.float32)
 
     def rollout(compiled: bool) -> list[Completion]:
-        with mock.patch.object(recorder, "COMPILES", compiled), mock.patch.object(sampling, "AHEAD", int(compiled)):
-            return backend.sample([prompt], draws, Sampling(1.0))[0]
+        return backends[compiled].sample([prompt], draws, Sampling(1.0))[0]
 
     rows, first = [], None
     for name, compiled in SIDES.items():
@@ -106,7 +107,7 @@ def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
         assert all(np.array_equal(one.tokens, other.tokens) for one, other in zip(found, first, strict=True)), "the sides draw other tokens"
         rows.append({"side": name, "logprob_error": error, "operations": count})
     if options.no_wall:
-        return rows, backend.device
+        return rows, device
     built: dict[str, list[float]] = {name: [] for name in SIDES}
     runs = {name: (lambda name=name: built[name].extend(watched(lambda: rollout(SIDES[name]), False)[1])) for name in SIDES}
     seconds = measuring.seconds(runs, 1 if options.quick else options.repeats, "mlx")
@@ -114,7 +115,7 @@ def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
         its = built[row["side"]]
         row |= {"build ms": 1e3 * statistics.median(its), "most ms": 1e3 * max(its)}
         row["ms a token"] = 1e3 * seconds[row["side"]] / options.tokens
-    return rows, backend.device
+    return rows, device
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -159,10 +159,16 @@ def relative_error(ours, theirs):
     )
 
 
-def clone(backend):
-    """A backend of the same state, without loading it again; they share the modules, which keep nothing between calls."""
+def clone(backend, **traits):
+    """A backend of the same state on a device with other `traits`, without loading it again.
+
+    They share the modules, which keep nothing between calls.
+    """
     other = object.__new__(MlxBackend)
     other.__dict__ = dict(backend.__dict__)
     other._student, other._teacher, other._gradient = dict(backend._student), dict(backend._teacher), {}
-    other._optimizer = opd_mlx.backend.Optimizer(other._student)
+    model = backend._model
+    device = replace(model.device, **traits)
+    other._model = replace(model, device=device, layers=model.family.layers(model.module, model.config, device))
+    other._optimizer = opd_mlx.backend.Optimizer(other._student, device)
     return other

@@ -23,8 +23,8 @@ from opd.objective import Objective, evaluate, log_softmax
 from opd.prompts.encoder import PromptEncoder
 from opd.testing.conformance import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
-from opd_mlx import backend as backend_module
-from opd_mlx.layers import gated_delta
+from opd_mlx.batch import lay_out
+from opd_mlx.forward import hidden_states
 from tests import random_models
 from tests.mlx_cases import clone, loss_of, relative_error
 
@@ -143,16 +143,13 @@ def expected(case):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_loss_and_every_gradient(case, expected, monkeypatch, again):
+def test_loss_and_every_gradient(case, expected, again):
     """Prompts of unequal lengths, images of unequal sizes and completions of unequal numbers in one call.
 
     Computed again in the backward: layers, and the segments of a delta net.
     """
     assert len({len(group.student) for group in case.groups}) == 3
-    if again:
-        monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
-        monkeypatch.setattr(gated_delta, "SEGMENT", 5)
-    backend = clone(case.loaded)
+    backend = clone(case.loaded, **({"checkpoint_above": 0, "delta_segment": 5} if again else {}))
     loss, gradients = expected
     assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(loss, rel=1e-5)
     found = backend.tensors("gradient")
@@ -213,7 +210,7 @@ def test_frozen_vision(case, expected):
     for one in (backend, whole):
         one.accumulate(case.groups, JSD)
     gradient = whole.tensors("gradient")
-    assert backend._model.known._levels
+    assert backend._model.feature_cache._levels
     assert relative_error(backend.tensors("gradient"), {name: gradient[name] for name in trained}) < 1e-5
 
 
@@ -260,7 +257,7 @@ def test_tiles_with_padding(tmp_path):
         PromptEncoder(tmp_path).encode([image], "What?"), images={"pixel_values": pixels, "pixel_attention_mask": mask}, key="padded"
     )
     with loaded._model.bound(loaded._student):
-        (found,) = loaded._model.family.features(loaded._model.module, [prompt])
+        (found,) = loaded._model.family.features(loaded._model.module, [prompt], loaded._model.device)
         found = np.array(found)
     model = transformers.Idefics3ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
     with torch.no_grad():
@@ -278,7 +275,9 @@ def test_half_precision(case, expected):
     found = backend.tensors("gradient")
     ours, theirs = (np.concatenate([values[name].ravel() for name in gradients]) for values in (found, gradients))
     assert 1e-4 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < (0.6 if rough else 0.2)
-    assert backend._hidden("student", case.groups).dtype == mx.bfloat16
+    batch = lay_out([group.student for group in case.groups], [[one.tokens for one in group.completions] for group in case.groups])
+    with backend._model.bound(backend._student):
+        assert hidden_states(backend._model, batch).dtype == mx.bfloat16
     sampled = backend.sample([case.groups[0].student], np.full((1, 2, 3), 0.5, np.float32), Sampling(1.0))[0][0]
     logprobs = distribution(case.stock(), case.groups[0].student, sampled.tokens)
     np.testing.assert_allclose(sampled.logprobs, logprobs[range(3), sampled.tokens], atol=0.8 if rough else 0.2)

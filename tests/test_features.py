@@ -29,9 +29,9 @@ def cache(backend_name):
         if backend_name == "mlx":
             import mlx.core as mx
 
-            from opd_mlx.vision import KnownFeatures
+            from opd_mlx.vision import FeatureCache
 
-            known = KnownFeatures(lambda prompts: [mx.array(level) for level in features(prompts)], room)
+            known = FeatureCache(lambda prompts: [mx.array(level) for level in features(prompts)], room)
             return known, lambda prompts: [np.array(level) for level in known.features(prompts)], computed
         import torch
 
@@ -88,9 +88,9 @@ def test_the_bound_follows_the_memory(backend_name, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "LIMITS", (tmp_path / "max", tmp_path / "limit"))
     assert host_memory() == 2**31
     if backend_name == "mlx":
-        from opd_mlx.vision import feature_room
+        from opd_mlx.device import this_device
 
-        assert feature_room() == 2**26
+        assert this_device().feature_bytes == 2**26
     else:
         import torch
 

@@ -202,7 +202,7 @@ def test_the_policies_share_the_base_on_mlx(case):
     held = mx.get_active_memory() - before
     base = 2 * sum(value.size for value in load_file(case.folder / "model.safetensors").values())
     adapter = 4 * sum(value.size for value in backend.tensors("student").values())
-    features = sum(level.nbytes for levels in backend._model.known._levels.values() for level in levels)
+    features = sum(level.nbytes for levels in backend._model.feature_cache._levels.values() for level in levels)
     assert base + 4 * adapter <= held < 1.3 * (base + 4 * adapter + features) < 2 * base + 4 * adapter
 
 

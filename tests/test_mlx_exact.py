@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -14,10 +15,12 @@ mx = pytest.importorskip("mlx.core")
 
 from opd.objective import Objective, log_softmax
 from opd.types import Sampling
-from opd_mlx import backend as backend_module
-from opd_mlx import sampling, vision
+from opd_mlx import gradient as gradient_module
+from opd_mlx import sampling
+from opd_mlx.device import this_device
+from opd_mlx.families import qwen3_vl as family_module
+from opd_mlx.footprint import free_bytes, recompute_share
 from opd_mlx.kernels import exponentials
-from opd_mlx.layers import attention
 from tests.mlx_cases import clone, distribution, loss_of, make_case, plain_loss_and_gradients, relative_error
 from tests.random_models import qwen3_vl
 
@@ -73,55 +76,59 @@ def test_prompts_of_one_length(case, loaded):
 def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypatch, share):
     """All, or as many of the first as do not fit in a GPU's memory."""
     from opd_mlx import forward
-    from opd_mlx.families import qwen3_vl
 
     calls = []
-    for module in (forward, qwen3_vl):
-        real = module.checkpoint
-        monkeypatch.setattr(module, "checkpoint", lambda *arguments, real=real, name=module: calls.append(name) or real(*arguments))
-    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
-    backend = clone(loaded)
+    for module in (forward, family_module):
+        real = module.checkpoint_if
+
+        def checkpoint_if(recompute, *arguments, real=real, name=module):
+            if recompute:
+                calls.append(name)
+            return real(recompute, *arguments)
+
+        monkeypatch.setattr(module, "checkpoint_if", checkpoint_if)
+    backend = clone(loaded, checkpoint_above=0)
     if share < 1:
-        monkeypatch.setattr(backend, "_again", lambda *given: share)
+        monkeypatch.setattr(gradient_module, "recompute_share", lambda *given: share)
     backend.accumulate(case.groups, JSD)
     times, config = Counter(calls), backend._model.config
-    # Of prompts and of completions, on each stream; and images of each size.
+    # Of prompts and of completions; and images of each size.
     layers, blocks = math.ceil(share * config["text_config"]["num_hidden_layers"]), math.ceil(share * config["vision_config"]["depth"])
-    assert times[forward] % (2 * layers) == 0 < times[forward]
-    assert times[qwen3_vl] % blocks == 0 < times[qwen3_vl]
+    assert times[forward] == 2 * layers
+    assert times[family_module] % blocks == 0 < times[family_module]
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
 
 
 def test_a_gpu_keeps_what_fits(loaded, monkeypatch):
     """Above the bound: all but the share whose activations fit; a CPU computes all layers again."""
-    backend = clone(loaded)
-    monkeypatch.setattr(backend, "_spare", lambda sums: 6 * 2**30)
-    assert [backend._again(wanted * 2**30, {}) for wanted in (1, 2, 3)] == [0, 0, 1]
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert [backend._again(wanted * 2**30, {}) for wanted in (2, 6, 8)] == [0, 0, 0.25]
-    monkeypatch.undo()
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**12})
-    monkeypatch.setattr(mx, "get_active_memory", lambda: 10**11)
-    trained = sum(value.nbytes for value in backend._student.values())
-    assert backend._spare({}) == int(2 / 3 * (9 * 10**11 - trained))
-    assert backend._spare(backend._student) == 6 * 10**11
-    monkeypatch.setattr(mx, "device_info", dict)
-    assert backend._spare({}) < 0
+    student, active = loaded._student, 10**11
+    monkeypatch.setattr(mx, "get_active_memory", lambda: active)
+
+    def shares(free, **traits):
+        model = clone(loaded, memory=active + free * 3 // 2, **traits)._model
+        return [recompute_share(model, wanted * 2**30, student, student) for wanted in (1, 2, 3, 6, 8)]
+
+    assert shares(6 * 2**30) == [0, 0, 1, 1, 1]
+    assert shares(6 * 2**30, gpu=True) == [0, 0, 0, 0, 0.25]
+    assert shares(-(2**30), gpu=True) == [0, 0, 1, 1, 1]
+    device = replace(this_device(), memory=10**12)
+    trained = sum(value.nbytes for value in student.values())
+    assert free_bytes(device, mx.float32, student, {}) == int(2 / 3 * (9 * 10**11 - trained))
+    assert free_bytes(device, mx.float32, student, student) == 6 * 10**11
+    assert free_bytes(device, mx.bfloat16, student, student) == int(2 / 3 * (9 * 10**11 - trained / 2))
+    assert free_bytes(replace(device, memory=0), mx.float32, student, {}) < 0
 
 
-def test_images_on_several_streams(case, loaded, expected, monkeypatch):
-    monkeypatch.setattr(vision.LANES, "streams", [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(2))])
-    backend = clone(loaded)
+def test_images_a_few_at_a_time(case, loaded, expected):
+    backend = clone(loaded, pixel_bytes=1)
     backend.accumulate(case.groups, JSD)
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
 
 
 def test_what_a_gpu_runs(case, loaded, expected, monkeypatch):
-    """MLX's own attention where there is no gradient, and all images on one stream."""
+    """MLX's own attention where there is no gradient, and blocks of a GPU's sizes."""
     monkeypatch.setattr(exponentials, "SLOW_EXPONENTIAL", False)
-    monkeypatch.setattr(attention, "FUSED", True)
-    monkeypatch.setattr(vision.LANES, "streams", [mx.default_stream(mx.default_device())])
-    backend = clone(loaded)
+    backend = clone(loaded, fused_attention=True, score_block_rows=1024, score_block_bytes=2**28, head_block_bytes=2**26, pixel_bytes=2**62)
     backend.accumulate(case.groups, JSD)
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
 
@@ -208,15 +215,15 @@ def test_a_call_that_fails(case, loaded, monkeypatch):
     backend = clone(loaded)
     backend.accumulate(case.groups, JSD)
     whole = backend.tensors("gradient")
-    real, calls = backend_module.records, []
+    real, calls = gradient_module.divergence_head, []
 
-    def full(*arguments):
+    def full(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(backend_module, "records", full)
+    monkeypatch.setattr(gradient_module, "divergence_head", full)
     with pytest.raises(RuntimeError, match="out of memory"):
         backend.accumulate(case.groups, JSD, 1)
     assert not any(value.any() for value in backend.tensors("gradient").values())
@@ -308,8 +315,8 @@ def test_frozen_vision_tower(case, monkeypatch, room):
     """The same numbers; and every image goes through the tower once for rollout, student and teacher, while there is room."""
     encoded = []
     backend, whole = case.backend(tune_vision=False), case.backend()
-    known = backend._model.known
-    known.room = room
+    known = backend._model.feature_cache
+    known.capacity = room
     real = known._compute
     monkeypatch.setattr(known, "_compute", lambda prompts: encoded.extend(one.key for one in prompts) or real(prompts))
     whole._teacher = dict(whole._student)

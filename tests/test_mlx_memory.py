@@ -9,8 +9,7 @@ mx = pytest.importorskip("mlx.core")
 
 from opd.objective import Objective
 from opd.types import Sampling
-from opd_mlx import backend as backend_module
-from opd_mlx import objective as objective_module
+from opd_mlx import gradient as gradient_module
 from opd_mlx import sampling as sampling_module
 from opd_mlx.objective import default_chunk, divergence_head
 from tests.mlx_cases import make_case
@@ -19,7 +18,7 @@ from tests.random_models import qwen3_vl
 V, D, CHUNK = 20_000, 8, 32
 
 
-def chunk_buffers(count, objective, gradient=True):
+def chunk_buffers(count, objective, rows, gradient=True):
     """Peak of the head stage over `count` rows in units of one float32 array [CHUNK, V]; inputs and results not counted."""
     mx.random.seed(0)
     student, teacher = mx.random.normal((2, count, D))
@@ -29,7 +28,7 @@ def chunk_buffers(count, objective, gradient=True):
     mx.eval(inputs)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    divergence_head(*inputs, objective, chunk=CHUNK, gradient=gradient)
+    divergence_head(*inputs, objective, chunk=CHUNK, block_bytes=4 * V * rows, gradient=gradient)
     results = 4 * (V * D + count * D if gradient else 0)
     return (mx.get_peak_memory() - before - results) / (4 * CHUNK * V)
 
@@ -45,12 +44,11 @@ def chunk_buffers(count, objective, gradient=True):
     ],
 )
 @pytest.mark.parametrize(("rows", "most"), [(CHUNK, 7.1), (4, 4.1)])
-def test_head_stage(objective, rows, most, monkeypatch):
+def test_head_stage(objective, rows, most):
     """A GPU's block is the chunk. Where blocks are smaller, one may or may not be gone when the next begins: MLX frees it in a thread of
     its own, after it told of the end. Were one left behind by every chunk, twelve more would show here.
     """
-    monkeypatch.setattr(objective_module, "BLOCK_BYTES", 4 * V * rows)
-    few, many = chunk_buffers(4 * CHUNK, objective), chunk_buffers(16 * CHUNK, objective)
+    few, many = (chunk_buffers(count * CHUNK, objective, rows) for count in (4, 16))
     late = rows / CHUNK if rows < CHUNK else 0
     assert 2 < few <= most
     assert many <= min(most, few + late + 0.1)
@@ -65,9 +63,9 @@ def test_only_completion_rows_meet_the_head(tmp_path, monkeypatch):
     case = make_case(tmp_path, qwen3_vl(tmp_path / "model"))
     backend = case.backend()
     rows = []
-    kernel, draw = backend_module.divergence_head, sampling_module.draw
+    kernel, draw = gradient_module.divergence_head, sampling_module.draw
     monkeypatch.setattr(
-        backend_module, "divergence_head", lambda hidden, *rest, **options: rows.append(len(hidden)) or kernel(hidden, *rest, **options)
+        gradient_module, "divergence_head", lambda hidden, *rest, **options: rows.append(len(hidden)) or kernel(hidden, *rest, **options)
     )
     monkeypatch.setattr(sampling_module, "draw", lambda hidden, *rest: rows.append(len(hidden)) or draw(hidden, *rest))
     backend.accumulate(case.groups, Objective(top_k=20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from opd_mlx.batch import Masks, Rule, lay_out_prefixes
+from opd_mlx.batch import Masks, Visibility, lay_out_prefixes
+from opd_mlx.device import this_device
 from opd_mlx.kernels import scores
 from opd_mlx.kernels.backward import Backward
 
@@ -43,16 +45,16 @@ def given(*shapes):
     return [rng.normal(size=shape) for shape in shapes]
 
 
-def differentiated(query, sources, seen, slope):
+def differentiated(query, sources, seen, slope, device):
     """The same by blocks, as a step computes it."""
     flat = [mx.array(part.astype(np.float32)) for part in (query, *(part for pair in sources for part in pair))]
-    backward = Backward(lambda query, *rest: [scores.attention(query, list(zip(rest[::2], rest[1::2], strict=True)), seen)], flat)
+    backward = Backward(lambda query, *rest: [scores.attention(query, list(zip(rest[::2], rest[1::2], strict=True)), seen, device)], flat)
     found = np.array(backward.outputs[0])
     return found, backward.start([mx.array(slope.astype(np.float32))])
 
 
-def agree(query, sources, seen, masks, slope):
-    found, gradients = differentiated(query, sources, seen, slope)
+def agree(query, sources, seen, masks, slope, device):
+    found, gradients = differentiated(query, sources, seen, slope, device)
     expected, wanted = plain(query, sources, masks, slope)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(gradients, wanted, strict=True):
@@ -60,10 +62,10 @@ def agree(query, sources, seen, masks, slope):
 
 
 @pytest.fixture(params=[(3, 2**24), (3, 0), (128, 2**24), (1, 0)], ids=["few kept", "few again", "one", "row by row"])
-def blocks(request, monkeypatch):
-    """Rows of a block, and bytes that are kept."""
-    monkeypatch.setattr(scores, "BLOCK_ROWS", request.param[0])
-    monkeypatch.setattr(scores, "KEPT_BYTES", request.param[1])
+def blocks(request):
+    """A device by the rows of a block, and the bytes that are kept."""
+    rows, kept = request.param
+    return replace(this_device(), score_block_rows=rows, kept_score_bytes=kept)
 
 
 def test_completions_over_a_shared_prompt(blocks):
@@ -72,12 +74,12 @@ def test_completions_over_a_shared_prompt(blocks):
     padding = np.where(np.arange(P) < np.array([P, 3])[:, None], 0, -np.inf)[:, None, None, None, None]
     causal = np.where(np.arange(T) > np.arange(T)[:, None], -np.inf, 0)
     masks = Masks(mx.array(padding[:, :, 0].astype(np.float32)), mx.array(causal.astype(np.float32)), P)
-    agree(query, [rest[:2], rest[2:]], masks.seen, [causal, padding], slope)
+    agree(query, [rest[:2], rest[2:]], masks.seen, [causal, padding], slope, blocks)
 
 
 def test_vision_without_masks(blocks):
     query, slope, *rest = given(*2 * [(B, J, 1, 1, T, E)], *2 * [(B, J, 1, 9, E)])
-    agree(query, [rest], lambda rows: [(slice(0, 9), None)], [np.zeros(9)], slope)
+    agree(query, [rest], lambda rows: [(slice(0, 9), None)], [np.zeros(9)], slope, blocks)
 
 
 def prompts(length, *images):
@@ -95,7 +97,7 @@ def prompts(length, *images):
     return lay_out_prefixes(found)
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(4), Rule(blocks=True), Rule(4, blocks=True)], ids=str)
+@pytest.mark.parametrize("rule", [Visibility(), Visibility(4), Visibility(blocks=True), Visibility(4, blocks=True)], ids=str)
 def test_prompts_with_windows_and_images(blocks, rule):
     length = 11
     prefixes = prompts(length, [2, 3, 4, 5, 8, 9], [1, 2, 6, 7, 8, 9])
@@ -107,14 +109,15 @@ def test_prompts_with_windows_and_images(blocks, rule):
     if rule.window:
         sees = sees & (row - key < rule.window)
     query, slope, *rest = given(*2 * [(B, J, 1, G, length, E)], *2 * [(B, J, 1, length, E)])
-    agree(query, [rest], lambda rows: [prefixes.seen(rule, rows)], [np.where(sees, 0, -np.inf)[:, None, None, None]], slope)
+    agree(query, [rest], lambda rows: [prefixes.seen(rule, rows)], [np.where(sees, 0, -np.inf)[:, None, None, None]], slope, blocks)
     # What a GPU's own attention takes, which all rows share.
     mask = prefixes.mask(rule)
-    assert mask is None if rule == Rule() else np.array_equal(np.broadcast_to(mask[:, 0], sees.shape), sees)
+    assert mask is None if rule == Visibility() else np.array_equal(np.broadcast_to(mask[:, 0], sees.shape), sees)
 
 
-def memory(length, heads=4, width=16):
+def memory(length, heads=4, width=16, **traits):
     """Bytes that a causal attention holds for its backward, and that both hold at most, beside what they are given."""
+    device = replace(this_device(), **traits)
     mx.random.seed(0)
     query, *pair = mx.random.normal((3, 1, heads, 1, length, width))
     arrays = [query[:, :, :, None] + 0, *(part + 0 for part in pair)]
@@ -127,7 +130,7 @@ def memory(length, heads=4, width=16):
     mx.set_cache_limit(0)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    backward = Backward(lambda query, *pair: [scores.attention(query, [tuple(pair)], seen)], arrays)
+    backward = Backward(lambda query, *pair: [scores.attention(query, [tuple(pair)], seen, device)], arrays)
     mx.eval(backward.outputs)
     held = mx.get_active_memory() - before
     slope = mx.ones_like(backward.outputs[0])
@@ -135,18 +138,15 @@ def memory(length, heads=4, width=16):
     return held, mx.get_peak_memory() - before
 
 
-def test_memory_grows_with_the_rows(monkeypatch):
+def test_memory_grows_with_the_rows():
     """At twice the tokens at most twice as much, and far less than all scores once."""
-    monkeypatch.setattr(scores, "KEPT_BYTES", 0)
-    monkeypatch.setattr(scores, "BLOCK_BYTES", 2**20)
-    (_, once), (_, twice) = memory(1024), memory(2048)
+    (_, once), (_, twice) = (memory(length, kept_score_bytes=0, score_block_bytes=2**20) for length in (1024, 2048))
     assert twice <= 2.1 * once
     assert twice < 0.25 * 4 * 4 * 2048**2
 
 
-def test_scores_are_kept_where_they_are_few(monkeypatch):
+def test_scores_are_kept_where_they_are_few():
     scores_of_256 = 4 * 4 * 256 * (256 + 128) // 2
     kept, _ = memory(256)
-    monkeypatch.setattr(scores, "KEPT_BYTES", scores_of_256 - 1)
-    again, _ = memory(256)
+    again, _ = memory(256, kept_score_bytes=scores_of_256 - 1)
     assert kept - again == pytest.approx(scores_of_256, rel=0.1)

@@ -15,10 +15,10 @@ pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import Completion, Group, Sampling, Update
-from opd_mlx import backend as backend_module
+from opd_mlx import gradient as gradient_module
 from opd_mlx import sampling
 from opd_mlx.kernels import backward, recorder
-from opd_mlx.layers import attention
+from opd_mlx.layers.attention import buffer_length
 from tests import random_models
 from tests.mlx_cases import clone, make_case, relative_error
 from tests.test_families_mlx import make_case as family_case
@@ -48,17 +48,16 @@ def case(request, tmp_path_factory):
 @pytest.mark.parametrize("again", [False, True])
 def test_parts_of_a_group_add_up(case, monkeypatch, again):
     """Statistics and gradient, on top of a gradient that is there already; prompts run once."""
-    if again:
-        monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
+    traits = {"checkpoint_above": 0} if again else {}
     prompts = []
-    real = backend_module.prefill
+    real = gradient_module.prefill
     monkeypatch.setattr(
-        backend_module, "prefill", lambda model, prefixes, *rest: prompts.extend(prefixes.sources) or real(model, prefixes, *rest)
+        gradient_module, "prefill", lambda model, prefixes, *rest: prompts.extend(prefixes.sources) or real(model, prefixes, *rest)
     )
     found = []
     for split in (0, 1, 2, 3):
         prompts.clear()
-        backend = clone(case.loaded)
+        backend = clone(case.loaded, **traits)
         backend.accumulate(case.groups[2:3], JSD)
         before = len(prompts)
         rows = backend.accumulate(case.groups, JSD, split)
@@ -84,9 +83,8 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_memory_is_that_of_one_part(wide, monkeypatch, again):
+def test_memory_is_that_of_one_part(wide, again):
     case, rng = wide
-    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0 if again else 2**60)
     loaded, length = case.backend(), 96
 
     def peak(n: int, split: int) -> int:
@@ -94,7 +92,7 @@ def test_memory_is_that_of_one_part(wide, monkeypatch, again):
             Completion(rng.integers(0, 250, length).astype(np.int32), np.full(length, -5, np.float32), False) for _ in range(n)
         )
         weights = tuple(np.full(length, 0.01, np.float32) for _ in range(n))
-        backend = clone(loaded)
+        backend = clone(loaded, checkpoint_above=0 if again else 2**60)
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -151,16 +149,12 @@ def longest(completions):
 
 def test_what_has_ended_leaves_the_batch(case, ending, monkeypatch):
     seen = []
-    real = sampling.complete
-    monkeypatch.setattr(
-        sampling, "complete", lambda model, batch, *rest, **own: seen.append(batch.shape) or real(model, batch, *rest, **own)
-    )
-    monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
+    real = sampling.decode
+    monkeypatch.setattr(sampling, "decode", lambda model, batch, *rest: seen.append(batch.shape) or real(model, batch, *rest))
     ours = clone(case.loaded).sample(*ending)
     shapes = list(seen)
     seen.clear()
-    monkeypatch.setattr(sampling, "LEFT", 0.0)
-    same(case, ours, clone(case.loaded).sample(*ending))
+    same(case, ours, clone(case.loaded, compact_below=0.0).sample(*ending))
     assert set(seen) == {(4, 5, 1)}
     assert len(seen) == len(shapes)
     lengths = np.array([[len(one) for one in row] for row in ours])
@@ -180,12 +174,11 @@ def test_steps_launched_ahead(case, ending, monkeypatch, ahead):
     steps = []
     real = sampling.draw
     monkeypatch.setattr(sampling, "draw", lambda *arguments: steps.append(1) or real(*arguments))
-    monkeypatch.setattr(sampling, "AHEAD", ahead)
-    same(case, clone(case.loaded).sample(*ending), whole)
+    same(case, clone(case.loaded, steps_ahead=ahead).sample(*ending), whole)
     assert len(steps) == min(40, longest(whole) + ahead)
     steps.clear()
     everything = tuple(range(1000))
-    ended = clone(case.loaded).sample(*ending[:2], Sampling(1.0, everything))
+    ended = clone(case.loaded, steps_ahead=ahead).sample(*ending[:2], Sampling(1.0, everything))
     assert {len(one) for row in ended for one in row} == {1}
     assert len(steps) == 1 + ahead
 
@@ -196,29 +189,26 @@ def test_what_a_gpu_compiles(case, ending, monkeypatch):
     A CPU would have kernels compiled for it, which one family shows.
     """
     whole = clone(case.loaded).sample(*ending)
-    # One share, so that a call is a step; and what ends leaves at another time one step ahead, where sums are of other lengths.
-    monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
-    monkeypatch.setattr(sampling, "AHEAD", 1)
-    monkeypatch.setattr(recorder, "COMPILES", True)
-    monkeypatch.setattr(attention, "ROOM", 4)
+    # What ends leaves at another time one step ahead, where sums are of other lengths.
+    gpu = clone(case.loaded, steps_ahead=1, compiles=True, cache_tokens=4)
     built, shapes = [], []
-    real, run = sampling.complete, recorder.Recorder.run
+    real, run = sampling.decode, recorder.Recorder.run
 
-    def complete(model, batch, memory, own, step):
+    def decode(model, batch, cache, caches, step):
         built.append((batch.shape, step.count))
-        return real(model, batch, memory, own=own, step=step)
+        return real(model, batch, cache, caches, step)
 
-    monkeypatch.setattr(sampling, "complete", complete)
+    monkeypatch.setattr(sampling, "decode", decode)
     monkeypatch.setattr(recorder.Recorder, "run", lambda self, shape, step: shapes.append(shape) or run(self, shape, step))
     kernels = case.loaded._model.config["model_type"] == "qwen3_5" and shutil.which("g++")
     if not kernels:
         mx.disable_compile()
     try:
-        same(case, clone(case.loaded).sample(*ending), whole)
+        same(case, gpu.sample(*ending), whole)
     finally:
         mx.enable_compile()
     assert len(shapes) == min(40, longest(whole) + 1)
-    assert [count for _, count in shapes] == [attention.room(step + 1) for step in range(len(shapes))]
+    assert [count for _, count in shapes] == [buffer_length(step + 1, 4) for step in range(len(shapes))]
     assert len({rows for rows, _ in shapes}) > 2
     assert {count for _, count in built} == {count for _, count in shapes} > {4, 8, 16}
     if kernels:
@@ -228,7 +218,7 @@ def test_what_a_gpu_compiles(case, ending, monkeypatch):
         assert len(built) == len(shapes)
 
 
-def test_recorder(monkeypatch):
+def test_recorder():
     """The first step of a shape runs, the second is compiled, and what is compiled is run again, on what the state holds then."""
     state = {"total": mx.array(0.0), "nested": [[mx.array([1.0, 2.0])]]}
     built = []
@@ -238,15 +228,13 @@ def test_recorder(monkeypatch):
         state["total"] = state["total"] + state["nested"][0][0].sum()
         return [state["total"] * 2]
 
-    monkeypatch.setattr(recorder, "COMPILES", True)
-    its = recorder.Recorder(state)
+    its = recorder.Recorder(state, compiles=True)
     found = [its.run(name, partial(step, name))[0].item() for name in ("a", "a", "a")]
     state["nested"][0][0] = mx.array([5.0])
     found += [its.run(name, partial(step, name))[0].item() for name in ("b", "b", "b", "a")]
     assert found == [6.0, 12.0, 18.0, 28.0, 38.0, 48.0, 58.0]
     assert built == ["a", "a", "b", "b", "a"]
-    monkeypatch.setattr(recorder, "COMPILES", False)
-    its = recorder.Recorder(state)
+    its = recorder.Recorder(state, compiles=False)
     built.clear()
     for _ in range(3):
         its.run("a", partial(step, "a"))
@@ -260,12 +248,10 @@ def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
     monkeypatch.setattr(sampling, "prefill", lambda model, prefixes: calls.append(prefixes.shape) or real(model, prefixes))
     whole = clone(case.loaded).sample(*ending)
     calls.clear()
-    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)  # nothing is kept for a backward
     most = max(map(len, ending[0]))
-    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 2 * most)
-    monkeypatch.setattr(sampling.LANES, "streams", sampling.LANES.streams[:1])
-    monkeypatch.setattr(attention, "ROOM", 3)
-    same(case, clone(case.loaded).sample(*ending), whole)
+    # No prefill is kept for a backward.
+    few = clone(case.loaded, checkpoint_above=0, prefill_tokens=2 * most, cache_tokens=3)
+    same(case, few.sample(*ending), whole)
     assert [count for count, _ in calls] == [2, 2]
     assert calls[0][1] != calls[1][1] or case.loaded._model.config["model_type"] == "idefics3"
 
@@ -282,8 +268,8 @@ def test_a_small_rollouts_pass_serves_the_backward(case, ending, monkeypatch, ch
             one._gradient = {name: mx.ones_like(value) for name, value in one._student.items()}
             one.apply(Update(1e-3))
     calls = []
-    real = backend_module.MlxBackend._prompts
-    monkeypatch.setattr(backend_module.MlxBackend, "_prompts", lambda *given: calls.append(1) or real(*given))
+    real = gradient_module.run_prompts
+    monkeypatch.setattr(gradient_module, "run_prompts", lambda *given: calls.append(1) or real(*given))
     rows = backend.accumulate(groups, JSD)
     assert bool(calls) == (change in ("another prompt", "a step"))
     expected = fresh.accumulate(groups, JSD)

@@ -23,8 +23,7 @@ import opd_mlx
 from opd.errors import FolderError, ModelError, RecipeError
 from opd.objective import Objective
 from opd.types import Group, ModelOptions, Update
-from opd_mlx import backend as backend_module
-from opd_mlx import optimizer
+from opd_mlx import gradient
 from tests.mlx_cases import clone, distribution, make_case, relative_error
 from tests.random_models import qwen3_vl
 
@@ -67,19 +66,17 @@ def norm_of(tensors):
 
 
 @pytest.fixture(params=["one by one", "compiled"])
-def kernels(request, monkeypatch):
-    """As a CPU runs a step, and as a GPU does; on a CPU MLX asks for a compiler."""
-    if request.param == "compiled":
-        if not shutil.which("g++"):
-            pytest.skip("no compiler")
-        for name in ("_moved", "_nearer"):
-            monkeypatch.setattr(optimizer, name, mx.compile(getattr(optimizer, name), shapeless=True))
+def kernels(request):
+    """Traits of a device that runs a step as a CPU does, and as a GPU does; on a CPU MLX asks for a compiler."""
+    if request.param == "compiled" and not shutil.which("g++"):
+        pytest.skip("no compiler")
     # Pieces of one and of several arrays.
-    monkeypatch.setattr(optimizer, "TOGETHER", 2**12)
+    return {"compiles": request.param == "compiled", "gradient_bytes": 2**12}
 
 
-def test_adamw_is_the_formula(backend, kernels):
+def test_adamw_is_the_formula(loaded, kernels):
     """Kingma and Ba's bias-corrected moments, Loshchilov and Hutter's decoupled decay, clipping by global norm; in numpy float64."""
+    backend = clone(loaded, **kernels)
     theta = {name: value.astype(np.float64) for name, value in backend.tensors("student").items()}
     first, second = ({name: np.zeros_like(value) for name, value in theta.items()} for _ in range(2))
     updates = [
@@ -133,8 +130,9 @@ def test_a_step_that_is_not_finite_changes_nothing(backend, poison):
     assert backend.apply(update).taken
 
 
-def test_the_teacher_is_the_closed_form_average(backend, kernels):
+def test_the_teacher_is_the_closed_form_average(loaded, kernels):
     """After k moves towards a student that stands still, (1 - rate)^k of the distance is left."""
+    backend = clone(loaded, **kernels)
     student, start = backend.tensors("student"), backend.tensors("teacher")
     for _ in range(5):
         backend.move_teacher(0.05)
@@ -321,8 +319,8 @@ def test_groups_without_tokens(case, backend):
 
 def test_groups_without_tokens_are_not_computed(case, backend, monkeypatch):
     prompts = []
-    real = backend_module.lay_out
-    monkeypatch.setattr(backend_module, "lay_out", lambda given, completions: prompts.append(len(given)) or real(given, completions))
+    real = gradient.lay_out
+    monkeypatch.setattr(gradient, "lay_out", lambda given, completions: prompts.append(len(given)) or real(given, completions))
     empty = Group(case.groups[1].student, case.groups[1].teacher, (), ())
     assert [len(row) for row in backend.accumulate([empty, case.groups[0], empty], OBJECTIVE)] == [0, 3, 0]
     assert prompts == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,7 +99,12 @@ class Measured:
 
     def accumulate(self, monkeypatch, checkpointed):
         """Above what is held: the second micro-batch, and the gradient of the first."""
-        monkeypatch.setattr(self.module, "CHECKPOINT_ABOVE", 0 if checkpointed else 2**60)
+        bound = 0 if checkpointed else 2**60
+        if self.name == "mlx":
+            model = self.backend._model
+            monkeypatch.setattr(self.backend, "_model", replace(model, device=replace(model.device, checkpoint_above=bound)))
+        else:
+            monkeypatch.setattr(self.module, "CHECKPOINT_ABOVE", bound)
         self.backend._gradient = {}
         # Whatever the first micro-batch was, its gradient is as large; so it is a short one.
         first = Group(self.short, self.short, self.group.completions[:1], self.group.weights[:1])
@@ -194,10 +200,14 @@ def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_n
     measured = Measured(backend_name, middle, QUESTION, (32, 32), (32, 32), n=1, length=2)
     backend = measured.backend
     backend.sample([measured.group.student, measured.short], np.full((2, 1, 2), 0.5, np.float32), Sampling())
-    kept = weakref.ref(backend._kept.runs[0] if backend_name == "mlx" else backend._kept[1][0][0])
-    teacher = "_taught" if backend_name == "mlx" else "_hidden"
-    run, seen = getattr(backend, teacher), []
-    monkeypatch.setattr(backend, teacher, lambda *rest: seen.append(kept()) or run(*rest))
+    if backend_name == "mlx":
+        kept = weakref.ref(backend._prefill.pending)
+        holder, teacher = importlib.import_module("opd_mlx.gradient"), "_teacher_hidden"
+    else:
+        kept = weakref.ref(backend._kept[1][0][0])
+        holder, teacher = backend, "_hidden"
+    run, seen = getattr(holder, teacher), []
+    monkeypatch.setattr(holder, teacher, lambda *rest: seen.append(kept()) or run(*rest))
     backend.accumulate([measured.group], Objective(top_k=100))
     assert seen == [None]
 
@@ -214,11 +224,16 @@ def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkey
 @pytest.mark.parametrize("image", [(112, 96), (320, 320)], ids=["short", "long"])
 def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, image):
     measured = Measured(backend_name, middle, QUESTION, image, (32, 32), n=3, length=7)
-    forward = importlib.import_module("opd_mlx.forward" if backend_name == "mlx" else "opd_torch.footprint")
-    assert forward.CHECKPOINT_ABOVE == CHECKPOINT_ABOVE
     if backend_name == "mlx":
-        found = forward.activation_bytes(measured.backend._model, measured.backend._batch("student", [measured.group]))
+        from opd_mlx.batch import lay_out
+        from opd_mlx.footprint import activation_bytes
+
+        batch = lay_out([measured.group.student], [[one.tokens for one in measured.group.completions]])
+        found = activation_bytes(measured.backend._model, batch)
+        assert measured.backend._model.device.checkpoint_above == CHECKPOINT_ABOVE
     else:
+        forward = importlib.import_module("opd_torch.footprint")
+        assert forward.CHECKPOINT_ABOVE == CHECKPOINT_ABOVE
         layout = importlib.import_module("opd_torch.batch").lay_out
         import torch
 

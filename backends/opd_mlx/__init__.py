@@ -1,4 +1,4 @@
-"""The MLX backend: Metal GPU on a Mac, CPU on Linux. Twin of `opd_torch`, file by file; nothing here needs torch."""
+"""The MLX backend: Metal GPU on a Mac, CPU on Linux. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from opd.types import ModelOptions
     from opd_mlx.backend import MlxBackend
+    from opd_mlx.device import Device
 
 __all__ = ["load", "quantize"]
 
@@ -16,17 +17,18 @@ GROUP = 64
 """Weights that share a scale, as in mlx-community."""
 
 
-def load(options: ModelOptions) -> MlxBackend:
-    """Loads the model in `options.path` on MLX's default device."""
+def load(options: ModelOptions, device: Device | None = None) -> MlxBackend:
+    """Loads the model in `options.path`; `device`: MLX's default device as it is."""
     from opd_mlx.backend import MlxBackend
 
-    return MlxBackend(options)
+    return MlxBackend(options, device)
 
 
 def quantize(source: Path, folder: Path, bits: int) -> None:
-    """Writes `source`, a model folder, with its language model in `bits` per weight: mlx-vlm's own quantisation and layout.
+    """Writes `source`, a model folder, with its language model in `bits` per weight.
 
-    Raises ModelError where mlx-vlm cannot load the model.
+    Quantisation and layout are mlx-vlm's own. Raises ModelError where mlx-vlm cannot load the
+    model.
     """
     import contextlib
     import io
@@ -51,16 +53,17 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
             model, config = utils.load_model(whole, lazy=True), utils.load_config(whole)
         except Exception as error:  # whatever mlx-vlm and its models raise
             reason = one_line(error).replace(str(whole), str(source))
-            raise ModelError(f"mlx-vlm, which quantises, cannot load this model of type '{kind}': {reason}") from error
-        own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints, and our stdout is for results
-            model, config = quantize_model(
-                model,
-                config,
-                GROUP,
-                bits,
-                quant_predicate=lambda path, module: not utils.skip_multimodal_module(path) and own(path, module),
-            )
+            raise ModelError(
+                f"mlx-vlm, which quantises, cannot load this model of type '{kind}': {reason}"
+            ) from error
+        allowed = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+        def quantised(path: str, module: object) -> bool:
+            return not utils.skip_multimodal_module(path) and allowed(path, module)
+
+        # mlx-vlm prints, and our stdout is for results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, config = quantize_model(model, config, GROUP, bits, quant_predicate=quantised)
         utils.save_weights(folder, model)
     as_new(*folder.glob("*.safetensors"))
     inert.copy_files(source, folder)

@@ -1,18 +1,18 @@
-"""Lays out prompts and completions of unequal lengths and counts as padded arrays, and takes results apart again.
+"""Lays out prompts and completions of unequal lengths and counts as padded arrays.
 
-Everything is padded on the right, where no causal row looks. A prompt's last token predicts its completions' first tokens, so it
-runs with the completions: row t of a completion holds the token before target t. What is left of the prompt is a prefix whose keys
-and values are all that is wanted of it, and a completion's last token, which predicts nothing, is no input.
+Everything is padded on the right, where no causal row looks. A prompt's last token predicts its
+completions' first tokens, so it runs with the completions: row t of a completion holds the token
+before target t. The rest of the prompt is a prefix, of which only keys and values are wanted; and a
+completion's last token, which predicts nothing, is no input.
 
-Legend: B prompts, P tokens of the longest prompt without its last one, n completions of the largest group, T tokens of the longest
-completion, M completion tokens that are predicted, S visual tokens.
+Legend: B prompts, P tokens of the longest prompt without its last one, n completions of the largest
+group, T tokens of the longest completion, M completion tokens that are predicted, S visual tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,8 +23,8 @@ from opd_mlx.kernels.scores import Seen
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Which earlier tokens a layer's rows attend to: the last `window`, the row's own included, or all.
+class Visibility:
+    """Which earlier tokens a layer's rows attend to: all, or the last `window`, their own included.
 
     With `blocks`, tokens of one image in a prompt see each other in both directions.
     """
@@ -35,9 +35,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Masks:
-    """What completion rows do not see, -inf: of the prefix in [B, 1, 1, T or 1, P], of their own keys in [T, keys]; None: nothing.
+    """What is added to scores of completion rows, -inf at keys that a row does not see.
 
-    There are `width` keys of the prefix.
+    `prefix` is [B, 1, 1, T or 1, P], `own` [T, keys]; None: rows see all. The prefix has `width`
+    keys.
     """
 
     prefix: mx.array | None
@@ -50,16 +51,22 @@ class Masks:
         every = slice(None) if prefix is None or prefix.shape[3] == 1 else rows
         return [
             (keys, None if own is None else lambda _: own[rows, keys]),
-            (slice(0, self.width), None if prefix is None else lambda _: prefix[:, :, None, :, every]),
+            (
+                slice(0, self.width),
+                None if prefix is None else lambda _: prefix[:, :, None, :, every],
+            ),
         ]
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prompts without their last tokens: `tokens` [B * P], `positions` [axes, B * P], `shape` (B, P), `lengths` [B] of each.
+    """Prompts without their last tokens.
 
-    `visual_rows` [S] are the rows of image tokens in the order of `sources`; `images` [B, P] tells the images of a prompt apart, and is
-    -1 at text. `reach` [P] is one past the last key that a row of any prompt sees where images see themselves in both directions.
+    `tokens` [B * P], `positions` [axes, B * P], `shape` (B, P), `lengths` [B] of each; `even` if
+    all are of one length. `visual_rows` [S] are the rows of image tokens in the order of
+    `sources`; `images` [B, P] numbers the images of a prompt, and is -1 at text. `reach` [P] is
+    one past the last key that a row of any prompt sees if images see themselves in both
+    directions.
     """
 
     sources: Sequence[Prompt]
@@ -77,77 +84,87 @@ class Prefixes:
         """[B, P], False where a prompt has ended; None where all are of one length."""
         return None if self.even else mx.arange(self.shape[1]) < self.lengths[:, None]
 
-    def mask(self, rule: Rule) -> mx.array | None:
-        """What a prompt's rows see of it: [B or 1, 1, P, P], True; None where that is causality alone.
+    def mask(self, visibility: Visibility) -> mx.array | None:
+        """Which keys of a prompt its rows see, [B or 1, 1, P, P]; None: causality alone decides.
 
         Padding stands on the right, where no real row looks.
         """
-        whole = slice(0, self.shape[1])
-        return (
-            self._sees(rule, whole, whole, mx.arange(self.shape[1])[:, None])[:, None]
-            if self._window(rule) is not None or self._blocks(rule)
-            else None
-        )
+        if self._window(visibility) is None and not self._blocks(visibility):
+            return None
+        whole, rows = slice(0, self.shape[1]), mx.arange(self.shape[1])[:, None]
+        return self._sees(visibility, whole, whole, rows)[:, None]
 
-    def seen(self, rule: Rule, rows: slice) -> Seen:
+    def seen(self, visibility: Visibility, rows: slice) -> Seen:
         """What some of a prompt's rows see of it."""
-        window = self._window(rule)
-        last = int(self.reach[rows].max()) if self._blocks(rule) else rows.stop
+        window = self._window(visibility)
+        last = int(self.reach[rows].max()) if self._blocks(visibility) else rows.stop
         keys = slice(0 if window is None else max(0, rows.start + 1 - window), last)
-        return keys, lambda row: mx.where(self._sees(rule, rows, keys, row), 0.0, -mx.inf)[:, None, None, None]
 
-    def _window(self, rule: Rule) -> int | None:
-        return rule.window if rule.window is not None and rule.window < self.shape[1] else None
+        def mask(row: mx.array) -> mx.array:
+            sees = self._sees(visibility, rows, keys, row)
+            return mx.where(sees, 0.0, -mx.inf)[:, None, None, None]
 
-    def _blocks(self, rule: Rule) -> bool:
-        return rule.blocks and len(self.visual_rows) > 0
+        return keys, mask
 
-    def _sees(self, rule: Rule, rows: slice, keys: slice, row: mx.array) -> mx.array:
-        """[B or 1, rows, keys], True where a row sees a key; `row` [rows, 1] are the rows' numbers."""
-        key = mx.arange(keys.start, keys.stop)
-        seen, window = (key <= row)[None], self._window(rule)
-        if self._blocks(rule):
-            its, others = self.images[:, rows, None], self.images[:, None, keys]
-            seen = seen | ((its == others) & (others >= 0))
-        return seen if window is None else seen & (row - key < window)
-
-    def masks(self, rule: Rule, row: mx.array, keys: int) -> Masks:
-        """What some rows of completions see, by their numbers [T, 1], of the prefix and of the first `keys` own keys."""
+    def masks(self, visibility: Visibility, row: mx.array, keys: int) -> Masks:
+        """What rows of completions, of numbers `row` [T, 1], see of the prefix and `keys` own
+        keys."""
         key = mx.arange(keys)
         own = mx.where(key > row, -mx.inf, 0.0) if keys > 1 else None
         real, prefix = self.real, None
         if real is not None:
             prefix = mx.where(real, 0.0, -mx.inf)[:, None, None, None]
-        if rule.window is not None and rule.window < self.shape[1] + keys:
+        window = visibility.window
+        if window is not None and window < self.shape[1] + keys:
             distance = self.lengths[:, None, None] + row - mx.arange(self.shape[1])
-            far = mx.where(distance < rule.window, 0.0, -mx.inf)[:, None, None]
+            far = mx.where(distance < window, 0.0, -mx.inf)[:, None, None]
             prefix = far if prefix is None else prefix + far
-            own = mx.where((key > row) | (row - key >= rule.window), -mx.inf, 0.0)
+            own = mx.where((key > row) | (row - key >= window), -mx.inf, 0.0)
         return Masks(prefix, own, self.shape[1])
+
+    def _window(self, visibility: Visibility) -> int | None:
+        window = visibility.window
+        return window if window is not None and window < self.shape[1] else None
+
+    def _blocks(self, visibility: Visibility) -> bool:
+        return visibility.blocks and len(self.visual_rows) > 0
+
+    def _sees(self, visibility: Visibility, rows: slice, keys: slice, row: mx.array) -> mx.array:
+        """[B or 1, rows, keys], True where a row sees a key; `row` [rows, 1] are the rows'
+        numbers."""
+        key = mx.arange(keys.start, keys.stop)
+        seen, window = (key <= row)[None], self._window(visibility)
+        if self._blocks(visibility):
+            of_row, of_key = self.images[:, rows, None], self.images[:, None, keys]
+            seen = seen | ((of_row == of_key) & (of_key >= 0))
+        return seen if window is None else seen & (row - key < window)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One token step of decoding: its `number` [1], and of how many own rows every layer reads keys.
+class DecodeStep:
+    """One token step of decoding: its `number` [1], and how many own rows every layer reads keys
+    of.
 
-    `count` is number + 1, or more where `exact` is false: then a step that is compiled once reads as much as those that come after it.
+    `count` is number + 1, or more where `exact` is false: then a step that is compiled once reads
+    as much as those that come after it.
     """
 
     number: mx.array
     count: int
     exact: bool
 
-    def masks(self, prefixes: Prefixes, rule: Rule) -> Masks:
+    def masks(self, prefixes: Prefixes, visibility: Visibility) -> Masks:
         """What a completion's row sees."""
-        masks = prefixes.masks(rule, self.number[:, None], self.count)
-        return replace(masks, own=None) if self.exact and rule.window is None else masks
+        masks = prefixes.masks(visibility, self.number[:, None], self.count)
+        return replace(masks, own=None) if self.exact and visibility.window is None else masks
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [B * n * T], `positions` [axes, B * n * T], `shape` (B, n, T).
+    """Inputs of one forward: `prefixes`, and completion rows.
 
-    `rows` [M] are the completion rows that have a target, in order of group, completion and token; None: all.
+    Of these `tokens` [B * n * T], `positions` [axes, B * n * T], `shape` (B, n, T). `rows` [M] are
+    the completion rows that have a target, in order of group, completion and token; None: all.
     """
 
     prefixes: Prefixes
@@ -159,18 +176,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Targets:
-    """What completion tokens are and weigh, [M] each; `lengths` of all completions and `counts` [B] of each group's."""
+    """Completion tokens, their log-probabilities as recorded, and their weights, [M] each."""
 
     tokens: mx.array
     logprobs: mx.array
     weights: mx.array
-    lengths: list[int]
-    counts: list[int]
-
-    def ragged(self, values: mx.array) -> list[list[NDArray[Any]]]:
-        """Cuts `values` [M, ...] into arrays [T, ...] of each completion of each group."""
-        pieces = iter(np.split(np.array(values), np.cumsum(self.lengths)[:-1]))
-        return [[next(pieces) for _ in range(count)] for count in self.counts]
 
 
 def lay_out_prefixes(prompts: Sequence[Prompt], at_least: int = 1) -> Prefixes:
@@ -182,14 +192,16 @@ def lay_out_prefixes(prompts: Sequence[Prompt], at_least: int = 1) -> Prefixes:
     images = np.full((count, width), -1, np.int32)
     reach = np.arange(1, width + 1)
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        if length in prompt.visual.index:
+        index, image = prompt.visual.index, prompt.visual.image
+        if length in index:
             raise ValueError("a prompt must not end with an image token")
         tokens[row, :length] = prompt.tokens[:-1]
         positions[:, row, :length] = prompt.positions[:, :-1]
-        images[row, prompt.visual.index] = prompt.visual.image
+        images[row, index] = image
         ends = np.zeros(len(prompt), np.intp)
-        np.maximum.at(ends, prompt.visual.image, prompt.visual.index + 1)
-        reach[prompt.visual.index] = np.maximum(reach[prompt.visual.index], ends[prompt.visual.image])
+        np.maximum.at(ends, image, index + 1)
+        reach[index] = np.maximum(reach[index], ends[image])
+    visual_rows = [row * width + prompt.visual.index for row, prompt in enumerate(prompts)]
     return Prefixes(
         sources=prompts,
         tokens=mx.array(tokens.reshape(-1)),
@@ -197,21 +209,22 @@ def lay_out_prefixes(prompts: Sequence[Prompt], at_least: int = 1) -> Prefixes:
         shape=(count, width),
         lengths=mx.array(np.array(lengths, np.int32)),
         even=min(lengths) == width,
-        visual_rows=mx.array(np.concatenate([row * width + prompt.visual.index for row, prompt in enumerate(prompts)]).astype(np.int32)),
+        visual_rows=mx.array(np.concatenate(visual_rows).astype(np.int32)),
         images=mx.array(images),
         reach=reach,
     )
 
 
 def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]) -> Batch:
-    """Pads `prompts` and the tokens of each one's `completions`."""
-    shape = len(prompts), max(map(len, completions)), max([1, *(len(tokens) for members in completions for tokens in members)])
+    """Pads `prompts` and the tokens of each prompt's `completions`."""
+    longest = max([1, *(len(tokens) for members in completions for tokens in members)])
+    shape = len(prompts), max(map(len, completions)), longest
     inputs = np.zeros(shape, np.int32)
     real = np.zeros(shape, bool)
     positions = np.zeros((len(prompts[0].positions), *shape), np.int32)
     for row, (prompt, members) in enumerate(zip(prompts, completions, strict=True)):
         inputs[row, :, 0] = prompt.tokens[-1]
-        positions[:, row] = prompt.row_positions(shape[2])[:, None]
+        positions[:, row] = prompt.row_positions(longest)[:, None]
         for column, tokens in enumerate(members):
             inputs[row, column, 1 : len(tokens)] = tokens[:-1]
             real[row, column, : len(tokens)] = True
@@ -228,10 +241,10 @@ def lay_out_targets(groups: Sequence[Group]) -> Targets:
     """Everything about completion tokens that is the same for both policies."""
     completions = [completion for group in groups for completion in group.completions]
     weights = [values for group in groups for values in group.weights]
+    tokens = np.concatenate([completion.tokens for completion in completions])
+    logprobs = np.concatenate([completion.logprobs for completion in completions])
     return Targets(
-        tokens=mx.array(np.concatenate([completion.tokens for completion in completions]).astype(np.int32)),
-        logprobs=mx.array(np.concatenate([completion.logprobs for completion in completions]).astype(np.float32)),
+        tokens=mx.array(tokens.astype(np.int32)),
+        logprobs=mx.array(logprobs.astype(np.float32)),
         weights=mx.array(np.concatenate(weights).astype(np.float32)),
-        lengths=[len(completion) for completion in completions],
-        counts=[len(group.completions) for group in groups],
     )

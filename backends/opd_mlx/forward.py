@@ -1,6 +1,9 @@
-"""The trunk: vision tower, prompt stream, completion stream, and the hidden states of exactly the rows that predict.
+"""The trunk: vision tower, prompt stream, completion stream, and hidden states of the rows that
+predict.
 
-Legend: see `batch`. Nothing here evaluates: under `mx.vjp` it is one traced function of the parameters.
+Nothing here evaluates: under `mx.vjp` it is one traced function of the parameters.
+
+Legend: see `batch`.
 """
 
 from __future__ import annotations
@@ -9,74 +12,128 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
-from mlx.nn.utils import checkpoint
 
 from opd.types import Prompt
-from opd_mlx.batch import Batch, Prefixes, Step
-from opd_mlx.layers.layer import KeysValues, Layer, Own
+from opd_mlx.batch import Batch, DecodeStep, Prefixes
+from opd_mlx.layers.layer import CompletionCache, KeysValues, Layer
 from opd_mlx.model import Model
+from opd_mlx.vision import checkpoint_if
 
-Memory: TypeAlias = list[KeysValues]
+PromptCache: TypeAlias = list[KeysValues]
 """What every layer keeps of prompts for their completions."""
 
-CHECKPOINT_ABOVE = 2 * 1024**3
-"""Bytes of activations that a backward may hold; where a call is estimated above it, layers are computed again instead: all, and on a GPU
-those whose activations do not fit in the memory that is free."""
 
-
-def hidden_states(model: Model, batch: Batch, again: float = 0) -> mx.array:
+def hidden_states(model: Model, batch: Batch, recompute: float = 0) -> mx.array:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens.
 
-    `again` is the share of layers, the first, that are computed again in the backward instead of keeping their activations.
+    `recompute` is the share of layers, the first, that the backward recomputes instead of keeping
+    their activations.
     """
-    return complete(model, batch, prefill(model, batch.prefixes, again), again)
+    return complete(model, batch, prefill(model, batch.prefixes, recompute), recompute)
 
 
-def look(model: Model, prompts: Sequence[Prompt]) -> None:
-    """Has a frozen tower see all images of `prompts` together, before these are divided among streams."""
-    if model.known is not None:
-        model.known.features(prompts)
-
-
-def prefill(model: Model, prefixes: Prefixes, again: float = 0) -> Memory:
-    """What completions need of all prompts' prefixes, for every layer: keys and values."""
+def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCache:
+    """What completions need of all prompts' prefixes, for every layer."""
     family, module = model.family, model.module
     hidden = family.embed(module, prefixes.tokens)
-    features = model.known.features(prefixes.sources) if model.known is not None else family.features(module, prefixes.sources, again)
+    features = model.features(prefixes.sources, recompute)
     if features:
         hidden[prefixes.visual_rows] = features[0].astype(hidden.dtype)
-    rotary = family.angles(module, prefixes.positions, hidden.dtype)
-    masks = {rule: prefixes.mask(rule) for rule in {layer.rule for layer in model.layers}}
-    found = []
+    angles = family.angles(module, prefixes.positions, hidden.dtype)
+    kinds = {layer.visibility for layer in model.layers}
+    masks = {visibility: prefixes.mask(visibility) for visibility in kinds}
+    cache = []
     for number, layer in enumerate(model.layers):
         last = number == len(model.layers) - 1
 
-        def run(hidden: mx.array, angles: KeysValues, layer: Layer = layer, last: bool = last) -> tuple[mx.array, KeysValues]:
-            return layer.prefix(hidden, angles, prefixes, masks[layer.rule], last)
+        def run(
+            hidden: mx.array, angles: KeysValues, layer: Layer = layer, last: bool = last
+        ) -> tuple[mx.array, KeysValues]:
+            return layer.prefix(hidden, angles, prefixes, masks[layer.visibility], last)
 
-        hidden, keys_values = (checkpoint(layer.module, run) if number < again * len(model.layers) else run)(hidden, rotary[layer.rotary])
-        found.append(keys_values)
+        run_layer = checkpoint_if(number < recompute * len(model.layers), layer.module, run)
+        hidden, keys_values = run_layer(hidden, angles[layer.rotary])
+        cache.append(keys_values)
         if number + 1 < len(features):
-            hidden = hidden.at[prefixes.visual_rows].add(features[number + 1].astype(hidden.dtype))
-    return found
+            more = features[number + 1].astype(hidden.dtype)
+            hidden = hidden.at[prefixes.visual_rows].add(more)
+    return cache
 
 
-def complete(model: Model, batch: Batch, memory: Memory, again: float = 0, own: Sequence[Own] = (), step: Step | None = None) -> mx.array:
-    """Final hidden states [M, D] of the batch's `rows`, over the `memory` that `prefill` gave of its prompts.
+def complete(model: Model, batch: Batch, cache: PromptCache, recompute: float = 0) -> mx.array:
+    """Final hidden states [M, D] of the batch's `rows`, over the `cache` of its prompts."""
+    return _completions(model, batch, cache, recompute, (), None)
 
-    In a token `step` of decoding, rows are one token of each completion, after those of which the layers keep their `own`.
+
+def decode(
+    model: Model,
+    batch: Batch,
+    cache: PromptCache,
+    caches: Sequence[CompletionCache],
+    step: DecodeStep,
+) -> mx.array:
+    """Final hidden states [B * n, D] of one more token of every completion.
+
+    `caches` hold the tokens before it, layer by layer.
     """
+    return _completions(model, batch, cache, 0, caches, step)
+
+
+def select_rows(cache: PromptCache, prompts: mx.array) -> PromptCache:
+    """The cache of some `prompts` [B']."""
+    return [(first[prompts], second[prompts]) for first, second in cache]
+
+
+def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:
+    """The caches of several `prefill` as one; layer by layer, and `parts` are emptied on the
+    way."""
+    if len(parts) == 1:
+        return parts[0]
+    whole: PromptCache = []
+    for layer in model.layers:
+        whole.append(layer.join([part.pop(0) for part in parts]))
+        mx.eval(whole[-1])
+    return whole
+
+
+def warm(model: Model, prompts: Sequence[Prompt]) -> None:
+    """Fills a frozen tower's feature cache with all images of `prompts` in one call."""
+    if model.feature_cache is not None:
+        model.feature_cache.features(prompts)
+
+
+def _completions(
+    model: Model,
+    batch: Batch,
+    cache: PromptCache,
+    recompute: float,
+    caches: Sequence[CompletionCache],
+    step: DecodeStep | None,
+) -> mx.array:
     family, module = model.family, model.module
     hidden = family.embed(module, batch.tokens)
-    rotary = family.angles(module, batch.positions, hidden.dtype)
-    rules, rows = {layer.rule for layer in model.layers}, mx.arange(batch.shape[2])[:, None]
-    masks = {rule: step.masks(batch.prefixes, rule) if step else batch.prefixes.masks(rule, rows, len(rows)) for rule in rules}
+    angles = family.angles(module, batch.positions, hidden.dtype)
+    rows, length = mx.arange(batch.shape[2])[:, None], batch.shape[2]
+    masks = {
+        visibility: step.masks(batch.prefixes, visibility)
+        if step
+        else batch.prefixes.masks(visibility, rows, length)
+        for visibility in {layer.visibility for layer in model.layers}
+    }
     for number, layer in enumerate(model.layers):
 
-        def run(hidden: mx.array, angles: KeysValues, prefix: KeysValues, number: int = number, layer: Layer = layer) -> mx.array:
-            return layer.completion(hidden, angles, batch.shape, prefix, masks[layer.rule], own[number] if step else None, step)
+        def run(
+            hidden: mx.array,
+            angles: KeysValues,
+            prefix: KeysValues,
+            number: int = number,
+            layer: Layer = layer,
+        ) -> mx.array:
+            own = caches[number] if step else None
+            mask = masks[layer.visibility]
+            return layer.completion(hidden, angles, batch.shape, prefix, mask, own, step)
 
-        its = number < again * len(model.layers)
-        hidden = (checkpoint(layer.module, run) if its else run)(hidden, rotary[layer.rotary], memory[number])
+        run_layer = checkpoint_if(number < recompute * len(model.layers), layer.module, run)
+        hidden = run_layer(hidden, angles[layer.rotary], cache[number])
     out: mx.array = family.text(module).norm(hidden if batch.rows is None else hidden[batch.rows])
     return out

@@ -1,29 +1,40 @@
-"""The student's gradient: backwards to parameters by name, and sums of what they give. On torch autograd does this by itself.
+"""The student's gradient: prompts, completions, head, and the backwards to parameters by name.
 
-Legend: U different tokens that some rows look up, V vocabulary, D width.
+The student's prompts run once, and their backward waits until all slices of completions have added
+gradients to what the prompts keep. On torch, autograd does this by itself.
+
+Legend: U different tokens that some rows look up, V vocabulary, D width, M completion tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.types import Group
+from opd.groups import slices
+from opd.objective import Objective
+from opd.types import Group, Policy, Prompt, TokenStatistics
+from opd_mlx.batch import Batch, Prefixes, lay_out, lay_out_targets
+from opd_mlx.footprint import activation_bytes, recompute_share
+from opd_mlx.forward import PromptCache, complete, hidden_states, prefill, warm
 from opd_mlx.kernels.backward import Backward
 from opd_mlx.model import Model, Parameters
+from opd_mlx.objective import HeadResult, default_chunk, divergence_head
 
-TOGETHER = 2**24
-"""Bytes of parameters whose gradient, or step, is computed at a time; of a gradient, those of one layer at most."""
+LOOKED_UP = "language_model.looked_up"
+"""The name among gradients of those of the embedding rows that completions look up."""
 
 
-class Run:
-    """Some rows of the student, and their backward: to parameters, and to other arrays that they read, by name.
+class PendingBackward:
+    """Some rows of the student, and their backward: to parameters, and to other inputs by name.
 
-    Of a trained embedding, the rows [U, D] that are looked up run in its place, so that its gradient is no table of zeros [V, D].
+    Where the embedding is trained, the rows [U, D] that are looked up run in its place, so that its
+    gradient is not a table [V, D] of zeros.
     """
 
     def __init__(
@@ -33,88 +44,366 @@ class Run:
         names: Sequence[str],
         tokens: mx.array,
         run: Callable[..., Sequence[mx.array]],
-        given: Mapping[str, mx.array] | None = None,
-        words: NDArray[np.int32] | None = None,
+        inputs: Mapping[str, mx.array] | None = None,
+        looked_up_ids: NDArray[np.int32] | None = None,
     ) -> None:
-        """`run` takes the `tokens` [N], and the arrays `given`; `names` are the `parameters` that it reads beside the embedding. `words`
-        [U] are all tokens, in order, where other rows have more than these.
+        """`run` takes the `tokens` [N] and the `inputs`.
+
+        `names` are the `parameters` that it reads beside the embedding. `looked_up_ids` [U], in
+        order, are given if other rows look up more tokens than these.
         """
         self.parameters = parameters
-        names, given = list(names), given or {}
+        names, inputs = list(names), inputs or {}
         primals = [parameters[name] for name in names]
-        self.words: mx.array | None = None
+        self.looked_up_ids: mx.array | None = None
         if model.embedding_name in parameters:
-            looked = np.array(tokens)
-            words = np.unique(looked) if words is None else words
+            ids = np.array(tokens)
+            unique = np.unique(ids) if looked_up_ids is None else looked_up_ids
             names.append(model.embedding_name)
-            self.words, tokens = mx.array(words), mx.array(np.searchsorted(words, looked).astype(np.int32))
-            primals.append(parameters[model.embedding_name][self.words])
+            self.looked_up_ids = mx.array(unique)
+            tokens = mx.array(np.searchsorted(unique, ids).astype(np.int32))
+            primals.append(parameters[model.embedding_name][self.looked_up_ids])
 
         def bound(*values: mx.array) -> Sequence[mx.array]:
             with model.bound(dict(zip(names, values, strict=False))):
                 return run(tokens, *values[len(names) :])
 
-        self._names = [*names, *given]
-        self._backward = Backward(bound, [*primals, *given.values()])
+        self._names = [*names, *inputs]
+        self._backward = Backward(bound, [*primals, *inputs.values()])
 
     @property
     def outputs(self) -> list[mx.array]:
-        """What the rows give; evaluate them before `start`."""
+        """Outputs of the rows; evaluate them before `start`."""
         return self._backward.outputs
 
     def start(self, gradients: Sequence[mx.array]) -> Parameters:
-        """Slopes by name from the float32 gradients to the outputs; the embedding's are those of `words`. They are not evaluated yet, and
-        nothing is kept of them here.
+        """Gradients by name from the float32 `gradients` to the outputs.
+
+        The embedding's are those of the `looked_up_ids`. They are not evaluated yet, and this
+        object keeps nothing of them.
         """
         self.parameters = {}
         return dict(zip(self._names, self._backward.start(gradients), strict=True))
 
 
-def words_of(groups: Sequence[Group]) -> NDArray[np.int32]:
-    """All tokens that completions of `groups` look up, in order, with 0, which stands where a completion has ended."""
-    looked = [one.tokens for group in groups for one in group.completions] + [group.student.tokens[-1:] for group in groups]
-    return np.unique(np.concatenate([np.zeros(1, np.int32), *looked])).astype(np.int32)
+@dataclass(frozen=True)
+class RolloutPrefill:
+    """The student's prompts as a rollout ran them, with a backward for the gradient of the same
+    step."""
+
+    prefixes: Prefixes
+    pending: PendingBackward
+
+    @property
+    def cache(self) -> PromptCache:
+        """What completions need of the prompts."""
+        outputs = self.pending.outputs
+        return list(zip(outputs[::2], outputs[1::2], strict=True))
 
 
-def memory_name(share: int, place: int) -> str:
-    """The name among slopes of a share's keys (even places, two for each layer) or values."""
-    return f"language_model.{place // 2}.memory.{share}.{place % 2}"
+@dataclass(frozen=True)
+class Slice:
+    """Some of the completions of all groups, and their batch for either policy."""
+
+    groups: list[Group]
+    student: Batch
+    teacher: Batch
 
 
-def words_name(share: int) -> str:
-    """The name among slopes of those of the words of a share's completions."""
-    return f"language_model.words{share}"
+def prefill_for_rollout(
+    model: Model, student: Parameters, prompts: Sequence[Prompt]
+) -> RolloutPrefill | None:
+    """The prompts as a rollout runs them, for their backward.
+
+    None if they are too many to keep their activations, or if that would keep casts of all weights.
+    """
+    tokens = sum(map(len, prompts))
+    if model.dtype != mx.float32 or tokens > model.device.prefill_tokens:
+        return None
+    batch = lay_out(prompts, [[] for _ in prompts])
+    if activation_bytes(model, batch) > model.device.checkpoint_above:
+        return None
+    with model.bound(student):
+        warm(model, prompts)
+    pending = run_prompts(model, student, batch.prefixes, 0)
+    mx.eval(pending.outputs)
+    return RolloutPrefill(batch.prefixes, pending)
 
 
-def add(sums: Parameters, slopes: list[Parameters]) -> None:
-    """Adds slopes to `sums` in float32, and evaluates them, in the order in which a backward meets them.
+def take(
+    prefill: RolloutPrefill | None, groups: Sequence[Group]
+) -> tuple[list[int], PendingBackward | None]:
+    """An order of `groups`, by index, and their prompts in that order if the prefill covers just
+    these.
 
-    That is the language model from its last layer down, then what makes image features. Each sum takes its slope's place: so what is done
-    with is freed on the way.
+    Otherwise the order is that of `groups`, and there are no prompts.
+    """
+    places = {id(group.student): index for index, group in enumerate(groups)}
+    covered = [id(prompt) for prompt in prefill.prefixes.sources] if prefill else []
+    if prefill is None or sorted(covered) != sorted(places) or len(places) != len(groups):
+        return list(range(len(groups))), None
+    return [places[prompt] for prompt in covered], prefill.pending
+
+
+def accumulate(
+    model: Model,
+    student: Parameters,
+    teacher: Parameters,
+    gradient: Parameters,
+    groups: Sequence[Group],
+    objective: Objective,
+    split: int,
+    prompts: PendingBackward | None,
+) -> list[list[TokenStatistics]]:
+    """Adds the gradient of the groups' weighted sum to `gradient`; statistics by group.
+
+    Every completion has tokens. `split` completions of each group run at a time; 0: all. `prompts`
+    are the students' prompts if a rollout has run them.
+    """
+    parts = [
+        Slice(some, _lay_out_groups("student", some), _lay_out_groups("teacher", some))
+        for some in slices(groups, split)
+    ]
+    activations = activation_bytes(model, parts[0].student)
+    recompute = recompute_share(model, activations, student, gradient)
+    teacher_hidden = _teacher_hidden(model, teacher, parts)
+    if prompts is None:
+        prefixes = parts[0].student.prefixes
+        warm(model, prefixes.sources)
+        prompts = run_prompts(model, _cast(model, student), prefixes, recompute)
+        mx.eval(prompts.outputs)
+    ids = _looked_up_ids(groups)
+    heads = model.head(student), model.head(teacher)
+    statistics: list[list[TokenStatistics]] = [[] for _ in groups]
+    for part, hidden in zip(parts, teacher_hidden, strict=True):
+        result, gradients = _completions(
+            model, part, hidden, prompts, ids, heads, objective, recompute
+        )
+        for row, more in zip(statistics, result.records(part.groups), strict=True):
+            row += more
+        del result
+        _add(gradient, gradients, model.device.gradient_bytes)
+    _finish_prompts(model, student, gradient, prompts, ids)
+    return statistics
+
+
+def score(
+    model: Model,
+    student: Parameters,
+    teacher: Parameters,
+    groups: Sequence[Group],
+    objective: Objective,
+    top: int,
+) -> list[list[TokenStatistics]]:
+    """Statistics by group without a gradient, with the `top` likeliest tokens of both policies."""
+    hidden: dict[Policy, mx.array] = {}
+    policies: dict[Policy, Parameters] = {"teacher": teacher, "student": student}
+    for policy, parameters in policies.items():
+        with model.bound(parameters):
+            hidden[policy] = hidden_states(model, _lay_out_groups(policy, groups))
+            mx.eval(hidden[policy])
+    heads = model.head(student), model.head(teacher)
+    both = hidden["student"], hidden["teacher"]
+    result = _divergence(model, *both, heads, groups, objective, gradient=False, top=top)
+    return result.records(groups)
+
+
+def run_prompts(
+    model: Model, parameters: Parameters, prefixes: Prefixes, recompute: float
+) -> PendingBackward:
+    """The student's prompts; the outputs are what they keep, layer by layer."""
+
+    def run(tokens: mx.array) -> list[mx.array]:
+        return list(chain(*prefill(model, replace(prefixes, tokens=tokens), recompute)))
+
+    return PendingBackward(model, parameters, _traced(model, parameters), prefixes.tokens, run)
+
+
+def _divergence(
+    model: Model,
+    student: mx.array,
+    teacher: mx.array,
+    heads: tuple[mx.array, mx.array],
+    groups: Sequence[Group],
+    objective: Objective,
+    gradient: bool,
+    top: int = 0,
+) -> HeadResult:
+    """`divergence_head` over both policies' hidden states [M, D] of all completions of `groups`.
+
+    `heads` [V, D] are the student's and the teacher's.
+    """
+    targets = lay_out_targets(groups)
+    return divergence_head(
+        student,
+        heads[0],
+        teacher,
+        heads[1],
+        targets.tokens,
+        targets.logprobs,
+        targets.weights,
+        objective,
+        chunk=default_chunk(len(heads[0])),
+        block_bytes=model.device.head_block_bytes,
+        gradient=gradient,
+        train_head=model.frozen_head is None,
+        top=top,
+    )
+
+
+def _lay_out_groups(policy: Policy, groups: Sequence[Group]) -> Batch:
+    """The batch of one policy's prompts and all completions."""
+    prompts = [group.student if policy == "student" else group.teacher for group in groups]
+    return lay_out(prompts, [[one.tokens for one in group.completions] for group in groups])
+
+
+def _traced(model: Model, student: Parameters, completions: bool = False) -> list[str]:
+    """Names of the trained parameters that prompts run through, or `completions`: no vision
+    tower's.
+
+    Head and embedding go their own ways.
+    """
+    apart = (model.head_name, model.embedding_name)
+    names = [name for name in student if name not in apart]
+    if completions:
+        names = [name for name in names if not name.startswith(model.family.vision)]
+    return names
+
+
+def _cast(model: Model, student: Parameters) -> Parameters:
+    """The student with its layers in the compute dtype, once for prompts and completions."""
+    cast = {name: student[name].astype(model.dtype) for name in _traced(model, student)}
+    return {**student, **cast}
+
+
+def _teacher_hidden(model: Model, teacher: Parameters, parts: Sequence[Slice]) -> list[mx.array]:
+    """The teacher's hidden states [M, D] of each slice.
+
+    Before the student runs, so that one policy's casts and keys are freed before the other's are
+    made.
+    """
+    prefixes, hidden = parts[0].teacher.prefixes, []
+    with model.bound(teacher):
+        warm(model, prefixes.sources)
+        cache = prefill(model, prefixes)
+        mx.eval(cache)
+        for part in parts:
+            hidden.append(complete(model, part.teacher, cache))
+            mx.eval(hidden[-1])
+    return hidden
+
+
+def _completions(
+    model: Model,
+    part: Slice,
+    teacher: mx.array,
+    prompts: PendingBackward,
+    ids: NDArray[np.int32],
+    heads: tuple[mx.array, mx.array],
+    objective: Objective,
+    recompute: float,
+) -> tuple[HeadResult, list[Parameters]]:
+    """A slice's statistics, and gradients to parameters, prompts and embedding rows.
+
+    The gradients are not evaluated yet.
+    """
+    parameters, batch = prompts.parameters, part.student
+
+    def run(tokens: mx.array, *flat: mx.array) -> list[mx.array]:
+        cache = list(zip(flat[::2], flat[1::2], strict=True))
+        hidden = complete(model, replace(batch, tokens=tokens), cache, recompute)
+        return [hidden.astype(mx.float32)]
+
+    inputs = {_cache_name(place): value for place, value in enumerate(prompts.outputs)}
+    names = _traced(model, parameters, completions=True)
+    rows = PendingBackward(model, parameters, names, batch.tokens, run, inputs, ids)
+    mx.eval(rows.outputs)
+    result = _divergence(
+        model, rows.outputs[0], teacher, heads, part.groups, objective, gradient=True
+    )
+    assert result.hidden_gradient is not None
+    gradients = rows.start([result.hidden_gradient])
+    if rows.looked_up_ids is not None:
+        gradients[LOOKED_UP] = gradients.pop(model.embedding_name)
+    if result.head_gradient is None:
+        return result, [gradients]
+    return result, [gradients, {model.head_name: result.head_gradient}]
+
+
+def _finish_prompts(
+    model: Model,
+    student: Parameters,
+    gradient: Parameters,
+    prompts: PendingBackward,
+    ids: NDArray[np.int32],
+) -> None:
+    """Adds the prompts' gradients, which start at those that completions gave to what prompts
+    keep."""
+    caches = [gradient.pop(_cache_name(place)) for place in range(len(prompts.outputs))]
+    gradients = prompts.start(caches)
+    del caches
+    embedding, looked_up_ids = model.embedding_name, prompts.looked_up_ids
+    if looked_up_ids is None:
+        _add(gradient, [gradients], model.device.gradient_bytes)
+        return
+    rows = [
+        (looked_up_ids, gradients.pop(embedding)),
+        (mx.array(ids), gradient.pop(LOOKED_UP)),
+    ]
+    _add(gradient, [gradients], model.device.gradient_bytes)
+    _add_embedding_rows(gradient, embedding, student[embedding].shape, rows)
+
+
+def _looked_up_ids(groups: Sequence[Group]) -> NDArray[np.int32]:
+    """All tokens that completions of `groups` look up, in order; 0 stands behind a completion's
+    end."""
+    tokens = [one.tokens for group in groups for one in group.completions]
+    tokens += [group.student.tokens[-1:] for group in groups]
+    return np.unique(np.concatenate([np.zeros(1, np.int32), *tokens])).astype(np.int32)
+
+
+def _cache_name(place: int) -> str:
+    """The name among gradients of a layer's keys (even places) or values (odd ones)."""
+    return f"language_model.{place // 2}.cache.{place % 2}"
+
+
+def _add(sums: Parameters, gradients: list[Parameters], most: int) -> None:
+    """Adds gradients to `sums` in float32, and evaluates them as a backward meets them.
+
+    That is the language model from its last layer down, then what makes image features. At most
+    `most` bytes, or a layer, are evaluated together. Each sum takes its gradient's place, so that
+    what is done with is freed on the way.
     """
 
-    def place(name: str) -> tuple[bool, int]:
+    def order(name: str) -> tuple[bool, int]:
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         return not name.startswith("language_model."), -numbers[0] if numbers else 1
 
     pending: list[str] = []
-    names = sorted(dict.fromkeys(chain(*slopes)), key=place)
+    names = sorted(dict.fromkeys(chain(*gradients)), key=order)
     for name, following in zip(names, [*names[1:], None], strict=True):
-        for one in slopes:
+        for one in gradients:
             if name in one:
-                slope = one.pop(name).astype(mx.float32)
-                sums[name] = sums[name] + slope if name in sums else slope
-                del slope
+                more = one.pop(name).astype(mx.float32)
+                sums[name] = sums[name] + more if name in sums else more
+                del more
         pending.append(name)
-        if following is None or place(following) != place(name) or sum(sums[one].nbytes for one in pending) > TOGETHER:
+        size = sum(sums[one].nbytes for one in pending)
+        if following is None or order(following) != order(name) or size > most:
             mx.eval([sums[one] for one in pending])
             pending.clear()
 
 
-def add_words(sums: Parameters, name: str, shape: Sequence[int], looked: Sequence[tuple[mx.array, mx.array]]) -> None:
-    """Adds slopes [U, D] of words [U] to the sum of a table of `shape` (V, D), all in one pass over that."""
-    words, slopes = (mx.concatenate(list(parts)) for parts in zip(*looked, strict=True))
+def _add_embedding_rows(
+    sums: Parameters,
+    name: str,
+    shape: Sequence[int],
+    rows: Sequence[tuple[mx.array, mx.array]],
+) -> None:
+    """Adds gradients [U, D] of ids [U] to the sum of a table of `shape` (V, D), in one pass over
+    it."""
+    ids, gradients = (mx.concatenate(list(parts)) for parts in zip(*rows, strict=True))
     table = sums.pop(name) if name in sums else mx.zeros(shape)
-    sums[name] = table.at[words].add(slopes)
+    sums[name] = table.at[ids].add(gradients)
     del table
     mx.eval(sums[name])

@@ -1,7 +1,8 @@
-"""What differs between families of vision-language models once a prompt is encoded; one module per family.
+"""What differs between families of vision-language models once a prompt is encoded; one file each.
 
-mlx-vlm's modules hold the parameters, and the `Layer`s of `opd_mlx.layers` say how one of them computes. Everything else of this
-package is one code for all families. Twin of `opd_torch.families`; `opd.prompts.families` is the part of the prompt's encoding.
+mlx-vlm's modules hold the parameters, and the `Layer`s of `opd_mlx.layers` say how one of them
+computes. Everything else of this package is one code for all families. `opd.prompts.families` is
+the part of the prompt's encoding.
 """
 
 from __future__ import annotations
@@ -22,5 +23,8 @@ MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_type
 def family(model_type: str) -> Family:
     """The family of a `model_type`. Raises ModelError."""
     if model_type not in MODEL_TYPES:
-        raise ModelError(f"architecture '{model_type}' is not supported by the mlx backend; {nearest(model_type, MODEL_TYPES)}")
+        known = nearest(model_type, MODEL_TYPES)
+        raise ModelError(
+            f"architecture '{model_type}' is not supported by the mlx backend; {known}"
+        )
     return MODEL_TYPES[model_type]

@@ -11,52 +11,65 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from opd.types import Prompt
+from opd_mlx.device import Device
 from opd_mlx.layers.layer import KeysValues, Layer
 
 
 class Family(Protocol):
-    """What the trunk needs to know of a family. `config` is config.json as transformers completes it (`opd_mlx.model.read_config`)."""
+    """A family. `config` is config.json as transformers completes it
+    (`opd_mlx.model.read_config`)."""
 
-    @property
-    def model_types(self) -> tuple[str, ...]:
-        """Values of `model_type` in config.json."""
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json."""
 
-    @property
-    def names(self) -> Mapping[str, str]:
-        """Prefixes of the parameters' names in mlx-vlm's module, and what stands for each in transformers' module; they end alike."""
+    names: Mapping[str, str]
+    """Prefixes of the parameters' names in mlx-vlm's module, and what stands for each in
+    transformers' module; the names end alike."""
 
-    @property
-    def raised(self) -> tuple[str, ...]:
-        """Ends of Hugging Face names of vectors to which MLX's files add 1, and Hugging Face's do not."""
+    raised: tuple[str, ...]
+    """Ends of Hugging Face names of vectors to which MLX's files add 1, and Hugging Face's do
+    not."""
 
-    @property
-    def vision(self) -> tuple[str, ...]:
-        """Prefixes, in mlx-vlm's module, of what makes image features: the tower, and the projector behind it."""
+    vision: tuple[str, ...]
+    """Prefixes, in mlx-vlm's module, of what makes image features: the tower and its projector."""
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """mlx-vlm's module, with random parameters that are not computed; without a head of its own if `tied`."""
+        """mlx-vlm's module, with random parameters that are not computed.
+
+        It has no head of its own if `tied`. Raises ValueError for a text model that the family does
+        not compute.
+        """
 
     def text(self, module: Any) -> Any:
         """The module that has `embed_tokens`, `layers` and `norm`."""
 
-    def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
+    def layers(self, module: Any, config: Mapping[str, Any], device: Device) -> list[Layer]:
         """The layers of the language trunk."""
 
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
         """Embeddings [..., D] of `tokens`, as the first layer takes them."""
 
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
-        """Cosines and sines [rows, 1, E] at `positions` [axes, rows], one pair for each `Layer.rotary` there is."""
+        """Cosines and sines [rows, 1, E] at `positions` [axes, rows], a pair for each
+        `Layer.rotary`."""
 
-    def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
-        """Features [S, D] of all visual tokens in the order of `prompts`: for the embeddings, then for what follows the first layers.
+    def features(
+        self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float = 0
+    ) -> list[mx.array]:
+        """Features [S, D] of all visual tokens in the order of `prompts`.
 
-        Prompts of equal key are computed once; without any image there are none. `again` is the share of the tower's layers, the first,
-        that are computed again in the backward.
+        The first are for the embeddings, the others for what follows the first layers. Prompts of
+        equal key are computed once; without any image the list is empty. `recompute` is the share
+        of the tower's layers, the first, that the backward recomputes.
         """
 
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config.json as published checkpoints have it, which is how mlx-vlm reads it; transformers 5 writes some of it elsewhere."""
+        """A config.json as published checkpoints have it, which is how mlx-vlm reads it.
 
-    def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
+        transformers 5 writes some of it elsewhere.
+        """
+
+    def vision_bytes(
+        self, config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device
+    ) -> int:
         """Bytes that a backward through the vision tower holds for a prompt's images, roughly."""

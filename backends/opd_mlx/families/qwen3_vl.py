@@ -1,6 +1,6 @@
-"""Qwen3-VL: q/k norms, interleaved mRoPE, a tower with learned and rotary positions, features also after the first layers.
+"""Qwen3-VL: q/k norms, interleaved mRoPE, a tower that also gives features for the first layers.
 
-Source: `modeling_qwen3_vl.py` of transformers 5.
+The tower has learned and rotary positions. Source: `modeling_qwen3_vl.py` of transformers 5.
 
 Legend: m frames of one size, L patches of a frame, F values of a patch, D text width.
 """
@@ -13,19 +13,20 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from opd.types import Prompt
-from opd_mlx.batch import Rule
+from opd_mlx.batch import Visibility
+from opd_mlx.device import Device
+from opd_mlx.families.family import Family
 from opd_mlx.kernels.exponentials import exact_gelu, gelu
-from opd_mlx.kernels.scores import KEPT_BYTES
-from opd_mlx.layers.attention import AttentionLayer, attend, rotate
+from opd_mlx.layers.attention import NormedHeads, attend, rotate
 from opd_mlx.layers.layer import KeysValues, Layer
-from opd_mlx.vision import Piece, visual_features
+from opd_mlx.vision import ImageBatch, checkpoint_if, visual_features
 
 
-class QwenVL:
+class QwenVL(Family):
     """What the Qwen-VL families share."""
 
     names: Mapping[str, str] = {
@@ -36,147 +37,196 @@ class QwenVL:
     raised: tuple[str, ...] = ()
     vision = ("vision_tower.",)
 
+    @override
     def text(self, module: Any) -> Any:
-        """See `Family`."""
         return module.language_model.model
 
+    @override
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
-        """See `Family`."""
         return cast("mx.array", module.language_model.model.embed_tokens(tokens))
 
+    @override
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
-        """One kind, as mlx-vlm's rotary module deals the axes out over the frequencies."""
-        attention = next(layer.self_attn for layer in module.language_model.model.layers if "self_attn" in layer)
+        # mlx-vlm's rotary module deals the axes out over the frequencies.
+        layers = module.language_model.model.layers
+        attention = next(layer.self_attn for layer in layers if "self_attn" in layer)
         cosines, sines = attention.rotary_emb(mx.zeros((), dtype), positions[:, None])
         return ((cosines[0, :, None], sines[0, :, None]),)
 
-    def features(self, module: Any, prompts: Sequence[Prompt], again: float = 0) -> list[mx.array]:
-        """See `Family`."""
-        visual = module.vision_tower
-        return visual_features(prompts, frames, lambda pieces, size: self.tower(visual, mx.array(pieces), size, again))
+    @override
+    def features(
+        self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float = 0
+    ) -> list[mx.array]:
+        def run(patches: NDArray[Any], size: tuple[int, int]) -> list[mx.array]:
+            return self.tower(module.vision_tower, mx.array(patches), size, device, recompute)
 
-    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: float) -> list[mx.array]:
+        return visual_features(prompts, frames, run, device.pixel_bytes)
+
+    def tower(
+        self,
+        visual: Any,
+        patches: mx.array,
+        size: tuple[int, int],
+        device: Device,
+        recompute: float,
+    ) -> list[mx.array]:
         """Merged features [m, L / merge^2, D] of `patches` [m, L, F], and of further levels."""
         raise NotImplementedError
 
+    @override
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Family`."""
         return dict(config)
 
-    def vision_bytes(self, config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
-        """What each block's products keep, and scores where they are few."""
+    @override
+    def vision_bytes(
+        self, config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device
+    ) -> int:
+        # What each block's products keep, and scores where they are few.
         vision = config["vision_config"]
-        sizes = [t * h * w for t, h, w in prompt.images.get("image_grid_thw", np.zeros((0, 3))).tolist()]
+        grid = prompt.images.get("image_grid_thw", np.zeros((0, 3)))
         a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
-        return int(vision["depth"] * sum(itemsize * size * a_patch + min(4 * vision["num_heads"] * size**2, KEPT_BYTES) for size in sizes))
+        a_block = 0
+        for patches in grid.prod(-1).tolist():
+            scores = 4 * vision["num_heads"] * patches**2
+            a_block += itemsize * patches * a_patch + min(scores, device.kept_score_bytes)
+        return int(vision["depth"] * a_block)
 
 
 class Qwen3VL(QwenVL):
-    """See `Family`."""
+    """Qwen3-VL."""
 
-    model_types = ("qwen3_vl",)
+    model_types: tuple[str, ...] = ("qwen3_vl",)
 
+    @override
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """See `Family`."""
         from mlx_vlm.models.qwen3_vl import Model, ModelConfig
 
-        text, vision = dict(config["text_config"]), {**config["vision_config"], "model_type": "qwen3_vl"}
-        text["rope_theta"], text["rope_scaling"] = text["rope_parameters"]["rope_theta"], text["rope_parameters"]
-        text["tie_word_embeddings"] = tied
-        module = Model(ModelConfig.from_dict({**config, "text_config": text, "vision_config": vision}))
-        for merger in (module.vision_tower.merger, *module.vision_tower.deepstack_merger_list):
+        rope = config["text_config"]["rope_parameters"]
+        text = {
+            **config["text_config"],
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": rope,
+            "tie_word_embeddings": tied,
+        }
+        vision = {**config["vision_config"], "model_type": "qwen3_vl"}
+        module = Model(
+            ModelConfig.from_dict({**config, "text_config": text, "vision_config": vision})
+        )
+        tower = module.vision_tower
+        for merger in (tower.merger, *tower.deepstack_merger_list):
             merger.act_fn = exact_gelu
         return module
 
-    def layers(self, module: Any, config: Mapping[str, Any]) -> list[Layer]:
-        """See `Family`."""
-        return [NormedHeads(layer, *head_counts(config), layer.self_attn.scale, Rule()) for layer in self.text(module).layers]
+    @override
+    def layers(self, module: Any, config: Mapping[str, Any], device: Device) -> list[Layer]:
+        text = config["text_config"]
+        return [
+            NormedHeads(layer, text, Visibility(), device) for layer in self.text(module).layers
+        ]
 
-    def tower(self, visual: Any, patches: mx.array, size: tuple[int, int], again: float) -> list[mx.array]:
-        """Of `patches` [m, L, F]: merged features [m, L / merge^2, D], and those of each deepstack layer."""
-        projection = visual.patch_embed.proj
+    @override
+    def tower(
+        self,
+        visual: Any,
+        patches: mx.array,
+        size: tuple[int, int],
+        device: Device,
+        recompute: float,
+    ) -> list[mx.array]:
+        projection, merge = visual.patch_embed.proj, visual.spatial_merge_size
         kernel = projection.weight.transpose(4, 1, 2, 3, 0).reshape(-1, projection.weight.shape[0])
         hidden = mx.addmm(projection.bias, patches.flatten(0, 1).astype(kernel.dtype), kernel)
-        index, weights = _interpolation(*size, visual.num_grid_per_side, visual.spatial_merge_size)
-        positions = (visual.pos_embed(mx.array(index)) * mx.array(weights, dtype=kernel.dtype)[..., None]).sum(0)
+        index, weights = _interpolation(*size, visual.num_grid_per_side, merge)
+        weighted = visual.pos_embed(mx.array(index)) * mx.array(weights, kernel.dtype)[..., None]
+        positions = weighted.sum(0)
         hidden = hidden.reshape(-1, *positions.shape) + positions
-        angles = vision_angles(*size, visual.blocks[0].attn.head_dim, visual.spatial_merge_size)
-        rotary = mx.array(np.cos(angles)), mx.array(np.sin(angles))
-        levels = []
-        for number, block in enumerate(visual.blocks):
+        angles = vision_angles(*size, visual.blocks[0].attn.head_dim, merge)
+        factors = mx.array(np.cos(angles)), mx.array(np.sin(angles))
+        levels, blocks = [], visual.blocks
+        for number, block in enumerate(blocks):
 
             def run(hidden: mx.array, block: Any = block) -> mx.array:
-                hidden = hidden + image_attention(block.attn, block.norm1(hidden), rotary)
-                out: mx.array = hidden + block.mlp.linear_fc2(gelu(block.mlp.linear_fc1(block.norm2(hidden))))
+                normalised = block.norm1(hidden)
+                hidden = hidden + image_attention(block.attn, normalised, factors, device)
+                fed = block.mlp.linear_fc2(gelu(block.mlp.linear_fc1(block.norm2(hidden))))
+                out: mx.array = hidden + fed
                 return out
 
-            hidden = (checkpoint(block, run) if number < again * len(visual.blocks) else run)(hidden)
+            hidden = checkpoint_if(number < recompute * len(blocks), block, run)(hidden)
             if number in visual.deepstack_visual_indexes:
-                merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(number)]
-                levels.append(merger(hidden.flatten(0, 1)))
-        return [level.reshape(len(patches), -1, level.shape[-1]) for level in (visual.merger(hidden.flatten(0, 1)), *levels)]
+                place = visual.deepstack_visual_indexes.index(number)
+                levels.append(visual.deepstack_merger_list[place](hidden.flatten(0, 1)))
+        levels.insert(0, visual.merger(hidden.flatten(0, 1)))
+        return [level.reshape(len(patches), -1, level.shape[-1]) for level in levels]
 
 
-class NormedHeads(AttentionLayer):
-    """Queries and keys are normalised head by head."""
+def frames(prompt: Prompt) -> ImageBatch:
+    """Size in patches, and patches [L, F], of every frame of a prompt's images.
 
-    def query(self, rows: mx.array) -> tuple[mx.array, mx.array | None]:
-        """See `AttentionLayer`."""
-        query, beside = super().query(rows)
-        return self.module.self_attn.q_norm(query), beside
-
-    def key(self, rows: mx.array) -> mx.array:
-        """See `AttentionLayer`."""
-        return cast("mx.array", self.module.self_attn.k_norm(super().key(rows)))
-
-
-def head_counts(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Heads of queries, and of keys and values."""
-    return config["text_config"]["num_attention_heads"], config["text_config"]["num_key_value_heads"]
-
-
-def frames(prompt: Prompt) -> list[Piece]:
-    """Size in patches, and patches [L, F], of every frame of a prompt's images; attention never leaves a frame."""
-    sizes = [(int(h), int(w)) for t, h, w in prompt.images["image_grid_thw"] for _ in range(t)]
+    Attention never leaves a frame.
+    """
+    grid = prompt.images["image_grid_thw"]
+    sizes = [(int(h), int(w)) for t, h, w in grid for _ in range(t)]
     cuts = np.cumsum([h * w for h, w in sizes])[:-1]
     return list(zip(sizes, np.split(prompt.images["pixel_values"], cuts), strict=True))
 
 
-def image_attention(attention: Any, hidden: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
-    """Full attention within each piece; hidden [..., L, width], rotary cosines and sines, that broadcast to [..., heads, L, head width]."""
+def image_attention(
+    attention: Any, hidden: mx.array, factors: tuple[mx.array, mx.array], device: Device
+) -> mx.array:
+    """Full attention within each image of hidden [..., L, width].
+
+    The rotary `factors`, cosines and sines, broadcast to [..., heads, L, head width].
+    """
     *lead, patches, width = hidden.shape
-    qkv = attention.qkv(hidden).reshape(*lead, patches, 3, attention.num_heads, attention.head_dim)
+    qkv = attention.qkv(hidden)
+    qkv = qkv.reshape(*lead, patches, 3, attention.num_heads, attention.head_dim)
     query, key, value = (part.squeeze(-3).swapaxes(-3, -2) for part in mx.split(qkv, 3, axis=-3))
-    query, key = (rotate(heads, *rotary).astype(heads.dtype) for heads in (query, key))
+    query, key = (rotate(heads, *factors).astype(heads.dtype) for heads in (query, key))
     query, key, value = (heads.reshape(-1, *heads.shape[-3:]) for heads in (query, key, value))
-    mixed = attend(query, key, value, attention.scale).swapaxes(-3, -2)
+    mixed = attend(query, key, value, attention.scale, device).swapaxes(-3, -2)
     out: mx.array = attention.proj(mixed.reshape(*lead, patches, width))
     return out
 
 
 @lru_cache(maxsize=256)
-def _interpolation(height: int, width: int, side: int, merge: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Bilinear resampling of the learned side x side positions to an image's patches: ids and weights, both [4, L], in patch order."""
+def _interpolation(
+    height: int, width: int, side: int, merge: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Bilinear resampling of the learned side x side positions to an image's patches.
+
+    Indices and weights, both [4, L], in the order of patches.
+    """
     rows, columns = (np.linspace(0, side - 1, count, dtype=np.float32) for count in (height, width))
     row, column = rows.astype(np.int32), columns.astype(np.int32)
     below, right = np.minimum(row + 1, side - 1), np.minimum(column + 1, side - 1)
     down, across = (rows - row)[:, None], (columns - column)[None]
-    index = np.stack([y[:, None] * side + x[None] for y in (row, below) for x in (column, right)])
-    weights = np.stack([(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across])
+    corners = [(y, x) for y in (row, below) for x in (column, right)]
+    index = np.stack([y[:, None] * side + x[None] for y, x in corners])
+    weights = np.stack(
+        [(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across]
+    )
     return merged(index, merge), merged(weights, merge)
 
 
 @lru_cache(maxsize=256)
 def vision_angles(height: int, width: int, head: int, merge: int) -> NDArray[np.float32]:
-    """Rotary angles [L, head width]: a quarter of the frequencies for the row, a quarter for the column, and both again."""
-    frequencies = 1.0 / 10000.0 ** (np.arange(0, head // 2, 2, dtype=np.float32) / (head // 2))
+    """Rotary angles [L, head width].
+
+    A quarter of the frequencies is for the row, a quarter for the column, and both come again.
+    """
+    exponents = np.arange(0, head // 2, 2, dtype=np.float32) / (head // 2)
+    frequencies = 1.0 / 10000.0**exponents
     row, column = merged(np.indices((height, width)), merge)
     angles = np.concatenate([row[:, None] * frequencies, column[:, None] * frequencies], axis=-1)
     return np.concatenate([angles, angles], axis=-1).astype(np.float32)
 
 
 def merged(grid: NDArray[Any], merge: int) -> NDArray[Any]:
-    """[..., rows, columns] as [..., L] in the order of patches: the merge x merge patches of a visual token stand together."""
+    """[..., rows, columns] as [..., L] in the order of patches.
+
+    The merge x merge patches of a visual token stand together.
+    """
     *lead, height, width = grid.shape
     blocks = grid.reshape(*lead, height // merge, merge, width // merge, merge)
     return np.ascontiguousarray(np.swapaxes(blocks, -3, -2).reshape(*lead, height * width))

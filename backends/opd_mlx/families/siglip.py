@@ -1,6 +1,7 @@
-"""The SigLIP tower, which Gemma 3 and Idefics3 share: learned positions, full attention within an image or tile.
+"""The SigLIP tower, which Gemma 3 and Idefics3 share.
 
-mlx-vlm gives its last norm another epsilon, and attends to padding.
+It has learned positions, and full attention within an image or tile. mlx-vlm gives its last norm
+another epsilon, and attends to padding.
 
 Legend: m images of one size, L patches of an image, D tower width.
 """
@@ -12,55 +13,74 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
 from opd.types import Prompt
+from opd_mlx.device import Device
 from opd_mlx.kernels.exponentials import gelu
-from opd_mlx.kernels.scores import KEPT_BYTES
 from opd_mlx.layers.attention import attend
+from opd_mlx.vision import checkpoint_if
 
 
-def encode(tower: Any, pixels: NDArray[Any], again: float, places: NDArray[np.int32], real: NDArray[np.int32] | None = None) -> mx.array:
-    """Hidden states [m, L, D] of `pixels` [m, 3, height, width], whose patches have the positions `places` [L].
+def encode(
+    tower: Any,
+    pixels: NDArray[Any],
+    positions: NDArray[np.int32],
+    device: Device,
+    recompute: float,
+    real: NDArray[np.int32] | None = None,
+) -> mx.array:
+    """Hidden states [m, L, D] of `pixels` [m, 3, height, width].
 
-    `real` holds the indices of patches that are no padding; None: all.
+    `positions` [L] are those of the patches. `real` holds the indices of patches that are no
+    padding; None: all.
     """
     kernel = tower.embeddings.patch_embedding.weight
     side = kernel.shape[1]
     count, colours, height, width = pixels.shape
     # The kernel [D, side, side, colours] is as large as a patch, so it is one matrix product.
-    cut = pixels.reshape(count, colours, height // side, side, width // side, side).transpose(0, 2, 4, 3, 5, 1)
-    patches = mx.array(np.ascontiguousarray(cut).reshape(count, len(places), -1)).astype(kernel.dtype)
-    hidden = patches @ kernel.reshape(len(kernel), -1).T + tower.embeddings.patch_embedding.bias
-    hidden = hidden + tower.embeddings.position_embedding(mx.array(places))
+    cut = pixels.reshape(count, colours, height // side, side, width // side, side)
+    cut = np.ascontiguousarray(cut.transpose(0, 2, 4, 3, 5, 1))
+    patches = mx.array(cut.reshape(count, len(positions), -1)).astype(kernel.dtype)
+    bias = tower.embeddings.patch_embedding.bias
+    hidden = patches @ kernel.reshape(len(kernel), -1).T + bias
+    hidden = hidden + tower.embeddings.position_embedding(mx.array(positions))
     keys = None if real is None else mx.array(real)
-    for number, layer in enumerate(tower.encoder.layers):
+    layers = tower.encoder.layers
+    for number, layer in enumerate(layers):
 
         def run(hidden: mx.array, layer: Any = layer) -> mx.array:
-            hidden = hidden + _attention(layer.self_attn, layer.layer_norm1(hidden), keys)
+            normalised = layer.layer_norm1(hidden)
+            hidden = hidden + _attention(layer.self_attn, normalised, keys, device)
             out: mx.array = hidden + layer.mlp.fc2(gelu(layer.mlp.fc1(layer.layer_norm2(hidden))))
             return out
 
-        hidden = (checkpoint(layer, run) if number < again * len(tower.encoder.layers) else run)(hidden)
+        hidden = checkpoint_if(number < recompute * len(layers), layer, run)(hidden)
     out: mx.array = tower.post_layernorm(hidden)
     return out
 
 
-def tower_bytes(config: Mapping[str, Any], prompt: Prompt, itemsize: int) -> int:
-    """Bytes that a backward through the tower holds for a prompt's images: what products keep, and scores where they are few."""
+def tower_bytes(config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device) -> int:
+    """Bytes that a backward through the tower holds for a prompt's images.
+
+    They are what products keep, and scores where they are few.
+    """
     vision = config["vision_config"]
-    count, _, height, width = prompt.images["pixel_values"].shape if "pixel_values" in prompt.images else (0, 0, 0, 0)
+    pixels = prompt.images.get("pixel_values", np.zeros((0, 0, 0, 0)))
+    count, _, height, width = pixels.shape
     patches = height * width // vision["patch_size"] ** 2
     a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
-    scores = min(4 * vision["num_attention_heads"] * count * patches**2, KEPT_BYTES)
+    scores = 4 * vision["num_attention_heads"] * count * patches**2
+    scores = min(scores, device.kept_score_bytes)
     return int(vision["num_hidden_layers"] * (itemsize * count * patches * a_patch + scores))
 
 
-def _attention(attention: Any, hidden: mx.array, keys: mx.array | None) -> mx.array:
+def _attention(attention: Any, hidden: mx.array, keys: mx.array | None, device: Device) -> mx.array:
     seen = hidden if keys is None else hidden[:, keys]
-    given = (attention.q_proj(hidden), attention.k_proj(seen), attention.v_proj(seen))
-    query, key, value = (rows.reshape(*rows.shape[:2], attention.num_heads, -1).swapaxes(1, 2) for rows in given)
-    mixed = attend(query, key, value, attention.scale)
+    query, key, value = (
+        rows.reshape(*rows.shape[:2], attention.num_heads, -1).swapaxes(1, 2)
+        for rows in (attention.q_proj(hidden), attention.k_proj(seen), attention.v_proj(seen))
+    )
+    mixed = attend(query, key, value, attention.scale, device)
     out: mx.array = attention.out_proj(mixed.swapaxes(1, 2).reshape(hidden.shape))
     return out

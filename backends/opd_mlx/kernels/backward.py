@@ -1,9 +1,11 @@
-"""A backward that is built before it is known where it starts.
+"""A backward that is built before the gradients that it starts from are known.
 
-`mx.vjp` wants cotangents before the function has run. To compute them within the trace, in the backward of a custom function, keeps
-every array of the forward alive (84 in a trial whose backward reads 25), and checkpoints save nothing there. So the backward starts from
-buffers which are filled once the outputs are known: in MLX, as its documentation has it, what is written through a NumPy view of an array
-is in the array. That it is so on the device at hand is checked each time.
+`mx.vjp` wants cotangents before the function has run. Computing them within the trace, in the
+backward of a custom function, would keep every array of the forward alive (84 in a trial whose
+backward reads 25), and checkpoints would save nothing. So the backward starts from buffers that
+are filled once the outputs are known: as MLX's documentation has it, what is written through a
+NumPy view of an array is in the array. `Backward.start` checks that this holds on the device at
+hand.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _HERE = _Here()
 
 
 def traced() -> bool:
-    """Whether a `Backward` is being built of what is computed now."""
+    """Whether this thread is building a `Backward` of what it computes now."""
     return _HERE.traced
 
 
@@ -36,7 +38,9 @@ class Backward:
     Evaluate the outputs, then give `start` the gradients to them.
     """
 
-    def __init__(self, function: Callable[..., Sequence[mx.array]], primals: Sequence[mx.array]) -> None:
+    def __init__(
+        self, function: Callable[..., Sequence[mx.array]], primals: Sequence[mx.array]
+    ) -> None:
         self.outputs: list[mx.array] = []
         self._starts: list[mx.array] = []
 
@@ -45,8 +49,9 @@ class Backward:
             return mx.zeros(())
 
         @end.vjp
-        def _(outputs: list[mx.array], slope: mx.array, value: mx.array) -> list[mx.array]:
-            return [start.astype(output.dtype) for start, output in zip(self._starts, outputs, strict=True)]
+        def _(outputs: list[mx.array], cotangent: mx.array, value: mx.array) -> list[mx.array]:
+            pairs = zip(self._starts, outputs, strict=True)
+            return [start.astype(output.dtype) for start, output in pairs]
 
         def whole(*values: mx.array) -> mx.array:
             self.outputs = list(function(*values))
@@ -55,19 +60,24 @@ class Backward:
 
         _HERE.traced = True
         try:
-            _, self._slopes = mx.vjp(whole, list(primals), [mx.zeros(())])
+            _, self._gradients = mx.vjp(whole, list(primals), [mx.zeros(())])
         finally:
             _HERE.traced = False
         mx.eval(self._starts)
 
     def start(self, gradients: Sequence[mx.array]) -> list[mx.array]:
-        """Starts at the float32 gradients to the outputs; the slopes to the primals, not evaluated yet, and nothing is kept of them here.
+        """Gradients to the primals from the float32 `gradients` to the outputs.
 
-        Raises RuntimeError where MLX does not see what the backward starts from.
+        They are not evaluated yet, and this object keeps nothing of them. Raises RuntimeError where
+        MLX does not see what the backward starts from.
         """
         for start, gradient in zip(self._starts, gradients, strict=True):
             np.copyto(np.array(start, copy=False), np.array(gradient))
             if not mx.array_equal(start, gradient, equal_nan=True):
-                raise RuntimeError("MLX does not see what was written through a view of its array, so no gradient can be computed")
-        slopes, self.outputs, self._starts, self._slopes = self._slopes, [], [], []
-        return slopes
+                raise RuntimeError(
+                    "MLX does not see what was written through a view of its array, "
+                    "so no gradient can be computed"
+                )
+        to_primals, self._gradients = self._gradients, []
+        self.outputs, self._starts = [], []
+        return to_primals

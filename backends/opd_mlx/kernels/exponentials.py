@@ -1,4 +1,5 @@
-"""Softmax and activations without MLX's own exponential where that is slow: their time is the exponential's, and its power's is less."""
+"""Softmax and activations without MLX's own exponential where that is slow: their time is the
+exponential's, and its power's is less."""
 
 from __future__ import annotations
 
@@ -20,17 +21,23 @@ FEW = 128
 
 
 def exponential(x: mx.array) -> mx.array:
-    """exp(x) in float32, or in float64 where x is; it has a gradient where the exponential is not slow."""
+    """exp(x) in float32, or in float64 where x is; it has a gradient where the exponential is not
+    slow."""
     if x.dtype == mx.float64:
         return mx.exp(x)
     x = x.astype(mx.float32)
-    # The base must be a number of 24 bits: e is off by 3e-8 of x, its 64th power by 6e-10, and a division by 64 rounds nothing.
+    # The base must be a number of 24 bits: e is off by 3e-8 of x, its 64th power by 6e-10, and a
+    # division by 64 rounds nothing.
     return mx.power(mx.array(math.exp(64)), x * (1 / 64)) if SLOW_EXPONENTIAL else mx.exp(x)
 
 
 def softmax(scores: mx.array) -> mx.array:
     """Softmax over the last axis, computed in float32."""
-    return cast("mx.array", _softmax_by_power(scores)) if SLOW_EXPONENTIAL else mx.softmax(scores, axis=-1, precise=True)
+    return (
+        cast("mx.array", _softmax_by_power(scores))
+        if SLOW_EXPONENTIAL
+        else mx.softmax(scores, axis=-1, precise=True)
+    )
 
 
 def log_softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
@@ -53,14 +60,17 @@ def in_blocks(values: mx.array) -> mx.array:
 
 
 def block_sums(values: mx.array) -> mx.array:
-    """Sums [..., blocks] of what `in_blocks` gives, by eights: one number after the other, 511 rare ids beside a likely one are lost."""
+    """Sums [..., blocks] of what `in_blocks` gives, by eights: one number after the other, 511
+    rare ids beside a likely one are lost."""
     return values.reshape(*values.shape[:-1], 8, 8, 8).sum(-3).sum(-2).sum(-1)
 
 
 def total(values: mx.array) -> mx.array:
-    """The sum [..., 1] over the last axis, of a whole vocabulary too: one number after the other, float32 loses 1e-3 of it.
+    """The sum [..., 1] over the last axis, of a whole vocabulary too: one number after the other,
+    float32 loses 1e-3 of it.
 
-    Parts of equal width need no copy that is filled up; the widths of published vocabularies have such parts.
+    Parts of equal width need no copy that is filled up; the widths of published vocabularies have
+    such parts.
     """
     while (width := values.shape[-1]) > FEW:
         part = next((size for size in range(FEW, 15, -1) if width % size == 0), None)
@@ -75,7 +85,8 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """The tanh form of GELU as x * sigmoid: the same function, without the power and the hyperbolic cosine of MLX's own."""
+    """The tanh form of GELU as x * sigmoid: the same function, without the power and the
+    hyperbolic cosine of MLX's own."""
     return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * mx.square(x)))
 
 
@@ -125,7 +136,9 @@ def _swiglu_by_power(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
 
 
 @_swiglu_by_power.vjp
-def _swiglu_slopes(given: tuple[mx.array, ...], slopes: tuple[mx.array, ...], found: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+def _swiglu_slopes(
+    given: tuple[mx.array, ...], slopes: tuple[mx.array, ...], found: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
     (gate, up), slope, let = given, slopes[0], found[1]
     through = gate * let
     return slope * up * (let + through * (1.0 - let)), slope * through
@@ -133,11 +146,19 @@ def _swiglu_slopes(given: tuple[mx.array, ...], slopes: tuple[mx.array, ...], fo
 
 @mx.custom_function
 def _gelu_by_power(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """The value, and for the backward exp(-x^2 / 2) and the integral beyond |x|: Abramowitz and Stegun, 7.1.26."""
+    """The value, and for the backward exp(-x^2 / 2) and the integral beyond |x|: Abramowitz and
+    Stegun, 7.1.26."""
     size = mx.abs(x.astype(mx.float32))
     bell = exponential(-0.5 * mx.square(size))
     t = 1.0 / (1.0 + 0.2316418882663604 * size)
-    tail = bell * t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    tail = (
+        bell
+        * t
+        * (
+            0.127414796
+            + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+        )
+    )
     return (mx.maximum(x, 0.0) - size * tail).astype(x.dtype), bell, tail
 
 

@@ -1,43 +1,42 @@
-"""What MLX compiles on a GPU: elementwise functions, and token steps, whose building by the host outlasts a small model's run on the GPU.
+"""Compiles elementwise functions, and token steps, which the host builds more slowly than a GPU
+runs.
 
-A compiled step reads and writes arrays of the same shapes every time. So it finds what changes in the lists of a state, and leaves there
-what becomes of it; and one that has other shapes than the last is run as it is, and compiled when it comes again.
+A compiled step reads and writes arrays of the same shapes every time. So the step finds what
+changes in the lists of a state, and writes it back there; a step whose shapes differ from the last
+step's is run as it is, and compiled when those shapes come again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar, cast
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
-COMPILES = mx.default_device() == mx.gpu
-"""Where MLX compiles by itself; for a CPU it asks for a compiler, and many seconds."""
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def compiled(function: Function) -> Function:
-    """An elementwise `function` of arrays as one kernel, for arrays of any shape, where MLX compiles by itself."""
-    return cast("Function", mx.compile(function, shapeless=True)) if COMPILES else function
+@cache
+def elementwise(function: Callable[..., Any], compiles: bool) -> Callable[..., Any]:
+    """An elementwise `function` of arrays of any shape, as one kernel if MLX `compiles`."""
+    return mx.compile(function, shapeless=True) if compiles else function
 
 
 class Recorder:
-    """Runs steps that change the arrays in `state`, and compiles them where MLX can by itself.
+    """Runs steps that change the arrays in `state`, and compiles them if MLX `compiles`.
 
-    `state` is of lists and dictionaries; all other arrays that a step reads must have been computed, and be the same in all steps of one
-    shape.
+    `state` consists of lists and dictionaries; all other arrays that a step reads must have been
+    computed, and be the same in all steps of one shape.
     """
 
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.records = COMPILES
+    def __init__(self, state: dict[str, Any], compiles: bool) -> None:
+        self.compiles = compiles
         self._state = state
         self._shape: Hashable = None
         self._compiled: Callable[[], list[mx.array]] | None = None
 
     def run(self, shape: Hashable, step: Callable[[], list[mx.array]]) -> list[mx.array]:
-        """What `step` returns, not evaluated; `shape` tells apart steps whose arrays are others."""
-        if not self.records:
+        """What `step` returns, not evaluated; steps of different shapes have different `shape`."""
+        if not self.compiles:
             return step()
         if shape != self._shape:
             self._shape, self._compiled = shape, None

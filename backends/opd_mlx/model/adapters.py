@@ -1,6 +1,8 @@
-"""Low-rank adapters as mlx-lm's layers, put into mlx-vlm's modules; and adapters merged into weights. See `opd.models.adapters`.
+"""Low-rank adapters as mlx-lm's layers, put into mlx-vlm's modules; and adapters merged into
+weights.
 
-mlx-lm keeps A as [in, r] and B as [r, out]: `turned` is what stands between its layout and PEFT's.
+mlx-lm keeps A as [in, r] and B as [r, out]: `transposed` stands between its layout and PEFT's. See
+also `opd.models.adapters`.
 """
 
 from __future__ import annotations
@@ -19,63 +21,80 @@ from opd.types import FloatArray, ModelOptions
 SIDES = {".lora_a": adapters.A, ".lora_b": adapters.B}
 """How mlx-lm's names of an adapter's tensors end, and how PEFT's do."""
 
-Layers: TypeAlias = Mapping[str, tuple[str, tuple[int, int]]]
+LinearLayers: TypeAlias = Mapping[str, tuple[str, tuple[int, int]]]
 """Path in the module and (out, in) of every linear layer, by Hugging Face name."""
 
 
-def linear_layers(module: Any, names: Mapping[str, str]) -> Layers:
+def linear_layers(module: Any, names: Mapping[str, str]) -> LinearLayers:
     """Every linear layer of `module`; `names` maps names of its parameters to Hugging Face's."""
-    found = {}
+    layers = {}
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.QuantizedLinear):
             out, width = layer.weight.shape
             if isinstance(layer, nn.QuantizedLinear):
                 width = width * 32 // layer.bits
-            found[names[f"{path}.weight"].removesuffix(".weight")] = path, (out, width)
-    return found
+            layers[names[f"{path}.weight"].removesuffix(".weight")] = path, (out, width)
+    return layers
 
 
-def add_adapters(module: Any, options: ModelOptions, layers: Layers) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Puts adapters into the module, which then has nothing else to train; their float32 values, and Hugging Face names, by MLX name."""
+def add_adapters(
+    module: Any, options: ModelOptions, layers: LinearLayers
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Puts adapters into the module, which then has nothing else to train.
+
+    Returns the adapters' float32 values, and their Hugging Face names, by MLX name.
+    """
     from mlx_lm.tuner.lora import LoRALinear
 
     assert options.adapters is not None
+    rank, scale = options.adapters.rank, options.adapters.scale
     values = adapters.initial(options, {name: shape for name, (_, shape) in layers.items()})
-    at = dict(module.named_modules())
+    modules = dict(module.named_modules())
     wrapped, parameters, names = [], {}, {}
     for name in adapters.pairs(values):
         path = layers[name][0]
-        wrapped.append((path, LoRALinear.from_base(at[path], r=options.adapters.rank, scale=options.adapters.scale)))
+        wrapped.append((path, LoRALinear.from_base(modules[path], r=rank, scale=scale)))
         for ours, theirs in SIDES.items():
             names[path + ours] = name + theirs
-            parameters[path + ours] = turned(name + theirs, mx.array(values[name + theirs]))
+            parameters[path + ours] = transposed(name + theirs, mx.array(values[name + theirs]))
     module.update_modules(tree_unflatten(wrapped))
-    # What is frozen is no input of a layer that is computed again, and so gets no gradient there; quantised weights have none to give.
+    # A frozen parameter is no input of a checkpointed layer, and so gets no gradient there;
+    # quantised weights have none to give.
     module.freeze()
     for _, layer in wrapped:
         layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
     return parameters, names
 
 
-def turned(name: str, value: mx.array) -> mx.array:
-    """A tensor between mlx-lm's layout and PEFT's, either way: the sides of an adapter are transposed, others stay. `name` is PEFT's."""
+def transposed(name: str, value: mx.array) -> mx.array:
+    """A tensor between mlx-lm's layout and PEFT's, either way; `name` is PEFT's.
+
+    The sides of an adapter are transposed, other tensors stay.
+    """
     return mx.contiguous(value.T) if name.endswith((adapters.A, adapters.B)) else value
 
 
-def merge(tensors: Mapping[str, mx.array], adapter: Mapping[str, FloatArray], scale: float) -> dict[str, mx.array]:
-    """`tensors` with scale * B A added where `adapter` has some, in float32; both by Hugging Face name."""
+def merge(
+    tensors: Mapping[str, mx.array], adapter: Mapping[str, FloatArray], scale: float
+) -> dict[str, mx.array]:
+    """`tensors` with scale * B A added in float32 where `adapter` has a pair; by Hugging Face
+    name."""
     merged = dict(tensors)
     for name, change in adapters.changes(adapter, scale):
-        merged[name] = merged[name].astype(mx.float32) + mx.array(np.ascontiguousarray(change))
+        added = mx.array(np.ascontiguousarray(change))
+        merged[name] = merged[name].astype(mx.float32) + added
     return merged
 
 
-def merge_adapter(options: ModelOptions, tensors: Mapping[str, mx.array], layers: Layers | None = None) -> Mapping[str, mx.array]:
-    """The stored tensors, with the adapter that the options name added to them; it must fit `layers`."""
+def merge_adapter(
+    options: ModelOptions, tensors: Mapping[str, mx.array], layers: LinearLayers | None = None
+) -> Mapping[str, mx.array]:
+    """The stored tensors, with the adapter that the options name added; it must fit `layers`."""
     if options.adapter is None:
         return tensors
     if layers is None:
         adapter = adapters.read(options.adapter, adapters.model_type(options.path))
     else:
-        adapter = adapters.fitting(options, {name: shape for name, (_, shape) in layers.items()})
+        shapes = {name: shape for name, (_, shape) in layers.items()}
+        adapter = adapters.fitting(options, shapes)
     return merge(tensors, adapter.tensors, adapter.alpha / adapter.rank)

@@ -1,9 +1,11 @@
-"""Writes model folders, and reads and writes the tensors of a checkpoint, in Hugging Face's names and layouts."""
+"""Writes model folders, and reads and writes the tensors of a checkpoint, in Hugging Face's names
+and layouts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -11,66 +13,140 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from opd.errors import FolderError
-from opd.models import inert, names, weight_formats
+from opd.errors import FolderError, RecipeError
+from opd.models import adapters, inert, names, weight_formats
 from opd.models.files import read_json
 from opd.models.permissions import as_new
 from opd.types import ModelOptions
-from opd_mlx.model.adapters import merge, merge_adapter, turned
+from opd_mlx.model.adapters import merge, merge_adapter, transposed
 from opd_mlx.model.load import Model, stored_tensors
 from opd_mlx.model.names import Parameters, channels_last, hugging_face
 from opd_mlx.model.quantised import dequantised, quantisation
 
+FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
+"""Files of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Both policies' trained parameters, the optimizer's moments and its step count."""
+
+    student: Parameters
+    teacher: Parameters
+    first: Parameters
+    second: Parameters
+    step: int
+
 
 def write_model(model: Model, options: ModelOptions, parameters: Parameters, folder: Path) -> None:
-    """A Hugging Face model folder: the source's data files (see `opd.models.inert`), with what was trained in the source's dtypes.
+    """Writes a Hugging Face model folder: the source's data files, and what was trained in its
+    dtypes.
 
-    Adapters are merged. Weights that were quantised are written plain; those that only stood in 4 bits, as they are stored.
+    Adapters are merged. Weights that were stored quantised are written plain; weights that
+    `four_bit` quantised on loading are written as they are stored. `opd.models.inert` says which
+    files are data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inert.copy_files(model.folder, folder)
-    of, config = model.family, read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if weight_formats.settings(config):
-        (folder / "config.json").write_text(json.dumps(weight_formats.without(config), indent=2) + "\n", encoding="utf-8")
-    stored = stored_tensors(model.folder, of)
+        plain = json.dumps(weight_formats.without(config), indent=2) + "\n"
+        (folder / "config.json").write_text(plain, encoding="utf-8")
+    stored = stored_tensors(model.folder, model.family)
     kind = model.config["model_type"]
     older = names.used(kind, stored, model.folder)
     if model.tied:
         older = names.with_tie(kind, older)
-    quantised = quantisation(model.config, partial(hugging_face, of))
+    quantised = quantisation(model.config, partial(hugging_face, model.family))
     tensors = dequantised({name: stored[old] for name, old in older.items()}, quantised)
     if model.tied:
         tensors.pop(names.HEAD, None)
     trained = model.to_hugging_face(parameters)
     if options.adapters is not None:
-        changed = merge(tensors, {name: np.array(value) for name, value in trained.items()}, options.adapters.scale)
+        adapter = {name: np.array(value) for name, value in trained.items()}
+        changed = merge(tensors, adapter, options.adapters.scale)
     else:
         changed = {**merge_adapter(options, tensors), **trained}
     written = {older[name]: changed[name].astype(value.dtype) for name, value in tensors.items()}
     unread = {name: value for name, value in stored.items() if names.is_left_out(kind, name)}
-    write_tensors(folder / "model.safetensors", {**written, **unread})
+    _write_tensors(folder / "model.safetensors", {**written, **unread})
 
 
-def write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str) -> None:
-    """Writes one safetensors file that transformers accepts."""
+def write_adapter(
+    model: Model, options: ModelOptions, parameters: Parameters, folder: Path
+) -> None:
+    """Writes the trained adapters in PEFT's format. Raises RecipeError if there are none."""
+    if options.adapters is None:
+        raise RecipeError(
+            "there is no adapter to export: all weights were trained; export the model"
+        )
+    tensors = model.to_hugging_face(parameters)
+    adapters.write_config(folder, options.adapters, tensors, model.folder)
+    named = {f"{adapters.PREFIX}{name}": value for name, value in tensors.items()}
+    _write_tensors(folder / adapters.WEIGHTS, named)
+
+
+def write_checkpoint(folder: Path, model: Model, state: Checkpoint) -> None:
+    """Writes FILES, by Hugging Face name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rename = model.to_hugging_face
+    moments = {f"first.{name}": value for name, value in rename(state.first).items()}
+    moments |= {f"second.{name}": value for name, value in rename(state.second).items()}
+    student, teacher, optimizer = FILES
+    _write_tensors(folder / student, rename(state.student))
+    _write_tensors(folder / teacher, rename(state.teacher))
+    _write_tensors(folder / optimizer, moments, step=str(state.step))
+
+
+def read_checkpoint(folder: Path, model: Model, like: Parameters) -> Checkpoint:
+    """Reads what `write_checkpoint` of either backend wrote.
+
+    The tensors must be those of `like` by name and shape. Raises FolderError.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FolderError(f"{folder}: no {name}")
+    files = [folder / name for name in FILES]
+    student, teacher = (_read_tensors(file, model, like, [""])[0] for file in files[:2])
+    moments, metadata = _read_tensors(files[2], model, like, ["first.", "second."])
+    mx.eval(student, teacher, moments)
+    step = int(metadata["step"])
+    return Checkpoint(student[""], teacher[""], moments["first."], moments["second."], step)
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str) -> None:
+    """Writes one safetensors file that transformers accepts. Raises OSError."""
     try:
         mx.save_safetensors(str(file), dict(tensors), metadata={"format": "pt", **metadata})
         as_new(file)
-    except RuntimeError as error:  # what MLX makes of a full disk or a missing folder
+    except RuntimeError as error:  # MLX's error for a full disk or a missing folder
         raise OSError(f"{file}: {str(error).splitlines()[0]}") from error
 
 
-def read_tensors(file: Path, model: Model, like: Parameters, prefixes: Sequence[str]) -> tuple[dict[str, Parameters], dict[str, str]]:
-    """Parameters by prefix, and metadata, of a checkpoint's file, which must hold those of `like` by name and shape. Raises FolderError."""
+def _read_tensors(
+    file: Path, model: Model, like: Parameters, prefixes: Sequence[str]
+) -> tuple[dict[str, Parameters], dict[str, str]]:
+    """Parameters by prefix, and metadata, of a checkpoint's file.
+
+    The file must hold those of `like` by name and shape. Raises FolderError.
+    """
     try:
         loaded = mx.load(str(file), return_metadata=True)
     except RuntimeError as error:
-        raise FolderError(f"{file}: cannot be read as safetensors ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise FolderError(f"{file}: cannot be read as safetensors ({reason})") from error
     tensors, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
     expected = {prefix + model.names[name]: name for prefix in prefixes for name in like}
-    found = {name: turned(name, channels_last(value)) for name, value in tensors.items()}
-    wrong = [name for name, own in expected.items() if name not in found or found[name].shape != like[own].shape]
-    if wrong or len(found) != len(expected):
+    read = {name: transposed(name, channels_last(value)) for name, value in tensors.items()}
+    wrong = [
+        name
+        for name, ours in expected.items()
+        if name not in read or read[name].shape != like[ours].shape
+    ]
+    if wrong or len(read) != len(expected):
         what = f"the first that differs is {wrong[0]}" if wrong else "it holds others too"
         raise FolderError(f"{file}: these are not the tensors of this model; {what}")
-    return {prefix: {name: found[prefix + model.names[name]] for name in like} for prefix in prefixes}, metadata
+    by_prefix = {
+        prefix: {name: read[prefix + model.names[name]] for name in like} for prefix in prefixes
+    }
+    return by_prefix, metadata

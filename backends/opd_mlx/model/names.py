@@ -1,6 +1,7 @@
 """Names and layouts of tensors: MLX's in the modules, Hugging Face's in files.
 
-They differ in a prefix, and in the kernels of convolutions, whose channels MLX keeps last.
+They differ in a prefix, and in the kernels of convolutions, whose channels MLX keeps last. No
+other tensor has more than two axes.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ def hugging_face(family: Family, name: str) -> str:
 
 
 def channels_last(value: mx.array) -> mx.array:
-    """The kernel of a convolution [out, channel, ...], of which there is no other tensor of more than two axes, as MLX convolves.
+    """The kernel of a convolution [out, channel, ...] as MLX convolves; other tensors as they are.
 
-    Contiguous, as a step leaves it: so that a restored run computes what the run would have, to the bit.
+    Contiguous, as a step leaves it: so a restored run computes what the run would have, to the bit.
     """
     return mx.contiguous(mx.moveaxis(value, 1, -1)) if value.ndim > 2 else value
 
 
 def channels_second(value: mx.array) -> mx.array:
-    """The kernel of a convolution [out, ..., channel] as files have it; other tensors as they are."""
+    """The kernel of a convolution [out, ..., channel] as files have it; other tensors as they
+    are."""
     return mx.contiguous(mx.moveaxis(value, -1, 1)) if value.ndim > 2 else value
