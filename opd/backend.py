@@ -8,6 +8,7 @@ implementation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -89,3 +90,12 @@ class Backend(Protocol):
     @property
     def device(self) -> str:
         """The device in words, for people."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether a backend can run on this machine: its `device` in words, or what is `missing` and what to do."""
+
+    ready: bool
+    device: str
+    missing: str = ""

@@ -11,24 +11,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from opd.backend import Backend
+from opd.backend import Backend, State
 from opd.errors import BackendError
 from opd.types import ModelOptions
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A built-in backend: `target` is called with the model options; `package` must be importable; `extra` installs it."""
+    """A built-in backend: `target` is called with the model options, `state` says whether it can run here; `package` must be
+    importable, and `extra` installs it. With `families_alone` it trains no other models than its families'."""
 
     target: str
+    state: str
     package: str
     extra: str
+    families_alone: bool = False
 
 
 BUILT_IN = {
-    "mlx": Entry("opd_mlx:load", "mlx", "mlx"),
-    "cuda": Entry("opd_torch:load_cuda", "torch", "cuda"),
-    "cpu": Entry("opd_torch:load_cpu", "torch", "cuda"),
+    "mlx": Entry("opd_mlx:load", "opd_mlx:state", "mlx", "mlx", families_alone=True),
+    "cuda": Entry("opd_torch:load_cuda", "opd_torch:state_of_cuda", "torch", "cuda"),
+    "cpu": Entry("opd_torch:load_cpu", "opd_torch:state_of_cpu", "torch", "cuda"),
 }
 
 QUANTIZE = "opd_mlx:quantize"
@@ -44,14 +47,11 @@ def names() -> list[str]:
 
 
 def automatic() -> str:
-    """The backend of this machine: mlx on Apple silicon, cuda where torch sees a GPU, else cpu (or mlx where there is no torch)."""
+    """The backend of this machine: mlx on Apple silicon, else cuda where there is a GPU, else cpu, else mlx."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    if find_spec("mlx") and (apple or not find_spec("torch")):
-        return "mlx"
-    if find_spec("torch"):
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("mlx", "cuda", "cpu") if apple else ("cuda", "cpu", "mlx"):
+        if find_spec(BUILT_IN[name].package) and state(name).ready:
+            return name
     raise BackendError('no backend is installed: pip install "vision-opd[mlx]" on a Mac, or "vision-opd[cuda]" elsewhere')
 
 
@@ -66,36 +66,27 @@ def resolve(name: str) -> str:
     return chosen
 
 
-@dataclass(frozen=True)
-class State:
-    """Whether a backend can run here: its `device`, or what is `missing` and what to do."""
-
-    ready: bool
-    device: str
-    missing: str = ""
-
-
 def state(name: str) -> State:
-    """What a known backend is on this machine; nothing of a model is loaded."""
+    """What a known backend is on this machine, in its own words; nothing of a model is loaded."""
     try:
         resolve(name)
     except BackendError as error:
         return State(False, "", str(error))
-    if name == "mlx":
-        import mlx.core as mx
+    if name not in BUILT_IN:
+        return State(True, "")
+    found: State = _function(BUILT_IN[name].state)()
+    return found
 
-        gpu = mx.default_device() == mx.Device(mx.gpu)
-        return State(True, "Metal GPU" if platform.system() == "Darwin" and gpu else "CUDA GPU" if gpu else "CPU")
-    if name in ("cuda", "cpu"):
-        import torch
 
-        if name == "cpu":
-            threads = torch.get_num_threads()
-            return State(True, f"CPU, {threads} thread{'s' if threads > 1 else ''}")
-        if not torch.cuda.is_available():
-            return State(False, "", "torch sees no CUDA GPU on this machine")
-        return State(True, torch.cuda.get_device_name())
-    return State(True, "")
+def families_alone(name: str) -> bool:
+    """Whether a backend trains no model but those of the families that it has a file for."""
+    return name in BUILT_IN and BUILT_IN[name].families_alone
+
+
+def no_family(name: str, model_type: str) -> BackendError:
+    """The error where such a backend is asked for a model of another type."""
+    others = " or ".join(other for other in BUILT_IN if not families_alone(other))
+    return BackendError(f"the {name} backend has no file for models of type '{model_type}'; train it with --backend {others}")
 
 
 def load(name: str, options: ModelOptions) -> Backend:

@@ -70,10 +70,26 @@ def imports(file: Path, known: Collection[str]) -> Iterator[tuple[int, str]]:
                     yield node.lineno, inner if inner in known else node.module
 
 
+def every_import(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of every module that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.lineno, node.module
+
+
 def room(module: str) -> str:
     """The room of a module of `opd`; "" for the ground, the package itself included."""
     name = module.split(".")[1] if "." in module else ""
     return "" if name in GROUND else name
+
+
+def test_the_core_imports_no_framework():
+    """Not even in a function: what a framework can tell, a backend says itself. Tokenizers and processors are transformers'."""
+    for file in modules("opd").values():
+        found = {name.partition(".")[0] for _, name in every_import(file)}
+        assert not found & (HEAVY - {"transformers"}), file
 
 
 def test_rooms_import_the_floors_below():

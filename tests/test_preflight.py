@@ -128,7 +128,7 @@ def test_rows_whose_text_is_too_long_are_not_kept_by_smaller_images(published):
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "smolvlm", "llava"])
 def test_a_prompts_length_is_known_from_the_sizes_of_its_images(tmp_path, family):
-    encoder = open_encoder(getattr(random_models, family)(tmp_path), "cpu")
+    encoder = open_encoder(getattr(random_models, family)(tmp_path))
     rng = np.random.default_rng(0)
     for _ in range(12):
         sizes = [(int(width), int(height)) for width, height in np.exp(rng.uniform(np.log(12), np.log(900), (rng.integers(1, 3), 2)))]
@@ -142,7 +142,7 @@ def test_presets_open_models_whose_images_have_a_size_of_their_own(tmp_path, fam
     folder = getattr(random_models, family)(tmp_path)
     recipe = recipes.load("lora", [f"model.path={folder}"])
     assert recipe.model.max_pixels
-    open_encoder(folder, "cpu", **recipe.model.pixels())
+    open_encoder(folder, **recipe.model.pixels())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opd.backend import State
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from opd_mlx.backend import MlxBackend
     from opd_mlx.device import Device
 
-__all__ = ["load", "quantize"]
+__all__ = ["load", "quantize", "state"]
 
 GROUP = 64
 """Weights that share a scale, as in mlx-community."""
@@ -22,6 +24,17 @@ def load(options: ModelOptions, device: Device | None = None) -> MlxBackend:
     from opd_mlx.backend import MlxBackend
 
     return MlxBackend(options, device)
+
+
+def state() -> State:
+    """MLX's default device."""
+    import platform
+
+    import mlx.core as mx
+
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    name = "Metal GPU" if platform.system() == "Darwin" else "CUDA GPU"
+    return State(True, name if gpu else "CPU")
 
 
 def quantize(source: Path, folder: Path, bits: int) -> None:

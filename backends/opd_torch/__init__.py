@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from opd.backend import State
 from opd.errors import BackendError
 from opd.types import ModelOptions
 
 if TYPE_CHECKING:
     from opd_torch.backend import TorchBackend
 
-__all__ = ["load_cpu", "load_cuda"]
+__all__ = ["load_cpu", "load_cuda", "state_of_cpu", "state_of_cuda"]
 
 
 def load_cpu(options: ModelOptions) -> TorchBackend:
@@ -28,6 +29,23 @@ def load_cuda(options: ModelOptions) -> TorchBackend:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     torch.cuda.set_device(device)
     return _load(options, device)
+
+
+def state_of_cpu() -> State:
+    """The CPU: it is always there."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return State(True, f"CPU, {threads} thread{'s' if threads > 1 else ''}")
+
+
+def state_of_cuda() -> State:
+    """The first GPU that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return State(False, "", "torch sees no CUDA GPU on this machine")
+    return State(True, torch.cuda.get_device_name())
 
 
 def _load(options: ModelOptions, device: str) -> TorchBackend:

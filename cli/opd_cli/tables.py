@@ -14,8 +14,8 @@ from rich.text import Text
 from opd_cli.console import Terminal, cell
 
 if TYPE_CHECKING:
+    from opd.backend import State
     from opd.measure.gap import Answered
-    from opd.registry import State
     from opd.testing.conformance import Result
 
 MANY_CUT = 0.05

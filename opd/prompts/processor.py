@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, new
 
-from opd.errors import BackendError, DataError, ModelError, one_line
+from opd.errors import DataError, ModelError, one_line
 from opd.models.consistency import complete
 from opd.models.files import read_json
 from opd.prompts import families, renderer, templates
@@ -22,19 +22,16 @@ from opd.prompts.encoder import PromptEncoder, content, read_config
 from opd.prompts.families.layout import counted, plain
 from opd.types import MAX_PIXELS, IntArray, Policy, Prompt, VisualTokens
 
-ROWS = ("cuda", "cpu")
-"""Built-in backends that run a model without a family file."""
-
 LARGE = (4096, 3072)
 """A large photo: what a processor makes of it tells how many pixels its images have at most."""
 
 PIXELS = ("max_pixels", "min_pixels", "teacher_max_pixels", "teacher_min_pixels")
 
 
-def open_encoder(model: Path, backend: str = "", **pixels: int | None) -> PromptEncoder:
+def open_encoder(model: Path, **pixels: int | None) -> PromptEncoder:
     """The encoder of a model folder's prompts, its family's where there is one; `pixels` as `PromptEncoder` takes them.
 
-    Raises ModelError, and BackendError where the built-in `backend` runs none but families.
+    Raises ModelError.
     """
     config = read_config(model)
     kind = str(config["model_type"])
@@ -42,9 +39,13 @@ def open_encoder(model: Path, backend: str = "", **pixels: int | None) -> Prompt
         complete(model / "config.json", config)  # loading would name the fault worse
     if kind in families.model_types() or not _known(kind):
         return _checked(PromptEncoder(model, **pixels))
-    if backend == "mlx":
-        raise BackendError(f"the mlx backend has no file for models of type '{kind}'; train it with --backend {' or '.join(ROWS)}")
     return _checked(ProcessorEncoder(model, **pixels))
+
+
+def without_family(model: Path) -> str:
+    """The type of a model that transformers knows and no family of `opd` does; else empty. Raises ModelError."""
+    kind = str(read_config(model)["model_type"])
+    return kind if kind not in families.model_types() and _known(kind) else ""
 
 
 def _checked(encoder: PromptEncoder) -> PromptEncoder:

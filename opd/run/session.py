@@ -21,7 +21,7 @@ from opd.models import hub
 from opd.models.choice import is_tiny
 from opd.models.find import CONFIG
 from opd.progress import Progress, Quiet
-from opd.prompts.processor import open_encoder
+from opd.prompts.processor import open_encoder, without_family
 from opd.run import fingerprints, inputs, preflight, records
 from opd.run import recipe as recipes
 from opd.run.changed import Changed
@@ -128,7 +128,9 @@ def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = Fa
         folder = recipe.model.folder(weights=False)
     recipe = _pinned(recipe, folder)
     name = backends.resolve(backend)
-    encoder = open_encoder(folder, name, **recipe.model.pixels())
+    if backends.families_alone(name) and (kind := without_family(folder)):
+        raise backends.no_family(name, kind)
+    encoder = open_encoder(folder, **recipe.model.pixels())
     if trained:
         _check_data_is_given(recipe)
     examples = None if few else _open_rows(recipe, recipe.data.path, progress)
