@@ -66,7 +66,7 @@ def of_torch(path: Path, group: Group) -> tuple[dict[str, Callable[[], tuple[flo
     workload.apart(ours)
     student = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
     teacher = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
-    teacher.load_state_dict({name: value.detach() for name, value in ours._teacher.state_dict().items()})
+    teacher.load_state_dict({name: value.detach() for name, value in ours._teacher.module.state_dict().items()})
     names = {parameter: name for name, parameter in student.named_parameters()}
 
     def own(*calls: list[Group], split: int = 0) -> tuple[float, dict[str, Any]]:

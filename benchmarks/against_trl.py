@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
-from benchmarks import against_rows, arithmetic, measuring
+from benchmarks import against_rows, arithmetic, measuring, workload
 from opd.types import Group, Prompt
 
 LOSS = {"beta": 0.5, "temperature": 1.0}
@@ -110,13 +108,11 @@ def main() -> None:
         measuring.peer(name)
     import transformers
 
-    from opd_torch import backend as backend_module
-
     with tempfile.TemporaryDirectory() as root:
         path, config, group = against_rows.case(options, Path(root) / "model")
         found, ours = against_rows.of_torch(path, group)
         student, teacher = (transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32) for _ in range(2))
-        teacher.load_state_dict({name: value.detach() for name, value in ours._teacher.state_dict().items()})
+        teacher.load_state_dict({name: value.detach() for name, value in ours._teacher.module.state_dict().items()})
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         made = trainer(student, teacher, tokenizer, Path(root) / "out", options.again)
         sides = {
@@ -125,10 +121,10 @@ def main() -> None:
             "TRL, 1 row": side(made, group, 1),
             "ours, split": found["group, split"],
         }
-        above = mock.patch.object(backend_module, "CHECKPOINT_ABOVE", -1) if options.again else nullcontext()
         shape = against_rows.shape_of(options)
-        with above:
-            rows = against_rows.compared(sides, options, "cpu", arithmetic.group(config, shape, options.again))
+        if options.again:
+            workload.on_device(ours, checkpoint_above=-1)
+        rows = against_rows.compared(sides, options, "cpu", arithmetic.group(config, shape, options.again))
         single, split = (next(row for row in rows if row["side"] == name) for name in ("TRL, 1 row", "ours, split"))
         about = {"device": ours.device, "shape": str(shape), "sizes": against_rows.sizes(config), "computed_again": options.again,
                  "split_memory_ratio": single["bytes"] / split["bytes"]}  # fmt: skip

@@ -117,7 +117,7 @@ def main() -> None:
         rows = []
         for n in (1, options.n):
             sides = {"ours": ours(backend, prompts, n, banned), "transformers": transformers_rows(stock, prompts, n)}
-            models = {"ours": backend._student, "transformers": stock}
+            models = {"ours": backend._student.module, "transformers": stock}
             for name, run in sides.items():
                 weights, keys = of_a_step(run, models[name], long, config.text_config.head_dim)
                 row = {"side": f"{name}, n {n}", "weights": weights, "of least weights": weights / least_weights, "prompt": keys}

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_torch.kernels import joined
+from opd_torch.kernels import flash
 
 Row = dict[str, Any]
 
@@ -90,7 +90,7 @@ class _Attention(torch.autograd.Function):
 class AttentionCount:
     """Stands for torch's attention while it is entered; `own`: rows of a completion, for masks on the meta device, which have no values.
 
-    It is put in the place of the function itself, and of what `opd_torch.kernels.joined` calls: a mode of torch's would not see what
+    It is put in the place of the function itself, and of `opd_torch.kernels.flash`: a mode of torch's would not see what
     a backward computes again.
     """
 
@@ -106,9 +106,9 @@ class AttentionCount:
         for module in modules:
             if module.__name__ != __name__:
                 self._patches.enter_context(mock.patch.object(module, name, self))
-        for name, cost in (("fused", 4), ("fused_backward", 8)):
-            kernel = functools.partial(self._kernel, getattr(joined, name), cost)
-            self._patches.enter_context(mock.patch.object(joined, name, kernel))
+        for name, cost in (("attention", 4), ("attention_backward", 8)):
+            kernel = functools.partial(self._kernel, getattr(flash, name), cost)
+            self._patches.enter_context(mock.patch.object(flash, name, kernel))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,7 +120,7 @@ class AttentionCount:
         return _Attention.apply(self, pairs * query.shape[-1], {"attn_mask": attn_mask, **options}, query, key, value)
 
     def _kernel(self, kernel: Callable[..., Any], cost: int, *arguments: Any) -> Any:
-        """A kernel of `opd_torch.kernels.joined` in one direction, counted and hidden from the counter of products."""
+        """A kernel of `opd_torch.kernels.flash` in one direction, counted and hidden from the counter of products."""
         *_, bias, causal, _ = arguments
         query, key = arguments[:2] if cost == 4 else arguments[1:3]
         self.total += cost * self._pairs(query, key, bias, causal) * query.shape[-1]

@@ -29,8 +29,9 @@ from benchmarks import against_rows, arithmetic, measuring, workload
 from benchmarks.against_rows import FULL
 from benchmarks.workload import Shape
 from opd.types import Group, Sampling, Update
-from opd_torch.batch import lay_out, lay_out_targets
-from opd_torch.footprint import activation_bytes
+from opd_torch import gradient
+from opd_torch.batch import lay_out
+from opd_torch.footprint import activation_bytes, recompute_share
 from opd_torch.forward import hidden_states
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +62,7 @@ def main() -> None:
     rivals = {"own rows": rows_side(backend, group)}
     with tempfile.TemporaryDirectory() as out:
         if options.trl:
-            teacher = _sharing(stock, backend._teacher.parameters())
+            teacher = _sharing(stock, backend._teacher.module.parameters())
             rivals["TRL"], generate = trl_side(stock, teacher, group, Path(out), options.device)
         errors = {name: agree(stages["training stage"], side) for name, side in rivals.items()}
         print(f"errors: {errors}", file=sys.stderr, flush=True)
@@ -72,7 +73,8 @@ def main() -> None:
             # Time on such a card is dear: what was measured is told at once.
             print(f"{name}: {rows[-1]['seconds']:.4f} s, {rows[-1]['bytes'] / 1e9:.2f} GB", file=sys.stderr, flush=True)
     with_flops(rows, config, shape, options)
-    again = backend._again(activation_bytes(made, lay_out([group.student], [[one.tokens for one in group.completions]], made.device), 2))
+    batch = lay_out([group.student], [[one.tokens for one in group.completions]], made.device)
+    again = recompute_share(backend._student, activation_bytes(backend._student, batch))
     about = {"device": measuring.device_name(options.device), "shape": str(shape), "sizes": against_rows.sizes(config), "errors": errors,
              "layers_computed_again": again}  # fmt: skip
     result = measuring.report(options, "on_gpu", rows, **about, versions=measuring.versions("trl", "triton"))
@@ -86,18 +88,19 @@ def ours(backend: Any, group: Group, config: Any) -> dict[str, Callable[[], Any]
     n, length = len(group.completions), len(group.completions[0])
     uniforms = np.random.default_rng(0).random((1, n, length), dtype=np.float32)
     sampling = Sampling(temperature=1.0, banned=(config.image_token_id, config.video_token_id))
-    targets = lay_out_targets([group], backend._device)
-    (student_hidden,), (teacher_hidden,) = (backend._hidden(policy, [group], [[group]]) for policy in ("student", "teacher"))
-    batch = lay_out([group.student], [[one.tokens for one in group.completions]], backend._device)
+    model, taught = backend._student, backend._teacher
+    (student_hidden,) = gradient._hidden(model, [group.student], [[group]])
+    (teacher_hidden,) = gradient._hidden(taught, [group.teacher], [[group]])
+    batch = lay_out([group.student], [[one.tokens for one in group.completions]], model.device.torch)
 
     def rollout(tokens: int) -> None:
         backend.sample([group.student], uniforms[:, :, :tokens], sampling)
 
     def student() -> None:
-        again = backend._again(activation_bytes(backend._student, batch, backend._dtype.itemsize))
-        with backend._autocast():
-            found = hidden_states(backend._student, batch, again)
-        torch.autograd.grad(found, list(backend._parameters.values()), torch.ones_like(found), allow_unused=True)
+        again = recompute_share(model, activation_bytes(model, batch))
+        with model.autocast():
+            found = hidden_states(model, batch, again)
+        torch.autograd.grad(found, list(model.parameters.values()), torch.ones_like(found), allow_unused=True)
 
     def stage() -> tuple[float, dict[str, Any]]:
         loss = against_rows.loss_of([group], backend.accumulate([group], FULL))
@@ -116,9 +119,9 @@ def ours(backend: Any, group: Group, config: Any) -> dict[str, Callable[[], Any]
     return {
         "rollout, 1 token": lambda: rollout(1),
         "rollout": lambda: rollout(length),
-        "teacher": lambda: backend._hidden("teacher", [group], [[group]]),
+        "teacher": lambda: gradient._hidden(taught, [group.teacher], [[group]]),
         "student": student,
-        "head": lambda: backend._divergence(student_hidden, teacher_hidden, targets, FULL, gradient=True),
+        "head": lambda: gradient._divergence(model, taught, student_hidden, teacher_hidden, [group], FULL, gradient=True),
         "training stage": stage,
         "optimizer": optimizer,
         "step": step,

@@ -152,7 +152,7 @@ class Step:
     def peak(self, run: Any, backend_name: str) -> int:
         """Most bytes that are allocated in a verb."""
         # What a rollout kept of its prompts would be counted where it is freed, but not where it was allocated.
-        self.backend._kept = None
+        self.backend._kept = self.backend._prefill = None  # of MLX, of torch
         return self.held() + measuring.peak_bytes(run, backend_name)
 
     def held(self) -> int:
@@ -161,7 +161,7 @@ class Step:
             import mlx.core as mx
 
             return int(mx.get_active_memory())
-        models = (self.backend._student, self.backend._teacher)
+        models = (self.backend._student.module, self.backend._teacher.module)
         tensors = [*(one for model in models for one in (*model.parameters(), *model.buffers()))]
         tensors += [*self.backend._optimizer.first.values(), *self.backend._optimizer.second.values(), *self.backend._gradient.values()]
         return sum({one.data_ptr(): one.nbytes for one in tensors}.values())

@@ -18,7 +18,6 @@ import torch
 from benchmarks import arithmetic, measuring, workload
 from benchmarks.workload import Shape
 from opd.objective import Objective
-from opd_torch import backend as backend_module
 from opd_torch.objective import HeadResult
 
 FULL = Objective(alpha=0.5, top_k=None)
@@ -29,11 +28,11 @@ QUICK = [Shape(512, 128, 8, crop=256)]
 def counted(backend: Any, groups: list[Any], again: bool) -> int:
     """FLOPs of one `accumulate`; on the meta device there are no statistics to read, and no size decides what is computed again."""
     own = len(groups[0].completions[0])
-    above = mock.patch.object(backend_module, "CHECKPOINT_ABOVE", -1 if again else float("inf"))
+    workload.on_device(backend, checkpoint_above=-1 if again else 2**62)
     # Autocast does not know the meta device; precision changes no count.
     plain = mock.patch.object(torch, "autocast", side_effect=lambda *_, **__: nullcontext())
     unread = mock.patch.object(HeadResult, "records", lambda _, groups: [[None] * len(group.completions) for group in groups])
-    with above, plain, unread:
+    with plain, unread:
         found = measuring.flops(lambda: backend.accumulate(groups, FULL), own)
     backend._gradient = {}
     return found

@@ -111,6 +111,7 @@ def supervised(trainer: Any) -> Any:
     from opd.types import Completion, ModelOptions
     from opd_torch.backend import TorchBackend
     from opd_torch.batch import lay_out
+    from opd_torch.device import this_device
     from opd_torch.forward import hidden_states
 
     encoder = trainer.encoder
@@ -131,14 +132,14 @@ def supervised(trainer: Any) -> Any:
             tokens = torch.from_numpy(np.concatenate([one.tokens for group in groups for one in group.completions])).long()
             weights = torch.from_numpy(np.concatenate([weight for group in groups for weight in group.weights]))
             completions = [[one.tokens for one in group.completions] for group in groups]
-            hidden = hidden_states(self._student, lay_out([group.student for group in groups], completions, self._device))
-            losses = torch.nn.functional.cross_entropy(hidden @ self._student.lm_head.weight.T, tokens, reduction="none")
-            found = torch.autograd.grad((weights * losses).sum(), list(self._parameters.values()))
-            for name, value in zip(self._parameters, found, strict=True):
+            hidden = hidden_states(self._student, lay_out([group.student for group in groups], completions, torch.device("cpu")))
+            losses = torch.nn.functional.cross_entropy(hidden @ self._student.head.T, tokens, reduction="none")
+            found = torch.autograd.grad((weights * losses).sum(), list(self._student.parameters.values()))
+            for name, value in zip(self._student.parameters, found, strict=True):
                 self._gradient[name] = self._gradient[name] + value if name in self._gradient else value.contiguous()
             return self.score(groups, objective)
 
-    return Supervised(ModelOptions(trainer.recipe.model.folder()), torch.device("cpu"))
+    return Supervised(ModelOptions(trainer.recipe.model.folder()), this_device("cpu"))
 
 
 def table_row(runs: dict[str, Any]) -> dict[str, Any]:

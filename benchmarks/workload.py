@@ -169,13 +169,23 @@ def model(config: Any, device: str, seed: int = 0) -> Any:
 
 def backend(made: Any, dtype: str = "float32") -> TorchBackend:
     """The torch backend on a model that no folder holds; the teacher is a copy."""
+    from opd_torch.device import this_device
     from opd_torch.families import family as torch_family
-    from opd_torch.kernels.pointwise import quicken
+    from opd_torch.kernels.pointwise import replace_modules
+    from opd_torch.model import DTYPES, Model
 
-    made.family, made.known = torch_family(made.config.model_type), None
-    quicken(made, next(made.parameters()).device, dtype)
-    with mock.patch.object(backend_module, "load_model", return_value=made):
-        return TorchBackend(ModelOptions(Path(), dtype), next(made.parameters()).device)
+    family, device = torch_family(made.config.model_type), this_device(str(next(made.parameters()).device), dtype)
+    replace_modules(made, device, DTYPES[dtype])
+    model = Model(family, made, family.layers(made), DTYPES[dtype], device, None)
+    with mock.patch.object(backend_module, "load_model", return_value=model):
+        return TorchBackend(ModelOptions(Path(), dtype), device)
+
+
+def on_device(backend: TorchBackend, **settings: Any) -> None:
+    """Changes settings of a backend's device record."""
+    for policy in ("_student", "_teacher"):
+        model = getattr(backend, policy)
+        setattr(backend, policy, replace(model, device=replace(model.device, **settings)))
 
 
 def folder(path: Path, vocabulary: int = 0, **sizes: int) -> Path:
@@ -204,9 +214,9 @@ def widen(path: Path, vocabulary: int) -> None:
 
 def apart(backend: Any, amount: float = 0.1) -> None:
     """Moves the teacher away from the student, so that the divergence and its gradient are not 0."""
-    device = next(iter(backend._teacher_parameters.values())).device
+    device = next(iter(backend._teacher.parameters.values())).device
     generator = torch.Generator(device).manual_seed(7)
     with torch.no_grad():
-        for parameter in backend._teacher_parameters.values():
+        for parameter in backend._teacher.parameters.values():
             noise = torch.randn(parameter.shape, generator=generator, device=device)
             parameter.add_(amount * parameter.std() * noise)

@@ -86,7 +86,7 @@ def test_supervised_training_is_the_cross_entropy_of_the_labels():
     gradient = backend.tensors("gradient")
     name = max(gradient, key=lambda key: np.abs(gradient[key]).max())
     place = np.unravel_index(np.abs(gradient[name]).argmax(), gradient[name].shape)
-    parameter = backend._parameters[name].data
+    parameter = backend._student.parameters[name].data
     slope = 0.0
     for sign in (1, -1):
         parameter[place] += sign * 1e-3

@@ -17,8 +17,7 @@ if not torch.cuda.is_available():
 import opd_torch
 from opd.objective import Objective
 from opd.types import AdapterOptions, ModelOptions, Sampling, Update
-from opd_torch import sampling as rollout
-from opd_torch.backend import TorchBackend
+from opd_torch import gradient
 from opd_torch.kernels.recorder import Recorder
 from tests import random_models
 from tests.torch_cases import loss_of, make_case, relative_error
@@ -60,7 +59,7 @@ def test_value_and_gradient(case, exact, split):
 @pytest.mark.parametrize("again", [0.0, 0.5, 1.0])
 def test_half_precision(case, exact, again, monkeypatch):
     """Whatever share of the layers is computed again."""
-    monkeypatch.setattr(TorchBackend, "_again", lambda self, wanted: again)
+    monkeypatch.setattr(gradient, "recompute_share", lambda model, wanted: again)
     exact._gradient = {}
     wanted = loss_of(case.groups, exact.accumulate(case.groups, JSD))
     backend = on_gpu(case, "bfloat16")
@@ -117,4 +116,4 @@ def test_a_step(case, exact, tmp_path):
     other.load(tmp_path)
     assert relative_error(one.tensors("teacher"), other.tensors("teacher")) == 0.0
     assert one.peak_memory > 0
-    assert rollout.asks(torch.device("cuda"), rollout.ASK_EVERY - 1)
+    assert one._student.device.check_every == 8

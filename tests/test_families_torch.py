@@ -18,9 +18,8 @@ import opd_torch
 from opd.objective import Objective
 from opd.testing.conformance import check
 from opd.types import Completion, Group, ModelOptions, Sampling, Update
-from opd_torch import backend as backend_module
-from opd_torch import vision
-from opd_torch.layers import gated_delta
+from opd_torch import footprint, gradient, vision
+from opd_torch.layers import gated_delta, layer
 from tests import random_models
 from tests.torch_cases import (
     clone,
@@ -28,6 +27,7 @@ from tests.torch_cases import (
     gradients_of,
     loss_of,
     make_case,
+    on_device,
     plain_delta_rule,
     plain_loss_and_gradients,
     relative_error,
@@ -81,17 +81,16 @@ def test_a_completion_longer_than_the_window(case, double):
 def test_layers_computed_again_in_the_backward(case, double, expected, monkeypatch, share):
     """All, or as many of the first as do not fit in a GPU's memory."""
     calls = []
-    real = vision.checkpoint
-    monkeypatch.setattr(vision, "checkpoint", lambda function, *rest, **options: calls.append(function) or real(function, *rest, **options))
-    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
-    backend = clone(double)
+    real = layer.checkpoint
+    monkeypatch.setattr(layer, "checkpoint", lambda function, *rest, **options: calls.append(function) or real(function, *rest, **options))
+    backend = on_device(clone(double), checkpoint_above=0)
     if share < 1:
-        monkeypatch.setattr(backend_module.TorchBackend, "_again", lambda self, wanted: share)
+        monkeypatch.setattr(gradient, "recompute_share", lambda model, wanted: share)
     backend.accumulate(case.groups, JSD)
     text, tower = case.stock().config.text_config, case.stock().config.vision_config
     layers, blocks = text.num_hidden_layers, getattr(tower, "depth", 0) or tower.num_hidden_layers
     names = [getattr(function, "__name__", "block") for function in calls]
-    assert names.count("prefix_layer") == names.count("completion_layer") == ceil(share * layers)
+    assert names.count("prefix") == names.count("completion") == ceil(share * layers)
     assert (len(names) - 2 * ceil(share * layers)) % ceil(share * blocks) == 0 < len(names) - 2 * ceil(share * layers)
     assert relative_error(gradients_of(backend), expected[1]) < 1e-6
 
@@ -99,12 +98,16 @@ def test_layers_computed_again_in_the_backward(case, double, expected, monkeypat
 def test_a_gpu_keeps_what_fits(double, monkeypatch):
     """Above the bound: all but the share whose activations fit; a CPU computes all layers again."""
     backend = clone(double)
-    monkeypatch.setattr(backend, "_spare", lambda: 6 * 2**30)
-    assert [backend._again(wanted * 2**30) for wanted in (1, 2, 3)] == [0, 0, 1]
-    backend._device = torch.device("cuda")
-    assert [backend._again(wanted * 2**30) for wanted in (2, 6, 8)] == [0, 0, 0.25]
-    monkeypatch.setattr(backend, "_spare", lambda: -1)
-    assert backend._again(8 * 2**30) == 1
+
+    def shares(*wanted):
+        return [footprint.recompute_share(backend._student, size * 2**30) for size in wanted]
+
+    monkeypatch.setattr(footprint, "free_bytes", lambda model: 6 * 2**30)
+    assert shares(1, 2, 3) == [0, 0, 1]
+    on_device(backend, torch=torch.device("cuda"))
+    assert shares(2, 6, 8) == [0, 0, 0.25]
+    monkeypatch.setattr(footprint, "free_bytes", lambda model: -1)
+    assert shares(8) == [1]
 
 
 def test_score_is_the_stock_distribution(case, double):
@@ -155,18 +158,16 @@ def test_images_stay_on_a_gpu(case, double, expected, monkeypatch):
     """Between the passes of a step, in a store whose oldest entries go first; what is computed of them is the same."""
     known, uploads = {}, []
     monkeypatch.setattr(vision, "_uploaded", known)
-    monkeypatch.setattr(vision, "stays", lambda device: True)
     real = vision._on_device
     monkeypatch.setattr(
-        vision, "_on_device", lambda prompt, frames, device: real(prompt, lambda one: uploads.append(1) or frames(one), device)
+        vision, "_on_device", lambda prompt, images, device: real(prompt, lambda one: uploads.append(1) or images(one), device)
     )
-    backend = clone(double)
+    backend = on_device(clone(double), uploaded_bytes=2**29)
     backend.accumulate(case.groups, JSD)
     assert relative_error(gradients_of(backend), expected[1]) < 1e-6
     keys = {prompt.key for group in case.groups if group.tokens for prompt in (group.student, group.teacher)}
     assert len(uploads) == len(known) == len(keys)
-    monkeypatch.setattr(vision, "UPLOADED_BYTES", 1)
-    clone(double).accumulate(case.groups[:1], JSD)
+    on_device(clone(double), uploaded_bytes=1).accumulate(case.groups[:1], JSD)
     assert list(known) == [(case.groups[0].student.key, torch.device("cpu"))]
 
 
@@ -184,7 +185,7 @@ def test_frozen_vision(case, tmp_path, expected):
         patch.setattr(
             type(backend._student.family),
             "features",
-            lambda self, model, prompts, again: seen.append(len(prompts)) or real(self, model, prompts, again),
+            lambda self, module, prompts, *rest: seen.append(len(prompts)) or real(self, module, prompts, *rest),
         )
         backend.accumulate([group], Objective(form="sampled"))
         backend.accumulate(case.groups[:1], JSD)
@@ -233,7 +234,7 @@ def test_smolvlm2(tmp_path):
     config["vision_config"]["model_type"] = "smolvlm_vision"
     (case.folder / "config.json").write_text(json.dumps(config | {"model_type": "smolvlm"}))
     backend, groups = case.backend(), case.groups[:2]
-    assert type(backend._student).__name__ == "SmolVLMForConditionalGeneration"
+    assert type(backend._student.module).__name__ == "SmolVLMForConditionalGeneration"
     loss, gradients = plain_loss_and_gradients(case, groups, JSD)
     assert loss_of(groups, backend.accumulate(groups, JSD)) == pytest.approx(loss, rel=1e-6)
     assert relative_error(gradients_of(backend), gradients) < 1e-6

@@ -35,9 +35,9 @@ def cache(backend_name):
             return known, lambda prompts: [np.array(level) for level in known.features(prompts)], computed
         import torch
 
-        from opd_torch.vision import KnownFeatures
+        from opd_torch.vision import FeatureCache
 
-        known = KnownFeatures(room)
+        known = FeatureCache(room)
         compute = lambda prompts: [torch.from_numpy(level) for level in features(prompts)]
         return known, lambda prompts: [level.numpy() for level in known.features(prompts, compute)], computed
 
@@ -94,8 +94,8 @@ def test_the_bound_follows_the_memory(backend_name, monkeypatch, tmp_path):
     else:
         import torch
 
-        from opd_torch.vision import feature_room
+        from opd_torch.device import this_device
 
-        assert feature_room(torch.device("cpu")) == 2**26
+        assert this_device("cpu").feature_bytes == 2**26
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
-        assert feature_room(torch.device("cuda")) == 3 * 2**28
+        assert this_device("cuda").feature_bytes == 3 * 2**28

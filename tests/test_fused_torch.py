@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ import opd_torch
 from opd.objective import Objective
 from opd.types import ModelOptions
 from opd_torch.kernels import fused
-from opd_torch.kernels.pointwise import HalfNorm, quicken
-from opd_torch.kernels.rotary import turns
+from opd_torch.kernels.pointwise import HalfNorm, replace_modules
+from opd_torch.kernels.rotary import rotary_factors
 from opd_torch.model import load as model_module
 from tests import random_models
 from tests.torch_cases import loss_of, make_case
@@ -72,7 +73,7 @@ def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 def angles_of(seed: int, *shape: int) -> torch.Tensor:
     places = numbers(seed, *shape).repeat(*(1,) * (len(shape) - 1), 2)
-    return turns(places.cos(), places.sin())
+    return rotary_factors(places.cos(), places.sin())
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_heads_normed_and_turned(count, heads, width, turn, before, norm):
     weight, angles = 1 + 0.1 * numbers(1, width), angles_of(2, count, 1, turn // 2)
     gradient = numbers(3, heads, count, width, dtype=HALF).transpose(0, 1)
     ours, factor = leaf(x), leaf(weight)
-    found = fused.normed_turned(ours, factor if norm else None, 1e-6, angles)
+    found = fused.normed_rotated(ours, factor if norm else None, 1e-6, angles)
     found.backward(gradient)
     theirs, its = leaf(x, True), leaf(weight, True)
     wanted = turned(normed(theirs, its) if norm else theirs, angles)
@@ -132,7 +133,7 @@ def test_packed_heads():
     packed, angles = numbers(0, 2, 7, 3, 5, 12, dtype=HALF), angles_of(1, 7, 1, 1, 6)
     gradients = [numbers(seed, 2, 5, 7, 12, dtype=HALF).transpose(1, 2) for seed in (2, 3, 4)]
     ours, theirs = leaf(packed), leaf(packed, True)
-    found = fused.turned_heads(ours, angles)
+    found = fused.rotated_heads(ours, angles)
     query, key = turned(theirs[:, :, :2], angles).unbind(2)
     wanted = (query, key, theirs[:, :, 2])
     torch.autograd.backward(found, gradients)
@@ -162,7 +163,7 @@ def test_frozen_weights_and_computing_again():
     x, weight, angles = leaf(numbers(0, 9, 2, 8)), 1 + 0.1 * numbers(1, 8), angles_of(2, 9, 1, 4)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return fused.normed_turned(fused.rms_norm(x, weight, 1e-6, HALF), weight, 1e-6, angles)
+        return fused.normed_rotated(fused.rms_norm(x, weight, 1e-6, HALF), weight, 1e-6, angles)
 
     plain, gradient = layer(x), numbers(3, 9, 2, 8, dtype=HALF)
     wanted = torch.autograd.grad(plain, x, gradient)[0]
@@ -182,7 +183,8 @@ def test_whole_models(kind, tmp_path, monkeypatch):
     calls = []
     for served in (False, True):
         if served:
-            monkeypatch.setattr(model_module, "quicken", lambda model, _, dtype: quicken(model, torch.device("cuda"), dtype))
+            served_device = lambda model, device, dtype: replace_modules(model, replace(device, fused=True), dtype)
+            monkeypatch.setattr(model_module, "replace_modules", served_device)
             monkeypatch.setattr(fused, "usable", lambda x: torch.is_autocast_enabled(DEVICE) and not calls.append(x.dtype))
         elif DEVICE == "cuda":
             monkeypatch.setattr(fused, "usable", lambda x: False)
@@ -192,7 +194,7 @@ def test_whole_models(kind, tmp_path, monkeypatch):
         gradients = [one.tensors("gradient") for one in (backend, exact)]
         ours, theirs = (np.concatenate([one[name].ravel() for name in gradients[0]]) for one in gradients)
         errors.append(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-        names = {name for name, module in backend._student.named_modules() if isinstance(module, HalfNorm)}
+        names = {name for name, module in backend._student.module.named_modules() if isinstance(module, HalfNorm)}
     assert calls
     assert names
     assert errors[1] < 1.5 * errors[0] + 0.01

@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from opd.types import Prompt, VisualTokens
-from opd_torch.batch import Reach, lay_out
+from opd_torch.batch import Visibility, lay_out
+from opd_torch.kernels import flash
 from opd_torch.kernels import joined as module
 from opd_torch.layers import attention
 from tests.test_torch_memory import peak_bytes
@@ -45,14 +46,14 @@ def joined(batch, inputs):
 
 def masked(batch, inputs):
     query, key, value, *prefix = inputs
-    return attention._masked(query, key, value, tuple(prefix), batch, batch.mask(Reach()), SCALE)
+    return attention._masked(query, key, value, tuple(prefix), batch, batch.mask(Visibility()), SCALE)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradients(shape, bias, monkeypatch):
     """Prompts of unequal lengths together, and one by one, as on a GPU; padded rows have scores that would overflow."""
-    monkeypatch.setattr(module, "takes_bias", lambda query: bias)
+    monkeypatch.setattr(flash, "takes_bias", lambda query: bias)
     batch = batch_of(*SHAPES[shape])
     inputs, gradient = inputs_of(batch, large=30.0)
     ours, theirs = joined(batch, inputs), masked(batch, inputs)
@@ -68,7 +69,7 @@ def test_kernel_logarithms_are_natural():
     batch = batch_of([5], [(4,)])
     (query, _, _, key, value), _ = inputs_of(batch)
     query = query[None].transpose(1, 2)
-    _, totals, _ = module.fused(query, key, value, None, False, SCALE)
+    _, totals, _ = flash.attention(query, key, value, None, False, SCALE)
     scores = SCALE * query @ key.repeat_interleave(H // G, 1).transpose(2, 3)
     torch.testing.assert_close(totals, scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
 

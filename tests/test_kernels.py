@@ -9,7 +9,6 @@ import pytest
 
 from opd.objective import Objective, evaluate, log_softmax
 from opd.types import STATISTICS
-from tests.conftest import BACKENDS
 
 N, D, V, CHUNK = 10, 6, 37, 3
 GRID = list(itertools.product([0.0, 0.3, 0.5, 1.0], [None, 5, V], [True, False], [0.7, 1.0, 1.3]))
@@ -96,13 +95,11 @@ def test_chunks_change_nothing(kernel, chunk):
 
 @pytest.mark.parametrize("objective", [Objective(top_k=None, temperature=1.3), Objective(top_k=5), Objective(form="sampled")])
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_blocks_change_nothing(kernel, backend_name, objective, rows, monkeypatch):
+def test_blocks_change_nothing(kernel, objective, rows):
     """Of chunks of seven rows and a last one of three."""
     arguments = *case()[0], case()[1], np.zeros(N, np.float32), case()[2], objective
     whole = kernel(*arguments, chunk=N, top=3)
-    blocks = {"block_bytes": 4 * V * rows} if backend_name == "mlx" else {}
-    if not blocks:
-        monkeypatch.setattr(f"{BACKENDS[backend_name]}.objective.BLOCK_BYTES", 4 * V * rows)
+    blocks = {"block_bytes": 4 * V * rows}
     check(kernel, objective, chunk=7, **blocks)
     for name, value in kernel(*arguments, chunk=7, top=3, **blocks).items():
         np.testing.assert_allclose(value, whole[name], rtol=1e-5, atol=1e-6, err_msg=name)

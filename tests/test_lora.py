@@ -167,7 +167,7 @@ def test_a_frozen_head_has_no_gradient(kernel):
 
 
 def test_the_head_of_a_lora_run_is_one_and_frozen(case, backend_name, monkeypatch):
-    module = importlib.import_module(f"{BACKENDS[backend_name]}.backend")
+    module = importlib.import_module("opd_mlx.backend" if backend_name == "mlx" else "opd_torch.gradient")
     seen, kernel = [], module.divergence_head
 
     def watch(*arguments, **options):
@@ -183,7 +183,7 @@ def test_the_head_of_a_lora_run_is_one_and_frozen(case, backend_name, monkeypatc
 def test_the_policies_share_the_base_on_torch(case):
     pytest.importorskip("torch")
     backend = case.backend("cpu", "bfloat16")
-    student, teacher = (dict(model.named_parameters()) for model in (backend._student, backend._teacher))
+    student, teacher = (dict(model.named_parameters()) for model in (backend._student.module, backend._teacher.module))
     own = {name for name, value in student.items() if value.data_ptr() != teacher[name].data_ptr()}
     assert own == {name for name in student if ".lora_" in name}
     assert {str(student[name].dtype) for name in student.keys() - own} == {"torch.bfloat16"}

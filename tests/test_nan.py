@@ -86,7 +86,7 @@ def change(backend, value):
     import torch
 
     with torch.no_grad():
-        next(value for name, value in backend._parameters.items() if name.endswith("language_model.norm.weight")).fill_(value)
+        next(value for name, value in backend._student.parameters.items() if name.endswith("language_model.norm.weight")).fill_(value)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

@@ -104,7 +104,9 @@ class Measured:
             model = self.backend._model
             monkeypatch.setattr(self.backend, "_model", replace(model, device=replace(model.device, checkpoint_above=bound)))
         else:
-            monkeypatch.setattr(self.module, "CHECKPOINT_ABOVE", bound)
+            from tests.torch_cases import on_device
+
+            on_device(self.backend, checkpoint_above=bound)
         self.backend._gradient = {}
         # Whatever the first micro-batch was, its gradient is as large; so it is a short one.
         first = Group(self.short, self.short, self.group.completions[:1], self.group.weights[:1])
@@ -204,8 +206,8 @@ def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_n
         kept = weakref.ref(backend._prefill.pending)
         holder, teacher = importlib.import_module("opd_mlx.gradient"), "_teacher_hidden"
     else:
-        kept = weakref.ref(backend._kept[1][0][0])
-        holder, teacher = backend, "_hidden"
+        kept = weakref.ref(backend._prefill.cache[0][0])
+        holder, teacher = importlib.import_module("opd_torch.gradient"), "_hidden"
     run, seen = getattr(holder, teacher), []
     monkeypatch.setattr(holder, teacher, lambda *rest: seen.append(kept()) or run(*rest))
     backend.accumulate([measured.group], Objective(top_k=100))
@@ -232,11 +234,10 @@ def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, 
         found = activation_bytes(measured.backend._model, batch)
         assert measured.backend._model.device.checkpoint_above == CHECKPOINT_ABOVE
     else:
-        forward = importlib.import_module("opd_torch.footprint")
-        assert forward.CHECKPOINT_ABOVE == CHECKPOINT_ABOVE
         layout = importlib.import_module("opd_torch.batch").lay_out
         import torch
 
         batch = layout([measured.group.student], [[one.tokens for one in measured.group.completions]], torch.device("cpu"))
-        found = forward.activation_bytes(measured.backend._student, batch, 4)
+        assert measured.backend._student.device.checkpoint_above == CHECKPOINT_ABOVE
+        found = importlib.import_module("opd_torch.footprint").activation_bytes(measured.backend._student, batch)
     assert estimate(measured.shape, measured.work, measured.setting) == found

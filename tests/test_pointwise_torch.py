@@ -16,7 +16,8 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, Qwen3_5
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from opd.types import ModelOptions
-from opd_torch.kernels.pointwise import GELU, RMSNorm, quicken
+from opd_torch.device import this_device
+from opd_torch.kernels.pointwise import GELU, RMSNorm, replace_modules
 from opd_torch.model import load_model
 from tests.random_models import qwen3_vl
 
@@ -41,7 +42,7 @@ def test_norm(norm, shape, size):
     exact = torch.nn.Sequential(norm(WIDTH, EPSILON))
     torch.nn.init.normal_(exact[0].weight)
     quick = copy.deepcopy(exact)
-    quicken(quick, torch.device("cpu"), "float32")
+    replace_modules(quick, this_device("cpu"), torch.float32)
     assert isinstance(quick[0], RMSNorm)
     x, gradient = size * torch.randn(shape), torch.randn(shape)
     # transformers' norm rounds to float32 even here.
@@ -78,14 +79,16 @@ def test_others_stay():
     """Norms by one more than their weight, or with a gate, and the exact GELU."""
     modules = [Gemma3RMSNorm(8), Qwen3_5RMSNorm(8), Qwen3_5RMSNormGated(8), ACT2FN["gelu"], torch.nn.LayerNorm(8)]
     model = torch.nn.ModuleList(modules)
-    quicken(model, torch.device("cpu"), "float32")
+    replace_modules(model, this_device("cpu"), torch.float32)
     assert list(model) == modules
 
 
 def test_a_model_in_float32_has_them(tmp_path):
     """By the same names; in other precisions it is transformers' own."""
     path = qwen3_vl(tmp_path / "model")
-    models = {dtype: load_model(ModelOptions(path, dtype), CPU) for dtype in ("float32", "bfloat16", "float64")}
+    models = {
+        dtype: load_model(ModelOptions(path, dtype), this_device("cpu", dtype)).module for dtype in ("float32", "bfloat16", "float64")
+    }
     kinds = {dtype: {type(module) for module in model.modules()} for dtype, model in models.items()}
     assert kinds["float32"] >= {RMSNorm, GELU}
     assert Qwen3VLTextRMSNorm not in kinds["float32"]

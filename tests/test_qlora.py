@@ -146,7 +146,7 @@ def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
     monkeypatch.setattr("opd_torch.model.load.check_four_bits", lambda device: None)
     four, dense = backends.load("cpu", case.options(four_bit=True)), backends.load("cpu", case.options())
     unpack = bitsandbytes.functional.dequantize_4bit
-    for packed, plain in ((four._student, dense._student), (four._teacher, dense._teacher)):
+    for packed, plain in ((four._student.module, dense._student.module), (four._teacher.module, dense._teacher.module)):
         found = {name: module for name, module in packed.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
         assert {name.replace(".base_layer", "") for name in found} == set(LAYERS)
         for name, module in found.items():

@@ -12,14 +12,14 @@ torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import Group, Sampling, Update
-from opd_torch import backend as backend_module
+from opd_torch import gradient
 from opd_torch import sampling as module
 from opd_torch.kernels import recorder
-from opd_torch.kernels.rotary import rotate, rotated_heads, turns
+from opd_torch.kernels.rotary import rotary_factors, rotate, rotated_heads
 from opd_torch.layers import attention
 from opd_torch.ragged import Ragged
 from tests import random_models
-from tests.torch_cases import clone, gradients_of, make_case, relative_error
+from tests.torch_cases import clone, gradients_of, make_case, on_device, relative_error
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -51,20 +51,18 @@ def same(ours, theirs, most=1e-6):
 def watched(backend):
     """Rows that the first layer sees, call by call."""
     seen = []
-    layer = backend._student.family.language(backend._student).layers[0]
+    layer = backend._student.layers[0].module
     layer.input_layernorm.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     return seen
 
 
-def test_completions_that_have_ended_leave_the_batch(case, double, monkeypatch):
+def test_completions_that_have_ended_leave_the_batch(case, double):
     """Stop tokens are chosen so that most rows end early; only rows of prompts with a live completion, as many as live, go on."""
     prompts, uniforms = prompts_of(case), np.random.default_rng(5).random((4, 3, 14), dtype=np.float32)
     free = clone(double).sample(prompts, uniforms, Sampling(1.0))
     early = {int(one.tokens[2 + 3 * (number % 2)]) for number, one in enumerate(chain(*free))}
     stop = tuple(early - {int(token) for token in free[1][0].tokens})  # that one runs to its end
-    monkeypatch.setattr(module, "WORTH", 0.0)
-    whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
-    monkeypatch.setattr(module, "WORTH", 0.75)
+    whole = on_device(clone(double), compact_below=0.0).sample(prompts, uniforms, Sampling(1.0, stop))
     backend = clone(double)
     seen = watched(backend)
     same(backend.sample(prompts, uniforms, Sampling(1.0, stop)), whole)
@@ -79,13 +77,12 @@ def test_completions_that_have_ended_leave_the_batch(case, double, monkeypatch):
     assert expected[-1] < expected[0]
 
 
-def test_questions_are_rare_on_a_gpu(case, double, monkeypatch):
+def test_questions_are_rare_on_a_gpu(case, double):
     """Where the host asks every few tokens only, rows that ended between two questions run on, and nothing changes."""
     prompts, uniforms = prompts_of(case), np.random.default_rng(6).random((4, 2, 9), dtype=np.float32)
     stop = (int(clone(double).sample(prompts, uniforms, Sampling(1.0))[1][0].tokens[3]),)
     whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
-    monkeypatch.setattr(module, "asks", lambda device, step: step % 4 == 3)
-    same(clone(double).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
+    same(on_device(clone(double), check_every=4).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -97,7 +94,7 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     class Recorder:
         records = True
 
-        def __init__(self, device, model):
+        def __init__(self, model):
             self.step = None
 
         def run(self, shape, step):
@@ -106,30 +103,27 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
                 self.step = None if not ran or shape != ran[-1] else step
             ran.append(shape)
             step = self.step or step
-            step.args[0]._masks.clear()  # their kernels are recorded too
+            step.args[1]._masks.clear()  # their kernels are recorded too
             step()
 
     prompts, uniforms = prompts_of(case), np.random.default_rng(8).random((4, 3, 14), dtype=np.float32)
     free = clone(double).sample(prompts, uniforms, Sampling(0.9))
     stop = tuple({int(one.tokens[4]) for one in chain(*free)} - {int(token) for token in free[2][1].tokens})
-    monkeypatch.setattr(module, "ASK_EVERY", 3)
     whole = clone(double).sample(prompts, uniforms, Sampling(0.9, stop))
     places, decode = {}, module.decode
 
     def watched_decode(*arguments):
-        found, own = decode(*arguments), arguments[5]
-        held = [x.data_ptr() for mine in own for x in (mine.memory if hasattr(mine, "memory") else (mine.keys, mine.values))]
+        found, caches = decode(*arguments), arguments[3]
+        held = [x.data_ptr() for cache in caches for x in (cache.state if hasattr(cache, "state") else (cache.keys, cache.values))]
         places.setdefault(shapes[-1], set()).add(tuple(held))
         return found
 
     monkeypatch.setattr(module, "decode", watched_decode)
     monkeypatch.setattr(module, "Recorder", Recorder)
-    monkeypatch.setattr(module, "asks", lambda device, step: step % 3 == 2)
     monkeypatch.setattr(attention, "ROOM", 4)
-    monkeypatch.setattr(module, "RECORDED", 1)
-    monkeypatch.setattr(module, "align", lambda device: multiple)
-    monkeypatch.setattr(backend_module.TorchBackend, "_keeps", lambda self, prompts: False)
-    same(clone(double).sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)
+    monkeypatch.setattr(gradient, "prefill_for_rollout", lambda model, prompts: None)
+    backend = on_device(clone(double), check_every=3, recorded_rows=1, prompt_multiple=multiple)
+    same(backend.sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)
     assert {count for _, count in shapes} == {4, 8, 16}
     assert len({rows for rows, _ in shapes}) > 1
     assert {len(found) for found in places.values()} == {1}, "a recorded step would look where the memory of completions no longer stands"
@@ -152,8 +146,12 @@ def test_recorder(monkeypatch, caplog, refused):
 
     monkeypatch.setattr(recorder, "_recorded", record)
     monkeypatch.setattr(recorder.Recorder, "refused", False)
-    model = SimpleNamespace(family=object(), parameters=lambda: [torch.zeros(1)])
-    its = recorder.Recorder(torch.device("cuda"), model)
+
+    def model(records=True, family="any", dtype=torch.float32):
+        module = SimpleNamespace(parameters=lambda: [torch.zeros(1, dtype=dtype)])
+        return SimpleNamespace(device=SimpleNamespace(records_steps=records), family=family, module=module)
+
+    its = recorder.Recorder(model())
     for shape in ("a", "a", "a", "b", "b"):
         its.run(shape, lambda shape=shape: ran.append(shape))
     if refused:
@@ -163,18 +161,17 @@ def test_recorder(monkeypatch, caplog, refused):
         ]
     else:
         assert (ran, len(recorded)) == (["a", "again", "again", "b", "again"], 2)
-    assert not recorder.Recorder(torch.device("cpu"), model).records
-    assert not recorder.Recorder(torch.device("cuda"), SimpleNamespace(family=None, parameters=model.parameters)).records
-    four_bits = SimpleNamespace(family=object(), parameters=lambda: [torch.zeros(1, dtype=torch.uint8)])
-    assert not recorder.Recorder(torch.device("cuda"), four_bits).records
+    assert its.records
+    assert not recorder.Recorder(model(records=False)).records
+    assert not recorder.Recorder(model(family=None)).records
+    assert not recorder.Recorder(model(dtype=torch.uint8)).records
 
 
-def test_prompts_run_in_parts(case, double, monkeypatch):
+def test_prompts_run_in_parts(case, double):
     prompts, uniforms = prompts_of(case), np.random.default_rng(7).random((4, 2, 6), dtype=np.float32)
     whole = clone(double).sample(prompts, uniforms, Sampling(1.0))
     lengths = [len(prompt) for prompt in prompts]
-    monkeypatch.setattr(module, "PREFILL_TOKENS", lengths[0] + lengths[1])
-    backend = clone(double)
+    backend = on_device(clone(double), prefill_tokens=lengths[0] + lengths[1])
     seen = watched(backend)
     same(backend.sample(prompts, uniforms, Sampling(1.0)), whole)
     parts, room = [], 0
@@ -212,11 +209,11 @@ def rolled_out(backend, case):
 
 
 @pytest.mark.parametrize("change", ["order", "fewer", "step", "bound", "teacher"])
-def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change, monkeypatch):
+def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change):
     """Once, for the same prompts in any order, before weights change, and where it is small: else prompts run again."""
-    if change == "bound":
-        monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
     backend = clone(double)
+    if change == "bound":
+        on_device(backend, checkpoint_above=0)
     groups = rolled_out(backend, case)
     if change == "fewer":
         groups = groups[:2]
@@ -226,7 +223,7 @@ def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change, 
     if change == "teacher":
         backend.sample([group.student for group in groups], np.full((3, 2, 4), 0.6, np.float32), Sampling(1.0), "teacher")
     other = clone_of(backend, double)
-    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 2**60)
+    on_device(backend, checkpoint_above=2**60)
     seen = watched(backend)
     backend.accumulate(groups, JSD)
     prompts = sum(len(group.student) - 1 for group in groups)
@@ -241,15 +238,15 @@ def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change, 
 def clone_of(backend, double):
     """A backend of the same weights that has seen no rollout."""
     other = clone(double)
-    for name, value in backend._parameters.items():
-        other._parameters[name].data.copy_(value.data)
+    for name, value in backend._student.parameters.items():
+        other._student.parameters[name].data.copy_(value.data)
     return other
 
 
 def test_greedy_answers_keep_nothing(case, double):
     backend = clone(double)
     backend.sample(prompts_of(case), np.zeros((4, 1, 2), np.float32), Sampling(0.0))
-    assert backend._kept is None
+    assert backend._prefill is None
 
 
 @pytest.mark.parametrize("width", [6, 8])
@@ -265,7 +262,7 @@ def test_rotation(width):
 
     ours, theirs = heads.clone().requires_grad_(), heads.clone().requires_grad_()
     pairs = [*np.arange(width).reshape(2, -1).T.ravel(), *range(width, 8)]
-    out, wanted = rotate(ours, turns(cosines, sines)), plain(theirs)[..., pairs]
+    out, wanted = rotate(ours, rotary_factors(cosines, sines)), plain(theirs)[..., pairs]
     torch.testing.assert_close(out, wanted)
     out.backward(gradient)
     wanted.backward(gradient)
@@ -282,7 +279,7 @@ def test_rotated_heads(dtype):
     wide = theirs[:, :, :2].float()
     first, second = wide.chunk(2, -1)
     turned = (wide * cosines + torch.cat([-second, first], -1) * sines).to(dtype)[..., [0, 3, 1, 4, 2, 5]]
-    out, wanted = rotated_heads(ours, turns(cosines, sines)), (*turned.unbind(2), theirs[:, :, 2])
+    out, wanted = rotated_heads(ours, rotary_factors(cosines, sines)), (*turned.unbind(2), theirs[:, :, 2])
     for one, other in zip(out, wanted, strict=True):
         torch.testing.assert_close(one, other)
     torch.autograd.backward(out, gradients)

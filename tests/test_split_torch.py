@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import STATISTICS, Completion, Group
-from opd_torch import backend as backend_module
+from opd_torch import gradient
 from tests import random_models
 from tests.test_torch_memory import peak_bytes
-from tests.torch_cases import clone, gradients_of, make_case, relative_error
+from tests.torch_cases import clone, gradients_of, make_case, on_device, relative_error
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -56,9 +56,8 @@ def whole(case, double):
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("split", [1, 2])
-def test_split_is_whole(case, double, whole, split, again, monkeypatch):
-    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0 if again else 2**60)
-    backend = clone(double)
+def test_split_is_whole(case, double, whole, split, again):
+    backend = on_device(clone(double), checkpoint_above=0 if again else 2**60)
     statistics = backend.accumulate(case.groups, JSD, split)
     assert relative_error(gradients_of(backend), whole[1]) < 1e-9
     for ours, theirs, group in zip(statistics, whole[0], case.groups, strict=True):
@@ -71,7 +70,7 @@ def test_split_is_whole(case, double, whole, split, again, monkeypatch):
 def test_a_prompt_runs_once(case, double, monkeypatch):
     """Forward and backward, of both policies, whatever the split."""
     backend, rows = clone(double), []
-    layer = backend._student.family.language(backend._student).layers[0]
+    layer = backend._student.layers[0].module
     layer.input_layernorm.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     layer.input_layernorm.register_full_backward_hook(lambda _, __, outputs: rows.append(-len(outputs[0])))
     groups = case.groups[2:3]
@@ -84,7 +83,7 @@ def test_a_call_that_fails(case, double, whole, monkeypatch):
     """A part that fails leaves neither a gradient nor the beginning of one, and the step can be begun again."""
     backend = clone(double)
     backend.accumulate(case.groups, JSD, 1)
-    kernel, calls = backend_module.divergence_head, []
+    kernel, calls = gradient.divergence_head, []
 
     def fails(*arguments, **options):
         calls.append(1)
@@ -92,11 +91,11 @@ def test_a_call_that_fails(case, double, whole, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return kernel(*arguments, **options)
 
-    monkeypatch.setattr(backend_module, "divergence_head", fails)
+    monkeypatch.setattr(gradient, "divergence_head", fails)
     with pytest.raises(torch.OutOfMemoryError):
         backend.accumulate(case.groups, JSD, 1)
     assert not backend._gradient
-    assert all(parameter.grad is None for parameter in backend._parameters.values())
+    assert all(parameter.grad is None for parameter in backend._student.parameters.values())
     backend.accumulate(case.groups, JSD, 2)
     assert relative_error(gradients_of(backend), whole[1]) < 1e-9
     backend.accumulate(case.groups, JSD, 1)

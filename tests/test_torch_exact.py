@@ -14,13 +14,13 @@ torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import Sampling
-from opd_torch import backend as backend_module
 from tests.random_models import qwen3_vl
 from tests.torch_cases import (
     clone,
     gradients_of,
     loss_of,
     make_case,
+    on_device,
     plain_loss_and_gradients,
     relative_error,
     stock_logits,
@@ -82,13 +82,12 @@ def test_prompts_of_one_length(case, double):
 
 
 def test_layers_computed_again_in_the_backward(case, double, expected, monkeypatch):
-    from opd_torch import vision
+    from opd_torch.layers import layer
 
     calls = []
-    real = vision.checkpoint
-    monkeypatch.setattr(vision, "checkpoint", lambda *arguments, **options: calls.append(1) or real(*arguments, **options))
-    monkeypatch.setattr(backend_module, "CHECKPOINT_ABOVE", 0)
-    backend = clone(double)
+    real = layer.checkpoint
+    monkeypatch.setattr(layer, "checkpoint", lambda *arguments, **options: calls.append(1) or real(*arguments, **options))
+    backend = on_device(clone(double), checkpoint_above=0)
     backend.accumulate(case.groups, JSD)
     assert calls
     assert relative_error(gradients_of(backend), expected[JSD][1]) < 1e-6
@@ -223,7 +222,9 @@ def test_frozen_vision_tower(case, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_tower", lambda visual, patches, *rest: seen.append(len(patches)) or real(visual, patches, *rest))
     backend = case.backend("float64", tune_vision=False)
     assert not any(".visual." in name for name in backend.tensors("student"))
-    for ours, theirs in zip(backend._student.model.visual.parameters(), backend._teacher.model.visual.parameters(), strict=True):
+    for ours, theirs in zip(
+        backend._student.module.model.visual.parameters(), backend._teacher.module.model.visual.parameters(), strict=True
+    ):
         assert ours is theirs
     backend.save(tmp_path / "trained")
     shutil.copytree(case.state, tmp_path / "whole")
@@ -241,7 +242,7 @@ def test_frozen_vision_tower(case, tmp_path, monkeypatch):
     assert relative_error(gradients_of(backend), {name: 2 * value for name, value in wanted.items()}) < 1e-6
     backend.sample([group.student for group in case.groups], np.full((5, 1, 1), 0.5, np.float32), Sampling())
     assert sum(seen) == 7
-    backend._student.known.room = 0
+    backend._student.feature_cache.room = 0
     backend.score(case.groups[:1], JSD)
     backend.score(case.groups[2:4], JSD)
     assert sum(seen) > 7
@@ -257,7 +258,7 @@ def test_bfloat16_computes_on_float32_masters(case):
     ours, theirs = (np.concatenate([value.ravel() for value in one.tensors("gradient").values()]) for one in (backend, exact))
     assert 1e-4 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.1
     assert {value.dtype for value in backend._gradient.values()} == {torch.float32}
-    assert {value.dtype for value in backend._parameters.values()} == {torch.float32}
+    assert {value.dtype for value in backend._student.parameters.values()} == {torch.float32}
     sampled = backend.sample([groups[0].student], np.full((1, 2, 4), 0.5, np.float32), Sampling(1.0))[0][0]
     scored = exact.sample([groups[0].student], np.full((1, 2, 4), 0.5, np.float32), Sampling(1.0))[0][0]
     np.testing.assert_allclose(sampled.logprobs[:1], scored.logprobs[:1], atol=0.1)

@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from opd.objective import Objective
 from opd.types import Sampling
-from opd_torch import backend as backend_module
-from opd_torch import objective as objective_module
+from opd_torch import gradient
 from opd_torch import sampling as sampling_module
+from opd_torch.device import this_device
 from opd_torch.objective import default_chunk, divergence_head
 from tests.random_models import qwen3_vl
 from tests.torch_cases import make_case
@@ -31,7 +31,7 @@ def peak_bytes(run):
     return int(np.cumsum(sizes).max())
 
 
-def chunk_buffers(count, objective, gradient=True):
+def chunk_buffers(count, objective, gradient=True, rows=CHUNK):
     """Peak of the head stage over `count` rows in units of one float32 array [CHUNK, V], results not counted."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(count, D, generator=generator) for _ in range(2))
@@ -39,7 +39,19 @@ def chunk_buffers(count, objective, gradient=True):
     tokens = torch.randint(V, (count,), generator=generator)
     values = torch.rand(count)
     peak = peak_bytes(
-        lambda: divergence_head(student, heads[0], teacher, heads[1], tokens, -values, values, objective, chunk=CHUNK, gradient=gradient)
+        lambda: divergence_head(
+            student,
+            heads[0],
+            teacher,
+            heads[1],
+            tokens,
+            -values,
+            values,
+            objective,
+            chunk=CHUNK,
+            block_bytes=4 * V * rows,
+            gradient=gradient,
+        )
     )
     results = 4 * (V * D + count * D if gradient else 0)
     return (peak - results) / (4 * CHUNK * V)
@@ -56,21 +68,22 @@ def chunk_buffers(count, objective, gradient=True):
     ],
 )
 @pytest.mark.parametrize("rows", [CHUNK, 4])
-def test_head_stage(objective, most, rows, monkeypatch):
+def test_head_stage(objective, most, rows):
     """Logits of both policies, and of the rows of a block one or two arrays more; a GPU's block is the chunk."""
-    monkeypatch.setattr(objective_module, "BLOCK_BYTES", 4 * V * rows)
-    once, twice = chunk_buffers(2 * CHUNK, objective), chunk_buffers(4 * CHUNK, objective)
+    once, twice = (chunk_buffers(count * CHUNK, objective, rows=rows) for count in (2, 4))
     assert 2 < once <= 2 + (most - 2) * rows / CHUNK + 0.02
     assert twice <= once + 0.02
 
 
 def test_head_stage_without_gradient():
-    assert chunk_buffers(2 * CHUNK, Objective(top_k=100), gradient=False) <= 3.2
+    assert chunk_buffers(2 * CHUNK, Objective(top_k=100), gradient=False, rows=13) <= 3.2
 
 
 def test_a_cpu_s_block_is_a_mebibyte():
     """Of a chunk of 32 rows with 80 kB each, 13 at a time."""
-    assert 2.4 < chunk_buffers(CHUNK, Objective(top_k=100)) < 2.6
+    rows = this_device("cpu").head_block_bytes // (4 * V)
+    assert rows == 13
+    assert 2.4 < chunk_buffers(CHUNK, Objective(top_k=100), rows=rows) < 2.6
 
 
 def test_a_chunk_is_64_mib():
@@ -82,13 +95,13 @@ def test_only_completion_rows_meet_the_head(tmp_path, monkeypatch):
     case = make_case(tmp_path, qwen3_vl(tmp_path / "model"))
     backend = case.backend("float32")
     rows = []
-    kernel, draw = backend_module.divergence_head, sampling_module.draw
+    kernel, draw = gradient.divergence_head, sampling_module.draw
     monkeypatch.setattr(
-        backend_module, "divergence_head", lambda hidden, *rest, **options: rows.append(len(hidden)) or kernel(hidden, *rest, **options)
+        gradient, "divergence_head", lambda hidden, *rest, **options: rows.append(len(hidden)) or kernel(hidden, *rest, **options)
     )
     monkeypatch.setattr(sampling_module, "draw", lambda hidden, *rest: rows.append(len(hidden)) or draw(hidden, *rest))
     used = []
-    backend._student.lm_head.register_forward_hook(lambda *_: used.append(1))
+    backend._student.module.lm_head.register_forward_hook(lambda *_: used.append(1))
     backend.accumulate(case.groups, Objective(top_k=20))
     backend.sample([group.student for group in case.groups], np.full((5, 2, 3), 0.5, np.float32), Sampling())
     assert rows == [sum(group.tokens for group in case.groups)] + [5 * 2] * 3

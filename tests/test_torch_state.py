@@ -51,7 +51,7 @@ def fill(backend, scale, seed):
     rng = np.random.default_rng(seed)
     backend._gradient = {
         name: torch.from_numpy((scale * rng.normal(size=tuple(parameter.shape))).astype(np.float32))
-        for name, parameter in backend._parameters.items()
+        for name, parameter in backend._student.parameters.items()
     }
     return {name: value.astype(np.float64) for name, value in backend.tensors("gradient").items()}
 
@@ -101,14 +101,18 @@ def test_a_step_that_is_not_finite_changes_nothing(backend, poison):
     update = Update(1e-3, gradient_clip=1.0)
     fill(backend, 0.1, 0)
     backend.apply(update)
-    before, moments, step = backend.tensors("student"), {n: v.clone() for n, v in backend._moments().items()}, backend._optimizer.step
+    before, moments, step = (
+        backend.tensors("student"),
+        {n: v.clone() for n, v in backend._optimizer.moments.items()},
+        backend._optimizer.step,
+    )
     fill(backend, 0.1, 1)
     backend._gradient["model.language_model.norm.weight"][0] = poison
     result = backend.apply(update)
     assert not result.taken
     assert not np.isfinite(result.gradient_norm)
     assert backend._optimizer.step == step
-    assert all(torch.equal(value, moments[name]) for name, value in backend._moments().items())
+    assert all(torch.equal(value, moments[name]) for name, value in backend._optimizer.moments.items())
     assert all(np.array_equal(value, before[name]) for name, value in backend.tensors("student").items())
     assert norm_of(backend.tensors("gradient")) == 0
     fill(backend, 0.1, 2)
@@ -153,7 +157,7 @@ def test_small_steps_on_a_bfloat16_checkpoint_add_up(case, tmp_path):
     backend = opd_torch.load_cpu(ModelOptions(half_precision(tmp_path / "half", case.folder), "bfloat16"))
     start = backend.tensors("student")
     for _ in range(10):
-        backend._gradient = {name: torch.ones_like(value) for name, value in backend._parameters.items()}
+        backend._gradient = {name: torch.ones_like(value) for name, value in backend._student.parameters.items()}
         assert backend.apply(Update(2e-6)).taken
         backend.move_teacher(0.5)
     for name, value in backend.tensors("student").items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -175,6 +175,14 @@ def relative_error(ours, theirs):
 def gradients_of(backend):
     """The accumulated gradient in the backend's own precision."""
     return {name: value.numpy().copy() for name, value in backend._gradient.items()}
+
+
+def on_device(backend, **settings):
+    """The backend, with settings of its device record changed."""
+    for policy in ("_student", "_teacher"):
+        model = getattr(backend, policy)
+        setattr(backend, policy, replace(model, device=replace(model.device, **settings)))
+    return backend
 
 
 def clone(backend):

@@ -25,7 +25,9 @@ def load_cuda(options: ModelOptions) -> TorchBackend:
     import torch
 
     if not torch.cuda.is_available():
-        raise BackendError("backend 'cuda': torch sees no GPU on this machine; use the backend 'cpu'")
+        raise BackendError(
+            "backend 'cuda': torch sees no GPU on this machine; use the backend 'cpu'"
+        )
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     torch.cuda.set_device(device)
     return _load(options, device)
@@ -52,8 +54,10 @@ def _load(options: ModelOptions, device: str) -> TorchBackend:
     import torch.distributed
 
     from opd_torch.backend import TorchBackend
+    from opd_torch.device import this_device
 
-    # Under torchrun every process finds the others here; a caller who has done it already is left alone.
+    # Under torchrun every process finds the others here, unless the caller has initialised
+    # torch.distributed.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
-    return TorchBackend(options, torch.device(device))
+    return TorchBackend(options, this_device(device, options.dtype))

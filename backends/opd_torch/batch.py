@@ -1,11 +1,12 @@
-"""Lays out prompts and completions of unequal lengths and counts as device arrays, and takes results apart again.
+"""Lays out prompts and completions of unequal lengths and counts as device arrays.
 
-A prompt's last token predicts its completions' first tokens, so it runs with the completions: row t of a completion holds the token
-before target t. What is left of the prompt is a prefix whose keys and values are all that is wanted of it, and a completion's last
-token, which predicts nothing, is no input. Rows are packed without padding, so that no layer but attention computes on any.
+A prompt's last token predicts its completions' first tokens, so it runs with the completions: row t
+of a completion holds the token before target t. The rest of the prompt is a prefix, of which only
+keys and values are used, and a completion's last token, which predicts nothing, is no input. Rows
+are packed without padding, so that no layer but attention computes on padding.
 
-Legend: B prompts, N tokens of all prefixes, P of the longest, R completions of all prompts, M completion tokens, T of the longest
-completion, S visual tokens.
+Legend: B prompts, N tokens of all prefixes, P of the longest, R completions of all prompts, M
+completion tokens, T of the longest completion, S visual tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from opd_torch.ragged import Owner, Ragged, index_tensor
 
 
 @dataclass(frozen=True)
-class Reach:
+class Visibility:
     """Which keys a row of an attention layer may attend to: those of tokens before it, and its own.
 
-    `window`: only the last so many, itself included; None for all. `blocks`: the tokens of an image in a prompt also attend to those
-    after them in the same image.
+    `window`: only the last so many, its own included; None for all. `blocks`: the tokens of an
+    image in a prompt also attend to later tokens of the same image.
     """
 
     window: int | None = None
@@ -37,9 +38,11 @@ class Reach:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prompts without their last tokens: `tokens` [N], `positions` [axes, N], and how they are cut (`ragged`).
+    """Prompts without their last tokens: `tokens` [N], `positions` [axes, N], and their lengths
+    (`ragged`).
 
-    `visual_rows` [S] are the packed image tokens, in the order of `sources`. Masks are made when a layer first asks for them.
+    `visual_rows` [S] are the packed image tokens, in the order of `sources`. Masks are made when a
+    layer first asks.
     """
 
     sources: Sequence[Prompt]
@@ -47,84 +50,111 @@ class Prefixes:
     positions: Tensor
     ragged: Ragged
     visual_rows: Tensor
-    _masks: dict[Reach, Tensor | None] = field(default_factory=dict)
+    _masks: dict[Visibility, Tensor | None] = field(default_factory=dict)
     _bias: dict[torch.dtype, Tensor | None] = field(default_factory=dict)
 
-    def mask(self, reach: Reach) -> Tensor | None:
-        """Where a prompt's rows may attend, [B or 1, 1, P, P]; None where that is every earlier key."""
-        if reach not in self._masks:
-            place = torch.arange(self.ragged.longest, device=self.tokens.device)
-            behind = place[:, None] - place
-            images = _images(self.sources, self.ragged.longest) if reach.blocks else None
-            window = reach.window if reach.window is not None and reach.window < self.ragged.longest else None
-            allowed = (behind >= 0)[None, None]
-            if images is not None:
-                its = torch.from_numpy(images).to(place.device)[:, None]
-                allowed = allowed | ((its[..., :, None] == its[..., None, :]) & (its >= 0)[..., None])
-            if window is not None:
-                allowed = allowed & (behind < window)
-            # Padding stands at the end, where causality alone keeps it from every real row.
-            self._masks[reach] = None if window is None and images is None else allowed
-        return self._masks[reach]
-
-    def seen(self, reach: Reach, rows: Tensor, count: int) -> Tensor | None:
-        """Which keys of its prompt the `rows` [T, 1] of a completion attend to, all of them below `count`: [B, 1, T or 1, P]; None for all.
-
-        The first row of a completion stands right behind its prompt's prefix.
+    def mask(self, visibility: Visibility) -> Tensor | None:
+        """Which keys a prompt's rows may attend to, [B or 1, 1, P, P]; None where that is every
+        earlier key.
         """
-        window = reach.window if reach.window is not None and reach.window < self.ragged.longest + count else None
-        if window is None:
+        if visibility not in self._masks:
+            self._masks[visibility] = self._mask(visibility)
+        return self._masks[visibility]
+
+    def seen(self, visibility: Visibility, rows: Tensor, count: int) -> Tensor | None:
+        """Which keys of its prompt a completion's `rows` [T, 1] attend to, [B, 1, T or 1, P]; None
+        for all.
+
+        All rows are below `count`. The first row of a completion stands right behind its prompt's
+        prefix.
+        """
+        window = visibility.window
+        if window is None or window >= self.ragged.longest + count:
             return None if self.ragged.even else self._real
-        behind = self.ragged.counts[:, None, None, None] + rows - torch.arange(self.ragged.longest, device=rows.device)
-        return self._real & (behind < window)
+        keys = torch.arange(self.ragged.longest, device=rows.device)
+        distance = self.ragged.counts[:, None, None, None] + rows - keys
+        return self._real & (distance < window)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of a prompt's keys [B, 1, 1, P]: 0, and minus infinity for padding; None where there is none."""
+        """0 for keys of a prompt and minus infinity for padding, [B, 1, 1, P]; None where there is
+        no padding.
+        """
         if dtype not in self._bias:
-            real = None if self.ragged.even else torch.zeros_like(self._real, dtype=dtype).masked_fill_(~self._real, float("-inf"))
-            self._bias[dtype] = real
+            bias = None
+            if not self.ragged.even:
+                bias = torch.zeros_like(self._real, dtype=dtype)
+                bias = bias.masked_fill_(~self._real, float("-inf"))
+            self._bias[dtype] = bias
         return self._bias[dtype]
 
     def select(self, prompts: NDArray[np.int64]) -> Prefixes:
-        """Some of the prompts, as wide as all were, since that is how layers keep them."""
-        its = lay_out_prefixes([self.sources[prompt] for prompt in prompts], self.tokens.device)
-        return replace(its, ragged=Ragged(its.ragged.lengths, self.tokens.device, self.ragged.longest))
+        """Some of the prompts, padded as wide as all were, which is how layers keep their keys."""
+        device = self.tokens.device
+        chosen = lay_out_prefixes([self.sources[prompt] for prompt in prompts], device)
+        return replace(chosen, ragged=Ragged(chosen.ragged.lengths, device, self.ragged.longest))
 
     @cached_property
     def _real(self) -> Tensor:
-        """Where there is a key and no padding, [B, 1, 1, P]."""
-        return torch.arange(self.ragged.longest, device=self.tokens.device) < self.ragged.counts[:, None, None, None]
+        """Which keys are no padding, [B, 1, 1, P]."""
+        keys = torch.arange(self.ragged.longest, device=self.tokens.device)
+        return keys < self.ragged.counts[:, None, None, None]
+
+    def _mask(self, visibility: Visibility) -> Tensor | None:
+        longest, device = self.ragged.longest, self.tokens.device
+        images = _images(self.sources, longest) if visibility.blocks else None
+        window = visibility.window
+        if window is not None and window >= longest:
+            window = None
+        # Padding stands at the end, where causality alone keeps it from every real row.
+        if window is None and images is None:
+            return None
+        place = torch.arange(longest, device=device)
+        distance = place[:, None] - place
+        allowed = (distance >= 0)[None, None]
+        if images is not None:
+            image = torch.from_numpy(images).to(device)[:, None]
+            same = image[..., :, None] == image[..., None, :]
+            allowed = allowed | (same & (image >= 0)[..., None])
+        return allowed if window is None else allowed & (distance < window)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One token step of decoding: its `number` [1], on the device, and of how many own rows every layer reads keys.
+class DecodeStep:
+    """One token step of decoding: its `number` [1], on the device, and how many rows of its own
+    every completion reads.
 
-    `count` is number + 1, or more where `exact` is false: then a device that runs one recorded step again and again reads as much in each.
+    `count` is number + 1, or more where `exact` is false: a recorded step that runs many times
+    reads as much every time.
     """
 
     number: Tensor
     count: int
     exact: bool
-    _masks: dict[Reach, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    _masks: dict[Visibility, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
-    def masks(self, prefixes: Prefixes, reach: Reach) -> tuple[Tensor | None, Tensor | None]:
-        """Which keys of its prompt [B, 1, 1, P] and which of its own [count] a completion's row attends to; None for all."""
-        if reach not in self._masks:
-            behind = self.number - torch.arange(self.count, device=self.number.device)
-            own = None if self.exact else behind >= 0
-            if reach.window is not None and reach.window < self.count:
-                own = behind < reach.window if own is None else own & (behind < reach.window)
-            self._masks[reach] = prefixes.seen(reach, self.number[:, None], self.count), own
-        return self._masks[reach]
+    def masks(
+        self, prefixes: Prefixes, visibility: Visibility
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which keys of its prompt [B, 1, 1, P] and of its own [count] a completion's row attends
+        to; None for all.
+        """
+        if visibility not in self._masks:
+            distance = self.number - torch.arange(self.count, device=self.number.device)
+            own, window = None if self.exact else distance >= 0, visibility.window
+            if window is not None and window < self.count:
+                own = distance < window if own is None else own & (distance < window)
+            seen = prefixes.seen(visibility, self.number[:, None], self.count)
+            self._masks[visibility] = seen, own
+        return self._masks[visibility]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [axes, M], and how they are cut (`ragged`).
+    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [axes, M],
+    and lengths (`ragged`).
 
-    Every completion row has a target; rows are in order of group, completion and token, so all of a prompt stand together (`prompts`).
-    Masks are made when a layer first asks.
+    Every row has a target. Rows are in order of group, completion and token, so all rows of a
+    prompt stand together; `prompts` holds how many. Masks are made when a layer first asks.
     """
 
     prefixes: Prefixes
@@ -133,22 +163,26 @@ class Batch:
     ragged: Ragged
     prompts: Ragged
     owner: Owner
-    _masks: dict[Reach, Tensor] = field(default_factory=dict)
+    _masks: dict[Visibility, Tensor] = field(default_factory=dict)
 
-    def mask(self, reach: Reach) -> Tensor:
+    def mask(self, visibility: Visibility) -> Tensor:
         """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
-        if reach not in self._masks:
+        if visibility not in self._masks:
             length = self.ragged.longest
             place = torch.arange(length, device=self.tokens.device)
-            behind = place[:, None] - place
-            own = ((behind >= 0) if reach.window is None else (behind >= 0) & (behind < reach.window))[None, None]
-            seen = self.prefixes.seen(reach, place[:, None], length)
+            distance = place[:, None] - place
+            own = distance >= 0
+            if visibility.window is not None:
+                own = own & (distance < visibility.window)
+            own = own[None, None]
+            seen = self.prefixes.seen(visibility, place[:, None], length)
             if seen is None:
-                self._masks[reach] = torch.cat([own.new_ones(1, 1, length, self.prefixes.ragged.longest), own], -1)
+                seen = own.new_ones(1, 1, length, self.prefixes.ragged.longest)
             else:
-                spread = self.owner.spread(seen).expand(-1, -1, length, -1)
-                self._masks[reach] = torch.cat([spread, own.expand(len(spread), -1, -1, -1)], -1)
-        return self._masks[reach]
+                seen = self.owner.spread(seen).expand(-1, -1, length, -1)
+                own = own.expand(len(seen), -1, -1, -1)
+            self._masks[visibility] = torch.cat([seen, own], -1)
+        return self._masks[visibility]
 
 
 @dataclass(frozen=True)
@@ -160,39 +194,59 @@ class Targets:
     weights: Tensor
 
 
-def lay_out_prefixes(prompts: Sequence[Prompt], device: torch.device, multiple: int = 1) -> Prefixes:
-    """Packs `prompts` without their last tokens; the longest is padded to a `multiple` of tokens where attention pads."""
+def lay_out_prefixes(
+    prompts: Sequence[Prompt], device: torch.device, multiple: int = 1
+) -> Prefixes:
+    """Packs `prompts` without their last tokens; attention pads the longest to a `multiple` of
+    tokens.
+
+    Raises ValueError where a prompt has one token only, or ends with an image token.
+    """
     lengths = np.array([len(prompt) - 1 for prompt in prompts], dtype=np.int64)
     for prompt, length in zip(prompts, lengths, strict=True):
         if length < 1 or length in prompt.visual.index:
             raise ValueError("a prompt has at least two tokens, and its last is not an image token")
-    visual = [prompt.visual.index + start for prompt, start in zip(prompts, np.cumsum(lengths) - lengths, strict=True)]
+    starts = np.cumsum(lengths) - lengths
+    visual = [prompt.visual.index + start for prompt, start in zip(prompts, starts, strict=True)]
+    positions = np.concatenate([prompt.positions[:, :-1] for prompt in prompts], axis=1)
     return Prefixes(
         sources=prompts,
         tokens=index_tensor(np.concatenate([prompt.tokens[:-1] for prompt in prompts]), device),
-        positions=index_tensor(np.concatenate([prompt.positions[:, :-1] for prompt in prompts], axis=1), device),
+        positions=index_tensor(positions, device),
         ragged=Ragged(lengths, device, -(-int(lengths.max()) // multiple) * multiple),
         visual_rows=index_tensor(np.concatenate(visual), device),
     )
 
 
-def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]], device: torch.device) -> Batch:
-    """Packs `prompts` and the tokens of each one's `completions`, of which at least one is not empty."""
+def lay_out(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]], device: torch.device
+) -> Batch:
+    """Packs `prompts` and the tokens of each one's `completions`, of which at least one is not
+    empty.
+    """
     return lay_out_completions(lay_out_prefixes(prompts, device), completions)
 
 
 def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntArray]]) -> Batch:
-    """Packs the tokens of each prompt's `completions`, of which at least one is not empty, behind prompts that are laid out already."""
+    """Packs the tokens of each prompt's `completions`, of which at least one is not empty, behind
+    laid out prompts.
+    """
     device = prefixes.tokens.device
-    flat = [(prompt, tokens) for prompt, members in zip(prefixes.sources, completions, strict=True) for tokens in members]
+    flat = [
+        (prompt, tokens)
+        for prompt, members in zip(prefixes.sources, completions, strict=True)
+        for tokens in members
+    ]
     inputs = [np.append(prompt.tokens[-1:], tokens[:-1]) for prompt, tokens in flat if len(tokens)]
     positions = [prompt.row_positions(len(tokens)) for prompt, tokens in flat if len(tokens)]
+    lengths = np.array([len(tokens) for _, tokens in flat], dtype=np.int64)
+    rows = np.array([sum(map(len, members)) for members in completions], dtype=np.int64)
     return Batch(
         prefixes=prefixes,
         tokens=index_tensor(np.concatenate(inputs), device),
         positions=index_tensor(np.concatenate(positions, axis=1), device),
-        ragged=Ragged(np.array([len(tokens) for _, tokens in flat], dtype=np.int64), device),
-        prompts=Ragged(np.array([sum(map(len, members)) for members in completions], dtype=np.int64), device),
+        ragged=Ragged(lengths, device),
+        prompts=Ragged(rows, device),
         owner=Owner([len(members) for members in completions], device),
     )
 
@@ -200,16 +254,18 @@ def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntAr
 def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
     """Everything about completion tokens that is the same for both policies."""
     completions = [completion for group in groups for completion in group.completions]
-    weights = [weight for group in groups for weight in group.weights]
+    tokens = np.concatenate([completion.tokens for completion in completions])
+    logprobs = np.concatenate([completion.logprobs for completion in completions])
+    weights = np.concatenate([weight for group in groups for weight in group.weights])
     return Targets(
-        tokens=index_tensor(np.concatenate([completion.tokens for completion in completions]), device),
-        logprobs=torch.from_numpy(np.concatenate([completion.logprobs for completion in completions])).to(device),
-        weights=torch.from_numpy(np.concatenate(weights)).to(device),
+        tokens=index_tensor(tokens, device),
+        logprobs=torch.from_numpy(logprobs).to(device),
+        weights=torch.from_numpy(weights).to(device),
     )
 
 
 def _images(prompts: Sequence[Prompt], longest: int) -> NDArray[np.int64] | None:
-    """Of each token [B, P] of the prompts the image it belongs to, -1 for text; None where there is no image.
+    """The image of each token [B, P] of the prompts, -1 for text; None where there is no image.
 
     Image tokens that stand without a gap are one image, as transformers has it.
     """

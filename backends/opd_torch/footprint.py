@@ -1,47 +1,78 @@
-"""Bytes that a backward holds, and how much of it to compute again instead."""
+"""Bytes that a backward holds, roughly, and the share of layers to recompute instead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from opd.types import Prompt
 from opd_torch.batch import Batch
-from opd_torch.kernels.pointwise import HalfNorm
 from opd_torch.layers.gated_delta import CHUNK
-
-CHECKPOINT_ABOVE = 2 * 1024**3
-"""Bytes of activations that a backward may hold; where a call is estimated above it, layers are computed again instead: all, and on a GPU
-those whose activations do not fit in the memory that is free."""
+from opd_torch.model.load import Model
 
 
-def activation_bytes(model: Any, batch: Batch, itemsize: int) -> int:
-    """Bytes that a backward holds, roughly; rows by themselves see to it."""
-    sources = batch.prefixes.sources
-    return 0 if model.family is None else prompt_bytes(model, sources, len(batch.prefixes.tokens) + len(batch.tokens), itemsize)
+def activation_bytes(model: Model, batch: Batch) -> int:
+    """Bytes that the backward of a batch holds; 0 without a family, which recomputes row by row."""
+    if model.family is None:
+        return 0
+    prefixes = batch.prefixes
+    return prompt_bytes(model, prefixes.sources, len(prefixes.tokens) + len(batch.tokens))
 
 
-def prompt_bytes(model: Any, prompts: Sequence[Prompt], tokens: int, itemsize: int) -> int:
-    """Bytes that a backward holds of prompts' images and of `tokens`, roughly: what each layer's products keep."""
-    text, vision = model.config.text_config, model.config.vision_config
-    heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+def prompt_bytes(model: Model, prompts: Sequence[Prompt], tokens: int) -> int:
+    """Bytes that a backward holds of the prompts' images and of `tokens` text tokens: what each
+    layer's products keep.
+    """
+    assert model.family is not None
+    config, itemsize = model.module.config, model.dtype.itemsize
+    text, vision = config.text_config, config.vision_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = text.num_attention_heads * head
     deltas = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
-    # Residuals and norms, feed-forward, heads; of the text, and of the tower. Kernels that do several operations at once keep less.
-    fused = isinstance(model.family.language(model).norm, HalfNorm)
-    wide, forward, its_heads, its_wide, its_forward = (8, 3, 4, 12, 2) if fused else (12, 4, 8, 16, 4)
-    rows = text.num_hidden_layers * (wide * text.hidden_size + forward * text.intermediate_size)
-    rows += (text.num_hidden_layers - deltas) * its_heads * heads
-    a_token = itemsize * rows + (deltas * delta_bytes(text, itemsize) if deltas else 0)
-    a_patch = its_wide * vision.hidden_size + its_forward * vision.intermediate_size
+    # How many rows of the hidden width, of the feed-forward's and of all heads a layer keeps: of
+    # the text, and of the tower. Fused kernels keep less.
+    wide, forward, attention, tower_wide, tower_forward = (
+        (8, 3, 4, 12, 2) if model.device.fused else (12, 4, 8, 16, 4)
+    )
+    row = text.num_hidden_layers * (wide * text.hidden_size + forward * text.intermediate_size)
+    row += (text.num_hidden_layers - deltas) * attention * heads
+    per_token = itemsize * row + (deltas * delta_bytes(text, itemsize) if deltas else 0)
+    per_patch = tower_wide * vision.hidden_size + tower_forward * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
-    patches = sum(model.family.patches(prompt, model) for prompt in prompts)
-    return int(tokens * a_token + itemsize * depth * patches * a_patch)
+    patches = sum(model.family.patches(config, prompt) for prompt in prompts)
+    return int(tokens * per_token + itemsize * depth * patches * per_patch)
 
 
 def delta_bytes(text: Any, itemsize: int) -> int:
-    """Bytes that a backward holds of a token in a gated delta net, beside what every layer keeps; what the rule solves is float32."""
+    """Bytes that a gated delta net's backward holds of a token, beside the rows of every layer; the
+    solve is float32.
+    """
     heads, width = text.linear_num_value_heads, text.linear_key_head_dim
     keys, values = heads * width, heads * text.linear_value_head_dim
     channels = 2 * text.linear_num_key_heads * width + values
     # Every chunk starts from a state of its own, and its tokens meet in six squares.
-    return int(itemsize * 3 * channels + 4 * (9 * keys + 9 * values + 6 * heads * CHUNK + 2 * width * values // CHUNK))
+    solve = 9 * keys + 9 * values + 6 * heads * CHUNK + 2 * width * values // CHUNK
+    return int(itemsize * 3 * channels + 4 * solve)
+
+
+def recompute_share(model: Model, wanted: int) -> float:
+    """The share of layers to recompute in a backward that would hold `wanted` bytes."""
+    if wanted <= model.device.checkpoint_above:
+        return 0.0
+    return max(0.0, 1 - max(0, free_bytes(model)) / wanted) if model.device.gpu else 1.0
+
+
+def free_bytes(model: Model) -> int:
+    """Bytes of the GPU that nothing else will need before the gradient is complete, less a tenth as
+    a margin.
+    """
+    device = model.device.torch
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    parameters = model.parameters.values()
+    gradient = sum(parameter.nbytes for parameter in parameters if parameter.grad is None)
+    casts = 0
+    if model.dtype == torch.bfloat16:
+        casts = sum(parameter.numel() for parameter in parameters) * model.dtype.itemsize
+    return int(0.9 * (torch.cuda.mem_get_info(device)[0] + unused - gradient - casts))

@@ -1,4 +1,5 @@
-"""The trunk: vision tower, prompt stream, completion stream, and the hidden states of exactly the rows that predict.
+"""The trunk: vision tower, prompt stream, completion stream, and the hidden states of exactly the
+rows that predict.
 
 Legend: see `batch`.
 """
@@ -14,117 +15,146 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opd.types import Prompt
 from opd_torch import rows
-from opd_torch.batch import Batch, Prefixes, Step
-from opd_torch.vision import computed
+from opd_torch.batch import Batch, DecodeStep, Prefixes
+from opd_torch.layers.layer import CompletionCache, KeysValues, checkpoint_if
+from opd_torch.model.load import Model
 
-Memory: TypeAlias = tuple[Tensor, Tensor]
-"""What a layer keeps of the prompts: keys and values, or what another kind of layer hands on; [B, ...] each."""
+PromptCache: TypeAlias = list[KeysValues]
+"""What every layer keeps of the prompts, [B, ...] each; in decoding without a family, transformers'
+cache of each prompt.
+"""
 
 
-def hidden_states(model: Any, batch: Batch, again: float = 0) -> Tensor:
+def hidden_states(model: Model, batch: Batch, recompute: float = 0) -> Tensor:
     """Final hidden states [M, D] of exactly the rows that predict completion tokens.
 
-    `again` is the share of layers, the first, that are computed again in the backward instead of keeping their activations.
+    The first `recompute` share of the layers keeps no activations and runs again in the backward.
     """
-    return complete(model, batch, remember(model, batch.prefixes, again), again)
+    return complete(model, batch, prefill(model, batch.prefixes, recompute), recompute)
 
 
-def remember(model: Any, prefixes: Prefixes, again: float = 0) -> list[Memory]:
-    """`prefill` for `complete`; nothing without a family, where every completion reads its prompt by itself."""
-    return [] if model.family is None else prefill(model, prefixes, again)
-
-
-def complete(model: Any, batch: Batch, memory: list[Memory], again: float = 0) -> Tensor:
-    """Final hidden states [M, D] of completion rows over what their prompts left."""
+def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCache:
+    """Runs all prompts' prefixes. Empty without a family, where every completion reads its prompt
+    by itself.
+    """
     family = model.family
     if family is None:
-        return rows.hidden_states(model, batch)
-    text = family.language(model)
-    hidden = text.embed_tokens(batch.tokens)
-    angles = family.angles(text, batch.positions, hidden)
-    for number, (layer, its_angles, prefix) in enumerate(zip(text.layers, angles, memory, strict=True)):
-        its = number < again * len(text.layers)
-        hidden = computed(its, family.mixer(layer).completion_layer, family, layer, hidden, its_angles, prefix, batch)
-    out: Tensor = text.norm(hidden)
-    return out
-
-
-def prefill(model: Any, prefixes: Prefixes, again: float = 0) -> list[Memory]:
-    """What every layer keeps of all prompts' prefixes; without a family, the caches of the prompts."""
-    family = model.family
-    if family is None:
-        return rows.prefill(model, prefixes)
-    text = family.language(model)
-    hidden = text.embed_tokens(prefixes.tokens)
-    if model.known is not None:
-        features = model.known.features(prefixes.sources, lambda prompts: family.features(model, prompts, False))
-    else:
-        features = family.features(model, prefixes.sources, again)
+        return []
+    hidden = family.embed(model.module, prefixes.tokens)
+    features = _features(model, prefixes.sources, recompute)
     if features:
         hidden = hidden.index_copy(0, prefixes.visual_rows, features[0].to(hidden.dtype))
-    angles = family.angles(text, prefixes.positions, hidden)
-    found = []
-    for number, layer in enumerate(text.layers):
-        last, its = number + 1 == len(text.layers), number < again * len(text.layers)
-        hidden, memory = computed(its, family.mixer(layer).prefix_layer, family, layer, hidden, angles[number], prefixes, last)
-        found.append(memory)
+    angles = family.angles(model.module, prefixes.positions, hidden)
+    cache = []
+    for number, layer in enumerate(model.layers):
+        last, again = number + 1 == len(model.layers), number < recompute * len(model.layers)
+        arguments = hidden, angles[layer.rotary], prefixes, last
+        hidden, keys_values = checkpoint_if(again, layer.prefix, *arguments)
+        cache.append(keys_values)
         if number + 1 < len(features) and not last:
-            hidden = hidden.index_add(0, prefixes.visual_rows, features[number + 1].to(hidden.dtype))
-    return found
+            added = features[number + 1].to(hidden.dtype)
+            hidden = hidden.index_add(0, prefixes.visual_rows, added)
+    return cache
 
 
-def decode(model: Any, tokens: Tensor, positions: Tensor, memory: list[Memory], prefixes: Prefixes, own: list[Any], step: Step) -> Tensor:
-    """Final hidden states [R, D] of one more row of every completion: `tokens` [R] at `positions` [axes, R], after those in `own`.
+def complete(model: Model, batch: Batch, prompts: PromptCache, recompute: float = 0) -> Tensor:
+    """Final hidden states [M, D] of completion rows, over the cache of their prompts."""
+    family = model.family
+    if family is None:
+        return rows.hidden_states(model.module, batch)
+    hidden = family.embed(model.module, batch.tokens)
+    angles = family.angles(model.module, batch.positions, hidden)
+    for number, (layer, prefix) in enumerate(zip(model.layers, prompts, strict=True)):
+        again = number < recompute * len(model.layers)
+        arguments = hidden, angles[layer.rotary], prefix, batch
+        hidden = checkpoint_if(again, layer.completion, *arguments)
+    out: Tensor = family.text(model.module).norm(hidden)
+    return out
 
-    `own` is what the layers keep of the completions themselves; an empty list before the first row.
+
+def prefill_to_decode(model: Model, prefixes: Prefixes) -> PromptCache:
+    """`prefill`, or without a family transformers' own cache of each prompt."""
+    if model.family is None:
+        return rows.prefill(model.module, prefixes)
+    return prefill(model, prefixes)
+
+
+def begin(model: Model, prompts: PromptCache, n: int) -> list[Any]:
+    """The caches of n completions of each prompt, before their first tokens."""
+    if model.family is None:
+        return rows.begin(prompts, n)
+    return [layer.begin(prefix, n) for layer, prefix in zip(model.layers, prompts, strict=True)]
+
+
+def decode(
+    model: Model,
+    batch: Batch,
+    prompts: PromptCache,
+    completions: Sequence[Any],
+    step: DecodeStep,
+) -> Tensor:
+    """Final hidden states [R, D] of one more row of every completion, n to a prompt.
+
+    The rows before are in the caches `completions` of `begin`; the new rows are added to them in
+    place.
     """
     family = model.family
     if family is None:
-        return rows.decode(model, tokens, positions, memory, own)
-    text = family.language(model)
-    hidden = text.embed_tokens(tokens)
-    angles = family.angles(text, positions, hidden)
-    own += [family.mixer(layer).Own() for layer in text.layers[len(own) :]]
-    for layer, its_angles, prefix, mine in zip(text.layers, angles, memory, own, strict=True):
-        hidden = family.mixer(layer).decode_layer(family, layer, hidden, its_angles, prefix, prefixes, mine, step)
-    out: Tensor = text.norm(hidden)
+        return rows.decode(model.module, batch, completions)
+    hidden = family.embed(model.module, batch.tokens)
+    angles = family.angles(model.module, batch.positions, hidden)
+    for layer, prefix, cache in zip(model.layers, prompts, completions, strict=True):
+        hidden = layer.completion(hidden, angles[layer.rotary], prefix, batch, cache, step)
+    out: Tensor = family.text(model.module).norm(hidden)
     return out
 
 
-def joined_memory(model: Any, parts: list[list[Memory]]) -> list[Memory]:
-    """The memory of several runs of prompts as one, as decoding reads it. Takes `parts` apart, so that one layer at most is held twice."""
+def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:
+    """The caches of several `prefill_to_decode` as one. Empties `parts`, so that at most one layer
+    is held twice.
+    """
     if model.family is None:
         return list(chain.from_iterable(parts))
-    return [tuple(map(_stacked, zip(*(part.pop(0) for part in parts), strict=True))) for _ in range(len(parts[0]))]
+    return [layer.join([part.pop(0) for part in parts]) for layer in model.layers]
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[B, ...] of all parts' [b, ...], with zeros behind what is shorter than the longest.
-
-    Prompts leave keys by tokens, and products want them by heads: else every token step would copy them all.
+def select_rows(
+    model: Model,
+    prompts: PromptCache,
+    completions: Sequence[Any],
+    chosen: NDArray[np.int64],
+    completion_rows: Tensor,
+) -> tuple[PromptCache, Sequence[Any]]:
+    """The caches of the prompts `chosen`, and of the completions `completion_rows`, as many of each
+    prompt.
     """
-    if len(tensors) == 1:
-        return tensors[0].contiguous()
-    sizes = [tensor.shape for tensor in tensors]
-    out = tensors[0].new_zeros(sum(size[0] for size in sizes), *map(max, zip(*(size[1:] for size in sizes), strict=True)))
-    for tensor, place in zip(tensors, out.split([size[0] for size in sizes]), strict=True):
-        place[tuple(map(slice, tensor.shape))] = tensor
-    return out
-
-
-def narrowed(model: Any, memory: list[Memory], own: list[Any], prompts: NDArray[np.int64], rows: Tensor) -> tuple[list[Memory], list[Any]]:
-    """Memory and `own` (see `decode`) of some prompts and of some completions, as many of each prompt."""
     if model.family is None:
-        return [memory[prompt] for prompt in prompts], [own[row] for row in rows.tolist()]
-    if len(prompts) < len(memory[0][0]):
-        memory = reordered(memory, prompts.tolist())
-    for mine in own:
-        mine.select(rows)
-    return memory, own
+        kept = [completions[row] for row in completion_rows.tolist()]
+        return [prompts[prompt] for prompt in chosen], kept
+    if len(chosen) < len(prompts[0][0]):
+        prompts = reorder(prompts, chosen.tolist())
+    cache: CompletionCache
+    for cache in completions:
+        cache.select_rows(completion_rows)
+    return prompts, completions
 
 
-def reordered(memory: list[Memory], prompts: Sequence[int]) -> list[Memory]:
-    """Memory of prompts in another order, or of some of them."""
-    index = torch.tensor(prompts, device=memory[0][0].device)
-    return [(first.index_select(0, index), second.index_select(0, index)) for first, second in memory]
+def reorder(cache: PromptCache, prompts: Sequence[int]) -> PromptCache:
+    """The cache of some of its prompts, in the order given."""
+    index = torch.tensor(prompts, device=cache[0][0].device)
+    return [
+        (first.index_select(0, index), second.index_select(0, index)) for first, second in cache
+    ]
+
+
+def _features(model: Model, prompts: Sequence[Prompt], recompute: float) -> list[Tensor]:
+    """Image features of the prompts, from the cache where the tower is frozen."""
+    family = model.family
+    assert family is not None
+    if model.feature_cache is None:
+        return family.features(model.module, prompts, model.device, recompute)
+    return model.feature_cache.features(
+        prompts, lambda new: family.features(model.module, new, model.device, 0)
+    )

@@ -12,25 +12,43 @@ from opd.types import Update, UpdateResult
 
 
 class Optimizer:
-    """AdamW with bias correction over the trained parameters, by name; its state is two moments a parameter and a step count."""
+    """AdamW with bias correction over the trained parameters, by name: two moments of each, and a
+    step count.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = dict(parameters)
         self.step = 0
-        self.first = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
-        self.second = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        self.first = {
+            name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()
+        }
+        self.second = {
+            name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()
+        }
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Both moments of every parameter, as state files name them."""
+        first = {f"first.{name}": value for name, value in self.first.items()}
+        return first | {f"second.{name}": value for name, value in self.second.items()}
 
     def apply(self, gradient: Mapping[str, Tensor], update: Update) -> UpdateResult:
-        """One step on `gradient`, which is consumed; where its norm is not finite nothing changes."""
+        """One step on `gradient`, which is overwritten; where its norm is not finite nothing
+        changes.
+        """
         norm = global_norm(gradient.values())
         if not math.isfinite(norm):
             return UpdateResult(gradient_norm=norm, taken=False)
-        factor = 1.0 if update.gradient_clip is None or norm <= update.gradient_clip else update.gradient_clip / norm
+        factor = (
+            1.0
+            if update.gradient_clip is None or norm <= update.gradient_clip
+            else update.gradient_clip / norm
+        )
         self.step += 1
         gradients = [gradient[name].mul_(factor) for name in self.parameters]
         with torch.no_grad():
-            # theta <- (1 - lr * decay) theta - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon), in one pass over
-            # each tensor and without a copy of any.
+            # In one pass over each tensor and without a copy of any: theta <- (1 - lr * decay)
+            # theta - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon).
             torch._fused_adamw_(
                 list(self.parameters.values()),
                 gradients,
@@ -51,7 +69,11 @@ class Optimizer:
 
 def global_norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all tensors together."""
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])))
+    return float(
+        torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+        )
+    )
 
 
 def move_teacher(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], rate: float) -> None:

@@ -16,21 +16,28 @@ from torch import Tensor
 
 
 class Ragged:
-    """Rows of unequal `lengths`: packed [total, ...] to padded [rows, longest, ...] and back, both differentiable.
+    """Rows of unequal `lengths`: packed [total, ...] to padded [rows, longest, ...] and back, both
+    differentiable.
 
-    `longest` may be more than any length. Padding repeats the first packed entry; what it becomes is never read, and its gradient is
-    dropped.
+    `longest` may be more than any length. Padding repeats the first packed entry; what it becomes
+    is never read, and its gradient is dropped.
     """
 
     def __init__(self, lengths: NDArray[np.int64], device: torch.device, longest: int = 0) -> None:
         self.lengths = lengths
-        self.rows, self.longest, self.total = len(lengths), max(longest, int(lengths.max())), int(lengths.sum())
+        self.rows, self.longest, self.total = (
+            len(lengths),
+            max(longest, int(lengths.max())),
+            int(lengths.sum()),
+        )
         self._device = device
         self.even = self.rows * self.longest == self.total
         if not self.even:
             valid = np.arange(self.longest) < lengths[:, None]
             self._packed = torch.from_numpy(np.flatnonzero(valid)).to(device)
-            self._padded = torch.from_numpy(np.where(valid.ravel(), np.cumsum(valid.ravel()) - 1, 0)).to(device)
+            self._padded = torch.from_numpy(
+                np.where(valid.ravel(), np.cumsum(valid.ravel()) - 1, 0)
+            ).to(device)
 
     @cached_property
     def counts(self) -> Tensor:
@@ -47,7 +54,9 @@ class Ragged:
         if self.even:
             return packed.view(self.rows, self.longest, *packed.shape[1:])
         padded = packed.new_full((self.rows * self.longest, *packed.shape[1:]), value)
-        return padded.index_copy_(0, self._packed, packed).view(self.rows, self.longest, *packed.shape[1:])
+        return padded.index_copy_(0, self._packed, packed).view(
+            self.rows, self.longest, *packed.shape[1:]
+        )
 
     def unpad(self, padded: Tensor) -> Tensor:
         """From [rows, longest, ...] to [total, ...]."""
@@ -56,7 +65,9 @@ class Ragged:
 
 
 class _Pad(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
-    """index_select whose backward is an index_select too: every packed entry has one place (index_add would be far slower)."""
+    """index_select whose backward is an index_select too: every packed entry has one place
+    (index_add would be far slower).
+    """
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, padded_index: Tensor, packed_index: Tensor) -> Tensor:
@@ -93,8 +104,13 @@ class Owner:
 
     def spread(self, x: Tensor) -> Tensor:
         """From one entry a prompt [B, ...] to one a completion [R, ...]."""
-        # With equal counts the backward is a plain sum instead of a scatter, several times faster on the CPU.
-        return x.index_select(0, self.index) if self.each is None else x[:, None].expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
+        # With equal counts the backward is a plain sum instead of a scatter, several times faster
+        # on the CPU.
+        return (
+            x.index_select(0, self.index)
+            if self.each is None
+            else x[:, None].expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
+        )
 
 
 def index_tensor(values: ArrayLike, device: torch.device) -> Tensor:

@@ -1,7 +1,9 @@
-"""What differs between families of vision-language models once a prompt is encoded; one module per family.
+"""What differs between families of vision-language models once a prompt is encoded; one module per
+family.
 
-transformers' modules hold the parameters and compute projections, norms and feed-forward; a family says in which order. Everything else
-of this package is one code for all families. Twin of `opd_mlx.families`; `opd.prompts.families` is the part of the prompt's encoding.
+transformers' modules hold the parameters and compute projections, norms and feed-forward; a family
+builds the `Layer`s that call them. Everything else of this package is one code for all families.
+`opd_mlx.families` is the twin; the core has the families' encoding of prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,14 @@ from opd_torch.families.qwen2_5_vl import Qwen25VL
 from opd_torch.families.qwen3_5 import Qwen35
 from opd_torch.families.qwen3_vl import Qwen3VL
 
-FAMILIES: tuple[Family, ...] = (Qwen3VL(), Qwen25VL(), Qwen35(), Gemma3(), Idefics3(), SmolVLM())
+FAMILIES: tuple[Family, ...] = (
+    Qwen3VL(),
+    Qwen25VL(),
+    Qwen35(),
+    Gemma3(),
+    Idefics3(),
+    SmolVLM(),
+)
 
 MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_types}
 
@@ -22,5 +31,8 @@ MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_type
 def family(model_type: str) -> Family:
     """The family of a `model_type`. Raises ModelError, which names the nearest."""
     if model_type not in MODEL_TYPES:
-        raise ModelError(f"architecture '{model_type}' is not supported by the torch backend; {nearest(model_type, MODEL_TYPES)}")
+        known = nearest(model_type, MODEL_TYPES)
+        raise ModelError(
+            f"architecture '{model_type}' is not supported by the torch backend; {known}"
+        )
     return MODEL_TYPES[model_type]

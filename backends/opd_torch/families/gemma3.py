@@ -1,4 +1,5 @@
-"""Gemma 3: sliding and full layers with rotary bases of their own, images that see themselves in both directions, four norms a layer.
+"""Gemma 3: sliding and full layers with rotary bases of their own, images whose tokens see each
+other in both directions, four norms a layer.
 
 Source: `modeling_gemma3.py` of transformers 5.
 """
@@ -11,58 +12,88 @@ from typing import Any
 from torch import Tensor
 
 from opd.types import Prompt
-from opd_torch.batch import Reach
-from opd_torch.families.decoder import NormedDecoder
-from opd_torch.kernels.rotary import turns
-from opd_torch.layers.attention import Angles
-from opd_torch.vision import Frames, computed, visual_features
+from opd_torch.batch import Visibility
+from opd_torch.device import Device
+from opd_torch.families.decoder import Decoder
+from opd_torch.kernels.rotary import rotary_factors
+from opd_torch.layers.attention import NormedHeads
+from opd_torch.layers.layer import Angles, Layer, checkpoint_if
+from opd_torch.vision import ImageBatch, visual_features
 
 
-class Gemma3(NormedDecoder):
-    """See `opd_torch.families.Family`. The embedding module itself scales text; image features are not scaled."""
+class Gemma3(Decoder):
+    """The family of Gemma 3. The embedding module itself scales text; image features are not
+    scaled.
+    """
 
     model_types = ("gemma3",)
     architecture = "Gemma3ForConditionalGeneration"
 
-    def vision(self, model: Any) -> list[Any]:
+    def layers(self, module: Any) -> list[Layer]:
+        """Attention within the window, where there is one, to tokens before, and to the whole of a
+        token's own image.
+        """
+        kinds = self._kinds(module)
+        rotary = [sorted(set(kinds)).index(kind) for kind in kinds]
+        layers = zip(self.text(module).layers, rotary, strict=True)
+        return [
+            FourNorms(layer, Visibility(layer.self_attn.sliding_window, blocks=True), number)
+            for layer, number in layers
+        ]
+
+    def angles(self, module: Any, positions: Tensor, hidden: Tensor) -> tuple[Angles, ...]:
+        """A rotation for each type of layer, in the order of their names."""
+        rotary, kinds = self.text(module).rotary_emb, sorted(set(self._kinds(module)))
+        pairs = (rotary(hidden[None], positions, kind) for kind in kinds)
+        return tuple(
+            rotary_factors(cosines[0, :, None], sines[0, :, None]) for cosines, sines in pairs
+        )
+
+    def vision(self, module: Any) -> list[Any]:
         """Tower and projector."""
-        return [model.model.vision_tower, model.model.multi_modal_projector]
+        return [module.model.vision_tower, module.model.multi_modal_projector]
 
-    def patches(self, prompt: Prompt, model: Any) -> int:
-        """Every image has as many."""
-        vision = model.config.vision_config
-        return len(prompt.images["pixel_values"]) * (vision.image_size // vision.patch_size) ** 2 if prompt.images else 0
+    def patches(self, config: Any, prompt: Prompt) -> int:
+        """As many for every image."""
+        if not prompt.images:
+            return 0
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return len(prompt.images["pixel_values"]) * int(side) ** 2
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
+    def features(
+        self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
+    ) -> list[Tensor]:
         """Features of all visual tokens."""
-        tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-        weight = projector.mm_input_projection_weight
+        tower, projector = module.model.vision_tower, module.model.multi_modal_projector
+        dtype, layers = projector.mm_input_projection_weight.dtype, tower.encoder.layers
 
         def run(pixels: Tensor) -> list[Tensor]:
-            hidden = tower.embeddings(pixels.to(weight.dtype))
-            for number, layer in enumerate(tower.encoder.layers):
-                hidden = computed(number < again * len(tower.encoder.layers), layer, hidden, None)
+            hidden = tower.embeddings(pixels.to(dtype))
+            for number, layer in enumerate(layers):
+                hidden = checkpoint_if(number < recompute * len(layers), layer, hidden, None)
             return [projector(tower.post_layernorm(hidden))]
 
-        return visual_features(prompts, images, lambda pixels, _: run(pixels), weight.device)
+        return visual_features(prompts, images, lambda pixels, _: run(pixels), device)
 
-    def angles(self, text: Any, positions: Tensor, hidden: Tensor) -> list[Angles]:
-        """A rotation for each type of layer."""
-        kinds = text.config.layer_types[: len(text.layers)]
-        found = {kind: turns(*(x[0, :, None] for x in text.rotary_emb(hidden[None], positions, kind))) for kind in set(kinds)}
-        return [found[kind] for kind in kinds]
+    def _kinds(self, module: Any) -> list[str]:
+        """The type of every layer: sliding or full attention."""
+        text = self.text(module)
+        return list(text.config.layer_types[: len(text.layers)])
 
-    def reach(self, layer: Any) -> Reach:
-        """Within the window, where there is one: tokens before, and the whole of a token's own image."""
-        return Reach(layer.self_attn.sliding_window, blocks=True)
 
-    def finish(self, layer: Any, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        """As everywhere, with a norm behind attention and behind feed-forward too."""
-        hidden = hidden + layer.post_attention_layernorm(layer.self_attn.o_proj(mixed.reshape(len(hidden), -1)))
-        out: Tensor = hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
+class FourNorms(NormedHeads):
+    """Attention and feed-forward with a norm before each, and behind each."""
+
+    def finish(self, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """Adds the normalised output projection and the normalised feed-forward to the rows."""
+        layer = self.module
+        projected = layer.self_attn.o_proj(mixed.reshape(len(hidden), -1))
+        hidden = hidden + layer.post_attention_layernorm(projected)
+        forward = layer.mlp(layer.pre_feedforward_layernorm(hidden))
+        out: Tensor = hidden + layer.post_feedforward_layernorm(forward)
         return out
 
 
-def images(prompt: Prompt) -> Frames:
+def images(prompt: Prompt) -> ImageBatch:
     """Size in pixels, and values [3, H, W], of each image."""
     return [((image.shape[1], image.shape[2]), image) for image in prompt.images["pixel_values"]]

@@ -13,53 +13,66 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from opd.types import Prompt
+from opd_torch.device import Device
 from opd_torch.families.decoder import Decoder
-from opd_torch.vision import Frames, computed, visual_features
+from opd_torch.layers.layer import checkpoint_if
+from opd_torch.vision import ImageBatch, visual_features
 
 
 class Idefics3(Decoder):
-    """See `opd_torch.families.Family`."""
+    """The family of Idefics3."""
 
     model_types = ("idefics3",)
     architecture = "Idefics3ForConditionalGeneration"
 
-    def language(self, model: Any) -> Any:
+    def text(self, module: Any) -> Any:
         """The language trunk."""
-        return model.model.text_model
+        return module.model.text_model
 
-    def vision(self, model: Any) -> list[Any]:
+    def vision(self, module: Any) -> list[Any]:
         """Tower and projector."""
-        return [model.model.vision_model, model.model.connector]
+        return [module.model.vision_model, module.model.connector]
 
-    def patches(self, prompt: Prompt, model: Any) -> int:
-        """Of all tiles."""
-        return prompt.images["pixel_attention_mask"].size // model.config.vision_config.patch_size**2 if prompt.images else 0
+    def patches(self, config: Any, prompt: Prompt) -> int:
+        """Patches of all tiles."""
+        if not prompt.images:
+            return 0
+        return (
+            prompt.images["pixel_attention_mask"].size // int(config.vision_config.patch_size) ** 2
+        )
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
+    def features(
+        self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
+    ) -> list[Tensor]:
         """Features of all visual tokens, tile after tile."""
-        tower, connector = model.model.vision_model, model.model.connector
-        weight = tower.embeddings.position_embedding.weight
+        tower, connector = module.model.vision_model, module.model.connector
+        dtype, layers = tower.embeddings.position_embedding.weight.dtype, tower.encoder.layers
 
         def run(tiles: Tensor) -> list[Tensor]:
-            pixels, mask = tiles.to(weight.dtype).split([3, 1], 1)
+            pixels, mask = tiles.to(dtype).split([3, 1], 1)
             real = max_pool2d(mask, tower.patch_size)[:, 0] > 0
             hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=real)
-            keys = None if bool(real.all()) else real.flatten(1)[:, None, None].expand(-1, 1, hidden.shape[1], -1)
-            for number, layer in enumerate(tower.encoder.layers):
-                hidden = computed(number < again * len(tower.encoder.layers), layer, hidden, keys)
+            keys = None
+            if not bool(real.all()):
+                keys = real.flatten(1)[:, None, None].expand(-1, 1, hidden.shape[1], -1)
+            for number, layer in enumerate(layers):
+                hidden = checkpoint_if(number < recompute * len(layers), layer, hidden, keys)
             return [connector(tower.post_layernorm(hidden))]
 
-        return visual_features(prompts, tiles, lambda found, _: run(found), weight.device)
+        return visual_features(prompts, tiles, lambda pixels, _: run(pixels), device)
 
 
 class SmolVLM(Idefics3):
-    """SmolVLM 2, whose modules are Idefics3's under another name."""
+    """The family of SmolVLM 2, whose modules are Idefics3's under another name."""
 
     model_types = ("smolvlm",)
     architecture = "SmolVLMForConditionalGeneration"
 
 
-def tiles(prompt: Prompt) -> Frames:
-    """Size in pixels of each tile, and its values [4, H, W]: colours, and where they are no padding."""
-    masked = np.concatenate([prompt.images["pixel_values"], prompt.images["pixel_attention_mask"][:, None].astype(np.float32)], 1)
+def tiles(prompt: Prompt) -> ImageBatch:
+    """Size in pixels of each tile, and its values [4, H, W]: colours, and 1 where they are no
+    padding.
+    """
+    mask = prompt.images["pixel_attention_mask"][:, None].astype(np.float32)
+    masked = np.concatenate([prompt.images["pixel_values"], mask], 1)
     return [((tile.shape[1], tile.shape[2]), tile) for tile in masked]

@@ -1,4 +1,5 @@
-"""Qwen3.5: layers of gated delta net between layers of gated attention that turn only a part of each head; Qwen3-VL's tower.
+"""Qwen3.5: layers of gated delta net between layers of gated attention that rotate only a part of
+each head; Qwen3-VL's tower.
 
 Source: `modeling_qwen3_5.py` of transformers 5.
 """
@@ -10,29 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_torch.batch import Visibility
 from opd_torch.families.qwen3_vl import Qwen3VL
-from opd_torch.kernels.rotary import normed_turned
-from opd_torch.layers import attention, gated_delta
-from opd_torch.layers.attention import Angles
+from opd_torch.layers.attention import NormedHeads
+from opd_torch.layers.gated_delta import GatedDelta
+from opd_torch.layers.layer import Layer
 
 
 class Qwen35(Qwen3VL):
-    """See `opd_torch.families.Family`; its tower has no deepstack layers."""
+    """The family of Qwen3.5; its tower has no deepstack layers."""
 
     model_types = ("qwen3_5",)
     architecture = "Qwen3_5ForConditionalGeneration"
 
-    def mixer(self, layer: Any) -> Any:
-        """A recurrence or attention."""
-        return gated_delta if hasattr(layer, "linear_attn") else attention
+    def layers(self, module: Any) -> list[Layer]:
+        """Gated delta nets, and gated attention."""
+        return [
+            GatedDelta(layer) if hasattr(layer, "linear_attn") else GatedHeads(layer, Visibility())
+            for layer in self.text(module).layers
+        ]
 
-    def queries(self, layer: Any, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
-        """Queries and their gate, head by head from one projection."""
-        query, gate = layer.self_attn.q_proj(normed).unflatten(-1, (-1, 2 * layer.self_attn.head_dim)).chunk(2, -1)
-        return normed_turned(query, self.query_norm(layer), angles), gate.flatten(1)
 
-    def finish(self, layer: Any, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        """As everywhere, from what the gate lets through."""
+class GatedHeads(NormedHeads):
+    """Attention whose output is multiplied by a gate, which the projection of queries gives beside
+    them.
+    """
+
+    def query(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries [N, H, d] and their gate [N, H * d], head by head from one projection."""
+        attention = self.module.self_attn
+        both = attention.q_proj(rows).unflatten(-1, (-1, 2 * attention.head_dim))
+        query, gate = both.chunk(2, -1)
+        return query, gate.flatten(1)
+
+    def finish(self, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """Multiplies by the gate, then projects and adds."""
         assert gate is not None
-        mixed = mixed.reshape(len(hidden), -1) * torch.sigmoid(gate)
-        return super().finish(layer, hidden, mixed, None)
+        return super().finish(hidden, mixed.reshape(len(hidden), -1) * torch.sigmoid(gate), None)

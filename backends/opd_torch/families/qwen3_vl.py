@@ -1,11 +1,13 @@
-"""Qwen3-VL: norms on keys and queries; a tower whose middle layers feed the first layers of the text (deepstack).
+"""Qwen3-VL: norms on keys and queries; a tower whose middle layers feed the first layers of the
+text (deepstack).
 
-Legend: m images of one size, L patches of an image, F values of a patch, D vision width, S visual tokens of all prompts.
+Legend: m images of one size, L patches of an image, F values of a patch, D vision width, S visual
+tokens of all prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,113 +15,153 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from opd.types import Prompt
-from opd_torch.families.decoder import NormedDecoder
+from opd_torch.device import Device
+from opd_torch.families.decoder import Decoder
 from opd_torch.kernels.pointwise import feed_forward
-from opd_torch.kernels.rotary import rotated_heads, turns
-from opd_torch.vision import Frames, Size, computed, visual_features
+from opd_torch.kernels.rotary import rotary_factors, rotated_heads
+from opd_torch.layers.attention import NormedHeads
+from opd_torch.layers.layer import checkpoint_if
+from opd_torch.vision import ImageBatch, Size, visual_features
 
 
 class QwenVision:
     """Towers that take packed patches of any image size, cut by `image_grid_thw`."""
 
-    def vision(self, model: Any) -> list[Any]:
+    def vision(self, module: Any) -> list[Any]:
         """The tower; its merger is the projector."""
-        return [model.model.visual]
+        return [module.model.visual]
 
-    def patches(self, prompt: Prompt, model: Any) -> int:
+    def patches(self, config: Any, prompt: Prompt) -> int:
         """Rows of `pixel_values`."""
         return len(prompt.images["pixel_values"]) if prompt.images else 0
 
 
-class Qwen3VL(QwenVision, NormedDecoder):
-    """See `opd_torch.families.Family`."""
+class Qwen3VL(QwenVision, Decoder):
+    """The family of Qwen3-VL."""
 
     model_types = ("qwen3_vl",)
     architecture = "Qwen3VLForConditionalGeneration"
+    attention = NormedHeads
 
-    def features(self, model: Any, prompts: Sequence[Prompt], again: float) -> list[Tensor]:
+    def features(
+        self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
+    ) -> list[Tensor]:
         """Features of all visual tokens, and those of each deepstack layer."""
-        visual = model.model.visual
+        visual = module.model.visual
         return visual_features(
             prompts,
             lambda prompt: frames(prompt, visual),
-            lambda patches, size: _tower(visual, patches, size, again),
-            visual.pos_embed.weight.device,
+            lambda patches, size: _tower(visual, patches, size, recompute),
+            device,
         )
 
 
-def frames(prompt: Prompt, visual: Any) -> Frames:
-    """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a frame.
+def frames(prompt: Prompt, visual: Any) -> ImageBatch:
+    """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a
+    frame.
 
-    A patch shows several moments, and of a still image they are all alike: then one is left, [L, channels, F / moments / channels], and
-    not copied before images are put together.
+    A patch shows several moments. Those of a still image are all alike: then one is left, [L,
+    channels, F / moments / channels], a view until images are put together.
     """
-    sizes = [(rows, columns) for times, rows, columns in prompt.images["image_grid_thw"].tolist() for _ in range(times)]
+    grid = prompt.images["image_grid_thw"].tolist()
+    sizes = [(rows, columns) for times, rows, columns in grid for _ in range(times)]
     cuts = np.cumsum([rows * columns for rows, columns in sizes])[:-1]
     channels, moments = visual.patch_embed.in_channels, visual.patch_embed.temporal_patch_size
-    found: Frames = []
+    images: ImageBatch = []
     for size, patches in zip(sizes, np.split(prompt.images["pixel_values"], cuts), strict=True):
-        cut = patches.reshape(len(patches), channels, moments, -1)
-        still = all(np.array_equal(cut[:, :, 0], cut[:, :, moment]) for moment in range(1, moments))
-        found.append((size, cut[:, :, 0] if still else patches))
-    return found
+        by_moment = patches.reshape(len(patches), channels, moments, -1)
+        first = by_moment[:, :, 0]
+        still = all(np.array_equal(first, by_moment[:, :, other]) for other in range(1, moments))
+        images.append((size, first if still else patches))
+    return images
 
 
-def _tower(visual: Any, patches: Tensor, size: Size, again: float) -> list[Tensor]:
-    """Merged features [m, L / merge^2, width] of `patches` [m, L, ...], and those of each deepstack layer."""
-    taps, weights, places = (x.to(patches.device) for x in _grid(size, visual.num_grid_per_side, visual.spatial_merge_size))
+def _tower(visual: Any, patches: Tensor, size: Size, recompute: float) -> list[Tensor]:
+    """Merged features [m, L / merge^2, width] of `patches` [m, L, ...], and those of each deepstack
+    layer.
+    """
+    grid = _grid(size, visual.num_grid_per_side, visual.spatial_merge_size)
+    taps, weights, places = (x.to(patches.device) for x in grid)
     hidden = embed(visual, patches)
     positions = (visual.pos_embed(taps) * weights[:, :, None]).sum(1)
     hidden = hidden + positions.to(hidden.dtype)
-    angles = turns(*(x[:, None, None] for x in visual.rotary_pos_emb(hidden, places)))
-    taken = list(getattr(visual, "deepstack_visual_indexes", ()))
+    cosines, sines = visual.rotary_pos_emb(hidden, places)
+    angles = rotary_factors(*(x[:, None, None] for x in (cosines, sines)))
+    deepstack = list(getattr(visual, "deepstack_visual_indexes", ()))
     levels = []
     for number, layer in enumerate(visual.blocks):
-        hidden = computed(number < again * len(visual.blocks), block, layer, hidden, angles)
-        if number in taken:
-            levels.append(visual.deepstack_merger_list[taken.index(number)](hidden))
-    return [level.view(len(patches), -1, level.shape[-1]) for level in [visual.merger(hidden), *levels]]
+        again = number < recompute * len(visual.blocks)
+        hidden = checkpoint_if(again, block, layer, hidden, angles)
+        if number in deepstack:
+            merger = visual.deepstack_merger_list[deepstack.index(number)]
+            levels.append(merger(hidden))
+    levels.insert(0, visual.merger(hidden))
+    return [level.view(len(patches), -1, level.shape[-1]) for level in levels]
 
 
 def embed(visual: Any, patches: Tensor) -> Tensor:
-    """Embeddings [m, L, D] of `patches` [m, L, ...]: the convolution's kernel is as large as a patch, so it is one matrix product."""
+    """Embeddings [m, L, D] of `patches` [m, L, ...]: the convolution's kernel is as large as a
+    patch, so it is one matrix product.
+    """
     projection, patches = visual.patch_embed.proj, patches.flatten(2)
-    weight = projection.weight
-    kernel = weight if weight[0].numel() == patches.shape[-1] else weight.sum(2)  # of a moment that stands for all
-    return linear(patches.to(weight.dtype), kernel.flatten(1), projection.bias)
+    kernel = projection.weight
+    if kernel[0].numel() != patches.shape[-1]:
+        kernel = kernel.sum(2)  # one moment stands for all
+    return linear(patches.to(kernel.dtype), kernel.flatten(1), projection.bias)
 
 
-def block(layer: Any, hidden: Tensor, angles: Tensor, windows: Sequence[tuple[int, int]] = ()) -> Tensor:
+def block(
+    layer: Any, hidden: Tensor, angles: Tensor, windows: Sequence[tuple[int, int]] = ()
+) -> Tensor:
     """One transformer block on `hidden` [m, L, D]. `angles` [L, 1, 1, d / 2] of head width d.
 
-    Attention is within each image, or within each of its `windows`: so many, of so many patches, standing one after the other.
+    Attention is within each image, or within each of its `windows`: (how many, patches of each),
+    one after the other.
     """
     attention = layer.attn
     packed = attention.qkv(layer.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
-    # Queries and keys are turned in float32 and rounded then, as transformers does it.
+    # Queries and keys rotate in float32 and are rounded then, as in transformers.
     heads = rotated_heads(packed, angles)
     if windows:
-        parts = zip(*(x.split([count * length for count, length in windows], 1) for x in heads), strict=True)
-        cut = [[x.unflatten(1, window).flatten(0, 1) for x in part] for part, window in zip(parts, windows, strict=True)]
-        mixed = torch.cat([_mix(part, attention.scaling).unflatten(0, (len(hidden), -1)).flatten(1, 2) for part in cut], 1)
+        mixed = torch.cat(list(_within(heads, windows, attention.scaling)), 1)
     else:
         mixed = _mix(heads, attention.scaling)
     hidden = hidden + attention.proj(mixed.flatten(2))
     return hidden + feed_forward(layer.mlp, layer.norm2(hidden))
 
 
+def _within(
+    heads: Sequence[Tensor], windows: Sequence[tuple[int, int]], scaling: float
+) -> Iterator[Tensor]:
+    """Attention within windows, of queries, keys and values [m, L, H, d]: the rows of each length
+    of window.
+    """
+    lengths = [count * length for count, length in windows]
+    parts = zip(*(x.split(lengths, 1) for x in heads), strict=True)
+    for part, window in zip(parts, windows, strict=True):
+        mixed = _mix([x.unflatten(1, window).flatten(0, 1) for x in part], scaling)
+        yield mixed.unflatten(0, (len(heads[0]), -1)).flatten(1, 2)
+
+
 def _mix(heads: Sequence[Tensor], scaling: float) -> Tensor:
-    """Attention among the second axis of queries, keys and values [m, L, H, d]."""
+    """Attention along the second axis of queries, keys and values [m, L, H, d]."""
     query, key, value = (x.transpose(1, 2) for x in heads)
     return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2)
 
 
 @lru_cache(maxsize=256)
 def _grid(size: Size, side: int, merge: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each patch of an image: its four neighbours in the table of positions, their weights, and its row and column."""
+    """For each patch of an image: its four neighbours in the table of positions, their weights, and
+    its row and column.
+    """
     grid = torch.tensor([[1, *size]])
-    taps, weights = get_vision_interpolation_indices_and_weights(grid, side, align_corners=True, spatial_merge_size=merge)
+    taps, weights = get_vision_interpolation_indices_and_weights(
+        grid, side, align_corners=True, spatial_merge_size=merge
+    )
     return taps, weights, get_vision_position_ids(grid, merge)

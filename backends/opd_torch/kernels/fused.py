@@ -1,10 +1,13 @@
-"""Elementwise chains of half-precision training on a GPU as one kernel each, in Triton: inputs are read once, outputs written once.
+"""Elementwise chains of half-precision training on a GPU as one Triton kernel each: inputs are read
+once, outputs written once.
 
-On an H200 they took 210 of the 670 ms of a student's forward and backward (Qwen3-VL-4B, 4,096 tokens), all in passes over memory. All
-compute in float32 and round once. Gradients of weights are sums of parts, one of each program, so they do not depend on the order in which
-programs run.
+Without these kernels the chains took 210 of the 670 ms of a student's forward and backward on an
+H200 (Qwen3-VL-4B, 4,096 tokens), all in passes over memory. The kernels compute in float32 and
+round once. Gradients of weights are sums of one partial sum of each program, so they do not depend
+on the order in which programs run.
 
-Legend: N rows, D their width, H heads of width d of which w numbers are turned, F width of a feed-forward; m images, L patches of each.
+Legend: N rows, D their width, H heads of width d of which w numbers rotate, F width of a
+feed-forward; m images, L patches of each.
 """
 
 from __future__ import annotations
@@ -16,43 +19,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Triton comes with a torch for CUDA; without a GPU its interpreter runs kernels for tests.
-HERE = find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+# Triton comes with a torch for CUDA; without a GPU its interpreter runs the kernels for tests.
+HERE = find_spec("triton") is not None and (
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+)
 if HERE:
     import triton
     import triton.language as tl
 
 PROGRAMS = 528
-"""Programs of a backward that sums a weight's gradient: four for each processor of an H100."""
+"""Programs of a backward that sums a weight's gradient: four for each multiprocessor of an H100."""
 
 NUMBERS = 2048
-"""Numbers of a program's tile of heads, and of a gate."""
+"""Numbers in a program's tile of heads, or of a gate."""
 
 
 def usable(x: Tensor) -> bool:
-    """Whether these kernels serve what is computed of `x`: in bfloat16 on a GPU, by itself or under autocast."""
+    """Whether these kernels compute on `x`: in bfloat16 on a GPU, by its own dtype or under
+    autocast.
+    """
     if not (HERE and x.is_cuda):
         return False
-    return bool(x.dtype == torch.bfloat16 or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16))
+    if x.dtype == torch.bfloat16:
+        return True
+    autocast = torch.is_autocast_enabled("cuda")
+    return bool(autocast and torch.get_autocast_dtype("cuda") == torch.bfloat16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight of rows [..., D], in `dtype`; `weight` [D] is float32."""
+    """x / sqrt(mean(x^2) + epsilon) * weight of rows [..., D], in `dtype`; `weight` is float32."""
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = _Norm.apply(rows, weight, epsilon, dtype)
     return out.view(x.shape)
 
 
-def normed_turned(heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor) -> Tensor:
-    """`heads` [N, H, d], normalised by `weight` [d] (`rms_norm`) where there is one, and turned by `angles` [N, 1, w / 2] as
-    `kernels.rotary.rotate` turns them, in bfloat16.
+def normed_rotated(heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor) -> Tensor:
+    """Normalises `heads` [N, H, d] by `weight` [d] (`rms_norm`), if it is not None, and rotates
+    them in bfloat16.
+
+    `angles` [N, 1, w / 2] are those of `kernels.rotary.rotate`.
     """
-    out: Tensor = _Turn.apply(heads[None], weight, epsilon, angles)
+    out: Tensor = _Rotate.apply(heads[None], weight, epsilon, angles)
     return out[0]
 
 
-def turned_heads(packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys of `packed` [m, L, 3, H, d], turned by `angles` [L, 1, 1, d / 2], and its values, [m, L, H, d] each."""
+def rotated_heads(packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of `packed` [m, L, 3, H, d], rotated by `angles` [L, 1, 1, d / 2], and its
+    values, [m, L, H, d] each.
+    """
     query, key, value = _Heads.apply(packed, angles)
     return query, key, value
 
@@ -77,31 +91,52 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         gradient = gradient.contiguous()
-        of_x, programs = torch.empty_like(x, memory_format=torch.contiguous_format), min(len(x), PROGRAMS)
+        x_gradient, programs = (
+            torch.empty_like(x, memory_format=torch.contiguous_format),
+            min(len(x), PROGRAMS),
+        )
         parts = weight.new_empty(programs, len(weight))
         if programs:
-            _norm_back[(programs,)](gradient, x, weight, scales, of_x, parts, len(x), x.stride(0), x.shape[1], **_width(x))
-        return of_x, parts.sum(0) if ctx.needs_input_grad[1] else None, None, None
+            _norm_back[(programs,)](
+                gradient,
+                x,
+                weight,
+                scales,
+                x_gradient,
+                parts,
+                len(x),
+                x.stride(0),
+                x.shape[1],
+                **_width(x),
+            )
+        return x_gradient, parts.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
 
-class _Turn(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
-    """Of heads [1, N, H, d]."""
+class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+    """Norm and rotation of heads [1, N, H, d]."""
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor
+    ) -> Tensor:
         heads, angles = _aligned(heads), torch.view_as_real(angles).flatten(1)
         out = heads.new_empty(heads.shape, dtype=torch.bfloat16)
         scales = heads.new_empty(heads.shape[:3] if weight is not None else 0, dtype=torch.float32)
-        _turn_all(heads, weight, epsilon, angles, out, scales)
+        _rotate_all(heads, weight, epsilon, angles, out, scales)
         ctx.save_for_backward(heads, weight, angles, scales)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         heads, weight, angles, scales = ctx.saved_tensors
-        of_heads = torch.empty_like(heads, memory_format=torch.contiguous_format)
-        parts = _turn_all_back(_aligned(gradient), heads, weight, angles, scales, of_heads)
-        return of_heads, parts.sum(0) if weight is not None and ctx.needs_input_grad[1] else None, None, None
+        heads_gradient = torch.empty_like(heads, memory_format=torch.contiguous_format)
+        parts = _rotate_all_back(_aligned(gradient), heads, weight, angles, scales, heads_gradient)
+        return (
+            heads_gradient,
+            parts.sum(0) if weight is not None and ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
 
 
 class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
@@ -110,7 +145,7 @@ class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped
         angles = torch.view_as_real(angles).flatten(1)
         both = packed[:, :, :2].flatten(2, 3)  # a view: keys stand right behind queries
         out = torch.empty_like(both, memory_format=torch.contiguous_format)
-        _turn_all(both, None, 0.0, angles, out, out)
+        _rotate_all(both, None, 0.0, angles, out, out)
         ctx.save_for_backward(angles)
         ctx.shape = packed.shape
         query, key = out.chunk(2, 2)
@@ -121,7 +156,9 @@ class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped
         (angles,) = ctx.saved_tensors
         packed = gradients[0].new_empty(ctx.shape)
         for number, gradient in enumerate(gradients[:2]):
-            _turn_all_back(_aligned(gradient), packed[:, :, number], None, angles, packed, packed[:, :, number])
+            _rotate_all_back(
+                _aligned(gradient), packed[:, :, number], None, angles, packed, packed[:, :, number]
+            )
         packed[:, :, 2] = gradients[2]
         return packed, None
 
@@ -139,48 +176,104 @@ class _Gated(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        gradient, of_gate, of_up = gradient.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        gradient, gate_gradient, up_gradient = (
+            gradient.contiguous(),
+            torch.empty_like(gate),
+            torch.empty_like(up),
+        )
         if gate.numel():
-            _gated_back[(triton.cdiv(gate.numel(), NUMBERS),)](gradient, gate, up, of_gate, of_up, gate.numel(), NUMBERS)
-        return of_gate, of_up
+            _gated_back[(triton.cdiv(gate.numel(), NUMBERS),)](
+                gradient, gate, up, gate_gradient, up_gradient, gate.numel(), NUMBERS
+            )
+        return gate_gradient, up_gradient
 
 
 def _width(x: Tensor) -> dict[str, int]:
-    """A row's block, and as many warps as give each thread some ten of its numbers."""
+    """The block of one row, and as many warps as give each thread about ten of its numbers."""
     width = triton.next_power_of_2(x.shape[1])
     return {"WIDTH": width, "num_warps": min(16, max(1, width // 512))}
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """With numbers of a head side by side, as the kernels read them."""
+    """`x` with the numbers of a head side by side, as the kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _sizes(heads: Tensor, angles: Tensor) -> dict[str, Any]:
-    """How kernels cut heads [m, L, H, d] into tiles: so many heads, halves of what is turned, and what is behind."""
+    """How kernels cut heads [m, L, H, d] into tiles: how many heads, the half of what rotates, and
+    the rest behind it.
+    """
     half, rest = angles.shape[1] // 2, heads.shape[3] - angles.shape[1]
-    blocks = {"HALF": triton.next_power_of_2(half), "REST": triton.next_power_of_2(rest) if rest else 0}
+    blocks = {
+        "HALF": triton.next_power_of_2(half),
+        "REST": triton.next_power_of_2(rest) if rest else 0,
+    }
     tile = max(1, NUMBERS // triton.next_power_of_2(heads.shape[3]))
     rows = heads.shape[0] * heads.shape[1] * heads.shape[2]
-    return {"rows": rows, "length": heads.shape[1], "count": heads.shape[2], "half": half, "rest": rest, **blocks, "ROWS": tile}
+    return {
+        "rows": rows,
+        "length": heads.shape[1],
+        "count": heads.shape[2],
+        "half": half,
+        "rest": rest,
+        **blocks,
+        "ROWS": tile,
+    }
 
 
-def _turn_all(heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor, out: Tensor, scales: Tensor) -> None:
-    """Turns heads [m, L, H, d] into `out`, which is contiguous."""
+def _rotate_all(
+    heads: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    angles: Tensor,
+    out: Tensor,
+    scales: Tensor,
+) -> None:
+    """Rotates heads [m, L, H, d] into `out`, which is contiguous."""
     sizes, norm = _sizes(heads, angles), weight is not None
     if sizes["rows"]:
         grid = (triton.cdiv(sizes["rows"], sizes["ROWS"]),)
-        _turn[grid](heads, weight if norm else angles, angles, out, scales, *heads.stride()[:3], epsilon, **sizes, NORM=norm)
+        _rotate[grid](
+            heads,
+            weight if norm else angles,
+            angles,
+            out,
+            scales,
+            *heads.stride()[:3],
+            epsilon,
+            **sizes,
+            NORM=norm,
+        )
 
 
-def _turn_all_back(gradient: Tensor, heads: Tensor, weight: Tensor | None, angles: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    """Writes the gradient to heads [m, L, H, d] into `out`; returns parts [programs, d] of that to the weight."""
+def _rotate_all_back(
+    gradient: Tensor,
+    heads: Tensor,
+    weight: Tensor | None,
+    angles: Tensor,
+    scales: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Writes the gradient to heads [m, L, H, d] into `out`; returns partial sums [programs, d] of
+    the weight's.
+    """
     sizes, norm = _sizes(heads, angles), weight is not None
     programs = min(triton.cdiv(sizes["rows"], sizes["ROWS"]), PROGRAMS)
     parts = angles.new_empty(programs if norm else 0, heads.shape[3])
     if programs:
         strides = *gradient.stride()[:3], *heads.stride()[:3], *out.stride()[:3]
-        _turn_back[(programs,)](gradient, heads, weight if norm else angles, angles, scales, out, parts, *strides, **sizes, NORM=norm)
+        _rotate_back[(programs,)](
+            gradient,
+            heads,
+            weight if norm else angles,
+            angles,
+            scales,
+            out,
+            parts,
+            *strides,
+            **sizes,
+            NORM=norm,
+        )
     return parts
 
 
@@ -188,18 +281,29 @@ if HERE:
 
     @triton.jit
     def _norm(x, weight, out, scales, stride, width, epsilon, WIDTH: tl.constexpr):  # noqa: N803
-        """A row [D] a program."""
+        """One row [D] of each program."""
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
         real = column < width
         values = tl.load(x + row * stride + column, mask=real, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(values * values) / width + epsilon)
-        found = values * scale * tl.load(weight + column, mask=real, other=0.0)
-        tl.store(out + row * width + column, found.to(out.dtype.element_ty), mask=real)
+        normed = values * scale * tl.load(weight + column, mask=real, other=0.0)
+        tl.store(out + row * width + column, normed.to(out.dtype.element_ty), mask=real)
         tl.store(scales + row, scale)
 
     @triton.jit
-    def _norm_back(gradient, x, weight, scales, of_x, parts, rows, stride, width, WIDTH: tl.constexpr):  # noqa: N803
-        """Every so-manieth row, and their part of the weight's gradient [D]."""
+    def _norm_back(
+        gradient,
+        x,
+        weight,
+        scales,
+        x_gradient,
+        parts,
+        rows,
+        stride,
+        width,
+        WIDTH: tl.constexpr,  # noqa: N803
+    ):
+        """Every `num_programs`-th row, and this program's partial sum of the weight's gradient."""
         column = tl.arange(0, WIDTH)
         real = column < width
         factor, part = tl.load(weight + column, mask=real, other=0.0), tl.zeros([WIDTH], tl.float32)
@@ -207,28 +311,36 @@ if HERE:
             row = tl.cast(number, tl.int64)
             scale = tl.load(scales + row)
             normed = tl.load(x + row * stride + column, mask=real, other=0.0).to(tl.float32) * scale
-            slope = tl.load(gradient + row * width + column, mask=real, other=0.0).to(tl.float32)
-            part += slope * normed
-            slope *= factor
-            found = (slope - normed * (tl.sum(slope * normed) / width)) * scale
-            tl.store(of_x + row * width + column, found.to(of_x.dtype.element_ty), mask=real)
+            incoming = tl.load(gradient + row * width + column, mask=real, other=0.0).to(tl.float32)
+            part += incoming * normed
+            incoming *= factor
+            outgoing = (incoming - normed * (tl.sum(incoming * normed) / width)) * scale
+            tl.store(
+                x_gradient + row * width + column,
+                outgoing.to(x_gradient.dtype.element_ty),
+                mask=real,
+            )
         tl.store(parts + tl.program_id(0) * width + column, part, mask=real)
 
     @triton.jit
-    def _turn(
-        heads, weight, angles, out, scales, outer, middle, inner, epsilon, rows, length, count, half, rest,
+    def _rotate(
+        heads, weight, angles, out, scales, outer, middle, inner, epsilon,
+        rows, length, count, half, rest,
         HALF: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
-        """Some heads [ROWS, d] a program, in three parts: the first and the second half of what is turned, and the rest."""
+        """`ROWS` heads of each program, in three parts: the first and the second half of what
+        rotates, and the rest.
+        """
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         token, column = row // count, tl.arange(0, HALF)[None, :]
-        its, real = heads + token // length * outer + token % length * middle + row % count * inner, (row < rows) & (column < half)
-        first = tl.load(its + column, mask=real, other=0.0).to(tl.float32)
-        second = tl.load(its + half + column, mask=real, other=0.0).to(tl.float32)
+        place = heads + token // length * outer + token % length * middle + row % count * inner
+        real = (row < rows) & (column < half)
+        first = tl.load(place + column, mask=real, other=0.0).to(tl.float32)
+        second = tl.load(place + half + column, mask=real, other=0.0).to(tl.float32)
         if REST:
             behind = tl.arange(0, REST)[None, :]
             there = (row < rows) & (behind < rest)
-            last = tl.load(its + 2 * half + behind, mask=there, other=0.0).to(tl.float32)
+            last = tl.load(place + 2 * half + behind, mask=there, other=0.0).to(tl.float32)
         if NORM:
             square = tl.sum(first * first + second * second, 1, keep_dims=True)
             if REST:
@@ -239,20 +351,30 @@ if HERE:
             second *= scale * tl.load(weight + half + column, mask=column < half, other=0.0)
             if REST:
                 last *= scale * tl.load(weight + 2 * half + behind, mask=behind < rest, other=0.0)
-        turn = angles + token % length * 2 * half + 2 * column
-        real_part, imaginary = tl.load(turn, mask=real, other=0.0), tl.load(turn + 1, mask=real, other=0.0)
-        pairs = tl.interleave(first * real_part - second * imaginary, first * imaginary + second * real_part)
-        place, wide = out + row * (2 * half + rest), tl.arange(0, 2 * HALF)[None, :]
-        tl.store(place + wide, pairs.to(out.dtype.element_ty), mask=(row < rows) & (wide < 2 * half))
+        angle = angles + token % length * 2 * half + 2 * column
+        real_part, imaginary = (
+            tl.load(angle, mask=real, other=0.0),
+            tl.load(angle + 1, mask=real, other=0.0),
+        )
+        pairs = tl.interleave(
+            first * real_part - second * imaginary, first * imaginary + second * real_part
+        )
+        target, wide = out + row * (2 * half + rest), tl.arange(0, 2 * HALF)[None, :]
+        tl.store(
+            target + wide, pairs.to(out.dtype.element_ty), mask=(row < rows) & (wide < 2 * half)
+        )
         if REST:
-            tl.store(place + 2 * half + behind, last.to(out.dtype.element_ty), mask=there)
+            tl.store(target + 2 * half + behind, last.to(out.dtype.element_ty), mask=there)
 
     @triton.jit
-    def _turn_back(
-        gradient, heads, weight, angles, scales, out, parts, g_outer, g_middle, g_inner, outer, middle, inner, o_outer, o_middle, o_inner,
-        rows, length, count, half, rest, HALF: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,  # noqa: N803
+    def _rotate_back(
+        gradient, heads, weight, angles, scales, out, parts, g_outer, g_middle, g_inner,
+        outer, middle, inner, o_outer, o_middle, o_inner, rows, length, count, half, rest,
+        HALF: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
-        """Every so-manieth tile of heads, and their part of the weight's gradient [d]."""
+        """Every `num_programs`-th tile of heads, and this program's partial sum of the weight's
+        gradient [d].
+        """
         column, wide = tl.arange(0, HALF)[None, :], tl.arange(0, 2 * HALF)[None, :]
         first_part, second_part = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
         if REST:
@@ -262,33 +384,49 @@ if HERE:
             token, head = row // count, row % count
             image, place = token // length, token % length
             real = (row < rows) & (column < half)
-            its = gradient + image * g_outer + place * g_middle + head * g_inner
-            pairs = tl.load(its + wide, mask=(row < rows) & (wide < 2 * half), other=0.0).to(tl.float32)
+            incoming = gradient + image * g_outer + place * g_middle + head * g_inner
+            pairs = tl.load(incoming + wide, mask=(row < rows) & (wide < 2 * half), other=0.0).to(
+                tl.float32
+            )
             left, right = tl.split(tl.reshape(pairs, [ROWS, HALF, 2]))
-            turn = angles + place * 2 * half + 2 * column
-            real_part, imaginary = tl.load(turn, mask=real, other=0.0), tl.load(turn + 1, mask=real, other=0.0)
-            first, second = left * real_part + right * imaginary, right * real_part - left * imaginary
+            angle = angles + place * 2 * half + 2 * column
+            real_part, imaginary = (
+                tl.load(angle, mask=real, other=0.0),
+                tl.load(angle + 1, mask=real, other=0.0),
+            )
+            first, second = (
+                left * real_part + right * imaginary,
+                right * real_part - left * imaginary,
+            )
             if REST:
                 behind = tl.arange(0, REST)[None, :]
                 there = (row < rows) & (behind < rest)
-                last = tl.load(its + 2 * half + behind, mask=there, other=0.0).to(tl.float32)
+                last = tl.load(incoming + 2 * half + behind, mask=there, other=0.0).to(tl.float32)
             if NORM:
                 scale = tl.load(scales + row, mask=row < rows, other=0.0)
                 source = heads + image * outer + place * middle + head * inner
                 x_first = tl.load(source + column, mask=real, other=0.0).to(tl.float32) * scale
-                x_second = tl.load(source + half + column, mask=real, other=0.0).to(tl.float32) * scale
+                x_second = (
+                    tl.load(source + half + column, mask=real, other=0.0).to(tl.float32) * scale
+                )
                 first_part += tl.sum(first * x_first, 0)
                 second_part += tl.sum(second * x_second, 0)
                 first *= tl.load(weight + column, mask=column < half, other=0.0)
                 second *= tl.load(weight + half + column, mask=column < half, other=0.0)
                 along = tl.sum(first * x_first + second * x_second, 1, keep_dims=True)
                 if REST:
-                    x_last = tl.load(source + 2 * half + behind, mask=there, other=0.0).to(tl.float32) * scale
+                    x_last = (
+                        tl.load(source + 2 * half + behind, mask=there, other=0.0).to(tl.float32)
+                        * scale
+                    )
                     last_part += tl.sum(last * x_last, 0)
                     last *= tl.load(weight + 2 * half + behind, mask=behind < rest, other=0.0)
                     along += tl.sum(last * x_last, 1, keep_dims=True)
                 along /= 2 * half + rest
-                first, second = (first - x_first * along) * scale, (second - x_second * along) * scale
+                first, second = (
+                    (first - x_first * along) * scale,
+                    (second - x_second * along) * scale,
+                )
                 if REST:
                     last = (last - x_last * along) * scale
             target = out + image * o_outer + place * o_middle + head * o_inner
@@ -297,31 +435,37 @@ if HERE:
             if REST:
                 tl.store(target + 2 * half + behind, last.to(out.dtype.element_ty), mask=there)
         if NORM:
-            its = parts + tl.program_id(0) * (2 * half + rest)
+            sums = parts + tl.program_id(0) * (2 * half + rest)
             flat = tl.arange(0, HALF)
-            tl.store(its + flat, first_part, mask=flat < half)
-            tl.store(its + half + flat, second_part, mask=flat < half)
+            tl.store(sums + flat, first_part, mask=flat < half)
+            tl.store(sums + half + flat, second_part, mask=flat < half)
             if REST:
                 flat = tl.arange(0, REST)
-                tl.store(its + 2 * half + flat, last_part, mask=flat < rest)
+                tl.store(sums + 2 * half + flat, last_part, mask=flat < rest)
 
     @triton.jit
     def _gated(gate, up, out, count, BLOCK: tl.constexpr):  # noqa: N803
-        """Some numbers a program."""
+        """`BLOCK` numbers of each program."""
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = index < count
         x = tl.load(gate + index, mask=real, other=0.0).to(tl.float32)
-        found = x * tl.sigmoid(x) * tl.load(up + index, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + index, found.to(out.dtype.element_ty), mask=real)
+        gated = x * tl.sigmoid(x) * tl.load(up + index, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + index, gated.to(out.dtype.element_ty), mask=real)
 
     @triton.jit
-    def _gated_back(gradient, gate, up, of_gate, of_up, count, BLOCK: tl.constexpr):  # noqa: N803
-        """Some numbers a program."""
+    def _gated_back(gradient, gate, up, gate_gradient, up_gradient, count, BLOCK: tl.constexpr):  # noqa: N803
+        """`BLOCK` numbers of each program."""
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = index < count
-        slope = tl.load(gradient + index, mask=real, other=0.0).to(tl.float32)
+        incoming = tl.load(gradient + index, mask=real, other=0.0).to(tl.float32)
         x = tl.load(gate + index, mask=real, other=0.0).to(tl.float32)
-        its = tl.load(up + index, mask=real, other=0.0).to(tl.float32)
+        y = tl.load(up + index, mask=real, other=0.0).to(tl.float32)
         share = tl.sigmoid(x)
-        tl.store(of_up + index, (slope * x * share).to(of_up.dtype.element_ty), mask=real)
-        tl.store(of_gate + index, (slope * its * share * (1.0 + x * (1.0 - share))).to(of_gate.dtype.element_ty), mask=real)
+        tl.store(
+            up_gradient + index, (incoming * x * share).to(up_gradient.dtype.element_ty), mask=real
+        )
+        tl.store(
+            gate_gradient + index,
+            (incoming * y * share * (1.0 + x * (1.0 - share))).to(gate_gradient.dtype.element_ty),
+            mask=real,
+        )

@@ -1,7 +1,8 @@
-"""Norms and activations in fewer passes over memory than transformers' modules, of which torch runs every operation by itself.
+"""Norms and activations in fewer passes over memory than transformers' modules, which torch runs
+operation by operation.
 
-For float32 on a CPU: RMSNorm and GELU with backwards of their own, which keep one array where autograd keeps three. For half precision on a
-GPU: `opd_torch.kernels.fused`.
+For float32 on a CPU: RMSNorm and GELU with backwards of their own, which keep one array where
+autograd keeps three. For half precision on a GPU: `opd_torch.kernels.fused`.
 
 Legend: N rows, D their width.
 """
@@ -15,32 +16,44 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from opd_torch.device import Device
 from opd_torch.kernels import fused
 
 INNER, CUBE = math.sqrt(8 / math.pi), 0.044715
-"""GELU is x sigmoid(INNER (x + CUBE x^3)), which is the form with a tanh by another name; an exponential takes a third of a tanh's time."""
+"""GELU is x sigmoid(INNER (x + CUBE x^3)), which equals the form with a tanh; an exponential takes
+a third of a tanh's time.
+"""
 
 
-def quicken(model: nn.Module, device: torch.device, dtype: str) -> None:
-    """Puts modules of this file in the place of transformers' own, with their parameters, where `dtype` on `device` is served; all else
-    stays."""
-    on_cpu, on_gpu = (device.type, dtype) == ("cpu", "float32"), (device.type, dtype) == ("cuda", "bfloat16")
+def replace_modules(model: nn.Module, device: Device, dtype: torch.dtype) -> None:
+    """Replaces transformers' norms and activations by modules of this file, with the same
+    parameters.
+
+    This happens in float32 on a CPU, and in half precision on a GPU (`Device.fused`); elsewhere all
+    modules stay.
+    """
+    on_cpu = device.torch.type == "cpu" and dtype == torch.float32
     gelu = type(ACT2FN["gelu_pytorch_tanh"])
     for name, module in list(model.named_modules()):
-        # Norms that multiply by their weight have another attribute than those that multiply by 1 + weight. Some have a gate too.
+        # Norms that multiply by their weight have another attribute than those that multiply by 1 +
+        # weight. Some norms have a gate too: their names end in another way.
         norm = type(module).__name__.endswith("RMSNorm")
-        if norm and on_gpu:
-            multiplies = hasattr(module, "variance_epsilon")
-            model.set_submodule(name, HalfNorm(module.weight, module.variance_epsilon if multiplies else module.eps, 1.0 - multiplies))
-        elif norm and on_cpu and hasattr(module, "variance_epsilon"):
+        multiplies = hasattr(module, "variance_epsilon")
+        if norm and device.fused:
+            epsilon = module.variance_epsilon if multiplies else module.eps
+            model.set_submodule(name, HalfNorm(module.weight, epsilon, 1.0 - multiplies))
+        elif norm and on_cpu and multiplies:
             model.set_submodule(name, RMSNorm(module.weight, module.variance_epsilon))
         elif on_cpu and isinstance(module, gelu):
             model.set_submodule(name, GELU())
 
 
 def feed_forward(mlp: Any, rows: Tensor) -> Tensor:
-    """What a layer's feed-forward makes of rows [N, D]; with a SiLU for its gate, in one kernel between its products."""
-    if fused.usable(rows) and isinstance(getattr(mlp, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"]))):
+    """A layer's feed-forward on rows [N, D]; one kernel between its products where its gate is a
+    SiLU.
+    """
+    silu = isinstance(getattr(mlp, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
+    if silu and fused.usable(rows):
         out: Tensor = mlp.down_proj(fused.swiglu(mlp.gate_proj(rows), mlp.up_proj(rows)))
     else:
         out = mlp(rows)
@@ -56,7 +69,7 @@ class RMSNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
         self.epsilon = torch.tensor(epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of rows [..., D]."""
+        """Normalises rows [..., D]."""
         if not torch.is_grad_enabled():
             return _normed(x, self.epsilon)[0].mul_(self.weight)
         out: Tensor = _Norm.apply(x, self.weight, self.epsilon)
@@ -64,7 +77,9 @@ class RMSNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
 
 
 class HalfNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
-    """x / sqrt(mean(x^2) + epsilon) * (weight + more) over the last axis, rounded once, to what products take."""
+    """x / sqrt(mean(x^2) + epsilon) * (weight + more) over the last axis, rounded once, to the
+    precision of products.
+    """
 
     def __init__(self, weight: nn.Parameter, epsilon: float, more: float) -> None:
         super().__init__()
@@ -72,31 +87,33 @@ class HalfNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
 
     @property
     def scale(self) -> Tensor:
-        """What rows are multiplied by, in float32."""
+        """The factor [D] of normalised rows, in float32."""
         wide = self.weight.float()
         return wide + self.more if self.more else wide
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of rows [..., D]."""
+        """Normalises rows [..., D]."""
         if fused.usable(x):
             return fused.rms_norm(x, self.scale, self.epsilon, torch.bfloat16)
         wide = x.float()
-        return (wide * (wide.square().mean(-1, keepdim=True) + self.epsilon).rsqrt() * self.scale).to(x.dtype)
+        return (
+            wide * (wide.square().mean(-1, keepdim=True) + self.epsilon).rsqrt() * self.scale
+        ).to(x.dtype)
 
 
 class GELU(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """GELU in its approximation by a tanh."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of any shape."""
+        """Activates `x` of any shape."""
         if not torch.is_grad_enabled():
-            return _let_through(x * x, x).mul_(x)
+            return _sigmoid(x * x, x).mul_(x)
         out: Tensor = _Gelu.apply(x)
         return out
 
 
 def _normed(x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of mean square 1, and what they were multiplied by."""
+    """Rows of mean square 1, and the factor [..., 1] that made them so."""
     scale = torch.add(epsilon, (x * x).sum(-1, keepdim=True), alpha=1 / x.shape[-1]).rsqrt_()
     return x * scale, scale
 
@@ -113,26 +130,28 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped 
         normed, scale, weight = ctx.saved_tensors
         along = gradient * normed
         mean = (along @ weight).div_(len(weight))[..., None]
-        of_weight = along.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return (gradient * weight).addcmul_(normed, mean, value=-1.0).mul_(scale), of_weight, None
+        weight_gradient = along.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        inner = (gradient * weight).addcmul_(normed, mean, value=-1.0)
+        return inner.mul_(scale), weight_gradient, None
 
 
-def _let_through(square: Tensor, x: Tensor) -> Tensor:
+def _sigmoid(square: Tensor, x: Tensor) -> Tensor:
     """The sigmoid in GELU, from x^2 and x."""
     return (square * (INNER * CUBE)).add_(INNER).mul_(x).sigmoid_()
 
 
 class _Gelu(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
-    """Keeps the derivative, so that the backward is one product."""
+    """GELU that keeps its derivative, so that the backward is one product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         square = x * x
-        let = _let_through(square, x)
-        # With s the sigmoid of u(x): d/dx x s = s + s (1 - s) x u', and x u' = INNER x (1 + 3 CUBE x^2).
+        sigmoid = _sigmoid(square, x)
+        # With s the sigmoid of u(x): d/dx x s = s + s (1 - s) x u', and x u' = INNER x (1 + 3 CUBE
+        # x^2).
         inner = square.mul_(3 * INNER * CUBE).add_(INNER).mul_(x)
-        ctx.save_for_backward(torch.ops.aten.sigmoid_backward(inner, let).add_(let))
-        return let.mul_(x)
+        ctx.save_for_backward(torch.ops.aten.sigmoid_backward(inner, sigmoid).add_(sigmoid))
+        return sigmoid.mul_(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Token steps on a GPU as CUDA graphs: the host, which takes far longer to launch a step's kernels than the GPU to run them, launches one.
+"""Token steps on a GPU as CUDA graphs: one launch a step, since the host takes far longer to launch
+a step's kernels than the GPU to run them.
 
-A recorded step runs the same kernels on the same addresses every time. So a step changes its tensors in place, and one that has other
-shapes than the last is run as it is, which also loads its kernels, and recorded when it comes again.
+A recorded step runs the same kernels on the same addresses every time. So a step changes its
+tensors in place. A step with other shapes than the last runs as it is, which also loads its
+kernels, and is recorded when it comes again.
 """
 
 from __future__ import annotations
@@ -12,22 +14,25 @@ from typing import Any
 
 import torch
 
+from opd_torch.model.load import Model
+
 
 class Recorder:
-    """Runs steps of `model` on `device`, and records them where that can be done."""
+    """Runs steps of `model`, and records them where the device and the model allow it."""
 
     refused = False
-    """Whether CUDA has refused once in this process, which is said once and not tried again."""
+    """Whether CUDA has refused once in this process: it is logged once and not tried again."""
 
-    def __init__(self, device: torch.device, model: Any) -> None:
-        # A model without a family file keeps caches that grow, and what kernels over weights in few bits do is not ours to know.
-        floating = all(parameter.is_floating_point() for parameter in model.parameters())
-        self.records = device.type == "cuda" and model.family is not None and floating
+    def __init__(self, model: Model) -> None:
+        # Without a family file caches grow, and kernels over weights in few bits may do what cannot
+        # be recorded.
+        floating = all(parameter.is_floating_point() for parameter in model.module.parameters())
+        self.records = model.device.records_steps and model.family is not None and floating
         self._shape: Hashable = None
         self._graph: Any = None
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
-        """Runs `step`; `shape` tells apart steps whose tensors are others."""
+        """Runs `step`; a step of another `shape` has other tensors."""
         if not self.records:
             step()
         elif shape != self._shape:
@@ -39,7 +44,7 @@ class Recorder:
             step()
 
     def _record(self, step: Callable[[], None]) -> bool:
-        """Whether `step` is recorded now. Where CUDA refuses, which does not run any of it, steps stay as they are."""
+        """Records `step`; False if CUDA refuses, which runs none of it."""
         try:
             self._graph = None if self.refused else _recorded(step)
         except torch.OutOfMemoryError:
@@ -47,12 +52,17 @@ class Recorder:
         except RuntimeError as error:
             Recorder.refused = True
             reason = str(error).strip().partition("\n")[0]
-            logging.getLogger(__name__).warning("token steps run one by one, several times slower: CUDA cannot record them (%s)", reason)
+            logging.getLogger(__name__).warning(
+                "token steps run one by one, several times slower: CUDA cannot record them (%s)",
+                reason,
+            )
         return self._graph is not None
 
 
 def _recorded(step: Callable[[], None]) -> Any:
-    """The graph of `step`, which is not run. `torch.cuda.graph` would give all cached memory back to the device first."""
+    """The graph of `step`, which does not run. `torch.cuda.graph` would first give all cached
+    memory back to the device.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

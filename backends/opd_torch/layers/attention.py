@@ -1,128 +1,220 @@
-"""Two-stream attention: a prompt's tokens run once, and its n completions share their keys and values.
+"""Two-stream attention: a prompt's tokens run once, and its n completions share their keys and
+values.
 
-`prefix_layer` runs prompt tokens and gives their keys and values; `completion_layer` runs completion tokens over their prompt's keys
-and their own (`joined`). Training runs the one and then the other; sampling keeps what the first gave and runs `decode_layer` a
-token at a time. Norms, projections and feed-forward are transformers' modules, on packed rows, in the order that the family gives;
-only attention sees padding.
+Norms, projections and feed-forward are transformers' modules, on packed rows; only attention sees
+padding.
 
-Legend: N packed rows, M of completions, B prompts, P longest prefix, R completions of all prompts, n of each where they are as many, T
-longest completion, H query heads, G key-value heads, Q = H / G queries that share a key, d head width.
+Legend: see `layers.layer`; Q = H / G queries that share a key.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from opd_torch.batch import Batch, Prefixes, Step
-from opd_torch.kernels.joined import joinable, joined
-
-if TYPE_CHECKING:
-    from opd_torch.families.family import Family
-
-KeysValues: TypeAlias = tuple[Tensor, Tensor]
-"""Keys, with positions rotated in (`kernels.rotary`), and values: [B, G, P, d] of prefixes, [R, G, T, d] of completions."""
-
-Angles: TypeAlias = Tensor
-"""Rotary positions as complex numbers [N, 1, d / 2], or fewer where only a part of a head is turned (`kernels.rotary`)."""
+from opd_torch.batch import Batch, DecodeStep, Prefixes, Visibility
+from opd_torch.kernels.flash import joinable
+from opd_torch.kernels.joined import joined
+from opd_torch.kernels.pointwise import feed_forward
+from opd_torch.kernels.rotary import normed_rotated
+from opd_torch.layers.layer import Angles, KeysValues, stack_prompts
 
 ROOM = 64
-"""Tokens of a completion that fresh buffers hold; they double when they are full."""
+"""Tokens that a completion's first buffer holds; a full buffer is replaced by one of twice the
+size.
+"""
 
 
 def room(count: int) -> int:
-    """Tokens that the buffers of a completion of `count` tokens hold."""
+    """Size in tokens of the buffer for a completion of `count` tokens."""
     return int(ROOM << max(0, -(-count // ROOM) - 1).bit_length())
 
 
-@dataclass
-class Own:
-    """A completion layer's own keys and values in decoding: buffers [R, G, room, d], with zeros where no token stands yet."""
+class _KeyCache:
+    """Keys and values of a layer's completions: buffers [R, G, room, d] with zeros behind the last
+    token.
+    """
 
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
 
-    def append(self, key: Tensor, value: Tensor, step: Step) -> KeysValues:
-        """Adds one token's keys and values [R, G, d]; returns the first `step.count` of all."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = (x.new_zeros(*x.shape[:2], room(step.count), x.shape[2]) for x in (key, value))
-        elif step.count > self.keys.shape[2]:
+    def append(self, key: Tensor, value: Tensor, step: DecodeStep) -> KeysValues:
+        """Adds one token's keys and values [R, G, d]; returns the first `step.count` tokens."""
+        if step.count > self.keys.shape[2]:
             more = (0, 0, 0, room(step.count) - self.keys.shape[2])
-            self.keys, self.values = (torch.nn.functional.pad(x, more) for x in (self.keys, self.values))
+            self.keys, self.values = pad(self.keys, more), pad(self.values, more)
         self.keys.index_copy_(2, step.number, key[:, :, None])
         self.values.index_copy_(2, step.number, value[:, :, None])
         return self.keys[:, :, : step.count], self.values[:, :, : step.count]
 
-    def select(self, rows: Tensor) -> None:
-        """Leaves only some completions."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+    def select_rows(self, rows: Tensor) -> None:
+        """Keeps the completions `rows`, indices into R."""
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
 
-def prefix_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefixes: Prefixes, last: bool) -> tuple[Tensor, KeysValues]:
-    """Prompt rows [N, D] through one layer: the rows after it, and its keys and values.
+class AttentionLayer:
+    """A layer of attention and feed-forward; `layers.layer.Layer` describes the public methods.
 
-    After the last layer nobody reads a prompt's rows, so they are not computed there.
+    Families with other norms or gates override `key_norm`, `query_norm`, `query` and `finish`.
     """
-    ragged = prefixes.ragged
-    normed = layer.input_layernorm(hidden)
-    key, value = (ragged.pad(x).transpose(1, 2) for x in family.keys_values(layer, normed, angles))
-    if last:
-        return hidden, (key, value)
-    query, gate = family.queries(layer, normed, angles)
-    query = ragged.pad(query.to(value.dtype)).transpose(1, 2)
-    mask = prefixes.mask(family.reach(layer))
-    mixed = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=layer.self_attn.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return family.finish(layer, hidden, ragged.unpad(mixed.transpose(1, 2)), gate), (key, value)
+
+    def __init__(self, module: Any, visibility: Visibility, rotary: int = 0) -> None:
+        self.module, self.visibility, self.rotary = module, visibility, rotary
+
+    @property
+    def key_norm(self) -> Any:
+        """The norm over each head of keys; None for none."""
+        return None
+
+    @property
+    def query_norm(self) -> Any:
+        """The norm over each head of queries; None for none."""
+        return None
+
+    def query(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries [N, H, d] of normalised rows, before norm and rotation, and the gate [N, H * d]
+        that `finish` takes.
+        """
+        query: Tensor = self.module.self_attn.q_proj(rows)
+        return query.unflatten(-1, (-1, self.module.self_attn.head_dim)), None
+
+    def finish(self, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """Adds the projection of `mixed` [N, H, d] and the feed-forward to the rows [N, D]."""
+        hidden = hidden + self.module.self_attn.o_proj(mixed.reshape(len(hidden), -1))
+        normed = self.module.post_attention_layernorm(hidden)
+        return hidden + feed_forward(self.module.mlp, normed)
+
+    def prefix(
+        self, hidden: Tensor, angles: Angles, prefixes: Prefixes, last: bool
+    ) -> tuple[Tensor, KeysValues]:
+        """Runs prompt rows [N, D]."""
+        ragged, normed = prefixes.ragged, self.module.input_layernorm(hidden)
+        key, value = (ragged.pad(x).transpose(1, 2) for x in self._keys_values(normed, angles))
+        if last:
+            return hidden, (key, value)
+        query, gate = self._queries(normed, angles)
+        query = ragged.pad(query.to(value.dtype)).transpose(1, 2)
+        mask = prefixes.mask(self.visibility)
+        mixed = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.module.self_attn.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return self.finish(hidden, ragged.unpad(mixed.transpose(1, 2)), gate), (key, value)
+
+    def completion(
+        self,
+        hidden: Tensor,
+        angles: Angles,
+        prefix: KeysValues,
+        batch: Batch,
+        cache: _KeyCache | None = None,
+        step: DecodeStep | None = None,
+    ) -> Tensor:
+        """Runs completion rows [M, D], or the next row of every completion in a `step`."""
+        normed = self.module.input_layernorm(hidden)
+        key, value = self._keys_values(normed, angles)
+        if cache is not None and step is not None:
+            key, value = cache.append(key, value, step)
+        query, gate = self._queries(normed, angles)
+        query, scale = query.to(value.dtype), self.module.self_attn.scaling
+        if cache is not None and step is not None:
+            masks = step.masks(batch.prefixes, self.visibility)
+            mixed = _one_more(query * scale, prefix, (key, value), masks)
+        elif self.visibility.window is None and joinable(query, key):
+            mixed = joined(query, key, value, *prefix, batch, scale)
+        else:
+            mixed = _masked(query, key, value, prefix, batch, batch.mask(self.visibility), scale)
+        return self.finish(hidden, mixed, gate)
+
+    def begin(self, prefix: KeysValues, n: int) -> _KeyCache:
+        """The empty cache of n completions of each prompt."""
+        return _KeyCache(*(x.new_zeros(len(x) * n, x.shape[1], 0, x.shape[3]) for x in prefix))
+
+    def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
+        """Keys and values of all prompts, padded on the right to the longest."""
+        keys, values = map(stack_prompts, zip(*prefixes, strict=True))
+        return keys, values
+
+    def _keys_values(self, normed: Tensor, angles: Angles) -> KeysValues:
+        """Keys, with positions rotated in, and values [N, G, d] of normalised rows [N, D]."""
+        attention = self.module.self_attn
+        key, value = (
+            project(normed).unflatten(-1, (-1, attention.head_dim))
+            for project in (attention.k_proj, attention.v_proj)
+        )
+        # Under autocast norms and rotations come out in float32.
+        return normed_rotated(key, self.key_norm, angles).to(value.dtype), value
+
+    def _queries(self, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor | None]:
+        """Queries [N, H, d] of normalised rows [N, D], with positions rotated in, and the gate."""
+        query, gate = self.query(normed)
+        return normed_rotated(query, self.query_norm, angles), gate
 
 
-def completion_layer(family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: KeysValues, batch: Batch) -> Tensor:
-    """Completion rows [M, D] through one layer, over `prefix` and their own keys."""
-    normed = layer.input_layernorm(hidden)
-    key, value = family.keys_values(layer, normed, angles)
-    query, gate = family.queries(layer, normed, angles)
-    query, scale, reach = query.to(value.dtype), layer.self_attn.scaling, family.reach(layer)
-    if reach.window is None and joinable(query, key):
-        mixed = joined(query, key, value, *prefix, batch, scale)
-    else:
-        mixed = _masked(query, key, value, prefix, batch, batch.mask(reach), scale)
-    return family.finish(layer, hidden, mixed, gate)
+class NormedHeads(AttentionLayer):
+    """Attention with a norm over each head's keys and queries."""
+
+    @property
+    def key_norm(self) -> Any:
+        """The norm over each head of keys."""
+        return self.module.self_attn.k_norm
+
+    @property
+    def query_norm(self) -> Any:
+        """The norm over each head of queries."""
+        return self.module.self_attn.q_norm
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues, batch: Batch, mask: Tensor, scale: float) -> Tensor:
-    """What completion rows [M, H, d] find under `mask`; each completion has a copy of its prompt's keys before its own."""
-    spread = (batch.owner.spread(x) for x in prefix)
-    key, value = (torch.cat([before, batch.ragged.pad(x).transpose(1, 2)], 2) for before, x in zip(spread, (key, value), strict=True))
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: KeysValues,
+    batch: Batch,
+    mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of completion rows [M, H, d] under `mask`, with a copy of the prompt's keys in
+    front of each completion's.
+    """
+    before = (batch.owner.spread(x) for x in prefix)
+    own = (batch.ragged.pad(x).transpose(1, 2) for x in (key, value))
+    key, value = (torch.cat(both, 2) for both in zip(before, own, strict=True))
     query = batch.ragged.pad(query)
     rows, length, heads, width = query.shape
     groups = key.shape[1]
-    # Queries that share a key stand one after the other in one row, so that no key is repeated for them.
-    query = query.view(rows, length, groups, -1, width).permute(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
-    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask.repeat(1, 1, heads // groups, 1), scale=scale)
-    return batch.ragged.unpad(mixed.view(rows, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width))
+    # Queries that share a key stand one after the other in one row, so that no key is repeated for
+    # them.
+    query = query.view(rows, length, groups, -1, width).permute(0, 2, 3, 1, 4)
+    query = query.reshape(rows, groups, -1, width)
+    mask = mask.repeat(1, 1, heads // groups, 1)
+    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    mixed = mixed.view(rows, groups, -1, length, width).permute(0, 3, 1, 2, 4)
+    return batch.ragged.unpad(mixed.reshape(rows, length, heads, width))
 
 
-def decode_layer(
-    family: Family, layer: Any, hidden: Tensor, angles: Angles, prefix: KeysValues, prefixes: Prefixes, own: Own, step: Step
+def _one_more(
+    query: Tensor,
+    prefix: KeysValues,
+    own: KeysValues,
+    masks: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    """The next row of every completion [R, D] through one layer, n to a prompt; a prompt's keys are read once for all n."""
-    of_prompt, of_itself = step.masks(prefixes, family.reach(layer))
-    normed = layer.input_layernorm(hidden)
-    key, value = own.append(*family.keys_values(layer, normed, angles), step)
-    query, gate = family.queries(layer, normed, angles)
-    query = query.to(value.dtype) * layer.self_attn.scaling
+    """Attention of one row of every completion, scaled queries [R, H, d], over the prompt's keys
+    and its completion's own.
+
+    A prompt's keys are read once for all of its n completions. `masks` are those of
+    `DecodeStep.masks`.
+    """
+    prompt_mask, own_mask = masks
     prompts, groups, longest, width = prefix[0].shape
     query = query.view(prompts, -1, groups, query.shape[1] // groups, width)
     n, shared = query.shape[1], query.shape[3]
@@ -133,16 +225,18 @@ def decode_layer(
 
     def unfold(x: Tensor) -> Tensor:
         """[B, G, n * Q, ...] to [R, G, Q, ...]."""
-        return x.view(prompts, groups, n, shared, -1).transpose(1, 2).reshape(prompts * n, groups, shared, -1)
+        x = x.view(prompts, groups, n, shared, -1).transpose(1, 2)
+        return x.reshape(prompts * n, groups, shared, -1)
 
     to_prefix = fold(query) @ prefix[0].transpose(2, 3)
-    if of_prompt is not None:
-        to_prefix = to_prefix.masked_fill(~of_prompt, float("-inf"))
-    to_own = query.flatten(0, 1) @ key.transpose(2, 3)
-    if of_itself is not None:
-        to_own = to_own.masked_fill(~of_itself, float("-inf"))
+    if prompt_mask is not None:
+        to_prefix = to_prefix.masked_fill(~prompt_mask, float("-inf"))
+    to_own = query.flatten(0, 1) @ own[0].transpose(2, 3)
+    if own_mask is not None:
+        to_own = to_own.masked_fill(~own_mask, float("-inf"))
     # One softmax over both parts, in float32.
-    weights = torch.cat([unfold(to_prefix), to_own], -1).softmax(-1, dtype=torch.promote_types(value.dtype, torch.float32))
-    of_prefix, of_own = weights.to(value.dtype).split([longest, key.shape[2]], -1)
-    mixed = unfold(fold(of_prefix.unflatten(0, (prompts, n))) @ prefix[1]) + of_own @ value
-    return family.finish(layer, hidden, mixed, gate)
+    scores = torch.cat([unfold(to_prefix), to_own], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(own[1].dtype, torch.float32))
+    weights = weights.to(own[1].dtype)
+    of_prefix, of_own = weights.split([longest, own[0].shape[2]], -1)
+    return unfold(fold(of_prefix.unflatten(0, (prompts, n))) @ prefix[1]) + of_own @ own[1]

@@ -1,4 +1,6 @@
-"""Low-rank adapters as peft's layers, injected into transformers' modules; and adapters merged into weights. See `opd.models.adapters`."""
+"""Low-rank adapters as peft's layers, injected into transformers' modules; and adapters merged into
+weights. See `opd.models.adapters`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ from opd_torch.model.names import hugging_face
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer by Hugging Face name."""
-    return {name: (layer.out_features, layer.in_features) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    return {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
 
 
 def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
-    """Puts adapters of type `dtype` into the model, where they begin; nothing but them is trained."""
+    """Adds adapters of type `dtype` with their initial values; they alone are trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     assert options.adapters is not None
@@ -35,10 +41,14 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
     inject_adapter_in_model(config, model)
     for layer in model.modules():
         if hasattr(layer, "cast_input_dtype_enabled"):
-            layer.cast_input_dtype_enabled = False  # autocast does it, to the compute dtype instead of the adapter's float32
+            layer.cast_input_dtype_enabled = (
+                False  # autocast does it, to the compute dtype instead of the adapter's float32
+            )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = torch.from_numpy(values[hugging_face(name)]).to(parameter.device, dtype)
+            parameter.data = torch.from_numpy(values[hugging_face(name)]).to(
+                parameter.device, dtype
+            )
 
 
 def merge(model: Any, tensors: Mapping[str, FloatArray], scale: float) -> None:

@@ -1,9 +1,9 @@
-"""Writes model folders in Hugging Face layout, and reads and writes files of tensors."""
+"""Writes model folders in Hugging Face layout and adapters, and reads and writes state folders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,119 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd.errors import FolderError
-from opd.models import inert, names, weight_formats
+from opd.errors import FolderError, RecipeError
+from opd.models import adapters, inert, names, weight_formats
 from opd.models.files import read_json, tensor_headers
 from opd.models.permissions import as_new
+from opd.types import ModelOptions
+from opd_torch.families.family import Family
+from opd_torch.model.adapters import merge
+from opd_torch.model.load import Model, master_dtype, read_model
 from opd_torch.model.names import stored_names
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Precisions as safetensors names them."""
 
+STATE = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
+"""Files of a state folder."""
 
-def write_model(model: Any, source: Path, folder: Path) -> None:
-    """Writes all weights, by the names and in the precision they had in `source`, and copies its data files (see `opd.models.inert`).
 
-    Tensors that the model leaves out are written as they are.
+def write_model(module: Any, family: Family | None, source: Path, folder: Path) -> None:
+    """Writes all weights of `module`, with the names and precisions of `source`, and copies the
+    data files of `source`.
+
+    Tensors that the model leaves out are written as they are. See `opd.models.inert` for what is
+    copied.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = tensor_headers(source)
     inert.copy_files(source, folder)
     config = read_json(folder / "config.json")
-    if model.family is None:
-        # transformers' own way back to the published names; it writes a configuration too, which is the source's again afterwards.
-        precision = STORED[next(tensor.dtype for tensor in stored.values() if tensor.dtype in STORED)]
-        own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied head has no name of its own
+    if family is None:
+        # transformers restores the published names. It writes a configuration too, which the
+        # source's replaces below.
+        precision = STORED[
+            next(tensor.dtype for tensor in stored.values() if tensor.dtype in STORED)
+        ]
+        # A tied head has no name of its own.
+        own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        weights = {name: x.to(precision) for name, x in module.state_dict().items() if name in own}
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
-        model.save_pretrained(folder, state_dict={name: value.to(precision) for name, value in model.state_dict().items() if name in own})
+        module.save_pretrained(folder, state_dict=weights)
         if bars:
             transformers.utils.logging.enable_progress_bar()
         inert.copy_files(source, folder)
         as_new(*folder.glob("*.safetensors"))
     else:
-        older = stored_names(model, stored, source)
-        tensors = {older[name]: parameter.detach().to(STORED[stored[older[name]].dtype]) for name, parameter in model.named_parameters()}
+        older, tensors = stored_names(module, stored, source), {}
+        for name, parameter in module.named_parameters():
+            precision = STORED[stored[older[name]].dtype]
+            tensors[older[name]] = parameter.detach().to(precision)
         for name, tensor in stored.items():
             if names.is_left_out(config["model_type"], name):
                 with safe_open(source / tensor.file, framework="pt") as file:
                     tensors[name] = file.get_tensor(name)
         write_tensors(folder / "model.safetensors", tensors)
-    if weight_formats.settings(config):  # left over, of weights that are plain
-        (folder / "config.json").write_text(json.dumps(weight_formats.without(config), indent=2) + "\n", encoding="utf-8")
+    if weight_formats.settings(config):  # the source's weights are packed, these are plain
+        text = json.dumps(weight_formats.without(config), indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def export_model(student: Model, options: ModelOptions, folder: Path) -> None:
+    """Writes the student as a model folder; adapters are merged into the weights of the model as
+    they are stored.
+    """
+    source = Path(options.path)
+    if options.adapters is None:
+        write_model(student.module, student.family, source, folder)
+        return
+    module, family = read_model(source, master_dtype(options.dtype))
+    values = {
+        name: parameter.detach().float().cpu().numpy()
+        for name, parameter in student.parameters.items()
+    }
+    merge(module, values, options.adapters.scale)
+    write_model(module, family, source, folder)
+
+
+def write_adapter(student: Model, options: ModelOptions, folder: Path) -> None:
+    """Writes the student's adapters in PEFT's format. Raises RecipeError where all weights are
+    trained.
+    """
+    if options.adapters is None:
+        raise RecipeError(
+            "there is no adapter to export: all weights were trained; export the model"
+        )
+    adapters.write_config(folder, options.adapters, student.parameters, Path(options.path))
+    named = {f"{adapters.PREFIX}{name}": value for name, value in student.parameters.items()}
+    write_tensors(folder / adapters.WEIGHTS, named)
+
+
+def write_state(folder: Path, state: Sequence[Mapping[str, Tensor]], step: int) -> None:
+    """Writes student, teacher and moments, and the optimizer's step count beside the moments."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in zip(STATE, state, strict=True):
+        metadata = {"step": str(step)} if name == STATE[-1] else {}
+        write_tensors(folder / name, tensors, **metadata)
+
+
+def read_state(folder: Path, state: Sequence[Mapping[str, Tensor]]) -> int:
+    """Overwrites student, teacher and moments with a state folder's; returns the step count.
+
+    Raises FolderError, and changes nothing then.
+    """
+    for name in STATE:
+        if not (folder / name).is_file():
+            raise FolderError(f"{folder}: no {name}")
+    files = [
+        read_tensors(folder / name, tensors) for name, tensors in zip(STATE, state, strict=True)
+    ]
+    with torch.no_grad():
+        for tensors, (values, _) in zip(state, files, strict=True):
+            for name, tensor in tensors.items():
+                tensor.copy_(values[name])
+    return int(files[-1][1]["step"])
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -61,19 +134,27 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
     try:
         save_file(contiguous, file, metadata={"format": "pt", **metadata})
         as_new(file)
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except SafetensorError as error:  # a full disk, in safetensors' words
         raise OSError(f"{file}: {error}") from error
 
 
-def read_tensors(file: Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, which must hold those of `expected` by name and shape. Raises FolderError."""
+def read_tensors(
+    file: Path, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, which must hold those of `expected` by name and
+    shape. Raises FolderError.
+    """
     try:
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise FolderError(f"{file}: cannot be read as safetensors ({error})") from error
-    wrong = [name for name in expected if name not in tensors or tensors[name].shape != expected[name].shape]
+    wrong = [
+        name
+        for name in expected
+        if name not in tensors or tensors[name].shape != expected[name].shape
+    ]
     if wrong or len(tensors) != len(expected):
         what = f"the first that differs is {wrong[0]}" if wrong else "it holds others too"
         raise FolderError(f"{file}: these are not the tensors of this model; {what}")

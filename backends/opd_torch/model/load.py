@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,81 +15,149 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 
 from opd.errors import ModelError, holds_nan, one_line
 from opd.models import adapters, inert, names, settings, weight_formats
 from opd.models.files import read_json, tensor_headers
 from opd.types import ModelOptions
 from opd_torch import rows
+from opd_torch.device import Device
 from opd_torch.families import family
 from opd_torch.families.family import Family
-from opd_torch.kernels.pointwise import quicken
+from opd_torch.kernels.pointwise import replace_modules
+from opd_torch.layers.layer import Layer
 from opd_torch.model.adapters import add_adapters, linear_layers, merge
-from opd_torch.model.names import check_stored, hugging_face
+from opd_torch.model.names import check_stored, head_name, hugging_face, trained_parameters
 from opd_torch.model.quantised import check_four_bits, four_bits
-from opd_torch.vision import KnownFeatures, feature_room
+from opd_torch.vision import FeatureCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """Compute precisions; parameters are float32, and float64 (for tests) is float64 throughout."""
 
 
-def load_model(options: ModelOptions, device: torch.device) -> Any:
+@dataclass(frozen=True)
+class Model:
+    """One policy: `module` is transformers' model, and keeps all parameters; `layers` run its
+    trunk.
+
+    `family` is None and `layers` are empty for a model without a family file. `dtype` is the
+    precision of computation. `feature_cache` holds image features where nothing that computes them
+    is trained, and is None elsewhere.
+    """
+
+    family: Family | None
+    module: Any
+    layers: Sequence[Layer]
+    dtype: torch.dtype
+    device: Device
+    feature_cache: FeatureCache | None
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """Trained parameters by Hugging Face name; a tied head goes by the embedding's name."""
+        return trained_parameters(self.module)
+
+    @cached_property
+    def head_name(self) -> str:
+        """Name of the parameter that is the head: the embedding's where they are tied."""
+        return head_name(self.module)
+
+    @property
+    def head(self) -> Tensor:
+        """The head [V, D]."""
+        weight: Tensor = self.module.lm_head.weight
+        return weight
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.module.get_input_embeddings().num_embeddings)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A context in which matrix products compute in bfloat16, if that is the precision."""
+        half = self.dtype == torch.bfloat16
+        context: AbstractContextManager[Any] = torch.autocast(
+            self.device.torch.type, torch.bfloat16, enabled=half
+        )
+        return context
+
+
+def load_model(options: ModelOptions, device: Device) -> Model:
     """The model of a folder, on `device`. Raises ModelError, RecipeError and BackendError.
 
-    What is trained is float32: all parameters, without those that make image features unless `tune_vision`, or the adapters alone. Under
-    adapters the model's own weights stand in the compute dtype. Its attribute `family` is its family's, or None; `known` holds image
-    features where nothing that makes them is trained, and is None elsewhere.
+    Trained parameters are float32: all, without those of the vision tower unless `tune_vision`, or
+    the adapters alone. Frozen weights under adapters are in the compute dtype.
     """
     path = Path(options.path)
     dtype, masters = DTYPES[options.dtype], master_dtype(options.dtype)
     if options.four_bit:
-        check_four_bits(device)
-    model = read_model(path, dtype if options.adapters else masters, device if options.four_bit else None)
-    vision = model.family.vision(model) if model.family else []
-    if model.family is None:
-        rows.check(model.eval(), str(path))
+        check_four_bits(device.torch)
+    stored = dtype if options.adapters else masters
+    module, its_family = read_model(path, stored, device.torch if options.four_bit else None)
+    vision = its_family.vision(module) if its_family else []
+    if its_family is None:
+        rows.check(module.eval(), str(path))
         logging.getLogger(__name__).warning(
-            "%s: no family file for '%s', so a group's completions run as separate rows", path, model.config.model_type
+            "%s: no family file for '%s', so a group's completions run as separate rows",
+            path,
+            module.config.model_type,
         )
     if options.adapters:
-        add_adapters(model, options, masters)
+        add_adapters(module, options, masters)
     else:
         if options.adapter:
-            adapter = adapters.fitting(options, linear_layers(model))
-            merge(model, adapter.tensors, adapter.alpha / adapter.rank)
-        for module in vision:
-            module.requires_grad_(options.tune_vision)
-        if model.family is None and not options.tune_vision:
-            rows.freeze_vision(model, str(path))
-    frozen = not any(parameter.requires_grad for module in vision for parameter in module.parameters())
-    model.known = KnownFeatures(feature_room(device)) if vision and frozen else None
-    quicken(model, device, options.dtype)
-    # A lookup's gradient is some rows, not a table of zeros to be written and added; the meta device has no sparse tensors.
-    model.get_input_embeddings().sparse = device.type != "meta"
-    model = (model if options.four_bit else model.to(device)).eval()
-    broken = not_finite(model)
+            adapter = adapters.fitting(options, linear_layers(module))
+            merge(module, adapter.tensors, adapter.alpha / adapter.rank)
+        for part in vision:
+            part.requires_grad_(options.tune_vision)
+        if its_family is None and not options.tune_vision:
+            rows.freeze_vision(module, str(path))
+    cached = bool(vision) and not any(_trained(vision))
+    replace_modules(module, device, dtype)
+    # The gradient of a lookup is then some rows instead of a table of zeros; the meta device has no
+    # sparse tensors.
+    module.get_input_embeddings().sparse = device.torch.type != "meta"
+    module = (module if options.four_bit else module.to(device.torch)).eval()
+    broken = not_finite(module)
     if broken:
         raise holds_nan(path, broken)
-    return model
+    layers = its_family.layers(module) if its_family else []
+    features = FeatureCache(device.feature_bytes) if cached else None
+    return Model(its_family, module, layers, dtype, device, features)
 
 
-def not_finite(model: Any) -> str | None:
+def _trained(modules: Iterable[Any]) -> list[bool]:
+    """Whether each parameter of the modules is trained."""
+    return [parameter.requires_grad for module in modules for parameter in module.parameters()]
+
+
+def not_finite(module: Any) -> str | None:
     """Name of a parameter that holds NaN or infinity; None where there is none."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
         value = parameter.detach()
-        # A sum reads as fast as memory allows; of large numbers it may be infinite by itself.
-        if value.is_floating_point() and not value.is_meta and not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
+        if not value.is_floating_point() or value.is_meta:
+            continue
+        # A sum reads as fast as memory allows, though the sum of large finite numbers may be
+        # infinite.
+        if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
             return hugging_face(name)
     return None
 
 
 def master_dtype(dtype: str) -> torch.dtype:
-    """The type of what is trained, where computation is of `dtype`."""
+    """The precision of trained parameters where computation is in `dtype`."""
     return torch.float64 if dtype == "float64" else torch.float32
 
 
-def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = None) -> Any:
-    """The model of a folder in `dtype`; on the device `four_bit` with the language model's linear layers in 4 bits. Raises ModelError."""
+def read_model(
+    path: Path, dtype: torch.dtype, four_bit: torch.device | None = None
+) -> tuple[Any, Family | None]:
+    """transformers' model of a folder in `dtype`, and its family, if it has a family file. Raises
+    ModelError.
+
+    With `four_bit` it is on that device, and the language model's linear layers are in 4 bits.
+    """
     its = _family(path)
     architecture = getattr(transformers, its.architecture if its else "AutoModelForImageTextToText")
     content, stored = read_json(path / "config.json"), tensor_headers(path)
@@ -98,51 +170,97 @@ def read_model(path: Path, dtype: torch.dtype, four_bit: torch.device | None = N
     whole = path
     try:
         with inert.inert(path) as whole:
-            config = transformers.AutoConfig.from_pretrained(whole, trust_remote_code=False, local_files_only=True)
-            for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+            config = transformers.AutoConfig.from_pretrained(
+                whole, trust_remote_code=False, local_files_only=True
+            )
+            for part in (
+                config,
+                getattr(config, "text_config", None),
+                getattr(config, "vision_config", None),
+            ):
                 for key in weight_formats.SETTINGS:
                     if hasattr(part, key):
                         delattr(part, key)
             if its:
-                settings.check(config.to_dict(), settings.defaults(config), content, path / "config.json", "torch", "mlx")
+                settings.check(
+                    config.to_dict(),
+                    settings.defaults(config),
+                    content,
+                    path / "config.json",
+                    "torch",
+                    "mlx",
+                )
             if kind == "gemma3":
                 config.vision_config.vision_use_head = False  # no forward reads it
             with torch.device("meta"):
                 empty = architecture(config) if its else architecture.from_config(config)
             if its:
                 check_stored(empty, stored, path)
-            more: dict[str, Any] = four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
-            more |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            more: dict[str, Any] = (
+                four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
+            )
+            more |= {
+                "trust_remote_code": False,
+                "use_safetensors": True,
+                "local_files_only": True,
+                "output_loading_info": True,
+            }
             model, found = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         reason = one_line(error).replace(str(whole), str(path))
         raise ModelError(f"{path} cannot be loaded: {reason}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    # transformers would invent what is missing.
-    unexpected = [] if its else [name for name in found["unexpected_keys"] if not names.is_left_out(kind, name)]
+    # transformers would make up random weights for missing ones.
+    unexpected = (
+        []
+        if its
+        else [name for name in found["unexpected_keys"] if not names.is_left_out(kind, name)]
+    )
     wrong = [*found["missing_keys"], *unexpected, *found["mismatched_keys"]]
     if wrong:
-        raise ModelError(f"{path}: weights and config.json do not fit: {len(wrong)} tensors, the first is {wrong[0]}")
-    model.family = its
-    return model
+        raise ModelError(
+            f"{path}: weights and config.json do not fit: "
+            f"{len(wrong)} tensors, the first is {wrong[0]}"
+        )
+    return model, its
 
 
-def copy_model(model: Any) -> Any:
-    """A teacher: its own copy of every trained parameter; what is frozen is shared, and what is known of it."""
-    shared = [parameter for parameter in model.parameters() if not parameter.requires_grad] + [model.known]
-    return copy.deepcopy(model, {id(one): one for one in shared})
+def copy_model(model: Model) -> Model:
+    """A teacher: its own copy of every trained parameter; frozen parameters and the feature cache
+    are shared.
+    """
+    frozen = [one for one in model.module.parameters() if not one.requires_grad]
+    module = copy.deepcopy(model.module, {id(one): one for one in frozen})
+    layers = model.family.layers(module) if model.family else []
+    return replace(model, module=module, layers=layers)
 
 
 def _family(path: Path) -> Family | None:
-    """None for what transformers can load and no file here describes."""
+    """The family of a model folder; None for a model that transformers can load and no family file
+    describes.
+    """
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no such model folder" if not path.is_dir() else f"{path}: no config.json, so this is no model folder")
+        if not path.is_dir():
+            raise ModelError(f"{path}: no such model folder")
+        raise ModelError(f"{path}: no config.json, so this is no model folder")
     kind = str(read_json(path / "config.json").get("model_type"))
     try:
         return family(kind)
     except ModelError as error:
-        if kind in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        if (
+            kind
+            in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        ):
             return None
         raise ModelError(f"{path}: {error}") from None

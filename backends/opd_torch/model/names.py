@@ -19,23 +19,37 @@ def hugging_face(name: str) -> str:
 
 def trained_parameters(model: Any) -> dict[str, Tensor]:
     """Trained parameters by Hugging Face name; a tied head goes by the embedding's name."""
-    return {hugging_face(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        hugging_face(name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def head_name(model: Any) -> str:
     """Name of the parameter that is the head: the embedding's where they are tied."""
-    return str(next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight))
+    return str(
+        next(
+            name
+            for name, parameter in model.named_parameters()
+            if parameter is model.lm_head.weight
+        )
+    )
 
 
 def stored_names(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> dict[str, str]:
-    """The name in the files of every tensor that a forward may read, by parameter of `model`. Raises ModelError."""
+    """The name in the files of every tensor that a forward may read, by parameter of `model`.
+    Raises ModelError.
+    """
     kind = model.config.model_type
     used = names.used(kind, stored, path)
     return names.with_tie(kind, used) if model.config.tie_word_embeddings else used
 
 
 def check_stored(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> None:
-    """Raises ModelError where the stored tensors are not those of `model`; transformers would invent what is missing."""
+    """Raises ModelError where the stored tensors are not those of `model`; transformers would make
+    up missing ones.
+    """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: stored[old].shape for name, old in stored_names(model, stored, path).items()}
     # Some writers store a tied head beside the embedding.

@@ -1,4 +1,6 @@
-"""Frozen weights in few bits: 4-bit bases for adapters, through bitsandbytes (nf4; QLoRA, arXiv 2305.14314)."""
+"""Frozen weights in few bits: 4-bit bases for adapters, through bitsandbytes (nf4; QLoRA, arXiv
+2305.14314).
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,29 @@ NEEDED = ("bitsandbytes", "accelerate")
 def check_four_bits(device: torch.device) -> None:
     """Raises BackendError where 4-bit weights cannot be had."""
     if device.type != "cuda":
-        raise BackendError("model.tune = 'qlora' needs a CUDA GPU on torch; use --backend mlx, or --set model.tune=lora")
+        raise BackendError(
+            "model.tune = 'qlora' needs a CUDA GPU on torch; "
+            "use --backend mlx, or --set model.tune=lora"
+        )
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise BackendError(f"model.tune = 'qlora' needs {' and '.join(missing)} on torch: pip install {' '.join(missing)}")
+        raise BackendError(
+            f"model.tune = 'qlora' needs {' and '.join(missing)} on torch: "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def four_bits(layers: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What from_pretrained takes to load the language model's linear layers in 4 bits; `layers` are the names of all linear layers."""
+    """What from_pretrained takes to load the language model's linear layers in 4 bits; `layers` are
+    the names of all linear layers.
+    """
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", *(name for name in layers if adapters.part(name) != "language")],
+        llm_int8_skip_modules=[
+            "lm_head",
+            *(name for name in layers if adapters.part(name) != "language"),
+        ],
     )
     return {"quantization_config": config, "device_map": {"": device}}
