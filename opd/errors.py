@@ -77,6 +77,11 @@ def one_line(error: BaseException) -> str:
     return shortened(line, 300)
 
 
+def plural(count: int, noun: str) -> str:
+    """A number of things in words: 1 row, 1,200 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def shortened(text: str, most: int) -> str:
     """A text for a message, of at most so many characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -132,7 +132,7 @@ def test_arguments(here, arguments, message, monkeypatch):
         ([{**GOOD, "boxes": [[10, 10, 10, 20]]}], "box [10, 10, 10, 20] is empty or inverted"),
         (['{"image": "street.png", "question": "?", "boxes": [[1, 2, NaN, 4]]}'], "is not finite"),
         ([{**GOOD, "boxes": [[1, 2, 3]]}], "is not a box of four numbers"),
-        ([{**GOOD, "boxes": [{"image": 1, "box": [1, 2, 3, 4]}]}], "image 1 of box [1, 2, 3, 4] is not among the row's 1 images"),
+        ([{**GOOD, "boxes": [{"image": 1, "box": [1, 2, 3, 4]}]}], "image 1 of box [1, 2, 3, 4] is not among the row's 1 image"),
         ([{**GOOD, "box_format": "percent"}], "field 'box_format': unknown value \"percent\""),
         ([{**GOOD, "weight": -1}], "field 'weight': -1 is not a number of at least 0"),
         ([{**GOOD, "choices": ["red", "blue"]}], "is neither a letter nor the text of one of the 2 choices"),

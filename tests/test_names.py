@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from opd.errors import ModelError
 from opd.models import adapters
 from opd.models.choice import ModelChoice
 from opd.models.names import is_left_out, today
+from opd.prompts.processor import open_encoder
 from opd.types import AdapterOptions, ModelOptions
 from tests import random_models
 from tests.adapter_cases import OPTIONS, language_layers, under_peft, write_adapter
@@ -230,6 +232,19 @@ def test_a_left_over_setting_over_plain_weights(models, tmp_path, caplog, name, 
     backends.load(name, ModelOptions(out)).export(tmp_path / "export", "model")
     assert "quantization" not in (tmp_path / "export" / "config.json").read_text()
     assert "compression" not in (tmp_path / "export" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("key", ["quantization_config", "quantization", "text_config.quantization_config"])
+@pytest.mark.parametrize("said", ["int4", 4, ["awq"], False])
+def test_a_quantisation_that_is_no_object(models, tmp_path, name, key, said):
+    """No library reads one; encoder and backend name the key."""
+    out = copied(models("qwen3_vl")[0], tmp_path / "odd", **{key: said})
+    line = re.escape(f"{out / 'config.json'}: {key} is {json.dumps(said)}, not an object of settings; remove the key if")
+    with pytest.raises(ModelError, match=line):
+        open_encoder(out)
+    with pytest.raises(ModelError, match=line):
+        backends.load(name, ModelOptions(out))
 
 
 # What an adapter's files say.

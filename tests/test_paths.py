@@ -44,7 +44,7 @@ def test_the_home_folder_in_every_option_and_key(home):
     (home / "model").unlink()
     opd("train", "~/my.toml", "--model", "tiny", "--backend", "cpu", "--steps", 1, "--out", "~/run", *FEW)
     assert (home / "run/summary.json").is_file()
-    assert "all 1 steps" in opd("train", "--resume", "~/run").stderr
+    assert "the one step" in opd("train", "--resume", "~/run").stderr
     opd("export", "~/run", "--out", "~/out")
     assert (home / "out/config.json").is_file()
     measured = ["--model", "~/out", "--data", "~/pairs.jsonl", "--backend", "cpu", "--count", 1, "--json"]

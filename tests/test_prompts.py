@@ -259,7 +259,7 @@ def test_images_stand_where_the_question_says(folder: Path, question: str, count
 @pytest.mark.parametrize(
     ("question", "size", "message"),
     [
-        ("<image><image>What?", (16, 16), "the question has 2 '<image>' markers for 1 images"),
+        ("<image><image>What?", (16, 16), "the question has 2 '<image>' markers for 1 image"),
         ("What is <|image_pad|>?", (16, 16), "contains a reserved token such as '<|image_pad|>'"),
         ("What?", (2000, 2), "images of 2000 x 2 pixels cannot be encoded: absolute aspect ratio must be smaller than 200"),
     ],

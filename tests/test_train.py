@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from opd.data.choices import with_choices
 from opd.tiny import Scenes
 from opd_cli import main
 
@@ -161,7 +162,7 @@ def test_a_run_is_resumed_from_any_folder_but_not_on_other_data(photos, tmp_path
     assert "the embedded tiny model knows nothing but its own scenes" in said
     assert json.loads(Path("run/summary.json").read_text())["rows_skipped"] == 1
     monkeypatch.chdir("/")
-    assert "all 1 steps of this run are done" in opd("train", "--resume", tmp_path / "run").stderr
+    assert "the one step of this run is done" in opd("train", "--resume", tmp_path / "run").stderr
     photos.write_text("".join(photos.read_text().splitlines(keepends=True)[1:]))
     said = opd("train", "--resume", tmp_path / "run", code=2).stderr
     assert said.splitlines()[-1].startswith(f"opd: {photos} is not what this run began with")
@@ -237,6 +238,18 @@ def test_gap_and_sample_tell_what_the_model_says(backend_name, monkeypatch):
     answers = json.loads(opd("sample", *few, "--json").stdout)["answers"]
     assert sum(one["full_right"] for one in answers) == pytest.approx(3 * result["full_accuracy"])
     assert answers[0]["crop"] in opd("sample", *few).stdout
+
+
+def test_sample_shows_the_question_with_the_choices_that_the_model_sees(backend_name, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "red.png")
+    row = {"image": "red.png", "question": "Which color?", "boxes": [[8, 8, 40, 40]], "choices": ["red", "blue"], "answer": "A"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    given = ["--backend", backend_name, "--data", tmp_path / "rows.jsonl", "--count", 1]
+    (answer,) = json.loads(opd("sample", *given, "--json").stdout)["answers"]
+    assert answer["question"] == with_choices("Which color?", ("red", "blue"))
+    shown = opd("sample", *given).stdout
+    assert all(line in shown for line in answer["question"].splitlines())
 
 
 def test_backends_are_checked_against_committed_numbers(backend_name):

@@ -75,7 +75,7 @@ def test_rows_that_cannot_be_encoded_are_skipped_wherever_rows_are_encoded(here,
     assert json.loads(said.stdout)["skipped"] == found["skipped"]
     options = ["--set", "rollout.prompts=8", "--set", "rollout.completions=2", "--set", "measure.count=8", "--steps", "1", "--out", "run"]
     said = here("train", *options)
-    assert "3 examples, 5 skipped, 1 steps" in said.stdout
+    assert "3 examples, 5 skipped, 1 step" in said.stdout
     trained = json.loads((tmp_path / "run/summary.json").read_text())
     assert (trained["examples"], trained["rows_not_measured"], trained["rows_unusable"], trained["prompts_skipped"]) == (3, 5, 5, 5)
     assert [said.stderr.count(f"skipped {row}: ") for row in rows] == [1] * 5

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
+from opd.errors import plural
 from opd_cli import signals
 from opd_cli.console import Terminal
 from opd_cli.terminal import Stderr, one_line
@@ -139,7 +140,7 @@ class Shown:
         self._phases[phase] = shown
         self._spoke = time.monotonic()
         if not self._live and not done and phase != "read":  # mostly over at once
-            self.note(f"{shown.title}: {total} {shown.unit}{'s' if total != 1 else ''}")
+            self.note(f"{shown.title}: {plural(total, shown.unit)}")
 
     def advance(self, units: int) -> None:
         """Moves the bar; speaks from time to time when piped."""

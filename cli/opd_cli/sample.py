@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from opd_cli.options import resolve, shared
 from opd_cli.terminal import say_json
+
+if TYPE_CHECKING:
+    from opd.measure.gap import Answered
 
 
 @click.command()
@@ -28,6 +32,7 @@ def sample(
       opd sample --data pairs.jsonl --json
     """
     from opd.run import session as run
+    from opd.views.questions import student_question
     from opd_cli.progress import show
     from opd_cli.tables import answers
 
@@ -38,12 +43,17 @@ def sample(
         if resolved.line:
             progress.note(resolved.line)
         answered, skipped = session.answer(progress)
+
+    def asked(one: Answered) -> str:
+        """The question as the model is asked it: with the options of a choice."""
+        return student_question(session.held_out[one.row])
+
     if as_json:
         found = {
             "model": session.recipe.model.path,
-            "answers": [asdict(one) for one in answered],
+            "answers": [{**asdict(one), "question": asked(one)} for one in answered],
             **session.left_out(answered, skipped),
         }
         say_json(found)
     else:
-        answers([(session.held_out[one.row].question, one) for one in answered])
+        answers([(asked(one), one) for one in answered])

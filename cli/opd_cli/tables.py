@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from opd.errors import plural
 from opd_cli.console import Terminal, cell
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
         if fell := _fell(summary):
             console.print(Text(fell, style="bold red"), soft_wrap=True)
         rows = _rows({**before, "rows_skipped": summary["rows_not_measured"]})
-        title = f"{rows}, {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}"
+        title = f"{rows}, {plural(summary['steps'], 'step')}, {summary['seconds']:.0f} s on {summary['device']}"
         console.print(cell(title, "bold"), soft_wrap=True)  # a table would fold it to its own width
         table = _table("", "before", "after", "change")
         for key, title in ROWS:
@@ -48,7 +49,7 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
             console.print("gap closed: no gap was certain before training  (95 % intervals)", highlight=False)
     cut, drawn = summary["completions_truncated"], summary["completions"]
     if cut > MANY_CUT * drawn:
-        console.print(f"{cut} of {drawn} completions were cut off at rollout.max_tokens", highlight=False)
+        console.print(f"{cut} of {plural(drawn, 'completion')} were cut off at rollout.max_tokens", highlight=False)
     kind = "adapter" if (folder / "adapter").is_dir() else "model"
     console.print(f"{kind}: {folder / kind}", soft_wrap=True)
     console.print(f"metrics: {folder / 'metrics.jsonl'}", soft_wrap=True)
@@ -122,14 +123,15 @@ def planned(result: Mapping[str, Any]) -> None:
     say(cell(f"{result['model']} on {device}, {result['backend']}, {result['dtype']}", "bold"))
     width, height = assumed["image"]
     across, down = assumed["crop"]
-    say(f"image {width}x{height}: prompt of {assumed['prompt_tokens']} tokens, {assumed['text_tokens']} of them text")
-    say(f"crop {across}x{down}: prompt of {assumed['crop_prompt_tokens']} tokens")
+    say(f"image {width}x{height}: prompt of {plural(assumed['prompt_tokens'], 'token')}, {assumed['text_tokens']} of them text")
+    say(f"crop {across}x{down}: prompt of {plural(assumed['crop_prompt_tokens'], 'token')}")
     for note in result["notes"]:
         say(cell(note, "yellow"))
-    say(f"step: {assumed['prompts']} prompts x {assumed['completions']} completions of {assumed['completion_tokens']} tokens")
-    few = "" if batch["completions"] == assumed["completions"] else f", {batch['completions']} completions at a time"
-    say(f"micro-batches: {batch['count']} of {batch['groups']} prompts{few}, {batch['tokens']} tokens each")
-    say(f"sampled together: {result['sampling']['groups']} prompts")
+    sizes = (plural(assumed[f"{name}s"], name.replace("_", " ").split()[-1]) for name in ("prompt", "completion", "completion_token"))
+    say("step: {} x {} of {}".format(*sizes))
+    few = "" if batch["completions"] == assumed["completions"] else f", {plural(batch['completions'], 'completion')} at a time"
+    say(f"micro-batches: {batch['count']} of {plural(batch['groups'], 'prompt')}{few}, {plural(batch['tokens'], 'token')} each")
+    say(f"sampled together: {plural(result['sampling']['groups'], 'prompt')}")
     say()
 
     table = _table("parameters", "all", "trained")
@@ -212,7 +214,7 @@ def _rows(result: Mapping[str, Any]) -> str:
     """How many examples, and how many of them could be judged where that is fewer."""
     judged, skipped = result["rows_with_answer"], result.get("rows_skipped", 0)
     answers = "" if judged == result["rows"] else f", {judged} of them with an answer"
-    return f"{result['rows']} examples{answers}" + (f", {skipped} skipped" if skipped else "")
+    return f"{plural(result['rows'], 'example')}{answers}" + (f", {skipped} skipped" if skipped else "")
 
 
 def _reference(answer: str | Sequence[str] | None) -> str:

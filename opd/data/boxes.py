@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from opd.data.fields import Row, cut, is_finite, is_number, show, wrong
-from opd.errors import DataError, nearest
+from opd.errors import DataError, nearest, plural
 from opd.types import Box
 
 BoxFormat: TypeAlias = Literal["pixels", "fraction", "per-mille"]
@@ -50,7 +50,8 @@ def _box(entry: Any, sizes: Sequence[Size], unit: BoxFormat) -> Box:
         raise wrong("boxes", entry, "a box of four numbers, [left, top, right, bottom]")
     if not isinstance(image, int) or isinstance(image, bool) or not 0 <= image < len(sizes):
         raise DataError(
-            f"field 'boxes': image {show(image)} of box {show(corners)} is not among the row's {len(sizes)} images, counted from 0"
+            f"field 'boxes': image {show(image)} of box {show(corners)} is not among the row's {plural(len(sizes), 'image')}, "
+            "counted from 0"
         )
     if not all(is_finite(corner) for corner in corners):
         raise DataError(f"field 'boxes': box {show(corners)} is not finite")

@@ -28,7 +28,7 @@ from opd.data.choices import with_choices
 from opd.data.fields import Row, is_finite, missing, paths, show, text, texts, whole, wrong
 from opd.data.pictures import ImageFacts
 from opd.data.survey import FIELDS
-from opd.errors import DataError
+from opd.errors import DataError, plural
 from opd.types import IMAGE_MARKER, Example
 
 LETTERED = len(ascii_uppercase)
@@ -57,10 +57,10 @@ def read_row(
     teacher_question = text(row, "teacher_question")
     choices = texts(row, "choices")
     if len(choices) > LETTERED:
-        raise DataError(f"field 'choices': {len(choices)} choices; at most {LETTERED} have a letter")
-    _check_markers("question", with_choices(question, choices), images, "images")
+        raise DataError(f"field 'choices': {plural(len(choices), 'choice')}; at most {LETTERED} have a letter")
+    _check_markers("question", with_choices(question, choices), images, "image")
     asked = with_choices(teacher_question or question, choices)
-    _check_markers("teacher_question" if teacher_question else "question", asked, teacher_images or images, "teacher images")
+    _check_markers("teacher_question" if teacher_question else "question", asked, teacher_images or images, "teacher image")
     return Example(
         id=_id(row, source),
         images=images,
@@ -90,7 +90,8 @@ def _sizes(images: Sequence[Path], facts: Callable[[Path], ImageFacts], field: s
 def _check_markers(field: str, question: str, images: Sequence[Path], kind: str) -> None:
     count = question.count(IMAGE_MARKER)
     if count > len(images):
-        raise DataError(f"field '{field}': {count} '{IMAGE_MARKER}' markers for {len(images)} {kind}")
+        markers = plural(count, f"'{IMAGE_MARKER}' marker")
+        raise DataError(f"field '{field}': {markers} for {plural(len(images), kind)}")
 
 
 def _answer(row: Row, choices: Sequence[str]) -> str | tuple[str, ...] | None:
@@ -107,7 +108,7 @@ def _one_answer(found: Any, choices: Sequence[str]) -> str:
         raise wrong("answer", found, "a text or a number, or a list of them")
     answer = str(whole("answer", str(found)))
     if choices and chosen(answer, choices) is None:
-        raise DataError(f"field 'answer': {show(found)} is neither a letter nor the text of one of the {len(choices)} choices")
+        raise DataError(f"field 'answer': {show(found)} is neither a letter nor the text of one of the {plural(len(choices), 'choice')}")
     return answer
 
 

@@ -15,7 +15,7 @@ from opd.data import foreign
 from opd.data.boxes import BoxFormat, stated_format
 from opd.data.fields import Row, cut, nearest_field
 from opd.data.jsonl import Lines, parse
-from opd.errors import DataError
+from opd.errors import DataError, plural
 
 FIELDS = (
     *("image", "images", "question", "boxes", "box_format", "teacher_image", "teacher_images", "teacher_question"),
@@ -132,7 +132,7 @@ def _entries(row: Row) -> list[dict[str, Any]]:
 
 def _told(unknown: Counter[str]) -> list[str]:
     """One note for each field that is near a known one, and one for all others."""
-    rows = {name: f"'{cut(name)}' ({count} row{'s' if count > 1 else ''})" for name, count in unknown.items()}
+    rows = {name: f"'{cut(name)}' ({plural(count, 'row')})" for name, count in unknown.items()}
     near = {name: found for name in unknown if "[]" not in name and (found := nearest_field(name, FIELDS))}
     notes = [f"field {rows[name]} is not known; did you mean '{found}'?" for name, found in list(near.items())[:SHOWN]]
     others = [rows[name] for name in unknown if name not in dict(list(near.items())[:SHOWN])]

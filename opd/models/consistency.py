@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.errors import ModelError, one_line, shortened
+from opd.errors import ModelError, one_line, plural, shortened
 from opd.models import weight_formats
 from opd.models.files import StoredTensor, tensor_headers
 
@@ -84,7 +84,7 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> int | None:
     layers = [(config.get(section) or {}).get(key) for section, key in (("text_config", "num_hidden_layers"), ("vision_config", "depth"))]
     if sum(count for count in layers if isinstance(count, int)) > len(tensors):
         raise ModelError(f"{folder}: config.json describes {max(layers, key=lambda count: count or 0):,} layers, and the weights hold "
-                         f"{len(tensors):,} tensors; they are of two models")  # fmt: skip
+                         f"{plural(len(tensors), 'tensor')}; they are of two models")  # fmt: skip
     text = config.get("text_config") or config
     for name, tensor in tensors.items():
         if name.endswith("embed_tokens.weight") and len(tensor.shape) == 2:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.errors import ModelError
+from opd.errors import ModelError, shown
 from opd.models import names
 from opd.models.files import StoredTensor
 
@@ -39,10 +39,23 @@ ENDS: Mapping[str, str] = {
 """Ends of tensors' names that no plain checkpoint has, and the formats that write them."""
 
 
+PARTS = ("text_config", "vision_config")
+"""Parts of config.json that may say so too."""
+
+
 def settings(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """What config.json says of quantisation, by dotted key."""
-    places = {"": config} | {f"{name}.": value for name in ("text_config", "vision_config") if isinstance(value := config.get(name), dict)}
-    return {f"{at}{key}": place[key] for at, place in places.items() for key in SETTINGS if isinstance(place.get(key), dict) and place[key]}
+    return {key: value for key, value in _stated(config).items() if isinstance(value, dict) and value}
+
+
+def check_settings(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises ModelError where a config.json says how weights are quantised, but not as an object: no library can read that."""
+    for key, value in _stated(config).items():
+        if value is not None and not isinstance(value, dict):
+            raise ModelError(
+                f"{file}: {key} is {shown(value)}, not an object of settings; "
+                "remove the key if the weights are plain, else name the original model"
+            )
 
 
 def mlx_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -59,6 +72,7 @@ def check(config: Mapping[str, Any], stored: Mapping[str, StoredTensor], folder:
 
     Logs one line where config.json says that they are, and they are plain.
     """
+    check_settings(folder / "config.json", config)
     kind = str(config.get("model_type"))
     weights = {name: tensor.dtype for name, tensor in stored.items() if not names.is_left_out(kind, name)}
     packed = next((name for name in sorted(weights) if _end(name)), None)
@@ -93,11 +107,15 @@ def without(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without the keys that say how weights are quantised."""
     plain = {key: value for key, value in config.items() if key not in SETTINGS}
     return {
-        key: {name: inner for name, inner in value.items() if name not in SETTINGS}
-        if key in ("text_config", "vision_config") and isinstance(value, dict)
-        else value
+        key: {name: inner for name, inner in value.items() if name not in SETTINGS} if key in PARTS and isinstance(value, dict) else value
         for key, value in plain.items()
     }
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that config.json holds under the keys of SETTINGS, by dotted key."""
+    places = {"": config} | {f"{name}.": value for name in PARTS if isinstance(value := config.get(name), dict)}
+    return {f"{at}{key}": place[key] for at, place in places.items() for key in SETTINGS if key in place}
 
 
 def _method(said: Mapping[str, Any]) -> str:

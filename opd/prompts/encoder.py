@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from opd.errors import DataError, ModelError, one_line
-from opd.models import consistency, inert
+from opd.errors import DataError, ModelError, one_line, plural
+from opd.models import consistency, inert, weight_formats
 from opd.models.files import check_links, read_json
 from opd.prompts import families, renderer, templates
 from opd.prompts.families.layout import Layout, Tile
@@ -311,7 +311,8 @@ def content(question: str, images: int) -> list[dict[str, str]]:
     if not rest:
         return [{"type": "image"}] * images + [{"type": "text", "text": question}]
     if len(rest) > images:
-        raise DataError(f"the question has {len(rest)} '{IMAGE_MARKER}' markers for {images} images: {question[:80]!r}")
+        markers = plural(len(rest), f"'{IMAGE_MARKER}' marker")
+        raise DataError(f"the question has {markers} for {plural(images, 'image')}: {question[:80]!r}")
     parts = [{"type": "text", "text": first}]
     for number, text in enumerate(rest, start=1):
         standing = 1 + (images - len(rest) if number == len(rest) else 0)
@@ -331,6 +332,7 @@ def read_config(model: Path) -> dict[str, Any]:
     if not config.get("model_type"):
         raise ModelError(f"{model / 'config.json'} has no model_type")
     consistency.check_sizes(model / "config.json", config)
+    weight_formats.check_settings(model / "config.json", config)
     return config
 
 

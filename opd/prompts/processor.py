@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, new
 
-from opd.errors import DataError, ModelError, one_line
+from opd.errors import DataError, ModelError, one_line, plural
 from opd.models.consistency import complete
 from opd.models.files import read_json
 from opd.prompts import families, renderer, templates
@@ -105,7 +105,8 @@ class ProcessorEncoder(PromptEncoder):
                 raise ModelError(f"{self._model}: its processor gives {shape} as {name}, for which it needs a file in opd/families")
         index = np.flatnonzero(tokens == self._image_token).astype(np.int32)
         if bool(len(index)) != bool(images):
-            raise ModelError(f"{self._model}: its processor writes {len(index)} image tokens for {len(images)} images")
+            written = plural(len(index), "image token")
+            raise ModelError(f"{self._model}: its processor writes {written} for {plural(len(images), 'image')}")
         owner = self._owners(index, images)
         sizes = np.array([(0, 0, image.width, image.height) for image in images], np.float32).reshape(-1, 4)
         return Prompt(

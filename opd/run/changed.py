@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from opd.errors import DataError, FolderError, ModelError
+from opd.errors import DataError, FolderError, ModelError, plural
 from opd.method.schedules import learning_rate
 from opd.models import hub
 from opd.run.folder import RunFolder
@@ -44,14 +44,14 @@ class Changed:
         steps, before = self.steps or 0, recipe.run.steps
         done = max([step for step, _ in folder.checkpoints()], default=0)
         if steps < done:
-            raise FolderError(f"run '{folder.path}' has done {done} steps: --steps {steps} would be fewer; give {done} or more")
+            raise FolderError(f"run '{folder.path}' has done {plural(done, 'step')}: --steps {steps} would be fewer; give {done} or more")
         line = f"run.steps is {steps} from now on, not {before}"
         if recipe.optimizer.schedule == "constant" or done <= recipe.optimizer.warmup_steps:
             return line
         then, now = (learning_rate(recipe.optimizer, step, end) for step, end in ((done, before), (min(done + 1, steps), steps)))
         return (
             f"{line}: optimizer.schedule = {recipe.optimizer.schedule} ends there too, so the learning rate, {then:.2g} at step {done}, "
-            f"goes on at {now:.2g}, and the result is not that of a run begun with {steps} steps"
+            f"goes on at {now:.2g}, and the result is not that of a run begun with {plural(steps, 'step')}"
         )
 
     def _check_places(self, recipe: Recipe, folder: RunFolder) -> None:

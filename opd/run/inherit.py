@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd import registry as backends
-from opd.errors import DataError
+from opd.errors import DataError, plural
 from opd.models.choice import is_tiny
 from opd.models.find import CONFIG, checkpoint_of
 from opd.paths import expanded
@@ -136,12 +136,12 @@ def _line(found: Origin, recipe: Recipe, training: bool, backend: str | None) ->
     model, optimizer, measure = recipe.model, recipe.optimizer, recipe.measure
     parts = [f"tune {model.tune}", f"dtype {model.dtype}"]
     if training:
-        parts += [f"learning rate {optimizer.learning_rate:g}", f"{recipe.run.steps} steps"]
+        parts += [f"learning rate {optimizer.learning_rate:g}", plural(recipe.run.steps, "step")]
     pixels = [f"{name} {value}" for name, value in model.pixels().items() if value]
     parts += [f"view {recipe.view.kind}", *pixels]
     if not training:
         measured = measure.path or recipe.data.path
-        parts += [f"{measure.count} rows of {'its fresh scenes' if measured == 'tiny' else measured}"]
+        parts += [f"{plural(measure.count, 'row')} of {'its fresh scenes' if measured == 'tiny' else measured}"]
         parts += [f"backend {backend}"] if backend else []
     what = "the recipe, but data and seed," if training else "the recipe"
     return f"{what} of {found.name}{found.stale}: {', '.join(parts)}"

@@ -17,13 +17,13 @@ from PIL.Image import Image
 
 from opd.data import spread
 from opd.data.images import image_size
-from opd.errors import DataError, ModelError
+from opd.errors import DataError, ModelError, plural
 from opd.progress import Progress
 from opd.prompts.encoder import PromptEncoder
 from opd.prompts.processor import ProcessorEncoder
 from opd.run.recipe import Recipe
 from opd.types import Encoder, Example
-from opd.views.usable import Unusable, lengths, name, reasons, rows
+from opd.views.usable import Unusable, lengths, name, reasons
 
 Size: TypeAlias = Callable[..., tuple[int, int]]
 """`image_size`, or one that remembers."""
@@ -70,7 +70,7 @@ class Looked:
     def _of(self, count: int) -> str:
         """A number of rows as a share."""
         share = "" if count == self.looked else f" ({count / self.looked:.1%})"
-        return f"{count:,} of {rows(self.looked)}{share}" + ("" if self.looked == self.rows else f", of {self.rows:,} in all,")
+        return f"{count:,} of {plural(self.looked, 'row')}{share}" + ("" if self.looked == self.rows else f", of {self.rows:,} in all,")
 
 
 def check(recipe: Recipe, encoder: Encoder, examples: Sequence[Example], progress: Progress) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from opd.backend import Backend
+from opd.errors import plural
 from opd.measure import gap
 from opd.measure.gap import Answered
 from opd.progress import Progress
@@ -14,7 +15,6 @@ from opd.run.folder import RunFolder
 from opd.run.monitors import Monitor
 from opd.run.recipe import Recipe
 from opd.types import Encoder, Example
-from opd.views import usable
 from opd.views.usable import Skipped
 
 
@@ -77,7 +77,7 @@ class Probe:
         if missing := len(rows) - len(answered):
             which = "measured before" if before is not None else "to be measured"
             left = "they are left out of every comparison" if answered else "nothing is measured"
-            self.progress.note(f"{missing} of {usable.rows(len(rows))} {which} cannot be used; {left}")
+            self.progress.note(f"{missing} of {plural(len(rows), 'row')} {which} cannot be used; {left}")
         return answered
 
     def _keep(self, when: str, answered: Sequence[Answered]) -> None:

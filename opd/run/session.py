@@ -15,7 +15,7 @@ import opd
 from opd import registry as backends
 from opd.backend import Backend
 from opd.data import Dataset, open_data, spread
-from opd.errors import DataError, FolderError
+from opd.errors import DataError, FolderError, plural
 from opd.measure import gap as measure
 from opd.models import hub
 from opd.models.choice import is_tiny
@@ -30,7 +30,6 @@ from opd.run.folder import RunFolder
 from opd.run.recipe import Recipe
 from opd.run.trainer import Trainer
 from opd.types import Encoder, Example, ModelOptions
-from opd.views import usable
 from opd.views.usable import Skipped, Unusable
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
@@ -67,9 +66,9 @@ class Session:
             skipped,
         )
         if self.held_out and not answered:
-            raise DataError(f"none of {usable.rows(len(self.held_out))} can be measured ({skipped.why()})")
+            raise DataError(f"none of {plural(len(self.held_out), 'row')} can be measured ({skipped.why()})")
         if missing := len(self.held_out) - len(answered):
-            share = f"{missing} of {usable.rows(len(self.held_out))} ({missing / len(self.held_out):.1%})"
+            share = f"{missing} of {plural(len(self.held_out), 'row')} ({missing / len(self.held_out):.1%})"
             progress.note(f"{share} cannot be used: {skipped.why()}")
         return answered, skipped
 

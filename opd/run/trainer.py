@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.backend import Backend
-from opd.errors import OutOfMemory, RunError
+from opd.errors import OutOfMemory, RunError, plural
 from opd.method.step import Batch, Method, StepResult, train_step
 from opd.progress import Progress, Quiet
 from opd.run import records
@@ -23,7 +23,6 @@ from opd.run.probe import Probe
 from opd.run.recipe import Recipe, leave
 from opd.run.summary import summary
 from opd.types import Encoder, Example
-from opd.views import usable
 from opd.views.usable import Skipped
 
 
@@ -122,18 +121,19 @@ class Trainer:
         """What a person should know of the rows before the first step."""
         steps, done = self.recipe.run.steps, self.state.step
         if done == steps:
-            self.progress.note(f"all {steps} steps of this run are done; measuring again")
+            which = "the one step of this run is" if steps == 1 else f"all {steps} steps of this run are"
+            self.progress.note(f"{which} done; measuring again")
         elif self.held_out and not self.recipe.measure.path and self.recipe.data.path != "tiny":
             self.progress.note("before and after are measured on rows that are trained on too; --set measure.path=FILE names held-out ones")
         rows, prompts = len(self.examples), self.recipe.rollout.prompts
         if rows < prompts and done < steps:
-            self.progress.note(f"{usable.rows(rows)} for rollout.prompts = {prompts}: rows stand in a step more than once")
+            self.progress.note(f"{plural(rows, 'row')} for rollout.prompts = {prompts}: rows stand in a step more than once")
 
     def _tell_skipped(self, count: int, skipped: Skipped) -> None:
         """How many prompts of the run fell out, and why."""
         drawn = self.recipe.run.steps * self.recipe.rollout.prompts
         if count:
-            share, names = f"{count:,} of {drawn:,} prompts ({count / drawn:.1%})", self.folder.path / records.SKIPPED
+            share, names = f"{count:,} of {plural(drawn, 'prompt')} ({count / drawn:.1%})", self.folder.path / records.SKIPPED
             self.progress.note(f"{share} could not be used: {skipped.why()}; named in {names}")
 
     def _export(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from opd.data.images import image_size
-from opd.errors import DataError, OpdError, one_line
+from opd.errors import DataError, OpdError, one_line, plural
 from opd.progress import Progress
 from opd.types import MAX_PIXELS, Encoder, Example, Prompt, SizedEncoder
 from opd.views.crop import ViewOptions, student_images, teacher_images, teacher_sizes
@@ -80,12 +80,7 @@ class Skipped:
 
 def reasons(kinds: Iterable[str]) -> str:
     """Kinds of reasons in words, the most frequent first, each with the number of its rows."""
-    return ", ".join(f"{rows(count)}: {kind}" for kind, count in Counter(kinds).most_common())
-
-
-def rows(count: int) -> str:
-    """A number of rows in words."""
-    return f"{count:,} row{'' if count == 1 else 's'}"
+    return ", ".join(f"{plural(count, 'row')}: {kind}" for kind, count in Counter(kinds).most_common())
 
 
 def encode_student(encoder: Encoder, example: Example) -> Prompt:
@@ -145,7 +140,7 @@ def _guarded(example: Example) -> Iterator[None]:
 
 def too_long(tokens: int, limit: int) -> tuple[str, str]:
     """The reason of a prompt above the limit, and its kind."""
-    return f"prompt of {tokens:,} tokens, above data.max_prompt_tokens = {limit}", f"above data.max_prompt_tokens = {limit}"
+    return f"prompt of {plural(tokens, 'token')}, above data.max_prompt_tokens = {limit}", f"above data.max_prompt_tokens = {limit}"
 
 
 def name(example: Example) -> str:
