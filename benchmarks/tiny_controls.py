@@ -51,17 +51,19 @@ def main() -> None:
         print(json.dumps(run(arguments.one[0], int(arguments.one[1]), arguments.steps)))
         return
     path = RESULTS / ("tiny_controls.json" if not arguments.steps else f"tiny_controls_{arguments.steps}.json")
-    stored: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    earlier = json.loads(path.read_text()) if path.exists() else {"runs": {}, "dates": {}}
+    stored, dates = earlier["runs"], earlier["dates"]
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in CONTROLS if arguments.only in (None, name)]
     jobs = [(name, seed) for name, seed in jobs if str(seed) not in stored.get(name, {})]
     with ThreadPoolExecutor(arguments.workers) as pool:
         for (name, seed), summary in zip(jobs, pool.map(lambda job: apart(*job, arguments.steps), jobs), strict=True):
             stored.setdefault(name, {})[str(seed)] = summary
+            dates[name] = str(date.today())
             print(
                 f"{name}, seed {seed}: {summary['before']['full_accuracy']:.3f} -> {summary['after']['full_accuracy']:.3f}", file=sys.stderr
             )
             result = {
-                "date": str(date.today()),
+                "dates": dates,
                 "machine": f"{platform.machine()}, one thread a run",
                 "versions": versions(),
                 "runs": stored,
