@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd.data.answers import chosen, matches, normal, number
-from opd.measure.gap import Answered, _judge, accuracies
+from opd.measure.gap import Answered, accuracies, judge
 from opd.run.folder import RunFolder
 from opd.types import Example
 from opd_cli import tables
@@ -229,7 +229,7 @@ def test_any_of_several_reference_answers_is_right(
 
 def test_several_reference_answers_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = Example("a", (), "Which?", answer=("green", "lime"))
-    judged = _judge(0, example, "lime", "blue")
+    judged = judge(0, example, "lime", "blue")
     assert (judged.answer, judged.full_right, judged.crop_right) == (("green", "lime"), True, False)
     RunFolder(tmp_path).append("answers.jsonl", asdict(judged))
     (again,) = RunFolder(tmp_path).rows("answers.jsonl")

@@ -69,7 +69,7 @@ def test_supervised_training_is_the_cross_entropy_of_the_labels():
 
     uniforms = np.zeros((2, 1, 16), np.float32)
     sampled = backend.sample([pair.student for pair in batch.pairs], uniforms, Sampling(1.0, trainer.encoder.stop, trainer.encoder.banned))
-    kept = rollout.keep(batch.pairs, sampled, trainer.encoder.banned)
+    kept = rollout.drop_unusable(batch.pairs, sampled, trainer.encoder.banned)
     tokens = sum(len(one) for group in kept.completions for one in group)
     groups = rollout.groups(kept, tokens)
     objective = trainer.recipe.objective.objective(1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opd.measure import gap as measure
-from opd.measure.gap import Answered, accuracies, answer, gap_closed
+from opd.measure.gap import Answered, accuracies, gap_closed, greedy_answers
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import Sampling
 from opd.views import usable
@@ -78,7 +78,7 @@ def test_intervals_cover_the_truth_19_times_of_20():
 
 def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
     """Full images and crops together; and in any slices the answers are the same."""
-    whole = answer(ToyBackend(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6)
+    whole = greedy_answers(ToyBackend(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6)
     monkeypatch.setattr(measure, "SLICE", 2)
     asked = []
 
@@ -87,7 +87,7 @@ def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
             asked.append(len(prompts))
             return super().sample(prompts, uniforms, sampling, policy)
 
-    assert answer(Counting(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6) == whole
+    assert greedy_answers(Counting(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6) == whole
     assert asked == [4, 4, 2]
 
 
@@ -95,7 +95,7 @@ def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
     """Also of a control, whose teacher does not see the crop in training."""
     backend, encoder, examples = ToyBackend(), ToyEncoder(), coloured(5)
     heard = []
-    found = answer(backend, encoder, examples, ViewOptions(kind="full", margin=0), 4, 10**6, progress=heard.append)
+    found = greedy_answers(backend, encoder, examples, ViewOptions(kind="full", margin=0), 4, 10**6, progress=heard.append)
     assert sum(heard) == 10
     assert [one.id for one in found] == [example.id for example in examples]
     assert any(one.full != one.crop for one in found)
@@ -104,6 +104,6 @@ def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
         prompts = [encode(encoder, example) for example in examples]
         alone = backend.sample(prompts, np.zeros((5, 1, 4), np.float32), Sampling(0.0, encoder.stop, encoder.banned))
         assert [getattr(one, view) for one in found] == [encoder.decode(group[0].tokens) for group in alone]
-    again = answer(backend, encoder, examples, ViewOptions(kind="crop", margin=0), 4, 1)
+    again = greedy_answers(backend, encoder, examples, ViewOptions(kind="crop", margin=0), 4, 1)
     assert found == again
     assert all(one.full_right is (one.full == "abc") for one in found)

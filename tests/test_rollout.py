@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.method.microbatch import completions_at_once, largest_count, microbatches, microbatches_of
-from opd.method.rollout import Pair, completions, groups, keep, sample, spare
+from opd.method.rollout import Pair, completions, drop_unusable, groups, padding_group, sample
 from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.views import usable
@@ -56,14 +56,14 @@ def test_rows_are_cut_behind_their_first_stop_token():
 
 def test_what_is_dropped_is_counted():
     sampled = [[completion(5, 0), completion(1, 0)], [completion()], [completion(7), completion(8, 0)]]
-    rollout = keep(pairs(), sampled, banned=(1,))
+    rollout = drop_unusable(pairs(), sampled, banned=(1,))
     assert rollout.dropped == 2
     assert [pair.place for pair in rollout.pairs] == [0, 2]
     assert [[one.tokens.tolist() for one in group] for group in rollout.completions] == [[[5, 0]], [[7], [8, 0]]]
 
 
 def test_weights_are_the_mean_over_all_tokens_of_the_step():
-    rollout = keep(pairs(2, weight=0.5), [[completion(5, 0), completion(6)], [completion(7, 8, 0)]], banned=())
+    rollout = drop_unusable(pairs(2, weight=0.5), [[completion(5, 0), completion(6)], [completion(7, 8, 0)]], banned=())
     made = groups(rollout, step_tokens=12)  # six tokens here, six on another process
     assert [[weights.tolist() for weights in group.weights] for group in made] == [
         [[np.float32(0.5 / 12)] * 2, [np.float32(0.5 / 12)]],
@@ -98,7 +98,7 @@ def test_a_spare_group_adds_nothing():
     backend = ToyBackend()
     from opd.objective import Objective
 
-    backend.accumulate([spare(pairs(1)[0], (0,))], Objective())
+    backend.accumulate([padding_group(pairs(1)[0], (0,))], Objective())
     assert all((value == 0).all() for value in backend.tensors("gradient").values())
 
 
@@ -106,9 +106,9 @@ def test_a_group_above_the_budget_is_split():
     short, long = completion(*range(3)), completion(*range(10))
     (one, other) = pairs(2)
     prompt = len(one.student)
-    group = groups(keep([one], [[long, short, long, short]], banned=()), 26)
+    group = groups(drop_unusable([one], [[long, short, long, short]], banned=()), 26)
     assert completions_at_once(group, prompt + 40) == 0
     assert completions_at_once(group, prompt + 39) == 3
     assert completions_at_once(group, prompt + 20) == 2
     assert completions_at_once(group, 1) == 1
-    assert completions_at_once([*group, *groups(keep([other], [[long]], banned=()), 10)], 1) == 0
+    assert completions_at_once([*group, *groups(drop_unusable([other], [[long]], banned=()), 10)], 1) == 0

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from opd.method.schedules import OptimizerOptions, TeacherOptions, learning_rate, teacher_rate, update
+from opd.method.schedules import OptimizerOptions, TeacherOptions, learning_rate, optimizer_update, teacher_rate
 
 
 def rates(steps, **options):
@@ -46,5 +46,5 @@ def test_teacher_rules(options, expected):
 
 def test_update_carries_every_option():
     options = OptimizerOptions(learning_rate=0.5, warmup_steps=2, betas=(0.8, 0.95), epsilon=1e-6, weight_decay=0.1, gradient_clip=0)
-    step = update(options, 1, 10)
+    step = optimizer_update(options, 1, 10)
     assert (step.learning_rate, step.betas, step.epsilon, step.weight_decay, step.gradient_clip) == (0.25, (0.8, 0.95), 1e-6, 0.1, None)

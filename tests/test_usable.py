@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from opd.measure import gap as measure
-from opd.measure.gap import answer
+from opd.measure.gap import greedy_answers
 from opd.progress import Quiet
 from opd.prompts.encoder import PromptEncoder
 from opd.run.folder import RunFolder
@@ -158,8 +158,8 @@ def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(monkeypatc
             return super().sample(prompts, uniforms, sampling, policy)
 
     heard = []
-    found = answer(Counting(), Large(), coloured(12), ViewOptions(), 2, 10**6, heard.append)
-    assert found == answer(ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6)
+    found = greedy_answers(Counting(), Large(), coloured(12), ViewOptions(), 2, 10**6, heard.append)
+    assert found == greedy_answers(ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6)
     assert max(asked) == together
     assert sum(asked) == sum(heard) == 24
 
@@ -216,7 +216,7 @@ def test_a_run_goes_on_where_no_row_can_be_measured(tmp_path):
 
 def test_the_limit_holds_for_what_is_measured():
     skipped = Skipped(Quiet())
-    found = answer(ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6, limit=7, skipped=skipped)
+    found = greedy_answers(ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6, limit=7, skipped=skipped)
     assert [one.row for one in found] == [row for row, one in enumerate(coloured(12)) if len(one.question) + 1 <= 7]
     assert skipped.why() == f"{12 - len(found)} rows: above data.max_prompt_tokens = 7"
     assert 0 < len(found) < 12

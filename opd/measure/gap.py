@@ -1,17 +1,13 @@
-"""Measuring the regional-to-global gap: accuracy on the crop less accuracy on the full image, with 95 % intervals:
-Wilson's of shares, and of what compares two of them the paired bootstrap's.
+"""The regional-to-global gap: accuracy on the crop less accuracy on the full image, before and after training.
 
 Answers are read here and nowhere else. The student answers greedily, once on the full image and once on the evidence crop.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import count
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,12 +16,12 @@ from pydantic import Field
 
 from opd.backend import Backend
 from opd.data.answers import matches
+from opd.measure.intervals import ratio, share_of, with_interval
 from opd.method.rollout import sample
 from opd.options import Options
 from opd.paths import PathText
 from opd.prefetch import prefetch
 from opd.progress import Quiet
-from opd.randomness import Purpose, generator
 from opd.types import Encoder, Example, Prompt, Sampling
 from opd.views.crop import ViewOptions
 from opd.views.usable import Skipped, Unusable, encode
@@ -39,9 +35,6 @@ and the next slice is encoded while one is answered."""
 
 COLLAPSED = 0.5
 """A run collapsed where accuracy fell for certain, to less than this share of the accuracy before."""
-
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 
 
 class MeasureOptions(Options):
@@ -80,7 +73,7 @@ class Slice:
     passed: int
 
 
-def answer(
+def greedy_answers(
     backend: Backend,
     encoder: Encoder,
     examples: Sequence[Example],
@@ -107,7 +100,7 @@ def answer(
             # Together, since a token step takes little longer for twice the rows.
             texts = _greedy(backend, encoder, [*full, *crop], max_tokens, budget, progress)
             both = zip(texts[: len(full)], texts[len(full) :], strict=True)
-            answered += [_judge(row, examples[row], *said) for row, said in zip(part.rows, both, strict=True)]
+            answered += [judge(row, examples[row], *said) for row, said in zip(part.rows, both, strict=True)]
         progress(2 * (part.passed - passed - len(full)))
         passed = part.passed
     return answered
@@ -149,16 +142,16 @@ def _bytes(prompt: Prompt) -> int:
 def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
     """Agreement of full image and crop, and, over the rows with answers, both accuracies and the gap; all with 95 % intervals."""
     same = np.array([matches(one.full, one.crop) for one in answered], dtype=np.float64)
-    full, crop = _right(answered)
+    full, crop = correct(answered)
     result: dict[str, Any] = {
         "rows": len(answered),
         "rows_with_answer": len(full),
-        **_share_of("agreement", same),
+        **share_of("agreement", same),
     }
     if len(full):
-        result |= _share_of("full_accuracy", full)
-        result |= _share_of("crop_accuracy", crop)
-        result |= _with_interval("gap", [full, crop], lambda full, crop: crop - full)
+        result |= share_of("full_accuracy", full)
+        result |= share_of("crop_accuracy", crop)
+        result |= with_interval("gap", [full, crop], lambda full, crop: crop - full)
     return result
 
 
@@ -168,12 +161,12 @@ def gap_closed(before: Sequence[Answered], after: Sequence[Answered]) -> dict[st
 
     Losing crop accuracy never counts as success: the crop's accuracy is taken before training.
     """
-    full_before, crop_before = _right(before)
-    full_after, _ = _right(after)
+    full_before, crop_before = correct(before)
+    full_after, _ = correct(after)
     if not len(full_before) or accuracies(before)["gap_interval"][0] <= 0:
         return {}
     columns = [full_before, crop_before, full_after]
-    return _with_interval("gap_closed", columns, lambda before, crop, after: _share(after - before, crop - before))
+    return with_interval("gap_closed", columns, lambda before, crop, after: ratio(after - before, crop - before))
 
 
 def paired(before: Sequence[Answered], after: Sequence[Answered]) -> tuple[list[Answered], list[Answered]]:
@@ -191,13 +184,13 @@ def changes(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, 
     one fell for certain; else "improved" where the full image's rose for certain; else "unchanged". Without answers nothing can be
     told: the verdict is None.
     """
-    columns = [*_right(before), *_right(after)]
+    columns = [*correct(before), *correct(after)]
     if not len(columns[0]):
         return {"verdict": None}
     found: dict[str, Any] = {}
     fell, collapsed = False, False
     for name, first, second in zip(("full_change", "crop_change"), columns[:2], columns[2:], strict=True):
-        found |= _with_interval(name, [first, second], lambda first, second: second - first)
+        found |= with_interval(name, [first, second], lambda first, second: second - first)
         down = found[f"{name}_interval"][1] < 0
         fell, collapsed = fell or down, collapsed or (down and second.sum() < COLLAPSED * first.sum())
     improved = found["full_change_interval"][0] > 0
@@ -218,40 +211,15 @@ def _greedy(
     return [encoder.decode(group[0].tokens.tolist()) for group in sample(backend, prompts, unused, sampling, budget, progress)]
 
 
-def _judge(row: int, example: Example, full: str, crop: str) -> Answered:
+def judge(row: int, example: Example, full: str, crop: str) -> Answered:
+    """The answers on the full image and on the crop of an example, each right or wrong where the example has an answer."""
     if example.answer is None:
         return Answered(example.id, None, full, crop, None, None, row)
     right = [matches(text, example.answer, example.choices) for text in (full, crop)]
     return Answered(example.id, example.answer, full, crop, right[0], right[1], row)
 
 
-def _right(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def correct(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of the rows with an answer, 1 where the full image's is right and 0 where it is wrong; and the same of the crop."""
     judged = [one for one in answered if one.answer is not None]
     return np.array([one.full_right for one in judged], np.float64), np.array([one.crop_right for one in judged], np.float64)
-
-
-def _share_of(name: str, rows: NDArray[np.float64]) -> dict[str, Any]:
-    """The share of rows that are 1, with Wilson's 95 % interval, which is also right where the share is 0 or 1, or the rows are few."""
-    share, count, z = float(rows.mean()), len(rows), NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    middle, reach = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    ends = ((middle + sign * reach) / (1 + z**2 / count) for sign in (-1, 1))
-    return {name: share, f"{name}_interval": [min(1.0, max(0.0, end)) for end in ends]}
-
-
-def _with_interval(name: str, columns: Sequence[NDArray[np.float64]], statistic: Callable[..., Any]) -> dict[str, Any]:
-    """A statistic of column means, and its 95 % percentile interval over rows drawn together from all columns."""
-    drawn = _resamples(len(columns[0]))
-    resampled = statistic(*(drawn @ column for column in columns))
-    low, high = np.nanquantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {name: float(statistic(*(column.mean() for column in columns))), f"{name}_interval": [float(low), float(high)]}
-
-
-@cache
-def _resamples(rows: int) -> NDArray[np.float64]:
-    """Shares [RESAMPLES, rows] of the rows in each bootstrap sample."""
-    return generator(0, Purpose.BOOTSTRAP).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
-
-
-def _share(part: Any, whole: Any) -> Any:
-    """part / whole, and nan where a resample has no gap."""
-    return np.where(np.asarray(whole) > 0, part / np.where(np.asarray(whole) > 0, whole, 1.0), np.nan)

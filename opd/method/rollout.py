@@ -105,7 +105,7 @@ def completions(tokens: NDArray[np.integer], logprobs: FloatArray, n: int, stop:
     return [rows[start : start + n] for start in range(0, len(rows), n)]
 
 
-def keep(pairs: Sequence[Pair], sampled: Sequence[Sequence[Completion]], banned: Sequence[int]) -> Rollout:
+def drop_unusable(pairs: Sequence[Pair], sampled: Sequence[Sequence[Completion]], banned: Sequence[int]) -> Rollout:
     """Drops empty completions and such that hold a banned token, and pairs with nothing left; they are counted, never fatal."""
     kept = [tuple(completion for completion in group if _usable(completion, banned)) for group in sampled]
     dropped = sum(len(group) for group in sampled) - sum(len(group) for group in kept)
@@ -130,7 +130,7 @@ def groups(rollout: Rollout, step_tokens: int) -> list[Group]:
     ]
 
 
-def spare(pair: Pair, stop: Sequence[int]) -> Group:
+def padding_group(pair: Pair, stop: Sequence[int]) -> Group:
     """A group of one stop token with weight 0: it costs a call and adds nothing. It pads the calls of a process that has fewer."""
     token = Completion(np.array(stop[:1], np.int32), np.zeros(1, np.float32), finished=True)
     return Group(pair.student, pair.teacher, (token,), (np.zeros(1, np.float32),))

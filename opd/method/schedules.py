@@ -52,7 +52,7 @@ def teacher_rate(options: TeacherOptions, step: int) -> float:
     return options.rate if options.rule == "ema" else 1.0
 
 
-def update(options: OptimizerOptions, step: int, steps: int) -> Update:
+def optimizer_update(options: OptimizerOptions, step: int, steps: int) -> Update:
     """What the optimizer does at a step."""
     return Update(
         learning_rate=learning_rate(options, step, steps),

@@ -88,18 +88,18 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
     sampling = Sampling(options.temperature, method.stop, method.banned)
     prompts = [pair.student for pair in batch.pairs]
     sampled = rollout.sample(backend, prompts, uniforms, sampling, options.sample_tokens)
-    kept = rollout.keep(batch.pairs, sampled, method.banned)
+    kept = rollout.drop_unusable(batch.pairs, sampled, method.banned)
     clock.lap("rollout")
 
     # 2. Both policies read them; the gradient of their divergence goes through the student.
     counts = _counts(kept, batch, backend)
     groups = rollout.groups(kept, counts["tokens"]) if counts["weighted"] else []
-    padding = rollout.spare(batch.pairs[0], method.stop) if batch.pairs else None
+    padding = rollout.padding_group(batch.pairs[0], method.stop) if batch.pairs else None
     statistics = microbatch.accumulate(backend, groups, objective, options.microbatch_tokens, padding)
     clock.lap("accumulate")
 
     # 3. The optimizer steps, then the teacher moves towards the student.
-    update = schedules.update(method.optimizer, step, method.steps)
+    update = schedules.optimizer_update(method.optimizer, step, method.steps)
     means = _means(groups, statistics, counts["tokens"], backend)
     result = backend.apply(update) if counts["weighted"] else None
     taken = result is not None and result.taken

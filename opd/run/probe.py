@@ -61,7 +61,7 @@ class Probe:
         if not self.held_out or (before is not None and not before):
             return []
         self.progress.begin(phase, 2 * len(self.held_out))
-        answered = gap.answer(
+        answered = gap.greedy_answers(
             self.backend,
             self.encoder,
             self.held_out,

@@ -54,7 +54,7 @@ class Session:
         """
         progress.begin("measure", 2 * len(self.held_out))
         options, skipped = self.recipe.measure, Skipped(progress)
-        answered = measure.answer(
+        answered = measure.greedy_answers(
             self.backend,
             self.encoder,
             self.held_out,
