@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from opd.errors import DataError, ModelError
+from opd.models import consistency
 from opd.plan.families import read_config as read_plan_config
 from opd.prompts.encoder import PromptEncoder
 from opd.prompts.processor import needs_torchvision, open_encoder
@@ -73,6 +74,7 @@ def test_every_random_model_is_of_one_piece(tmp_path):
         (IMAGES, {"size": "large"}, "cannot be loaded"),
         (IMAGES, {"rescale_factor": "much"}, "preprocessor_config.json: rescale_factor is 'much', not a number above 0"),
         (IMAGES, {"rescale_factor": 0}, "preprocessor_config.json: rescale_factor is 0, not a number above 0"),
+        (IMAGES, {"rescale_factor": True}, "preprocessor_config.json: rescale_factor is True, not a number above 0"),
         (IMAGES, {"do_resize": "false"}, "preprocessor_config.json: do_resize is 'false', neither true nor false"),
         (IMAGES, {"do_normalize": [None]}, "preprocessor_config.json: do_normalize is [None], neither true nor false"),
         (IMAGES, {"image_std": [0.5, -0.5, 0.5]}, "image_std is [0.5, -0.5, 0.5], and pixels are divided by it"),
@@ -236,3 +238,37 @@ def test_a_model_that_states_little_is_completed(model):
     (model / CONFIG).write_text(json.dumps(content))
     assert "patch_size is 8, but vision_config.patch_size in config.json is 16" in refused(model)
     PromptEncoder(model)
+
+
+BOUNDS = {"vocab_size": 2**24, "num_attention_heads": 2**16, "num_hidden_layers": 2**12, "num_channels": 2**8}
+
+
+@pytest.mark.parametrize("section", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize(("key", "largest"), BOUNDS.items())
+def test_sizes_reach_up_to_their_bounds(tmp_path, section, key, largest):
+    for size in (1, largest):
+        consistency.check_sizes(tmp_path, {section: {key: size}} if section else {key: size})
+    for size in (0, largest + 1):
+        with pytest.raises(ModelError, match=f"{key} is {size}, not a whole number between 1 and {largest:,}$"):
+            consistency.check_sizes(tmp_path, {section: {key: size}} if section else {key: size})
+
+
+def test_other_numbers_reach_up_to_their_bounds(tmp_path):
+    for number in (2**53, -(2**53)):
+        consistency.check_sizes(tmp_path, {"scales": [1.0, number]})
+    for number in (2**53 + 1, -(2**53) - 1):
+        with pytest.raises(ModelError, match=r"scales\.1 is .*, which no model has"):
+            consistency.check_sizes(tmp_path, {"scales": [1.0, number]})
+    for edge in (1, 16384):
+        consistency.check_edge(tmp_path, "size", edge, 16384)
+    for edge in (0, 16385, True, 8.0):
+        with pytest.raises(ModelError, match=f"size is {edge}, not a whole number between 1 and 16,384"):
+            consistency.check_edge(tmp_path, "size", edge, 16384)
+
+
+@pytest.mark.parametrize("file", [CONFIG, GENERATION])
+def test_the_last_row_of_the_embedding_may_end_a_completion(model, file):
+    change(model / file, eos_token_id=[336, 345])
+    assert (345 in open_encoder(model).stop) is (file == GENERATION)
+    change(model / file, eos_token_id=[336, 346])
+    assert f"{file}: eos_token_id holds 346; it is the id of a token below 346" in refused(model)

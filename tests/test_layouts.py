@@ -11,6 +11,7 @@ from PIL import Image
 
 from opd.errors import ModelError
 from opd.prompts.encoder import PromptEncoder
+from opd.tiny import MODEL
 from tests import random_models
 from tests.layouts import LAYOUTS, NAMED, PROCESSORS, TEXT_ALONE, read, stock, write
 
@@ -163,3 +164,30 @@ def test_tokens_of_images_are_those_that_the_processor_names(tmp_path, monkeypat
     write(folder / "processor_config.json", {"image_seq_length": 16})
     same(prompt, wanted(stock(folder, "gemma3", monkeypatch), [noise((64, 64))]))
     assert len(prompt.visual.index) == 16
+
+
+def test_an_old_file_without_a_template_is_one_line(tmp_path):
+    """The file is there to hold the template, so a folder in which it does not was cut short."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    write(model / "chat_template.json", {"processor_class": PROCESSORS["qwen3_vl"]})
+    with pytest.raises(ModelError) as caught:
+        PromptEncoder(model)
+    assert str(caught.value) == f"{model / 'chat_template.json'} has no chat_template"
+
+
+@pytest.mark.parametrize(
+    ("generation", "added"), [(None, []), ({}, []), (5, [5]), ([5, 4], [5, 4]), ("own", []), ([4, "own"], [4])], ids=str
+)
+def test_completions_end_at_the_ids_of_both_files(tmp_path, generation, added):
+    """The ids of generation_config.json first, then the tokenizer's own where it is not among them."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    own = PromptEncoder(model)._tokenizer.eos_token_id
+    file = model / "generation_config.json"
+    if generation is None:
+        file.unlink()
+    else:
+        named = [own if one == "own" else one for one in (generation if isinstance(generation, list) else [generation])]
+        write(file, {} if generation == {} else {"eos_token_id": named if isinstance(generation, list) else named[0]})
+    assert PromptEncoder(model).stop == (*added, own)

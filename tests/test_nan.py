@@ -75,18 +75,20 @@ def loaded(backend_name):
     return backends.load(backend_name, ModelOptions(MODEL)), prompt
 
 
-def change(backend, value):
-    """Sets the last layer's norm of the student."""
+def change(backend, value, policy="student"):
+    """Sets the last layer's norm of the student, or of the teacher."""
     if hasattr(backend, "_model"):
         import mlx.core as mx
 
-        name = next(name for name in backend._student if name.endswith("model.norm.weight"))
-        backend._student[name] = mx.full(backend._student[name].shape, value)
+        held = getattr(backend, f"_{policy}")
+        name = next(name for name in held if name.endswith("model.norm.weight"))
+        held[name] = mx.full(held[name].shape, value)
         return
     import torch
 
+    held = getattr(backend, f"_{policy}").parameters
     with torch.no_grad():
-        next(value for name, value in backend._student.parameters.items() if name.endswith("language_model.norm.weight")).fill_(value)
+        next(tensor for name, tensor in held.items() if name.endswith("language_model.norm.weight")).fill_(value)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -109,6 +111,15 @@ def test_before_training(loaded):
         backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0), "student")
     # The teacher is as it was.
     assert backend.sample([prompt], np.full((1, 1, 2), 0.5, np.float32), Sampling(1.0), "teacher")
+
+
+def test_a_teacher_is_blamed_for_weights_of_its_own(loaded):
+    """A teacher may go wrong alone, and the student's weights say nothing about it."""
+    backend, prompt = loaded
+    change(backend, np.nan, "teacher")
+    with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
+        backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0), "teacher")
+    assert backend.sample([prompt], np.full((1, 1, 2), 0.5, np.float32), Sampling(1.0), "student")
 
 
 def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
