@@ -13,7 +13,7 @@ from opd.errors import ModelError
 from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL
 from tests import random_models
-from tests.layouts import LAYOUTS, NAMED, PROCESSORS, TEXT_ALONE, read, stock, write
+from tests.layouts import LAYOUTS, NAMED, PROCESSORS, TEXT_ALONE, read, stock, template, write
 
 pytest.importorskip("torch")
 # The stock processor leaves the files of additional_chat_templates open.
@@ -116,6 +116,26 @@ def test_templates_by_name_are_resolved_and_stay(source, tmp_path, monkeypatch):
     (model / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="none of its chat templates is named 'default'"):
         PromptEncoder(model)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+@pytest.mark.parametrize("form", [list, dict])
+def test_one_file_may_hold_several_templates(tmp_path, name, form):
+    """A list of names and templates, or a map: `default` is taken, and the others stay."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    named = {"tool_use": TEXT_ALONE, "default": template(model)}
+
+    def formed():
+        listed = [{"name": one, "template": text} for one, text in named.items()]
+        return listed if form is list else dict(named)
+
+    write(model / name, read(model / name) | {"chat_template": formed()})
+    encoder = PromptEncoder(model)
+    assert encoder._template == PromptEncoder(MODEL)._template
+    encoder.save(model)
+    named["default"] = encoder._template
+    assert read(model / name)["chat_template"] == formed()
 
 
 @pytest.mark.parametrize("held", [3, [1], {"default": 3}, [{"name": "default"}], {"tools": "x"}], ids=str)
