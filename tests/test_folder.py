@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import pytest
+from click.testing import CliRunner
 
 from opd.errors import FolderError, RunError
 from opd.run.folder import RunFolder
+from opd_cli import main
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -87,3 +91,34 @@ def test_no_run_is_no_run(tmp_path):
         RunFolder.open(tmp_path / "nowhere")
     with pytest.raises(FolderError, match=r"is no run folder: it has no config.toml"):
         RunFolder.open(tmp_path)
+
+
+def test_of_two_processes_that_write_one_folder_the_first_stays(tmp_path):
+    """Both measure the same checkpoint, whose model is written once."""
+    folder = RunFolder(tmp_path)
+
+    def second(target):
+        (target / "file").write_text("second")
+        other = target.with_name("model.1.partial")  # the first one, which ends while this one writes
+        other.mkdir()
+        (other / "file").write_text("first")
+        other.rename(tmp_path / "model")
+
+    folder.fill(tmp_path / "model", second, shared=True)
+    assert (tmp_path / "model" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_model_of_a_checkpoint_that_cannot_be_written_is_exported(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    few = ["rollout.prompts=1", "rollout.completions=1", "rollout.max_tokens=4", "measure.count=1"]
+    sets = [part for one in few for part in ("--set", one)]
+    run = str(tmp_path / "run")
+    result = CliRunner().invoke(main, ["train", "tiny", "--backend", "cpu", "--steps", "1", "--out", run, *sets])
+    assert result.exit_code == 0, result.output
+    checkpoint = f"{run}/checkpoints/step-000001"
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != checkpoint and access(path, mode))
+    result = CliRunner().invoke(main, ["gap", "--model", checkpoint, "--backend", "cpu"])
+    assert result.exit_code == 2
+    assert f"export it: opd export {checkpoint} --out FOLDER" in result.output

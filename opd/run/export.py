@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -85,6 +86,10 @@ def as_model(path: str, backend: str, progress: Progress) -> None:
     result = source / recipe.model.result
     if result.is_dir():
         return
+    if not os.access(source, os.W_OK):
+        raise FolderError(
+            f"checkpoint '{path}' cannot be written, and its {result.name} would stand in it; export it: opd export {path} --out FOLDER"
+        )
     student, encoder = _open(recipe, run, source, False, backend, progress)
 
     def fill(target: Path) -> None:
@@ -92,7 +97,7 @@ def as_model(path: str, backend: str, progress: Progress) -> None:
         encoder.save(target)
         recipes.leave(recipe, target, step)
 
-    folder.fill(result, fill)
+    folder.fill(result, fill, shared=True)
 
 
 def _chosen(folder: RunFolder, recipe: Recipe, step: int | None) -> tuple[int, Path, str]:

@@ -155,18 +155,27 @@ class RunFolder:
         """The object of a .json file. Raises OSError or ValueError where it is missing or damaged."""
         return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
 
-    def fill(self, path: Path, fill: Callable[[Path], None]) -> None:
-        """Lets `fill` write a folder under a temporary name, then puts it in place of `path`."""
+    def fill(self, path: Path, fill: Callable[[Path], None], shared: bool = False) -> None:
+        """Lets `fill` write a folder under a temporary name, then puts it in place of `path`.
+
+        `shared`: processes without the lock may write the same folder at once; the first one's stays.
+        """
         if not self.writes:
             return
-        temporary = path.with_name(path.name + ".partial")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
         with _guarded(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             try:
                 fill(temporary)
-                shutil.rmtree(path, ignore_errors=True)
-                temporary.rename(path)
+                if not shared:
+                    shutil.rmtree(path, ignore_errors=True)
+                try:
+                    temporary.rename(path)
+                except OSError:
+                    if not (shared and path.is_dir()):
+                        raise
+                    shutil.rmtree(temporary, ignore_errors=True)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)  # half a folder would fill a full disk
                 raise
