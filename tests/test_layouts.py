@@ -93,6 +93,10 @@ def test_the_order_of_places_is_the_own_processors(source, tmp_path, monkeypatch
     if missing < 3:  # a processor without a template of its own has no use for its tokenizer's
         same(encoder.encode([noise((64, 64))], QUESTION), wanted(processor, [noise((64, 64))]))
     encoder.save(tmp_path / "model")
+    for name in MARKS:  # programs differ in the place that they prefer
+        path = tmp_path / "model" / name
+        text = path.read_text() if name.endswith(".jinja") else read(path).get("chat_template")
+        assert text in (None, f"{missing}{held}"), name
     processor = stock(tmp_path / "model", kind, monkeypatch)
     assert processor._resolve_chat_template(None) == processor.tokenizer.get_chat_template() == f"{missing}{held}"
 
