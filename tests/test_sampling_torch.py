@@ -120,7 +120,7 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
 
     monkeypatch.setattr(module, "decode", watched_decode)
     monkeypatch.setattr(module, "Recorder", Recorder)
-    monkeypatch.setattr(attention, "ROOM", 4)
+    monkeypatch.setattr(attention, "FIRST_BUFFER", 4)
     monkeypatch.setattr(gradient, "prefill_for_rollout", lambda model, prompts: None)
     backend = on_device(clone(double), check_every=3, recorded_rows=1, prompt_multiple=multiple)
     same(backend.sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)

@@ -177,7 +177,7 @@ def test_a_long_completion_outgrows_the_buffers(case, double, monkeypatch):
     prompts = [case.groups[1].student]
     uniforms = np.random.default_rng(3).random((1, 2, 12), dtype=np.float32)
     wide = clone(double).sample(prompts, uniforms, Sampling(1.0))
-    monkeypatch.setattr(attention, "ROOM", 3)
+    monkeypatch.setattr(attention, "FIRST_BUFFER", 3)
     for one, other in zip(wide[0], clone(double).sample(prompts, uniforms, Sampling(1.0))[0], strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.logprobs, other.logprobs)

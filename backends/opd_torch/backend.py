@@ -37,9 +37,9 @@ from opd_torch.model import (
     export_model,
     load_model,
     not_finite,
-    read_state,
+    read_checkpoint,
     write_adapter,
-    write_state,
+    write_checkpoint,
 )
 from opd_torch.optimizer import Optimizer, move_teacher
 
@@ -158,14 +158,14 @@ class TorchBackend:
 
     def save(self, folder: Path) -> None:
         """Writes both policies' trained parameters, the moments and the step count."""
-        write_state(folder, self._state(), self._optimizer.step)
+        write_checkpoint(folder, self._state(), self._optimizer.step)
 
     def load(self, folder: Path) -> None:
         """Restores the files of `save`, of either backend. Raises FolderError, and changes nothing
         then.
         """
         self._prefill = None
-        self._optimizer.step = read_state(folder, self._state())
+        self._optimizer.step = read_checkpoint(folder, self._state())
         self._gradient = {}
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:

@@ -28,7 +28,7 @@ from opd_torch.forward import (
     select_rows,
 )
 from opd_torch.kernels.recorder import Recorder
-from opd_torch.layers.attention import room
+from opd_torch.layers.attention import buffer_length
 from opd_torch.model.load import Model
 from opd_torch.objective import default_chunk, head_logits, operand
 from opd_torch.ragged import Owner, Ragged
@@ -198,7 +198,7 @@ def _lockstep(
         number.add_(1)
 
     for done in range(1, limit + 1):
-        count = room(max(done, device.recorded_rows)) if recorder.records else done
+        count = buffer_length(max(done, device.recorded_rows)) if recorder.records else done
         step = DecodeStep(number, count, exact=not recorder.records)
         recorder.run((len(live.rows), count), partial(advance, live, step))
         if done % device.check_every == 0:

@@ -1,10 +1,9 @@
 """torch's fused attention by its private operators, since `scaled_dot_product_attention` does not
 give the logarithms of sums.
 
-torch 2.11, 2.12 and 2.13 have all four, with the arguments used here:
-`_scaled_dot_product_flash_attention` and its backward on CUDA, and both again with the ending
-`_for_cpu`. `tests/test_joined.py` fails where a torch changes the CPU's, and `tests/test_cuda.py`
-where it changes CUDA's.
+All four, and their arguments, are those of torch 2.13: `_scaled_dot_product_flash_attention`
+and its backward on CUDA, and both with the ending `_for_cpu` on a CPU. Another torch may change
+them without notice; then `tests/test_joined.py` fails on a CPU and `tests/test_cuda.py` on CUDA.
 
 Legend: X rows of a padded layout of T queries and S keys each, H query heads, G key-value heads, d
 head width.

@@ -23,21 +23,19 @@ from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.kernels.rotary import normed_rotated
 from opd_torch.layers.layer import Angles, KeysValues, stack_prompts
 
-ROOM = 64
+FIRST_BUFFER = 64
 """Tokens that a completion's first buffer holds; a full buffer is replaced by one of twice the
 size.
 """
 
 
-def room(count: int) -> int:
+def buffer_length(count: int) -> int:
     """Size in tokens of the buffer for a completion of `count` tokens."""
-    return int(ROOM << max(0, -(-count // ROOM) - 1).bit_length())
+    return int(FIRST_BUFFER << max(0, -(-count // FIRST_BUFFER) - 1).bit_length())
 
 
 class _KeyCache:
-    """Keys and values of a layer's completions: buffers [R, G, room, d] with zeros behind the last
-    token.
-    """
+    """Keys and values of completions, [R, G, length, d], with zeros behind the last token."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -45,7 +43,7 @@ class _KeyCache:
     def append(self, key: Tensor, value: Tensor, step: DecodeStep) -> KeysValues:
         """Adds one token's keys and values [R, G, d]; returns the first `step.count` tokens."""
         if step.count > self.keys.shape[2]:
-            more = (0, 0, 0, room(step.count) - self.keys.shape[2])
+            more = (0, 0, 0, buffer_length(step.count) - self.keys.shape[2])
             self.keys, self.values = pad(self.keys, more), pad(self.values, more)
         self.keys.index_copy_(2, step.number, key[:, :, None])
         self.values.index_copy_(2, step.number, value[:, :, None])

@@ -24,7 +24,7 @@ from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.layers.layer import Angles, stack_prompts
 from opd_torch.ragged import Ragged
 
-State: TypeAlias = tuple[Tensor, Tensor]
+_State: TypeAlias = tuple[Tensor, Tensor]
 """The convolution's window [B, C, W - 1] and the recurrent state [B, H, k, v], of B prompts or
 completions.
 """
@@ -36,7 +36,7 @@ CHUNK = 64
 class _StateCache:
     """The state of a layer's completions, which every token step overwrites."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: _State) -> None:
         self.state = state
 
     def select_rows(self, rows: Tensor) -> None:
@@ -58,7 +58,7 @@ class GatedDelta:
 
     def prefix(
         self, hidden: Tensor, angles: Angles, prefixes: Prefixes, last: bool
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, _State]:
         """Runs prompt rows [N, D]."""
         normed = self.module.input_layernorm(hidden)
         mixed, state = _mix(self.module.linear_attn, normed, prefixes.ragged, None)
@@ -68,7 +68,7 @@ class GatedDelta:
         self,
         hidden: Tensor,
         angles: Angles,
-        prefix: State,
+        prefix: _State,
         batch: Batch,
         cache: _StateCache | None = None,
         step: DecodeStep | None = None,
@@ -86,12 +86,12 @@ class GatedDelta:
                 old.copy_(new)
         return self._finish(hidden, mixed)
 
-    def begin(self, prefix: State, n: int) -> _StateCache:
+    def begin(self, prefix: _State, n: int) -> _StateCache:
         """A copy of the prompt's state for each of its n completions."""
         window, state = prefix
         return _StateCache((window.repeat_interleave(n, 0), state.repeat_interleave(n, 0)))
 
-    def join(self, prefixes: Sequence[State]) -> State:
+    def join(self, prefixes: Sequence[_State]) -> _State:
         """The states of all prompts."""
         window, state = map(stack_prompts, zip(*prefixes, strict=True))
         return window, state
@@ -102,7 +102,7 @@ class GatedDelta:
         return hidden + feed_forward(self.module.mlp, normed)
 
 
-def _mix(net: Any, normed: Tensor, ragged: Ragged, before: State | None) -> tuple[Tensor, State]:
+def _mix(net: Any, normed: Tensor, ragged: Ragged, before: _State | None) -> tuple[Tensor, _State]:
     """The net over normalised rows [N, D]: outputs [N, H * v] before its projection, and the state
     after each row's end.
     """

@@ -2,7 +2,7 @@
 between.
 """
 
-from opd_torch.model.files import export_model, read_state, write_adapter, write_state
+from opd_torch.model.files import export_model, read_checkpoint, write_adapter, write_checkpoint
 from opd_torch.model.load import DTYPES, Model, copy_model, load_model, not_finite
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "export_model",
     "load_model",
     "not_finite",
-    "read_state",
+    "read_checkpoint",
     "write_adapter",
-    "write_state",
+    "write_checkpoint",
 ]

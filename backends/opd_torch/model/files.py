@@ -26,7 +26,7 @@ from opd_torch.model.names import stored_names
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Precisions as safetensors names them."""
 
-STATE = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
+FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
 """Files of a state folder."""
 
 
@@ -102,24 +102,24 @@ def write_adapter(student: Model, options: ModelOptions, folder: Path) -> None:
     write_tensors(folder / adapters.WEIGHTS, named)
 
 
-def write_state(folder: Path, state: Sequence[Mapping[str, Tensor]], step: int) -> None:
+def write_checkpoint(folder: Path, state: Sequence[Mapping[str, Tensor]], step: int) -> None:
     """Writes student, teacher and moments, and the optimizer's step count beside the moments."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, tensors in zip(STATE, state, strict=True):
-        metadata = {"step": str(step)} if name == STATE[-1] else {}
+    for name, tensors in zip(FILES, state, strict=True):
+        metadata = {"step": str(step)} if name == FILES[-1] else {}
         write_tensors(folder / name, tensors, **metadata)
 
 
-def read_state(folder: Path, state: Sequence[Mapping[str, Tensor]]) -> int:
+def read_checkpoint(folder: Path, state: Sequence[Mapping[str, Tensor]]) -> int:
     """Overwrites student, teacher and moments with a state folder's; returns the step count.
 
     Raises FolderError, and changes nothing then.
     """
-    for name in STATE:
+    for name in FILES:
         if not (folder / name).is_file():
             raise FolderError(f"{folder}: no {name}")
     files = [
-        read_tensors(folder / name, tensors) for name, tensors in zip(STATE, state, strict=True)
+        read_tensors(folder / name, tensors) for name, tensors in zip(FILES, state, strict=True)
     ]
     with torch.no_grad():
         for tensors, (values, _) in zip(state, files, strict=True):
