@@ -5,11 +5,14 @@ Small letters s, t, m are log-probabilities of student, teacher and their mixtur
 
 For every completion token, with s = log_softmax(student logits / T) and t likewise over the full vocabulary:
 
-1. support: the `top_k` largest student entries; t is gathered at the same ids; the ids are constants for the gradient;
-2. tail: one more bucket with the rest of the mass, or, without it, both sides renormalised over the support;
+1. support: the `top_k` largest student entries; t is gathered at the same ids; the ids are
+   constants for the gradient;
+2. tail: one more bucket with the rest of the mass, or, without it, both sides renormalised over
+   the support;
 3. divergence with M = (1 - alpha) S + alpha T:  (1 - alpha) KL(S || M) + alpha KL(T || M),
-   where alpha = 0 is defined as KL(T || S) and alpha = 1 as KL(S || T) (the formula's own limit there is 0);
-4. times the importance ratio min(exp(clip(s[token] - sampler, -20, 20)), ratio_clip), a constant for the gradient.
+   where alpha = 0 is KL(T || S) and alpha = 1 is KL(S || T) (the formula's own limit is 0);
+4. times the importance ratio min(exp(clip(s[token] - sampler, -20, 20)), ratio_clip), a constant
+   for the gradient.
 
 Source: Vision-OPD (arXiv 2605.18740), sections 3.2 and 3.3; generalised Jensen-Shannon: GKD (arXiv 2306.13649), eq. 1.
 The backends hold kernels of the same function; this module is what they are tested against.

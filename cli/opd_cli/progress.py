@@ -76,7 +76,8 @@ class Phase:
         """The time that is left, less what went by since the last report; empty where nobody can know."""
         if self.seconds is None or self.done >= self.total:
             return ""
-        return f"{duration(max(0.0, (self.total - self.done) * self.seconds - (time.monotonic() - self.reports[-1][0])))} left"
+        since = time.monotonic() - self.reports[-1][0]
+        return f"{duration(max(0.0, (self.total - self.done) * self.seconds - since))} left"
 
     def rate(self) -> str:
         """Units in a second, or the time of one where it takes longer."""

@@ -65,7 +65,8 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
         if str(error).startswith("image not found: "):
             raise
         raise DataError(f"{short(path)}: {error}") from error
-    except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError ...
+    except Exception as error:
+        # Damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError ...
         if within and isinstance(error, MemoryError):  # not the header's fault: the machine is full
             raise
         raise DataError(f"image cannot be read: {short(path)}: {_reason(error)}") from error

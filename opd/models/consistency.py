@@ -83,8 +83,8 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> int | None:
     tensors = tensor_headers(folder)
     layers = [(config.get(section) or {}).get(key) for section, key in (("text_config", "num_hidden_layers"), ("vision_config", "depth"))]
     if sum(count for count in layers if isinstance(count, int)) > len(tensors):
-        raise ModelError(f"{folder}: config.json describes {max(layers, key=lambda count: count or 0):,} layers, and the weights hold "
-                         f"{plural(len(tensors), 'tensor')}; they are of two models")  # fmt: skip
+        most, held = max(layers, key=lambda count: count or 0), plural(len(tensors), "tensor")
+        raise ModelError(f"{folder}: config.json describes {most:,} layers, and the weights hold {held}; they are of two models")
     text = config.get("text_config") or config
     for name, tensor in tensors.items():
         if name.endswith("embed_tokens.weight") and len(tensor.shape) == 2:

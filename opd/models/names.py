@@ -59,7 +59,8 @@ def today(model_type: str, name: str) -> str:
 
 def embedding(model_type: str) -> str:
     """The name of the table in which tokens are looked up."""
-    return f"model.{'text_model' if model_type in ('idefics3', 'smolvlm') else 'language_model'}.embed_tokens.weight"
+    trunk = "text_model" if model_type in ("idefics3", "smolvlm") else "language_model"
+    return f"model.{trunk}.embed_tokens.weight"
 
 
 def is_left_out(model_type: str, name: str) -> bool:

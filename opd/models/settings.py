@@ -305,7 +305,8 @@ def _named(key: str, written: Mapping[str, Any]) -> str:
         if isinstance(inner, Mapping) and "rope_parameters" not in inner and "rope_scaling" in inner:
             at = f"{parts[0]}." if parts[0] in written else ""
             old = inner["rope_scaling"]
-            return f"{at}rope_scaling.{'type' if name == 'rope_type' and isinstance(old, Mapping) and 'type' in old else name}"
+            older = name == "rope_type" and isinstance(old, Mapping) and "type" in old
+            return f"{at}rope_scaling.{'type' if older else name}"
     if place == "text_config" and "text_config" not in written:
         return name
     return key

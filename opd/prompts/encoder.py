@@ -342,7 +342,8 @@ def _load(model: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and bare Exception for broken files
+    except Exception as error:
+        # For broken files transformers raises OSError, ValueError, KeyError, TypeError, Exception.
         raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
     return tokenizer, processor
 

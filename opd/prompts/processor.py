@@ -183,7 +183,8 @@ def _load(model: Path) -> Any:
         try:
             processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False, **choice)
             break
-        except Exception as error:  # transformers raises ImportError, OSError, ValueError, KeyError, TypeError and bare Exception
+        except Exception as error:
+            # Transformers raises ImportError, OSError, ValueError, KeyError, TypeError, Exception.
             reasons.append(error)
     else:
         said = str(reasons[-1]).lower()

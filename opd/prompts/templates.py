@@ -55,7 +55,8 @@ def chosen(folder: Path, tokenizer: Any) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # transformers leaves a file open
             held = ProcessorMixin.get_processor_dict(folder, local_files_only=True)[0].get("chat_template")
-    except Exception as error:  # transformers raises OSError, ValueError, TypeError and AttributeError for broken files
+    except Exception as error:
+        # For broken files transformers raises OSError, ValueError, TypeError and AttributeError.
         raise ModelError(f"{folder}: its chat template cannot be read: {one_line(error)}") from error
     held = tokenizer.chat_template if held is None else held
     if held is None:

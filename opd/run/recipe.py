@@ -55,9 +55,10 @@ class Recipe(Options):
 
 REFERENCE = """# A recipe
 
-One TOML file; `--set section.key=value` takes the same names. A file says what differs from a preset: the one it names with a first line
-`preset = "paper"`, else `tiny` for the embedded model and `lora` for any other. The defaults below hold for what the preset does not set;
-the presets are in [opd/presets](../opd/presets). Made by `python -m opd.run.recipe > docs/recipe.md`.
+One TOML file; `--set section.key=value` takes the same names. A file says what differs from a
+preset: the one it names with a first line `preset = "paper"`, else `tiny` for the embedded model
+and `lora` for any other. The defaults below hold for what the preset does not set; the presets are
+in [opd/presets](../opd/presets). Made by `python -m opd.run.recipe > docs/recipe.md`.
 """
 
 
