@@ -167,7 +167,7 @@ def test_a_frozen_head_has_no_gradient(kernel):
 
 
 def test_the_head_of_a_lora_run_is_one_and_frozen(case, backend_name, monkeypatch):
-    module = importlib.import_module("opd_mlx.backend" if backend_name == "mlx" else "opd_torch.gradient")
+    module = importlib.import_module(f"{BACKENDS[backend_name]}.gradient")
     seen, kernel = [], module.divergence_head
 
     def watch(*arguments, **options):

@@ -13,14 +13,14 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from opd.objective import Objective, log_softmax
+from opd.objective import Objective
 from opd.types import Sampling
 from opd_mlx import gradient as gradient_module
 from opd_mlx import sampling
 from opd_mlx.device import this_device
 from opd_mlx.families import qwen3_vl as family_module
 from opd_mlx.footprint import free_bytes, recompute_share
-from opd_mlx.kernels import exponentials
+from opd_mlx.kernels import activations
 from tests.mlx_cases import clone, distribution, loss_of, make_case, plain_loss_and_gradients, relative_error
 from tests.random_models import qwen3_vl
 
@@ -125,9 +125,8 @@ def test_images_a_few_at_a_time(case, loaded, expected):
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
 
 
-def test_what_a_gpu_runs(case, loaded, expected, monkeypatch):
+def test_what_a_gpu_runs(case, loaded, expected):
     """MLX's own attention where there is no gradient, and blocks of a GPU's sizes."""
-    monkeypatch.setattr(exponentials, "SLOW_EXPONENTIAL", False)
     backend = clone(loaded, fused_attention=True, score_block_rows=1024, score_block_bytes=2**28, head_block_bytes=2**26, pixel_bytes=2**62)
     backend.accumulate(case.groups, JSD)
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
@@ -157,41 +156,31 @@ def test_an_image_under_two_groups_is_computed_once(case, loaded, monkeypatch):
     assert sum(patches) == sum(len(prompt.images["pixel_values"]) for prompt in distinct.values())
 
 
-def test_softmax_of_either_kind(monkeypatch):
-    """Value and gradient, of the one for GPUs and the one for CPUs whose exponential is slow."""
-    scores = np.random.default_rng(0).normal(0, 20, size=(3, 5, 7)).astype(np.float32)
-    scores[0, 0, 3:] = -np.inf
-    slope = np.random.default_rng(1).normal(size=scores.shape)
-    exact = np.exp(log_softmax(scores.astype(np.float64)))
-    expected = exact * (slope - (exact * slope).sum(-1, keepdims=True))
-    for slow in (True, False):
-        monkeypatch.setattr(exponentials, "SLOW_EXPONENTIAL", slow)
-        (weights,), (gradient,) = mx.vjp(exponentials.softmax, [mx.array(scores)], [mx.array(slope.astype(np.float32))])
-        np.testing.assert_allclose(weights, exact, rtol=5e-6, atol=1e-9)
-        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
-
-
 def phi(x):
     """The normal distribution's integral."""
     return 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
 
 
-@pytest.mark.parametrize("slow", [True, False])
-def test_activations_of_either_kind(monkeypatch, slow):
-    """Value and gradient of the gated feed-forward and of GELU, where exponentials are slow and where they are not."""
-    monkeypatch.setattr(exponentials, "SLOW_EXPONENTIAL", slow)
+def test_activations():
+    """Value and gradient of the gated feed-forward and of both forms of GELU."""
     rng = np.random.default_rng(0)
     x, up, slope = rng.normal(0, 3, size=(3, 400))
     x[:4] = -40, 40, 0, -95
     let = 1 / (1 + np.exp(-x))
     given = [mx.array(part.astype(np.float32)) for part in (x, up, slope)]
-    (value,), gradients = mx.vjp(exponentials.swiglu, given[:2], given[2:])
+    (value,), gradients = mx.vjp(activations.swiglu, given[:2], given[2:])
     np.testing.assert_allclose(value, x * let * up, rtol=2e-6, atol=1e-7)
     for gradient, wanted in zip(gradients, (slope * up * let * (1 + x * (1 - let)), slope * x * let), strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
-    (value,), (gradient,) = mx.vjp(exponentials.exact_gelu, given[:1], given[2:])
+    (value,), (gradient,) = mx.vjp(activations.exact_gelu, given[:1], given[2:])
     np.testing.assert_allclose(value, x * phi(x), rtol=1e-6, atol=5e-7)
     np.testing.assert_allclose(gradient, slope * (phi(x) + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)), rtol=1e-6, atol=2e-6)
+    (value,), (gradient,) = mx.vjp(activations.gelu, given[:1], given[2:])
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    rate = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    np.testing.assert_allclose(value, 0.5 * x * (1 + np.tanh(inner)), rtol=2e-6, atol=5e-7)
+    wanted = 0.5 * (1 + np.tanh(inner)) + 0.5 * x * rate / np.cosh(np.minimum(np.abs(inner), 300)) ** 2
+    np.testing.assert_allclose(gradient, slope * wanted, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("cut", [[1, 1, 1, 1, 1], [2, 3], [4, 1]])

@@ -21,8 +21,8 @@ from opd.method.rollout import completions
 from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
 from opd_mlx.batch import Batch, DecodeStep, Prefixes, lay_out_prefixes
 from opd_mlx.forward import PromptCache, concatenate_caches, decode, prefill, select_rows, warm
-from opd_mlx.kernels.exponentials import BLOCK, block_sums, exponential, in_blocks, total
 from opd_mlx.kernels.recorder import Recorder
+from opd_mlx.kernels.sums import BLOCK, block_sums, in_blocks, total
 from opd_mlx.layers.attention import buffer_length
 from opd_mlx.layers.layer import CompletionCache
 from opd_mlx.model import Model
@@ -217,7 +217,7 @@ def _draw(
     logits = logits - logits.max(-1, keepdims=True)
     if temperature not in (0, 1):
         logits = logits / temperature
-    powers = exponential(logits)
+    powers = mx.exp(logits)
     token = inverse_cdf(powers, uniforms) if temperature else mx.argmax(logits, axis=-1)
     chosen = mx.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token.astype(mx.int32), chosen - mx.log(total(powers)[:, 0])

@@ -19,7 +19,7 @@ from typing_extensions import override
 from opd_mlx.batch import Visibility
 from opd_mlx.device import Device
 from opd_mlx.families.qwen3_vl import QwenVL, image_attention, merged, vision_angles
-from opd_mlx.kernels.exponentials import exact_gelu
+from opd_mlx.kernels.activations import exact_gelu
 from opd_mlx.layers.attention import AttentionLayer, feed_forward
 from opd_mlx.layers.layer import Layer
 from opd_mlx.vision import checkpoint_if

@@ -14,7 +14,7 @@ from typing_extensions import override
 from opd_mlx.batch import Visibility
 from opd_mlx.device import Device
 from opd_mlx.families.qwen3_vl import Qwen3VL
-from opd_mlx.kernels.exponentials import exact_gelu, sigmoid
+from opd_mlx.kernels.activations import exact_gelu
 from opd_mlx.layers.attention import NormedHeads
 from opd_mlx.layers.gated_delta import GatedDelta
 from opd_mlx.layers.layer import Layer
@@ -99,4 +99,4 @@ class GatedHeads(NormedHeads):
     @override
     def finish(self, hidden: mx.array, mixed: mx.array, gate: mx.array | None) -> mx.array:
         assert gate is not None
-        return super().finish(hidden, mixed * sigmoid(gate), None)
+        return super().finish(hidden, mixed * mx.sigmoid(gate), None)

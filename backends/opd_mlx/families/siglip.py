@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opd.types import Prompt
 from opd_mlx.device import Device
-from opd_mlx.kernels.exponentials import gelu
+from opd_mlx.kernels.activations import gelu
 from opd_mlx.layers.attention import attend
 from opd_mlx.vision import checkpoint_if
 

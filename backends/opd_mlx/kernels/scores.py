@@ -22,7 +22,6 @@ import mlx.core as mx
 
 from opd_mlx.device import Device
 from opd_mlx.kernels.backward import traced
-from opd_mlx.kernels.exponentials import exponential
 
 Source: TypeAlias = tuple[mx.array, mx.array]
 """Keys and values [B, J, n, K, E], or [B, J, 1, K, E], which all n read."""
@@ -105,7 +104,7 @@ class _Blocks:
             top = scores[0].max(-1, keepdims=True)
             for more in scores[1:]:
                 top = mx.maximum(top, more.max(-1, keepdims=True))
-            powers = [exponential(part - top) for part in scores]
+            powers = [mx.exp(part - top) for part in scores]
             parts = [
                 (_folded(part, value) @ _and_ones(value[..., at, :])).reshape(*part.shape[:-1], -1)
                 for part, value, (at, _) in zip(powers, values, seen, strict=True)
@@ -145,7 +144,7 @@ class _Blocks:
                 outer = outer / sums
             else:
                 scores = _scores(block, rows, keys, seen)
-                powers = [exponential(part - kept[0]) for part in scores]
+                powers = [mx.exp(part - kept[0]) for part in scores]
                 kept = kept[1:]
             dots = -(outer * mixed[..., rows, :]).sum(-1, keepdims=True)
             inner = mx.concatenate([outer, dots], axis=-1)

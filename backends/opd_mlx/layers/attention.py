@@ -19,8 +19,8 @@ import mlx.core as mx
 
 from opd_mlx.batch import DecodeStep, Masks, Prefixes, Visibility
 from opd_mlx.device import Device
+from opd_mlx.kernels.activations import swiglu
 from opd_mlx.kernels.backward import traced
-from opd_mlx.kernels.exponentials import softmax, swiglu
 from opd_mlx.kernels.scores import attention
 from opd_mlx.layers.layer import CompletionCache, KeysValues
 
@@ -253,7 +253,7 @@ def _one_more(query: mx.array, prefix: KeysValues, own: KeysValues, masks: Masks
     alone = query.squeeze(-2) @ own[0].swapaxes(-1, -2)
     if masks.own is not None:
         alone = alone + masks.own.astype(alone.dtype)
-    weights = softmax(mx.concatenate([shared, alone], axis=-1))
+    weights = mx.softmax(mx.concatenate([shared, alone], axis=-1), axis=-1, precise=True)
     shared, alone = mx.split(weights, [shared.shape[-1]], axis=-1)
     from_prefix = shared.reshape(batch, heads, count * groups, -1) @ prefix[1]
     mixed = from_prefix.reshape(batch, heads, count, groups, width) + alone @ own[1]

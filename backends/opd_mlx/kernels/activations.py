@@ -1,0 +1,22 @@
+"""Activations in operations that every device has: `mlx.nn`'s are compiled, for a CPU by g++."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gate * sigmoid(gate) * up."""
+    return gate * mx.sigmoid(gate) * up
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The tanh form of GELU as x * sigmoid: the same function, which takes one exponential."""
+    return x * mx.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * mx.square(x)))
+
+
+def exact_gelu(x: mx.array) -> mx.array:
+    """x * Phi(x), with the normal distribution's integral."""
+    return x * (1 + mx.erf(x / math.sqrt(2))) / 2
