@@ -85,8 +85,7 @@ def select_rows(cache: PromptCache, prompts: mx.array) -> PromptCache:
 
 
 def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:
-    """The caches of several `prefill` as one; layer by layer, and `parts` are emptied on the
-    way."""
+    """The caches of several `prefill` as one; empties `parts` layer by layer."""
     if len(parts) == 1:
         return parts[0]
     whole: PromptCache = []
@@ -97,7 +96,7 @@ def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:
 
 
 def warm(model: Model, prompts: Sequence[Prompt]) -> None:
-    """Fills a frozen tower's feature cache with all images of `prompts` in one call."""
+    """Fills a frozen tower's feature cache with all images of `prompts`."""
     if model.feature_cache is not None:
         model.feature_cache.features(prompts)
 

@@ -25,8 +25,7 @@ ImageBatch: TypeAlias = list[tuple[Hashable, NDArray[Any]]]
 and an array, of one shape for each size."""
 
 Tower: TypeAlias = Callable[[NDArray[Any], Any], list[mx.array]]
-"""From m images of one size, stacked, and that size to features [m, tokens of an image, D] by
-level."""
+"""From m images of one size, and that size, to features [m, tokens of an image, D] by level."""
 
 
 def visual_features(
@@ -69,8 +68,7 @@ def visual_features(
 
 
 class FeatureCache:
-    """Features of a frozen tower by the prompt's key: computed once for rollout, student,
-    teacher."""
+    """Features of a frozen tower by the prompt's key, for rollout, student and teacher."""
 
     def __init__(
         self, compute: Callable[[Sequence[Prompt]], list[mx.array]], capacity: int
@@ -91,18 +89,13 @@ class FeatureCache:
         Above the capacity the cache forgets the oldest first, and then the newest of this call.
         """
         wanted = {prompt.key: prompt for prompt in prompts if len(prompt.visual.index)}
-        new = [prompt for key, prompt in wanted.items() if key not in self._levels]
-        ends = np.cumsum([len(prompt.visual.index) for prompt in new])[:-1].tolist()
-        # Copies, since a part of an array keeps all of it.
-        computed = [
-            [mx.contiguous(part) for part in mx.split(level, ends)] for level in self._compute(new)
-        ]
         by_key = {key: self._levels.pop(key) for key in wanted if key in self._levels}
-        by_key |= {
-            prompt.key: list(levels)
-            for prompt, levels in zip(new, zip(*computed, strict=True), strict=True)
-        }
-        mx.eval(by_key)
+        for key, prompt in wanted.items():
+            if key not in by_key:
+                # One by one, so that no last bit depends on what ran beside it: a run that goes on
+                # from a checkpoint has another cache than the run that wrote it.
+                by_key[key] = self._compute([prompt])
+                mx.eval(by_key[key])
         self._levels |= by_key
         excess = self.nbytes - self.capacity
         for key in [*(key for key in self._levels if key not in wanted), *reversed(by_key)]:
