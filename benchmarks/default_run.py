@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("cpu", "mlx"), default="cpu")
     parser.add_argument("--steps", type=int, default=40, help="0: those of the preset")
     parser.add_argument("--count", type=int, default=200, help="scenes that are measured before and after; 0: those of the preset")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; MLX divides its work among streams by itself")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; MLX computes on one core")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(repeats=3)
     options = parser.parse_args()

@@ -18,12 +18,28 @@ from opd.objective import evaluate, log_softmax
 from opd.prompts.encoder import PromptEncoder
 from opd.types import Completion, Group, ModelOptions
 from opd_mlx.backend import MlxBackend
+from opd_mlx.device import Device, this_device
 
 SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)], [(64, 64), (48, 48), (64, 64)], [(64, 64)]]
 """Widths and heights of the images of each group's student; the teacher's are the next group's."""
 
 LENGTHS = [(5, 3, 7), (1,), (4, 6), (), (2, 2, 2)]
 """Tokens of each group's completions."""
+
+
+MAC = {
+    "fused_attention": True,
+    "score_block_rows": 1024,
+    "score_block_bytes": 2**28,
+    "head_block_bytes": 2**26,
+    "pixel_bytes": 2**62,
+}
+"""Traits with which a CPU runs what a Mac runs, but for what MLX would have compiled."""
+
+
+def mac(**traits: int) -> Device:
+    """This device with a Mac's traits."""
+    return replace(this_device(), **MAC, **traits)
 
 
 @dataclass

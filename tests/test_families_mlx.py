@@ -26,7 +26,7 @@ from opd.types import Completion, Group, ModelOptions, Sampling, Update
 from opd_mlx.batch import lay_out
 from opd_mlx.forward import hidden_states
 from tests import random_models
-from tests.mlx_cases import clone, loss_of, relative_error
+from tests.mlx_cases import clone, loss_of, mac, relative_error
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -89,7 +89,7 @@ def make_case(root: Path, folder: Path) -> Case:
         weights = tuple(rng.uniform(0.01, 0.1, size=length).astype(np.float32) for length in lengths)
         groups.append(Group(prompts[index], prompts[(index + 1) % len(prompts)], completions, weights))
     state = root / "state"
-    loaded = opd_mlx.load(ModelOptions(folder))
+    loaded = opd_mlx.load(ModelOptions(folder), mac())
     loaded.save(state)
     teacher = load_file(state / "teacher.safetensors")
     moved = {name: value + rng.normal(0, 0.2 * value.std() + 1e-3, size=value.shape).astype(np.float32) for name, value in teacher.items()}
@@ -242,7 +242,7 @@ def test_a_checkpoint_and_the_export(case, tmp_path):
 
 def test_conformance(case):
     pairs = [(group.student, group.teacher) for group in case.groups]
-    results = check(lambda: opd_mlx.load(ModelOptions(case.folder)), pairs, case.encoder.stop, case.encoder.banned)
+    results = check(lambda: opd_mlx.load(ModelOptions(case.folder), mac(steps_ahead=1)), pairs, case.encoder.stop, case.encoder.banned)
     assert [str(result) for result in results if not result.passed] == []
 
 

@@ -21,7 +21,7 @@ from opd_mlx.device import this_device
 from opd_mlx.families import qwen3_vl as family_module
 from opd_mlx.footprint import free_bytes, recompute_share
 from opd_mlx.kernels import activations
-from tests.mlx_cases import clone, distribution, loss_of, make_case, plain_loss_and_gradients, relative_error
+from tests.mlx_cases import MAC, clone, distribution, loss_of, make_case, plain_loss_and_gradients, relative_error
 from tests.random_models import qwen3_vl
 
 JSD = Objective(alpha=0.5, top_k=20)
@@ -127,7 +127,7 @@ def test_images_a_few_at_a_time(case, loaded, expected):
 
 def test_what_a_gpu_runs(case, loaded, expected):
     """MLX's own attention where there is no gradient, and blocks of a GPU's sizes."""
-    backend = clone(loaded, fused_attention=True, score_block_rows=1024, score_block_bytes=2**28, head_block_bytes=2**26, pixel_bytes=2**62)
+    backend = clone(loaded, **MAC)
     backend.accumulate(case.groups, JSD)
     assert relative_error(backend.tensors("gradient"), expected[JSD][1]) < 1e-4
 

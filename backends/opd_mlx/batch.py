@@ -107,8 +107,7 @@ class Prefixes:
         return keys, mask
 
     def masks(self, visibility: Visibility, row: mx.array, keys: int) -> Masks:
-        """What rows of completions, of numbers `row` [T, 1], see of the prefix and `keys` own
-        keys."""
+        """What completion rows of numbers `row` [T, 1] see of the prefix and of `keys` own keys."""
         key = mx.arange(keys)
         own = mx.where(key > row, -mx.inf, 0.0) if keys > 1 else None
         real, prefix = self.real, None
@@ -130,8 +129,7 @@ class Prefixes:
         return visibility.blocks and len(self.visual_rows) > 0
 
     def _sees(self, visibility: Visibility, rows: slice, keys: slice, row: mx.array) -> mx.array:
-        """[B or 1, rows, keys], True where a row sees a key; `row` [rows, 1] are the rows'
-        numbers."""
+        """[B or 1, rows, keys], True where a row of number `row` [rows, 1] sees a key."""
         key = mx.arange(keys.start, keys.stop)
         seen, window = (key <= row)[None], self._window(visibility)
         if self._blocks(visibility):

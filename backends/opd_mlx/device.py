@@ -53,8 +53,7 @@ class Device:
     """Bytes of image features that a frozen tower's cache keeps from step to step."""
 
     kept_score_bytes: int = 2**24
-    """Most bytes of scores that one attention call keeps for its backward; beyond, it
-    recomputes."""
+    """Most bytes of scores that an attention call keeps for its backward; else it recomputes."""
 
     checkpoint_above: int = 2 * 2**30
     """Bytes of activations that a backward may hold without recomputing any layer."""

@@ -88,8 +88,7 @@ class PendingBackward:
 
 @dataclass(frozen=True)
 class RolloutPrefill:
-    """The student's prompts as a rollout ran them, with a backward for the gradient of the same
-    step."""
+    """The student's prompts as a rollout ran them, with a backward for the same step."""
 
     prefixes: Prefixes
     pending: PendingBackward
@@ -337,8 +336,7 @@ def _finish_prompts(
     prompts: PendingBackward,
     ids: NDArray[np.int32],
 ) -> None:
-    """Adds the prompts' gradients, which start at those that completions gave to what prompts
-    keep."""
+    """Adds the prompts' gradients, which start at those of the prompt cache."""
     caches = [gradient.pop(_cache_name(place)) for place in range(len(prompts.outputs))]
     gradients = prompts.start(caches)
     del caches
@@ -355,8 +353,7 @@ def _finish_prompts(
 
 
 def _looked_up_ids(groups: Sequence[Group]) -> NDArray[np.int32]:
-    """All tokens that completions of `groups` look up, in order; 0 stands behind a completion's
-    end."""
+    """All tokens that completions look up, in order; 0 stands behind a completion's end."""
     tokens = [one.tokens for group in groups for one in group.completions]
     tokens += [group.student.tokens[-1:] for group in groups]
     return np.unique(np.concatenate([np.zeros(1, np.int32), *tokens])).astype(np.int32)
@@ -400,8 +397,7 @@ def _add_embedding_rows(
     shape: Sequence[int],
     rows: Sequence[tuple[mx.array, mx.array]],
 ) -> None:
-    """Adds gradients [U, D] of ids [U] to the sum of a table of `shape` (V, D), in one pass over
-    it."""
+    """Adds gradients [U, D] of ids [U] to the sum of a table of `shape` (V, D), in one pass."""
     ids, gradients = (mx.concatenate(list(parts)) for parts in zip(*rows, strict=True))
     table = sums.pop(name) if name in sums else mx.zeros(shape)
     sums[name] = table.at[ids].add(gradients)

@@ -210,8 +210,7 @@ def draw(
 def _draw(
     logits: mx.array, uniforms: mx.array, temperature: float, banned: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    """The first id whose cumulative probability exceeds the uniform; at temperature 0 the
-    likeliest."""
+    """The first id whose cumulative probability exceeds the uniform; at T = 0 the likeliest."""
     if banned is not None:
         logits = logits + banned
     logits = logits - logits.max(-1, keepdims=True)

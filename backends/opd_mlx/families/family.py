@@ -27,8 +27,7 @@ class Family(Protocol):
     transformers' module; the names end alike."""
 
     raised: tuple[str, ...]
-    """Ends of Hugging Face names of vectors to which MLX's files add 1, and Hugging Face's do
-    not."""
+    """Ends of Hugging Face names of vectors to which MLX's files, not Hugging Face's, add 1."""
 
     vision: tuple[str, ...]
     """Prefixes, in mlx-vlm's module, of what makes image features: the tower and its projector."""
@@ -50,8 +49,7 @@ class Family(Protocol):
         """Embeddings [..., D] of `tokens`, as the first layer takes them."""
 
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
-        """Cosines and sines [rows, 1, E] at `positions` [axes, rows], a pair for each
-        `Layer.rotary`."""
+        """Cosines and sines [rows, 1, E] at `positions` [axes, rows], for each `Layer.rotary`."""
 
     def features(
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float = 0

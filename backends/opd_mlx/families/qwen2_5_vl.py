@@ -110,8 +110,7 @@ def _within(
     cuts: list[tuple[int, int]],
     device: Device,
 ) -> mx.array:
-    """Attention of hidden [m, L, width] within windows: `cuts` gives (length, how many) in
-    order."""
+    """Attention of hidden [m, L, width] within windows; `cuts`: (length, how many) in order."""
     parts, start = [], 0
     for length, many in cuts:
         rows = slice(start, start + length * many)

@@ -26,8 +26,7 @@ from opd_mlx.layers.layer import CompletionCache, KeysValues
 
 
 def buffer_length(count: int, first: int) -> int:
-    """Length of the buffer that holds `count` tokens: `first`, or that doubled until it
-    suffices."""
+    """Length of the buffer that holds `count` tokens: `first`, doubled until it suffices."""
     return int(first << max(0, -(-count // first) - 1).bit_length())
 
 
@@ -48,8 +47,7 @@ def attend(
 
 @dataclass
 class _Buffers:
-    """Keys and values of decoded tokens: [B, H / G, n, buffer, E], zeros where no token stands
-    yet."""
+    """Keys and values of decoded tokens, [B, H / G, n, buffer, E]; zeros behind the last."""
 
     arrays: list[mx.array]
     first: int

@@ -171,8 +171,8 @@ def _rule(
     decay = mx.exp(-mx.exp(rate.astype(mx.float32)) * softplus)
     beta = mx.sigmoid(beta).astype(mx.float32)
     if length == 1:
-        found = gated_delta_ops(query, key, value, decay, beta, state, real)
+        result = gated_delta_ops(query, key, value, decay, beta, state, real)
     else:
         chunk = min(CHUNK, length)
-        found = gated_delta_chunked(query, key, value, decay, beta, state, real, C=chunk)
-    return cast("tuple[mx.array, mx.array]", found)
+        result = gated_delta_chunked(query, key, value, decay, beta, state, real, C=chunk)
+    return cast("tuple[mx.array, mx.array]", result)

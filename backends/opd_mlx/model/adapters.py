@@ -77,8 +77,7 @@ def transposed(name: str, value: mx.array) -> mx.array:
 def merge(
     tensors: Mapping[str, mx.array], adapter: Mapping[str, FloatArray], scale: float
 ) -> dict[str, mx.array]:
-    """`tensors` with scale * B A added in float32 where `adapter` has a pair; by Hugging Face
-    name."""
+    """`tensors` by Hugging Face name, with scale * B A of the `adapter` added in float32."""
     merged = dict(tensors)
     for name, change in adapters.changes(adapter, scale):
         added = mx.array(np.ascontiguousarray(change))

@@ -1,5 +1,4 @@
-"""Writes model folders, and reads and writes the tensors of a checkpoint, in Hugging Face's names
-and layouts."""
+"""Writes model folders, and writes and reads checkpoints, in Hugging Face's names and layouts."""
 
 from __future__ import annotations
 

@@ -83,8 +83,7 @@ class Model:
 
     @contextmanager
     def bound(self, parameters: Parameters) -> Iterator[None]:
-        """Has the module compute with `parameters`, cast to the compute dtype, within the
-        context."""
+        """Within the context the module computes with `parameters`, cast to the compute dtype."""
         self._put({name: value.astype(self.dtype) for name, value in parameters.items()})
         try:
             yield
@@ -155,8 +154,7 @@ def load_model(options: ModelOptions, device: Device) -> tuple[Model, Parameters
 
 
 def not_finite(model: Model, parameters: Parameters) -> str | None:
-    """Hugging Face name of a trained or frozen parameter that holds NaN or infinity; None: none
-    does."""
+    """Hugging Face name of a parameter that holds NaN or infinity; None: none does."""
     held = {**dict(tree_flatten(model.module.parameters())), **parameters}
     floats = {k: value for k, value in held.items() if mx.issubdtype(value.dtype, mx.floating)}
     # A sum reads as fast as memory allows; of large numbers it may be infinite by itself.
@@ -226,8 +224,7 @@ def stored_tensors(folder: Path, kind: Family) -> dict[str, mx.array]:
 def _all_trained(
     model: Model, options: ModelOptions, tensors: Mapping[str, mx.array]
 ) -> tuple[Model, Parameters]:
-    """A model whose parameters are all trained; without the vision tower's if the options say
-    so."""
+    """A model whose parameters are all trained, or all but the vision tower's."""
     parameters = {
         name: channels_last(tensors[original]).astype(mx.float32)
         for name, original in model.names.items()

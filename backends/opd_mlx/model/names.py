@@ -31,6 +31,5 @@ def channels_last(value: mx.array) -> mx.array:
 
 
 def channels_second(value: mx.array) -> mx.array:
-    """The kernel of a convolution [out, ..., channel] as files have it; other tensors as they
-    are."""
+    """The kernel of a convolution [out, channel, ...] as files have it; others as they are."""
     return mx.contiguous(mx.moveaxis(value, -1, 1)) if value.ndim > 2 else value

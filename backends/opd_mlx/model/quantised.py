@@ -54,8 +54,7 @@ def quantisation(config: Mapping[str, Any], rename: Callable[[str], str]) -> Qua
 def dequantised(
     tensors: Mapping[str, mx.array], stored: Quantisation | None, tables: bool = False
 ) -> dict[str, mx.array]:
-    """`tensors` by Hugging Face name with plain weights: all, or embedding and head alone
-    (`tables`)."""
+    """`tensors` by Hugging Face name with plain weights; `tables`: embedding and head alone."""
     plain = dict(tensors)
     if stored is None:
         return plain
