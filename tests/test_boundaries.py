@@ -202,8 +202,8 @@ ONE_NAME_ONLY = {
         "layers/attention.py": ("FIRST_BUFFER", "MLX has it in its device record"),
         "layers/gated_delta.py": ("gated_delta_rule", "MLX calls mlx-vlm's"),
         "layers/layer.py": (
-            "Angles checkpoint_if stack_prompts",
-            "rotary factors are complex numbers; torch's checkpoint takes any function",
+            "Angles stack_prompts",
+            "rotary factors are complex numbers, and caches of prompts are stacked",
         ),
         "model/files.py": ("STORED export_model read_tensors write_tensors", "MLX writes and reads by names of its own"),
         "model/load.py": ("copy_model master_dtype read_model", "a module holds its parameters, so a teacher is a copy of it"),
@@ -231,7 +231,6 @@ ONE_NAME_ONLY = {
         "model/quantised.py": ("BITS GROUPS Quantisation TABLES dequantised quantisation quantise_alike", "4 bits are MLX's own format"),
         "optimizer.py": ("zeros", "a gradient that nothing was added to, as arrays"),
         "sampling.py": ("UNIT", "a GPU of Apple's has no float64, so draws are whole numbers"),
-        "vision.py": ("checkpoint_if", "MLX's checkpoint takes a module"),
     },
 }
 """Public names of one backend alone, by file, and why."""

@@ -15,9 +15,8 @@ import mlx.core as mx
 
 from opd.types import Prompt
 from opd_mlx.batch import Batch, DecodeStep, Prefixes
-from opd_mlx.layers.layer import CompletionCache, KeysValues, Layer
+from opd_mlx.layers.layer import CompletionCache, KeysValues, Layer, checkpoint_if
 from opd_mlx.model import Model
-from opd_mlx.vision import checkpoint_if
 
 PromptCache: TypeAlias = list[KeysValues]
 """What every layer keeps of prompts for their completions."""

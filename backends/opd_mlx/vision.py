@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.utils import checkpoint
 from numpy.typing import NDArray
 
 from opd.types import Prompt
@@ -103,13 +102,3 @@ class FeatureCache:
                 excess -= sum(level.nbytes for level in self._levels.pop(key))
         each = [by_key[prompt.key] for prompt in prompts if prompt.key in by_key]
         return [mx.concatenate(list(level)) for level in zip(*each, strict=True)]
-
-
-def checkpoint_if(recompute: bool, module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which computes with `module`'s parameters.
-
-    If `recompute`, its backward recomputes the activations instead of keeping them.
-    """
-    if not recompute:
-        return function
-    return cast("Callable[..., Any]", checkpoint(module, function))

@@ -21,8 +21,7 @@ from opd_mlx.device import Device
 from opd_mlx.families.qwen3_vl import QwenVL, image_attention, merged, vision_angles
 from opd_mlx.kernels.activations import exact_gelu
 from opd_mlx.layers.attention import AttentionLayer, feed_forward
-from opd_mlx.layers.layer import Layer
-from opd_mlx.vision import checkpoint_if
+from opd_mlx.layers.layer import Layer, checkpoint_if
 
 
 class Qwen25VL(QwenVL):

@@ -22,8 +22,8 @@ from opd_mlx.device import Device
 from opd_mlx.families.family import Family
 from opd_mlx.kernels.activations import exact_gelu, gelu
 from opd_mlx.layers.attention import NormedHeads, attend, rotate
-from opd_mlx.layers.layer import KeysValues, Layer
-from opd_mlx.vision import ImageBatch, checkpoint_if, visual_features
+from opd_mlx.layers.layer import KeysValues, Layer, checkpoint_if
+from opd_mlx.vision import ImageBatch, visual_features
 
 
 class QwenVL(Family):

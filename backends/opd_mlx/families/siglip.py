@@ -19,7 +19,7 @@ from opd.types import Prompt
 from opd_mlx.device import Device
 from opd_mlx.kernels.activations import gelu
 from opd_mlx.layers.attention import attend
-from opd_mlx.vision import checkpoint_if
+from opd_mlx.layers.layer import checkpoint_if
 
 
 def encode(

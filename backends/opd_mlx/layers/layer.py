@@ -6,10 +6,11 @@ heads in G groups over H / G key-value heads, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, cast
 
 import mlx.core as mx
+from mlx.nn.utils import checkpoint
 
 from opd_mlx.batch import DecodeStep, Masks, Prefixes, Visibility
 
@@ -76,3 +77,13 @@ class Layer(Protocol):
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
         """What several calls of `prefix` returned, as if one call had."""
+
+
+def checkpoint_if(recompute: bool, module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which computes with `module`'s parameters.
+
+    If `recompute`, its backward recomputes the activations instead of keeping them.
+    """
+    if not recompute:
+        return function
+    return cast("Callable[..., Any]", checkpoint(module, function))
