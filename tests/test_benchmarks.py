@@ -99,7 +99,9 @@ def test_a_token_step_reads_weights_and_prompts_once(case):
     text, long = config.text_config, len(group.student) - 1
     for prompts, n in ((1, 1), (1, 4), (3, 4)):
         given = [workload.prompt(config, len(group.student), seed) for seed in range(prompts)]
-        weights, keys = decode.of_a_step(decode.ours(backend, given, n, (config.image_token_id,)), backend._student, long, text.head_dim)
+        weights, keys = decode.of_a_step(
+            decode.ours(backend, given, n, (config.image_token_id,)), backend._student.module, long, text.head_dim
+        )
         assert weights == decode.step_weights(stock)
         assert keys == decode.keys_values(config, prompts, long)
         theirs, copied = decode.of_a_step(decode.transformers_rows(stock, given, n), stock, long, text.head_dim)

@@ -47,7 +47,7 @@ class Optimizer:
         self.step += 1
         gradients = [gradient[name].mul_(factor) for name in self.parameters]
         with torch.no_grad():
-            # In one pass over each tensor and without a copy of any: theta <- (1 - lr * decay)
+            # One pass over each tensor, without a copy of any: theta <- (1 - lr * decay)
             # theta - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon).
             torch._fused_adamw_(
                 list(self.parameters.values()),

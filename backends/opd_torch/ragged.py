@@ -45,12 +45,12 @@ class Ragged:
         return torch.from_numpy(self.lengths).to(self._device)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """From [total, ...] to [rows, longest, ...]."""
+        """Pads [total, ...] to [rows, longest, ...]."""
         padded = packed if self.even else _Pad.apply(packed, self._padded, self._packed)
         return padded.view(self.rows, self.longest, *packed.shape[1:])
 
     def fill(self, packed: Tensor, value: float) -> Tensor:
-        """As `pad`, with `value` for padding."""
+        """Pads like `pad`, with `value` in the padding."""
         if self.even:
             return packed.view(self.rows, self.longest, *packed.shape[1:])
         padded = packed.new_full((self.rows * self.longest, *packed.shape[1:]), value)
@@ -59,7 +59,7 @@ class Ragged:
         )
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """From [rows, longest, ...] to [total, ...]."""
+        """Packs [rows, longest, ...] to [total, ...]."""
         flat = padded.flatten(0, 1)
         return flat if self.even else _Unpad.apply(flat, self._packed)
 
@@ -103,7 +103,7 @@ class Owner:
         self.index = index_tensor(np.repeat(np.arange(len(counts)), counts), device)
 
     def spread(self, x: Tensor) -> Tensor:
-        """From one entry a prompt [B, ...] to one a completion [R, ...]."""
+        """Repeats the entry of each prompt [B, ...] for each of its completions, [R, ...]."""
         # With equal counts the backward is a plain sum instead of a scatter, several times faster
         # on the CPU.
         return (

@@ -54,7 +54,7 @@ class Gemma3(Decoder):
         return [module.model.vision_tower, module.model.multi_modal_projector]
 
     def patches(self, config: Any, prompt: Prompt) -> int:
-        """As many for every image."""
+        """Every image has the same number of patches."""
         if not prompt.images:
             return 0
         side = config.vision_config.image_size // config.vision_config.patch_size

@@ -1,4 +1,4 @@
-"""torch's fused attention by its private operators, since `scaled_dot_product_attention` does not
+"""torch's fused attention by private operators, since `scaled_dot_product_attention` does not
 give the logarithms of sums.
 
 All four, and their arguments, are those of torch 2.13: `_scaled_dot_product_flash_attention`

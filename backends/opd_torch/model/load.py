@@ -23,7 +23,7 @@ from opd.models.files import read_json, tensor_headers
 from opd.types import ModelOptions
 from opd_torch import rows
 from opd_torch.device import Device
-from opd_torch.families import family
+from opd_torch.families import family as family_of
 from opd_torch.families.family import Family
 from opd_torch.kernels.pointwise import replace_modules
 from opd_torch.layers.layer import Layer
@@ -94,9 +94,9 @@ def load_model(options: ModelOptions, device: Device) -> Model:
     if options.four_bit:
         check_four_bits(device.torch)
     stored = dtype if options.adapters else masters
-    module, its_family = read_model(path, stored, device.torch if options.four_bit else None)
-    vision = its_family.vision(module) if its_family else []
-    if its_family is None:
+    module, family = read_model(path, stored, device.torch if options.four_bit else None)
+    vision = family.vision(module) if family else []
+    if family is None:
         rows.check(module.eval(), str(path))
         logging.getLogger(__name__).warning(
             "%s: no family file for '%s', so a group's completions run as separate rows",
@@ -111,7 +111,7 @@ def load_model(options: ModelOptions, device: Device) -> Model:
             merge(module, adapter.tensors, adapter.alpha / adapter.rank)
         for part in vision:
             part.requires_grad_(options.tune_vision)
-        if its_family is None and not options.tune_vision:
+        if family is None and not options.tune_vision:
             rows.freeze_vision(module, str(path))
     cached = bool(vision) and not any(_trained(vision))
     replace_modules(module, device, dtype)
@@ -122,9 +122,9 @@ def load_model(options: ModelOptions, device: Device) -> Model:
     broken = not_finite(module)
     if broken:
         raise holds_nan(path, broken)
-    layers = its_family.layers(module) if its_family else []
+    layers = family.layers(module) if family else []
     features = FeatureCache(device.feature_bytes) if cached else None
-    return Model(its_family, module, layers, dtype, device, features)
+    return Model(family, module, layers, dtype, device, features)
 
 
 def _trained(modules: Iterable[Any]) -> list[bool]:
@@ -158,8 +158,10 @@ def read_model(
 
     With `four_bit` it is on that device, and the language model's linear layers are in 4 bits.
     """
-    its = _family(path)
-    architecture = getattr(transformers, its.architecture if its else "AutoModelForImageTextToText")
+    family = _family(path)
+    architecture = getattr(
+        transformers, family.architecture if family else "AutoModelForImageTextToText"
+    )
     content, stored = read_json(path / "config.json"), tensor_headers(path)
     kind = str(content.get("model_type"))
     weight_formats.check(content, stored, path)
@@ -181,7 +183,7 @@ def read_model(
                 for key in weight_formats.SETTINGS:
                     if hasattr(part, key):
                         delattr(part, key)
-            if its:
+            if family:
                 settings.check(
                     config.to_dict(),
                     settings.defaults(config),
@@ -193,8 +195,8 @@ def read_model(
             if kind == "gemma3":
                 config.vision_config.vision_use_head = False  # no forward reads it
             with torch.device("meta"):
-                empty = architecture(config) if its else architecture.from_config(config)
-            if its:
+                empty = architecture(config) if family else architecture.from_config(config)
+            if family:
                 check_stored(empty, stored, path)
             more: dict[str, Any] = (
                 four_bits(linear_layers(empty), dtype, four_bit) if four_bit else {}
@@ -205,7 +207,7 @@ def read_model(
                 "local_files_only": True,
                 "output_loading_info": True,
             }
-            model, found = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
+            module, report = architecture.from_pretrained(whole, config=config, dtype=dtype, **more)
     except (
         OSError,
         ValueError,
@@ -224,16 +226,16 @@ def read_model(
     # transformers would make up random weights for missing ones.
     unexpected = (
         []
-        if its
-        else [name for name in found["unexpected_keys"] if not names.is_left_out(kind, name)]
+        if family
+        else [name for name in report["unexpected_keys"] if not names.is_left_out(kind, name)]
     )
-    wrong = [*found["missing_keys"], *unexpected, *found["mismatched_keys"]]
+    wrong = [*report["missing_keys"], *unexpected, *report["mismatched_keys"]]
     if wrong:
         raise ModelError(
             f"{path}: weights and config.json do not fit: "
             f"{len(wrong)} tensors, the first is {wrong[0]}"
         )
-    return model, its
+    return module, family
 
 
 def copy_model(model: Model) -> Model:
@@ -256,7 +258,7 @@ def _family(path: Path) -> Family | None:
         raise ModelError(f"{path}: no config.json, so this is no model folder")
     kind = str(read_json(path / "config.json").get("model_type"))
     try:
-        return family(kind)
+        return family_of(kind)
     except ModelError as error:
         if (
             kind

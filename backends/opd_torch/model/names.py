@@ -13,7 +13,7 @@ from opd.models.files import StoredTensor
 
 
 def hugging_face(name: str) -> str:
-    """A parameter's name without peft's own words in it."""
+    """A parameter's Hugging Face name, without what peft inserts."""
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
@@ -51,8 +51,8 @@ def check_stored(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> 
     up missing ones.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: stored[old].shape for name, old in stored_names(model, stored, path).items()}
+    actual = {name: stored[old].shape for name, old in stored_names(model, stored, path).items()}
     # Some writers store a tied head beside the embedding.
     if model.config.tie_word_embeddings:
-        found.pop(names.HEAD, None)
-    names.check(expected, found, path)
+        actual.pop(names.HEAD, None)
+    names.check(expected, actual, path)

@@ -33,8 +33,9 @@ def check_four_bits(device: torch.device) -> None:
 
 
 def four_bits(layers: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What from_pretrained takes to load the language model's linear layers in 4 bits; `layers` are
-    the names of all linear layers.
+    """Arguments of from_pretrained that load the language model's linear layers in 4 bits.
+
+    `layers` are the names of all linear layers.
     """
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
