@@ -262,3 +262,9 @@ def test_the_backends_are_twins(ours, theirs):
     listed = {file: set(names.split()) for file, (names, _) in ONE_NAME_ONLY[ours].items()}
     more = {file: mine[file] - other[file] for file in mine.keys() & other.keys()}
     assert {file: names for file, names in more.items() if names} == listed
+
+
+@pytest.mark.parametrize("package", ["opd_torch", "opd_mlx"])
+def test_the_verbs_of_a_backend_are_short(package):
+    """They hold no mathematics, and are read in one go."""
+    assert len((PACKAGES[package] / "backend.py").read_text().splitlines()) <= 200

@@ -45,14 +45,12 @@ from opd_torch.optimizer import Optimizer, move_teacher
 
 
 class TorchBackend:
-    """`opd.backend.Backend` on one device of this process; torch.distributed, if initialised, sums
-    over processes.
-    """
+    """`opd.backend.Backend` on one device; sums over processes by torch.distributed."""
 
     def __init__(self, options: ModelOptions, device: Device) -> None:
         if options.dtype not in DTYPES:
-            known = nearest(options.dtype, DTYPES)
-            raise ModelError(f"unknown dtype '{options.dtype}'; {known}")
+            nearby = nearest(options.dtype, DTYPES)
+            raise ModelError(f"unknown dtype '{options.dtype}'; {nearby}")
         self._options = options
         self._student = load_model(options, device)
         # The teacher's parameters keep requires_grad: autocast caches casts only of those.
@@ -86,9 +84,7 @@ class TorchBackend:
         sampling: Sampling,
         policy: Policy = "student",
     ) -> list[list[Completion]]:
-        """Draws completions. A small prefill of the student is kept with its graph, for
-        `accumulate`.
-        """
+        """Draws completions; `accumulate` takes a small prefill of the student with its graph."""
         model = self._student if policy == "student" else self._teacher
         check_ids(prompts, (), model.vocabulary)
         if not uniforms.size:
@@ -98,8 +94,7 @@ class TorchBackend:
         if policy == "student" and sampling.temperature > 0:
             self._prefill = gradients.prefill_for_rollout(model, prompts)
         read = self._prefill.to_sample(model) if self._prefill else None
-        # In inference mode autocast caches no casts of weights, and would make them anew at every
-        # token.
+        # In inference mode autocast caches no casts of weights: every token would cast them.
         half = model.dtype == torch.bfloat16
         with torch.no_grad(), model.autocast():
             read = read or rollout.read_prompts(model, prompts)
@@ -161,19 +156,13 @@ class TorchBackend:
         write_checkpoint(folder, self._state(), self._optimizer.step)
 
     def load(self, folder: Path) -> None:
-        """Restores the files of `save`, of either backend. Raises FolderError, and changes nothing
-        then.
-        """
+        """Restores either backend's files, or raises FolderError and changes nothing."""
         self._prefill = None
         self._optimizer.step = read_checkpoint(folder, self._state())
         self._gradient = {}
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
-        """Writes the student as a Hugging Face model folder, adapters merged, or its adapters in
-        PEFT's format.
-
-        Adapters over weights in 4 bits are merged into the weights as they are stored.
-        """
+        """Writes the student as a Hugging Face model folder, or its adapters in PEFT's format."""
         if kind == "adapter":
             write_adapter(self._student, self._options, folder)
         else:
