@@ -13,26 +13,32 @@ from typing import Any, cast
 
 from opd.backend import Backend, State
 from opd.errors import BackendError
+from opd.planner import Planner
 from opd.types import ModelOptions
 
 
 @dataclass(frozen=True)
 class Entry:
     """A built-in backend: `target` is called with the model options, `state` says whether it can run here; `package` must be
-    importable, and `extra` installs it. With `families_alone` it trains no other models than its families'."""
+    importable, and `extra` installs it. `planner` is what it offers for plans (`opd.planner.Planner`). With `families_alone` it
+    trains no other models than its families'."""
 
     target: str
     state: str
     package: str
     extra: str
+    planner: str
     families_alone: bool = False
 
 
 BUILT_IN = {
-    "mlx": Entry("opd_mlx:load", "opd_mlx:state", "mlx", "mlx", families_alone=True),
-    "cuda": Entry("opd_torch:load_cuda", "opd_torch:state_of_cuda", "torch", "cuda"),
-    "cpu": Entry("opd_torch:load_cpu", "opd_torch:state_of_cpu", "torch", "cuda"),
+    "mlx": Entry("opd_mlx:load", "opd_mlx:state", "mlx", "mlx", "opd_mlx.plan:MLX", families_alone=True),
+    "cuda": Entry("opd_torch:load_cuda", "opd_torch:state_of_cuda", "torch", "cuda", "opd_torch.plan:CUDA"),
+    "cpu": Entry("opd_torch:load_cpu", "opd_torch:state_of_cpu", "torch", "cuda", "opd_torch.plan:CPU"),
 }
+
+PLANNERS = "opd.planners"
+"""Entry point group in which other distributions offer the planners of their backends, by the same names."""
 
 QUANTIZE = "opd_mlx:quantize"
 """Called with a model's folder, a folder to write, and bits per weight."""
@@ -97,6 +103,17 @@ def load(name: str, options: ModelOptions) -> Backend:
     else:
         found = next(entry for entry in entry_points(group=GROUP) if entry.name == chosen).load()
     return cast("Callable[[ModelOptions], Backend]", found)(options)
+
+
+def planner(name: str) -> Planner:
+    """What a backend offers for plans (`auto` picks one). Raises BackendError where it is not installed, or offers nothing."""
+    chosen = resolve(name)
+    if chosen in BUILT_IN:
+        return cast("Planner", _function(BUILT_IN[chosen].planner))
+    offered = [entry for entry in entry_points(group=PLANNERS) if entry.name == chosen]
+    if not offered:
+        raise BackendError(f"backend '{chosen}' offers no plan, which it would in the entry point group {PLANNERS}")
+    return cast("Planner", offered[0].load())
 
 
 def quantizer() -> Callable[[Path, Path, int], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import pytest
@@ -13,10 +14,8 @@ from PIL import Image
 from opd import registry as backends
 from opd.objective import Objective
 from opd.plan import view
-from opd.plan.activations import Setting
-from opd.plan.families import read_config, read_shape
-from opd.plan.memory import CHECKPOINT_ABOVE, estimate, memory
-from opd.plan.shape import Tune
+from opd.plan.memory import memory
+from opd.plan.shape import Shape, read_config
 from opd.plan.work import Work
 from opd.prompts.encoder import PromptEncoder
 from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
@@ -50,16 +49,9 @@ class Measured:
     """One group on a backend of random weights, what it allocates, and the plan of the same."""
 
     def __init__(self, name, folder, question, image, crop, n, length, adapters=None, dtype="float32"):
-        self.name = name
-        self.shape = read_shape(folder)
-        self.tune = Tune() if adapters is None else Tune("lora", False, rank=adapters.rank)
-        self.setting = Setting(name == "mlx", False, dtype == "bfloat16")
-        encoder, patch = PromptEncoder(folder), read_config(folder)["vision_config"]["patch_size"]
-        text = len(encoder.encode([], question))
-        seen = (view(encoder, self.shape, patch, size, text, "student") for size in (image, crop))
-        self.work = Work(2, n, length, *seen, budget=0).limited(1)  # two micro-batches of one group
+        encoder = self.planned(name, folder, question, image, crop, n, length, adapters, dtype)
         # Apart from the tested one, so that nothing a call left behind is counted.
-        self.backend = backends.load(name, ModelOptions(folder, dtype, adapters is None, adapters))
+        self.backend = backends.load(name, self.options)
         self.module = importlib.import_module("opd_mlx.backend" if name == "mlx" else "opd_torch.backend")
         self.backend.move_teacher(0.5)
         rng = np.random.default_rng(0)
@@ -73,8 +65,23 @@ class Measured:
         self.short = prompt((16, 16), "?")
         self.uniforms = np.full((1, n, length), 0.5, np.float32)
 
+    def planned(self, name, folder, question, image, crop, n, length, adapters, dtype):
+        """The plan's own numbers, and the encoder."""
+        self.name = name
+        config, planner = read_config(folder), backends.planner(name)
+        self.shape = Shape(config, planner.parameters(config))
+        self.options = ModelOptions(folder, dtype, adapters is None, adapters)
+        encoder = PromptEncoder(folder)
+        text = len(encoder.encode([], question))
+        seen = [view(encoder, self.shape, size, text) for size in (image, crop)]
+        one = Work(2, n, length, *seen, budget=0)
+        self.work = replace(one, budget=one.group)  # two micro-batches of one group
+        largest = max(map(prod, self.shape.shapes.values()))
+        self.rough = planner.footprint(self.options, config, largest, seen[0].before, here=True)
+        return encoder
+
     def plan(self, checkpointed):
-        return memory(self.shape, self.tune, self.work, self.setting, checkpointed=checkpointed)
+        return memory(self.shape, self.options, self.work, self.rough, 2**30, checkpointed)
 
     def peak(self, run):
         """Largest number of bytes allocated in a call above those before it."""
@@ -111,7 +118,7 @@ class Measured:
         # Whatever the first micro-batch was, its gradient is as large; so it is a short one.
         first = Group(self.short, self.short, self.group.completions[:1], self.group.weights[:1])
         self.backend.accumulate([first], Objective(top_k=100))
-        gradient = 4 * sum(self.tune.trained(self.shape).values())
+        gradient = 4 * sum(self.shape.trained(self.options).values())
         return gradient + self.peak(lambda: self.backend.accumulate([self.group], Objective(top_k=100)))
 
     def apply(self):
@@ -120,7 +127,7 @@ class Measured:
             self.backend.accumulate([self.group], Objective(top_k=100))
             found = self.peak(lambda: self.backend.apply(Update(1e-3, weight_decay=0.1, gradient_clip=1e-3)))
         moved = self.peak(lambda: self.backend.move_teacher(0.5))
-        return 4 * sum(self.tune.trained(self.shape).values()) + found, moved
+        return 4 * sum(self.shape.trained(self.options).values()) + found, moved
 
 
 def agree(measured, plan, phase, alone=0.1):

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from opd_cli.options import resolve, shared
 from opd_cli.terminal import say_json
+
+if TYPE_CHECKING:
+    from opd.plan import Plan
+    from opd.plan.measure import Measured
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -22,11 +29,30 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 
 @click.command()
 @shared
-@click.option("--device", "device_name", default="this machine", show_default=True, help="M4 Max, RTX 4090, H200, or this machine.")
-@click.option("--image", callback=_size, metavar="WxH", help="Pixels of an image.  [default: the data's first, else 1024x768]")
-@click.option("--crop", callback=_size, metavar="WxH", help="Pixels of a crop.  [default: the data's first, else half of the image]")
+@click.option(
+    "--device",
+    "device_name",
+    default="this machine",
+    show_default=True,
+    help="M4 Max, RTX 4090, H200, A100 40GB, ..., or this machine.",
+)
+@click.option("--memory", type=click.FloatRange(1), metavar="GB", help="Memory of the device, where it is another.")
+@click.option(
+    "--image", callback=_size, metavar="WxH", help="Pixels of an image.  [default: the data's first, else 1024x768]"
+)
+@click.option(
+    "--crop", callback=_size, metavar="WxH", help="Pixels of a crop.  [default: the data's first, else half of the image]"
+)
 @click.option("--text-tokens", type=click.IntRange(1), help="Tokens of a prompt beside those of its image.  [default: 64]")
-@click.option("--completion-tokens", type=click.IntRange(1), help="Tokens of a completion.  [default: rollout.max_tokens]")
+@click.option(
+    "--completion-tokens", type=click.IntRange(1), help="Tokens of a completion.  [default: rollout.max_tokens]"
+)
+@click.option(
+    "--measure",
+    "measures",
+    is_flag=True,
+    help="Also run one micro-batch here, with random weights, and print it beside the plan.",
+)
 def plan(
     recipe: str | None,
     backend: str | None,
@@ -35,40 +61,120 @@ def plan(
     overrides: tuple[str, ...],
     as_json: bool,
     device_name: str,
+    memory: float | None,
     image: tuple[int, int] | None,
     crop: tuple[int, int] | None,
     text_tokens: int | None,
     completion_tokens: int | None,
+    measures: bool,
 ) -> None:
-    """Says what a run will take: parameters, memory by part and phase, work and seconds a step, and the largest step that fits.
+    """Says what a run will take: parameters, memory by part and phase, work, seconds and hours, and the largest step that fits.
 
     Nothing is loaded: of a model only its configuration is read, so its weights need not be there. Seconds are worked out from a
-    device's published peaks (this machine's are measured, in a second) at the shares of them that are printed.
+    device's published peaks, or this machine's, at the shares of them that are printed. --measure runs a micro-batch instead.
 
     \b
     Examples:
       opd plan
       opd plan paper --model ~/models/Qwen3-VL-4B-Instruct --device H200
-      opd plan lora --model ~/models/Qwen3-VL-2B-Instruct --device "M4 Max" --image 1920x1080
+      opd plan lora --model ~/models/Qwen3-VL-2B-Instruct --device "M4 Max" --memory 64
       opd plan my.toml --completion-tokens 200 --json
+      opd plan my.toml --measure
     """
     from opd import plan as planning
+    from opd import registry as backends
     from opd.plan import devices
     from opd_cli.progress import show
     from opd_cli.tables import planned
 
+    if measures and device_name != devices.HERE:
+        raise click.UsageError(f"--measure runs on this machine, not on a {device_name}; leave out --device")
     found = resolve(recipe, {"model.path": model, "data.path": data}, overrides)
     resolved = found.recipe
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
-    chosen = devices.device(device_name, backend)
-    first = planning.plan(resolved, chosen, backend, assumed)
-    if found.line:
-        with show() as progress:
+    name = planning.backend_of(None, backend) if device_name == devices.HERE else backend
+    chosen = devices.device(device_name, lambda: backends.planner(str(name)), memory)
+    first = planning.plan(resolved, chosen, name, assumed)
+    measured = None
+    with show() as progress:
+        if found.line:
             progress.note(found.line)
-    others = [one for one in devices.DEVICES.values() if one.name != chosen.name]
-    plans = [first, *(planning.on(first, one) for one in others)]
-    result = planning.report(plans, resolved.model.path)
+        if measures:
+            from opd.plan.measure import measure
+
+            measured = measure(first, progress.note)
+    plans = planning.everywhere(first, list(devices.DEVICES.values()))
+    result = report(plans, resolved.model.path, measured)
     if as_json:
         say_json(result)
     else:
         planned(result)
+
+
+def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) -> dict[str, Any]:
+    """The first plan, the totals of all, and what was measured, as one JSON object: bytes, operations, seconds."""
+    from opd.plan.memory import KEPT_FEATURES, ROUGH
+
+    first = plans[0]
+    found, seconds, work = first.memory, first.seconds, first.work
+    trained, shorter = first.shape.trained(first.options), first.shorter()
+    return {
+        "model": model,
+        "device": asdict(first.device),
+        "backend": first.backend,
+        "dtype": first.options.dtype,
+        "notes": list(first.notes),
+        "assumed": {
+            "image": list(first.image),
+            "crop": list(first.crop),
+            "prompt_tokens": work.student.tokens,
+            "crop_prompt_tokens": work.teacher.tokens,
+            "text_tokens": first.text,
+            "completion_tokens": work.tokens,
+            "prompts": work.prompts,
+            "completions": work.completions,
+            "matmul_share": first.device.matmul_share,
+            "bandwidth_share": first.device.bandwidth_share,
+        },
+        "parameters": {
+            part: {"all": count, "trained": trained[part]}
+            for part, count in first.shape.parameters.items()
+        },
+        "memory": {
+            **asdict(found),
+            "rough": list(ROUGH),
+            "peak": found.peak,
+            "usable": int(first.usable),
+            "kept_features_bound": first.features if KEPT_FEATURES in found.held else 0,
+        },
+        "microbatch": {
+            "groups": work.together,
+            "count": work.calls,
+            "completions": work.split or work.completions,
+            "tokens": work.together * work.longest + work.count * work.tokens,
+            "largest": first.largest,
+        },
+        "sampling": {"groups": work.sampled, "largest": first.largest_sample},
+        "smaller": {} if first.largest and first.largest_sample else first.smaller(),
+        "stages": {
+            name: {**asdict(stage), "seconds": seconds[name]}
+            for name, stage in first.stages.items()
+        },
+        "seconds": sum(seconds.values()),
+        "steps": first.recipe.run.steps,
+        "hours": first.hours,
+        "shorter": {"change": shorter[0], "hours": shorter[1]} if shorter else None,
+        "measured": asdict(measured) if measured else None,
+        "devices": [
+            {
+                **asdict(one.device),
+                "seconds": sum(one.seconds.values()),
+                "hours": one.hours,
+                "peak": one.memory.peak,
+                "fits": one.memory.peak <= one.usable,
+            }
+            for one in plans
+        ],
+    }
+
+

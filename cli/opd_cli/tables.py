@@ -145,7 +145,8 @@ def planned(result: Mapping[str, Any]) -> None:
     for part, size in found["held"].items():
         table.add_row(part, _bytes(size), bound.get(part, "always"))
     for part, size in found["parts"].items():
-        table.add_row(part, _bytes(size), "at times")
+        rough = part in found["rough"]
+        table.add_row(part, ("~ " if rough else "") + _bytes(size), "at times, roughly" if rough else "at times")
     table.add_section()
     for phase, size in found["phases"].items():
         table.add_row(f"peak of {phase}", _bytes(size), "")
@@ -161,21 +162,35 @@ def planned(result: Mapping[str, Any]) -> None:
         table.add_row(name, _number(stage["operations"] / 1e12), _number(stage["seconds"]))
     table.add_row("sum", _number(sum(stage["operations"] for stage in result["stages"].values()) / 1e12), _number(result["seconds"]))
     console.print(table)
+    say(f"the whole run, {result['steps']} steps: {_number(result['hours'])} hours")
+    if result["shorter"]:
+        say(f"shortest with one change: {_number(result['shorter']['hours'])} hours with --set {result['shorter']['change']}")
+    say()
 
-    table = _table("devices", "TFLOP/s", "GB/s", "GB", "s a step", "peak", "")
+    if measured := result["measured"]:
+        table = _table("measured here", "planned", "measured")
+        for verb, seconds in measured["seconds"].items():
+            table.add_row(f"{verb}, s a step", _number(measured["planned_seconds"][verb]), _number(seconds))
+        sums = (sum(measured[key].values()) for key in ("planned_seconds", "seconds"))
+        table.add_row("sum, s a step", *map(_number, sums))
+        table.add_row("peak", _bytes(measured["planned_peak"]), _bytes(measured["peak"]))
+        console.print(table)
+
+    table = _table("devices", "TFLOP/s", "GB/s", "GB", "s a step", "hours", "peak", "")
+    table.columns[0].no_wrap = True
     for one in result["devices"]:
         speed = _number(one["matmul"][result["dtype"]] / 1e12)
-        row = speed, _number(one["bandwidth"] / 1e9), f"{one['memory'] / 1e9:.0f}", _number(one["seconds"]), _bytes(one["peak"])
-        table.add_row(one["name"], *row, Text("fits", style="green") if one["fits"] else Text("too large", style="red"))
+        row = speed, _number(one["bandwidth"] / 1e9), f"{one['memory'] / 1e9:.0f}", _number(one["seconds"]), _number(one["hours"])
+        table.add_row(one["name"], *row, _bytes(one["peak"]), _fits(one))
     console.print(table)
     shares: dict[tuple[float, float], list[str]] = {}
     for one in result["devices"]:
         shares.setdefault((one["matmul_share"], one["bandwidth_share"]), []).append(one["name"])
     for (products, moved), names in shares.items():
-        say(f"taken: {products:.0%} of peak TFLOP/s, {moved:.0%} of peak GB/s ({', '.join(names)})")
+        of = ", ".join(names) if len(names) < 3 else "all others"
+        say(f"taken: {products:.0%} of peak TFLOP/s, {moved:.0%} of peak GB/s ({of})")
     say("not counted: starting kernels, for which small models wait on a GPU")
-    for one in result["devices"]:
-        say(f"{one['name']}: {one['source']}")
+    say(cell(f"{device}: {result['device']['source']}"))
     if batch["largest"] and result["sampling"]["largest"]:
         say()
         say(f"largest step that fits on {device}:")
@@ -185,6 +200,14 @@ def planned(result: Mapping[str, Any]) -> None:
     say(f"not even one prompt fits on {device}; " + ("one change each, and its peak:" if result["smaller"] else "no single change helps"))
     for change, peak in sorted(result["smaller"].items(), key=lambda pair: int(pair[1])):
         say(f"  {_bytes(peak):>8}  --set {change}" + ("  fits" if peak <= found["usable"] else ""))
+
+
+def _fits(device: Mapping[str, Any]) -> Text:
+    """Whether a step fits, and the smallest memory that the device is sold with in which it does."""
+    sizes = [size for size in device["memories"] if device["peak"] <= size * device["usable"]]
+    if not device["fits"]:
+        return Text("too large", style="red")
+    return Text(f"from {sizes[0] / 1e9:.0f} GB" if len(device["memories"]) > 1 else "fits", style="green")
 
 
 def _bytes(size: float) -> str:

@@ -1,51 +1,46 @@
-"""What a run will take, before it and before any weights are there: parameters, memory and time, from config.json alone.
+"""Estimates a run's parameters, memory and time from config.json, before any weights are there.
 
-`families` reads a model's sizes into a `shape`, `work` counts operations, `passes` what is moved between them, `activations` and `memory`
-what is held, `devices` knows how fast and how large devices are; this module puts them together for a recipe.
+`shape` holds the shapes of a model's parameters, `work` counts operations, `memory` bytes, `devices`
+knows how fast and how large devices are, and `measure` runs a micro-batch to compare; this module
+puts them together for a recipe.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
 
 from PIL.Image import new
 
+from opd import registry as backends
 from opd.data import open_data
 from opd.data.images import image_size
 from opd.errors import BackendError, DataError, UserError, nearest
 from opd.memory import feature_bytes
-from opd.models.adapters import check_targets
-from opd.models.choice import ModelChoice
-from opd.plan.activations import Setting
 from opd.plan.devices import HERE, Device
-from opd.plan.families import read_config, shape_of
-from opd.plan.memory import KEPT_FEATURES, Memory, memory
-from opd.plan.passes import passed
-from opd.plan.shape import Shape, Tune
+from opd.plan.memory import Memory, memory
+from opd.plan.shape import Shape, read_config
 from opd.plan.work import Stage, View, Work, stages
+from opd.planner import Footprint
 from opd.prompts.encoder import PromptEncoder
 from opd.run import preflight
 from opd.run.recipe import Recipe
-from opd.types import Example, Policy
+from opd.types import AdapterOptions, Example, ModelOptions, Policy
 from opd.views.crop import teacher_sizes
 from opd.views.usable import too_long
 
-IMAGE = (1024, 768)
-"""Width and height of an image where neither an option nor the data says."""
+IMAGE, TEXT_TOKENS = (1024, 768), 64
+"""Pixels of an image, and tokens of the chat template and a question, without those that mark an
+image, where neither an option nor the data says."""
 
 MANY = 2**31
 """Rows of data that nobody has counted."""
 
-TEXT_TOKENS = 64
-"""Tokens of the chat template and a question, without those that mark an image, where no option says."""
-
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a plan takes for granted of images and texts: sizes in pixels, lengths in tokens; None is worked out."""
+    """What a plan takes for granted of images (pixels) and texts (tokens); None is worked out."""
 
     image: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
@@ -55,50 +50,58 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's step on one device, and all that it is worked out from."""
+    """A recipe's step on one device, and all that it is worked out from.
 
+    `rough`: the backend's footprint. `text`: tokens of a prompt beside its image's. `smaller_images`:
+    half of the student's pixels, and what both policies see with that bound; None where the family
+    has no such bound. `notes`: how many rows of the data are above the limit of a prompt, in the
+    words of training.
+    """
+
+    recipe: Recipe
     shape: Shape
-    tune: Tune
+    options: ModelOptions
     work: Work
-    setting: Setting
     device: Device
-    dtype: str
-    top_k: int
+    backend: str
+    rough: Footprint
     text: int
     image: tuple[int, int]
     crop: tuple[int, int]
     smaller_images: tuple[int, View, View] | None
-    """Half of the student's pixels, and what both policies see with that bound; None where the family has no such bound."""
     notes: tuple[str, ...] = ()
-    """How many rows of the data are above the limit of a prompt, in the words of training."""
+
+    @property
+    def features(self) -> int:
+        """Bytes of a frozen tower's features that are kept at most."""
+        return feature_bytes(self.device.memory)
 
     @property
     def memory(self) -> Memory:
         """Memory of the step."""
-        return memory(self.shape, self.tune, self.work, self.setting, self.top_k)
+        return memory(self.shape, self.options, self.work, self.rough, self.features)
 
     @property
     def stages(self) -> dict[str, Stage]:
         """Work of the step by stage."""
         again = self.memory.checkpointed
-        beside = passed(self.shape, self.tune, self.work, self.setting, again)
-        found = stages(self.shape, self.tune, self.work, self.setting.item, again, self.setting.features)
-        return {name: replace(stage, passed=beside[name]) for name, stage in found.items()}
+        return stages(self.shape, self.options, self.work, self.rough, again, self.features)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Each stage's time at the assumed shares of the device's peaks: products or what they read, whichever is longer, and the passes
-        between them."""
-        rate = self.device.matmul_share * self.device.matmul[self.dtype]
+        """Each stage's time at the assumed shares of the device's peaks: products or what they read,
+        whichever is longer, and the passes between them."""
+        rate = self.device.matmul_share * self.device.matmul[self.options.dtype]
         bandwidth = self.device.bandwidth_share * self.device.bandwidth
-        plain, turned = self.device.packed or (rate, rate)
+        return {
+            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth
+            for name, stage in self.stages.items()
+        }
 
-        def seconds(name: str, stage: Stage) -> float:
-            packed = stage.packed / (turned if name == "student backward" else plain)
-            products = packed + (stage.operations - stage.packed) / rate
-            return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
-
-        return {name: seconds(name, stage) for name, stage in self.stages.items()}
+    @property
+    def hours(self) -> float:
+        """The run's time, without measuring before and after it."""
+        return self.recipe.run.steps * sum(self.seconds.values()) / 3600
 
     @property
     def usable(self) -> float:
@@ -107,181 +110,190 @@ class Plan:
 
     @property
     def largest(self) -> int:
-        """The largest rollout.microbatch_tokens that fits; 0 where not even one completion of one group does."""
-        groups = [self.work.limited(count) for count in range(self.work.prompts, 0, -1)]
-        parts = [self.work.divided(count) for count in range(self.work.completions - 1, 0, -1)]
-        return next((work.budget for work in (*groups, *parts) if self._fits(work, "accumulate", "apply")), 0)
+        """The largest rollout.microbatch_tokens that fits; 0 where not even one completion does."""
+        work = self.work
+        groups = [count * work.group for count in range(work.prompts, 0, -1)]
+        parts = [work.longest + n * work.tokens for n in range(work.completions - 1, 0, -1)]
+        return next((size for size in (*groups, *parts) if self._fits(budget=size)), 0)
 
     @property
     def largest_sample(self) -> int:
         """The largest rollout.sample_tokens that fits; 0 where not even one group does."""
-        rooms = (self.work.sampling(count) for count in range(self.work.prompts, 0, -1))
-        return next((work.room for work in rooms if self._fits(work, "rollout")), 0)
+        rooms = (count * self.work.sample for count in range(self.work.prompts, 0, -1))
+        return next((size for size in rooms if self._fits(room=size)), 0)
 
-    def _fits(self, work: Work, *phases: str) -> bool:
-        found = replace(self, work=work).memory.phases
+    def _fits(self, **size: int) -> bool:
+        found = self.sized(**size).memory.phases
+        phases = ("accumulate", "apply") if "budget" in size else ("rollout",)
         return all(found[phase] <= self.usable for phase in phases)
 
-    def smaller(self) -> dict[str, int]:
-        """Least peaks with one thing changed, by what to set, where that is below the plan's own."""
-        work, fewer, half = self.work, max(1, self.work.completions // 2), max(1, self.work.tokens // 2)
-        changes = {
-            "model.tune=lora": replace(self, tune=replace(self.tune, kind="lora", vision=False, projector=False)),
-            "model.tune=qlora": replace(self, tune=replace(self.tune, kind="qlora", vision=False, projector=False)),
-            f"rollout.completions={fewer}": replace(self, work=replace(work, completions=fewer)),
-            f"rollout.max_tokens={half}": replace(self, work=replace(work, tokens=half)),
+    def sized(self, **changed: int | View) -> Plan:
+        """The plan of a step with some fields of its `work` changed."""
+        return replace(self, work=replace(self.work, **changed))  # type: ignore[arg-type]
+
+    def changes(self) -> dict[str, Plan]:
+        """Plans with one thing changed that may take less memory or time, by what to set."""
+        options, choice = self.options, self.recipe.model
+        fewer, half = max(1, self.work.completions // 2), max(1, self.work.tokens // 2)
+        found = {
+            f"rollout.completions={fewer}": self.sized(completions=fewer),
+            f"rollout.max_tokens={half}": self.sized(tokens=half),
         }
         if self.smaller_images:
             pixels, student, teacher = self.smaller_images
-            changes[f"model.max_pixels={pixels}"] = replace(self, work=replace(work, student=student, teacher=teacher))
-        if not self.tune.full:
-            changes.pop(f"model.tune={self.tune.kind}")
-        if self.tune.kind == "qlora":
-            changes.pop("model.tune=lora")
-        if self.setting.half is False:
-            changes["model.dtype=bfloat16"] = replace(self, setting=replace(self.setting, half=True))
-        peaks = {name: plan.least for name, plan in changes.items()}
-        return {name: peak for name, peak in peaks.items() if peak < self.least}
+            found[f"model.max_pixels={pixels}"] = self.sized(student=student, teacher=teacher)
+        adapters = AdapterOptions(choice.rank, choice.alpha, choice.targets)
+        low_rank = replace(options, tune_vision=False, adapters=adapters)
+        if options.adapters is None:
+            found["model.tune=lora"] = _on(self, low_rank, self.device, self.backend)
+        if not options.four_bit:
+            packed = replace(low_rank, four_bit=True)
+            found["model.tune=qlora"] = _on(self, packed, self.device, self.backend)
+        if options.dtype == "float32":
+            bfloat16 = replace(options, dtype="bfloat16")
+            found["model.dtype=bfloat16"] = _on(self, bfloat16, self.device, self.backend)
+        return found
 
     @property
     def least(self) -> int:
-        """The peak of the step that takes least: one group sampled, and one group, or one completion, differentiated at a time."""
-        works = (work.sampling(1) for work in (self.work.limited(1), self.work.divided(1)))
-        return min(replace(self, work=work).memory.peak for work in works)
+        """The peak of the step that takes least: one group sampled, and one completion, or one group
+        differentiated at a time."""
+        return min(self.sized(room=1, budget=size).memory.peak for size in (1, self.work.group))
+
+    def smaller(self) -> dict[str, int]:
+        """Least peaks with one thing changed, by what to set, where below the plan's own."""
+        peaks = {name: plan.least for name, plan in self.changes().items()}
+        return {name: peak for name, peak in peaks.items() if peak < self.least}
+
+    def shorter(self) -> tuple[str, float] | None:
+        """What to set to shorten the run most while training the same parameters, and the hours then;
+        None where nothing shortens it."""
+        hours = {name: one.hours for name, one in self.changes().items() if "tune" not in name}
+        name = min(hours, key=lambda name: hours[name])
+        return (name, hours[name]) if hours[name] < self.hours else None
 
 
-def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None) -> Plan:
-    """The plan of a recipe on a device; `backend` None takes the device's own. Raises UserError."""
-    assumed = assumed or Assumed()
-    choice, rollout = recipe.model, recipe.rollout
-    options = choice.options(weights=False)
-    folder = options.path
-    config = read_config(folder)
-    shape = shape_of(config)
-    if options.adapters and not options.adapter:
-        check_targets(options.adapters.targets, {name for layer in shape.kinds for name in shape.linears(layer)})
+def backend_of(device: Device | None, name: str | None) -> str:
+    """The backend of a plan: the one that is named, else the device's own, else this machine's.
+
+    Raises BackendError where it is unknown or not installed.
+    """
+    known = ("auto", *backends.names())
+    if name is not None and name not in known:
+        raise BackendError(f"--backend '{name}' cannot be planned; {nearest(name, known)}")
+    own = device.backend if device else "auto"
+    return backends.resolve(own if name in (None, "auto") else str(name))
+
+
+def plan(
+    recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None
+) -> Plan:
+    """The plan of a recipe on a device; `backend` None takes the device's. Raises UserError."""
+    assumed, rollout = assumed or Assumed(), recipe.rollout
+    options, pixels = recipe.model.options(weights=False), recipe.model.pixels()
+    config, name = read_config(options.path), backend_of(device, backend)
+    shape = Shape(config, backends.planner(name).parameters(config))
+    shape.check(options)
     image, crop = assumed.image, assumed.crop
     examples = _data(recipe) if image is None or crop is None else []
     notes, rows = [], MANY
     if examples:
-        found = preflight.refuse(recipe, PromptEncoder(folder, **choice.pixels()), examples, preflight.SAMPLE)
+        encoder = PromptEncoder(options.path, **pixels)
+        found = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
         notes, rows = found.said(), found.rows
     if image is None or crop is None:
         sizes = _of_data(recipe, examples)
         image, crop = image or sizes[0], crop or (sizes[1] if image is None else _half(image))
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
-    bounds = choice.pixels()
 
     def views(**bounds: int | None) -> tuple[View, View]:
-        encoder = PromptEncoder(folder, **bounds)
-        patch = config["vision_config"]["patch_size"]
-        return view(encoder, shape, patch, image, text, "student"), view(encoder, shape, patch, crop, text, "teacher")
+        encoder = PromptEncoder(options.path, **bounds)
+        return view(encoder, shape, image, text), view(encoder, shape, crop, text, "teacher")
 
-    student, teacher = views(**bounds)
-    limit = recipe.data.max_prompt_tokens
-    if not notes and (longest := max(student.tokens, teacher.tokens)) > limit:
-        notes.append(f"{too_long(longest, limit)[0]}: training skips such rows; set model.max_pixels or data.max_prompt_tokens")
+    student, teacher = views(**pixels)
+    limit, longest = recipe.data.max_prompt_tokens, max(student.tokens, teacher.tokens)
+    if not notes and longest > limit:
+        advice = "training skips such rows; set model.max_pixels or data.max_prompt_tokens"
+        notes.append(f"{too_long(longest, limit)[0]}: {advice}")
     tokens = assumed.completion_tokens or rollout.max_tokens
-    work = Work(rollout.prompts, rollout.completions, tokens, student, teacher, rollout.microbatch_tokens, rollout.sample_tokens)
-    work = replace(work, rows=rows)
-    pixels = student.patches * config["vision_config"]["patch_size"] ** 2 // 2
+    budgets = rollout.microbatch_tokens, rollout.sample_tokens
+    work = Work(rollout.prompts, rollout.completions, tokens, student, teacher, *budgets, rows)
+    half = student.patches * config["vision_config"]["patch_size"] ** 2 // 2
     try:
-        smaller = pixels, *views(**{**bounds, "max_pixels": pixels})
+        smaller = half, *views(**{**pixels, "max_pixels": half})
     except UserError:
         smaller = None
-    top_k = 0 if recipe.objective.form == "divergence" and not recipe.objective.top_k else recipe.objective.top_k or 1
-    setting = _setting(device, backend, choice.dtype)
-    return Plan(shape, tuning(choice), work, setting, device, choice.dtype, top_k, text, image, crop, smaller, tuple(notes))
+    rough = _rough(shape, options, work, device, name)
+    about = text, image, crop, smaller, tuple(notes)
+    return Plan(recipe, shape, options, work, device, name, rough, *about)
 
 
-def view(encoder: PromptEncoder, shape: Shape, patch: int, size: tuple[int, int], text: int, policy: Policy) -> View:
-    """What a policy sees of an image of `size`: a blank one is encoded as training would. Raises DataError."""
-    prompt, bare = encoder.encode([new("RGB", size)], "?", policy), encoder.encode([], "?", policy)
-    marks = len(prompt) - len(prompt.visual.index) - len(bare)
+def view(
+    encoder: PromptEncoder, shape: Shape, size: tuple[int, int], text: int, policy: Policy = "student"
+) -> View:
+    """What a policy sees of an image of `size`: a blank one is encoded as training would.
+
+    `text`: tokens of the prompt beside those that mark an image. Raises DataError.
+    """
+    prompt, vision = encoder.encode([new("RGB", size)], "?", policy), shape.config["vision_config"]
+    marks = len(prompt) - len(encoder.encode([], "?", policy))
     if "image_grid_thw" in prompt.images:
-        ((pieces, rows, columns),) = prompt.images["image_grid_thw"].tolist()
+        ((pieces, *sides),) = prompt.images["image_grid_thw"].tolist()
     else:
-        pieces, _, height, width = prompt.images["pixel_values"].shape
-        rows, columns = height // patch, width // patch
-    return View(rows, columns, text + marks, shape.vision.merge, pieces)
+        pieces, _, *sides = prompt.images["pixel_values"].shape
+        sides = [side // vision["patch_size"] for side in sides]
+
+    def pairs(window: int) -> int:
+        cut = [divmod(side, window) for side in sides]
+        return pieces * prod(whole * window**2 + rest**2 for whole, rest in cut)
+
+    merge, layers = vision.get("spatial_merge_size", 1), len(shape.tower)
+    window = vision.get("window_size", 0) // merge // vision["patch_size"] * merge
+    whole = sum(number in vision["fullatt_block_indexes"] for number in range(layers)) if window else layers
+    seen = whole * pieces * prod(sides) ** 2 + (pairs(window) * (layers - whole) if window else 0)
+    return View(pieces * prod(sides), seen, len(prompt.visual.index), text + marks)
+
+
+def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:
+    """The plan, and the same step on all other devices whose backend is installed."""
+    plans, missing = [plan], set()
+    for device in devices:
+        try:
+            plans += [on(plan, device)] if device.name != plan.device.name else []
+        except BackendError as error:
+            missing.add(f"devices of another backend are left out: {error}")
+    return [replace(plan, notes=(*plan.notes, *sorted(missing))), *plans[1:]]
 
 
 def on(plan: Plan, device: Device) -> Plan:
-    """The same step on another device and its own backend."""
-    return replace(plan, device=device, setting=_setting(device, None, plan.dtype))
+    """The same step on another device and its own backend. Raises BackendError."""
+    return _on(plan, plan.options, device, backend_of(device, None))
 
 
-def tuning(choice: ModelChoice) -> Tune:
-    """What a recipe's model section trains."""
-    return Tune(choice.tune, choice.vision, choice.projector, choice.rank, choice.targets)
+def _on(plan: Plan, options: ModelOptions, device: Device, backend: str) -> Plan:
+    rough = _rough(plan.shape, options, plan.work, device, backend)
+    return replace(plan, options=options, device=device, backend=backend, rough=rough)
 
 
-def report(plans: Sequence[Plan], model: str) -> dict[str, Any]:
-    """The first plan, and the totals of all, as one JSON object: bytes, operations, seconds."""
-    first = plans[0]
-    found, seconds = first.memory, first.seconds
-    trained = first.tune.trained(first.shape)
-    return {
-        "model": model,
-        "device": asdict(first.device),
-        "backend": "mlx" if first.setting.mlx else "torch",
-        "dtype": first.dtype,
-        "notes": list(first.notes),
-        "assumed": {
-            "image": list(first.image),
-            "crop": list(first.crop),
-            "prompt_tokens": first.work.student.tokens,
-            "crop_prompt_tokens": first.work.teacher.tokens,
-            "text_tokens": first.text,
-            "completion_tokens": first.work.tokens,
-            "prompts": first.work.prompts,
-            "completions": first.work.completions,
-            "matmul_share": first.device.matmul_share,
-            "bandwidth_share": first.device.bandwidth_share,
-        },
-        "parameters": {part: {"all": count, "trained": trained[part]} for part, count in first.shape.parameters.items()},
-        "memory": {
-            **asdict(found),
-            "peak": found.peak,
-            "usable": int(first.usable),
-            "kept_features_bound": first.setting.features if KEPT_FEATURES in found.held else 0,
-        },
-        "microbatch": {
-            "groups": first.work.together,
-            "count": first.work.calls,
-            "completions": first.work.split or first.work.completions,
-            "tokens": first.work.together * (first.work.longest + (first.work.split or first.work.completions) * first.work.tokens),
-            "largest": first.largest,
-        },
-        "sampling": {"groups": first.work.sampled, "largest": first.largest_sample},
-        "smaller": {} if first.largest and first.largest_sample else first.smaller(),
-        "stages": {name: {**asdict(stage), "seconds": seconds[name]} for name, stage in first.stages.items()},
-        "seconds": sum(seconds.values()),
-        "devices": [
-            {**asdict(one.device), "seconds": sum(one.seconds.values()), "peak": one.memory.peak, "fits": one.memory.peak <= one.usable}
-            for one in plans
-        ],
-    }
-
-
-def _setting(device: Device, backend: str | None, dtype: str) -> Setting:
-    known = ("auto", "mlx", "cuda", "cpu")
-    if backend is not None and backend not in known:
-        raise BackendError(f"--backend '{backend}' cannot be planned; {nearest(backend, known)}")
-    name = device.backend if backend in (None, "auto") else str(backend)
-    gpu = name == "cuda" or (name == "mlx" and (device.name != HERE or platform.system() == "Darwin"))
-    return Setting(name == "mlx", gpu, dtype == "bfloat16", feature_bytes(device.memory))
+def _rough(shape: Shape, options: ModelOptions, work: Work, device: Device, name: str) -> Footprint:
+    largest = max(map(prod, shape.shapes.values()))
+    where = work.student.before, device.name == HERE
+    return backends.planner(name).footprint(options, shape.config, largest, *where)
 
 
 def _data(recipe: Recipe) -> Sequence[Example]:
-    """The rows of the recipe's data that are looked at before training; none of a real model without data of its own."""
+    """The rows of the recipe's data that are looked at before training; none of a real model without
+    data of its own."""
     if recipe.data.path == "tiny" and recipe.model.path != "tiny":
         return []
-    options = recipe.data
-    return open_data(options.path, options.strict, max_image_pixels=options.max_image_pixels, count=preflight.SAMPLE)
+    options, most = recipe.data, preflight.SAMPLE
+    pixels = options.max_image_pixels
+    return open_data(options.path, options.strict, max_image_pixels=pixels, count=most)
 
 
-def _of_data(recipe: Recipe, examples: Sequence[Example]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _of_data(
+    recipe: Recipe, examples: Sequence[Example]
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Sizes of the first row's image and of its crop; without rows the assumed ones."""
     if not examples:
         return IMAGE, _half(IMAGE)
@@ -289,7 +301,8 @@ def _of_data(recipe: Recipe, examples: Sequence[Example]) -> tuple[tuple[int, in
     full = [image_size(source, example.max_image_pixels) for source in example.images]
     crop = teacher_sizes(example, recipe.view)
     if len(full) != 1 or len(crop) != 1:
-        raise DataError(f"{example.source or example.id}: a row of several images cannot be planned; say --image and --crop")
+        what = "a row of several images cannot be planned; say --image and --crop"
+        raise DataError(f"{example.source or example.id}: {what}")
     return full[0], crop[0]
 
 

@@ -1,285 +1,192 @@
-"""What of a model decides its cost: kinds of layers with their sizes, and the parameters that follow from them.
-
-`families` reads them from config.json; nothing here knows a model by its name.
-
-Legend: D hidden width, H query heads, G key-value heads, d head width, I feed-forward width, V vocabulary; a visual token is made of
-merge x merge patches.
-"""
+"""A model by the shapes of its parameters, and what of it is trained. Knows no family by name."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
 
-PARTS = ("vision tower", "projector", "language", "head")
-"""Where parameters are; the embedding belongs to the language, and so does a head that is tied to it."""
+from opd.errors import ModelError
+from opd.models.adapters import check_targets, part
+from opd.models.consistency import check_sizes, complete
+from opd.models.files import read_json
+from opd.planner import Config, Row, Shapes
+from opd.prompts.families import family
+from opd.types import ModelOptions
 
-Linears: TypeAlias = Mapping[str, tuple[int, int]]
-"""Inputs and outputs of linear layers, by the last words of their names."""
+PARTS = {"vision": "vision tower", "projector": "projector", "language": "language", "head": "head"}
+"""Parts of a model by `opd.models.adapters.part`; embeddings, and heads tied to them, are language."""
+
+ADDS = ("down_proj", "fc2", "linear_fc2", "o_proj", "out_proj", "proj")
+"""Last words of linear layers whose result is added to the rows that entered the layer."""
+
+LAYER = re.compile(r"^(.*\.(?:layers|blocks)\.\d+)\.(.*)$")
+"""A layer's name, and that of one of its parameters."""
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Attention of a language layer.
+def read_config(folder: Path) -> dict[str, Any]:
+    """A supported family's config.json with all defaults of transformers. Raises ModelError."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder}: no config.json, so this is no model folder")
+    stated = read_json(file)
+    check_sizes(file, stated)
+    try:
+        family(str(stated.get("model_type")))
+    except ModelError as error:
+        what = "of another model nothing can be planned, though torch may train it by rows"
+        raise ModelError(f"{file}: {error}; {what}") from None
+    return complete(file, stated)
 
-    `normed`: a norm over each head's queries and keys. `biases`: numbers of all biases. `gated`: the projection of queries also gives a
-    gate as wide. `window`: only so many tokens back. `blocks`: tokens of an image see each other in both directions.
+
+class Layer:
+    """A layer of a language model or of a vision tower, by its parameters' shapes.
+
+    Numbers of a row: `width`; `normed` by all of its norms; `inner`, as `opd.planner.Row` has them,
+    without those of a recurrence; `query` and `key` of all heads, 0 where rows run through one.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    normed: bool = False
-    biases: int = 0
-    gated: bool = False
-    window: int | None = None
-    blocks: bool = False
+    def __init__(self, shapes: Shapes) -> None:
+        """`shapes` by the parameters' names in the layer."""
+        norms = [s[0] for name, s in shapes.items() if "norm" in name and name.endswith("weight")]
+        sizes = {name.split(".")[-2]: size for name, size in shapes.items() if len(size) == 2}
+        self.linears = sizes
+        self.width = max(norms)
+        self.normed = self.width * norms.count(self.width)
+        self.recurs = "in_proj_qkv" in sizes
+        mixing = ("in_proj", "out_proj") if self.recurs else ()
+        self.inner = sum(s[word in ADDS] for word, s in sizes.items() if not word.startswith(mixing))
+        self.query, self.key = sizes.get("o_proj", (0, 0))[1], sizes.get("k_proj", (0, 0))[0]
 
-    @property
-    def query(self) -> int:
-        """Width of all query heads, H * d."""
-        return self.heads * self.head_dim
-
-    @property
-    def key(self) -> int:
-        """Width of all key heads, G * d; values are as wide."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def handed(self) -> tuple[str, ...]:
-        """Linear layers of which completions need what they make of a prompt."""
-        return "k_proj", "v_proj"
-
-    @property
-    def others(self) -> int:
-        """Parameters beside the linear layers."""
-        return self.normed * 2 * self.head_dim + self.biases
-
-    def linears(self, hidden: int) -> Linears:
-        """Its projections."""
-        return {
-            "q_proj": (hidden, self.query * (1 + self.gated)),
-            "k_proj": (hidden, self.key),
-            "v_proj": (hidden, self.key),
-            "o_proj": (self.query, hidden),
-        }
+    def held(self, row: Row) -> float:
+        """Bytes of a row in the layer's backward."""
+        return row[0] * self.normed + row[1] * self.inner
 
 
-@dataclass(frozen=True)
-class Delta:
-    """A gated delta net: `key_heads` of `key_dim`, `value_heads` of `value_dim`, behind a convolution of `kernel` tokens."""
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    kernel: int
-
-    @property
-    def keys(self) -> int:
-        """Width of all key heads; queries are as wide."""
-        return self.key_heads * self.key_dim
-
-    @property
-    def values(self) -> int:
-        """Width of all value heads."""
-        return self.value_heads * self.value_dim
-
-    @property
-    def channels(self) -> int:
-        """Channels of the convolution: queries, keys and values."""
-        return 2 * self.keys + self.values
-
-    @property
-    def state(self) -> int:
-        """Numbers of a state, [value heads, key width, value width], which is float32."""
-        return self.values * self.key_dim
-
-    @property
-    def handed(self) -> tuple[str, ...]:
-        """See `Attention`: the state is made of these."""
-        return "in_proj_qkv", "in_proj_b", "in_proj_a"
-
-    @property
-    def others(self) -> int:
-        """See `Attention`: the convolution, two numbers a head, and a norm."""
-        return self.channels * self.kernel + 2 * self.value_heads + self.value_dim
-
-    def linears(self, hidden: int) -> Linears:
-        """Its projections."""
-        return {
-            "in_proj_qkv": (hidden, self.channels),
-            "in_proj_z": (hidden, self.values),
-            "in_proj_b": (hidden, self.value_heads),
-            "in_proj_a": (hidden, self.value_heads),
-            "out_proj": (self.values, hidden),
-        }
-
-
-Layer: TypeAlias = Attention | Delta
-"""What mixes tokens in a layer of the language model; a feed-forward follows every one."""
-
-
-@dataclass(frozen=True)
-class Projector:
-    """What makes visual tokens of patches: the sizes of its products, each at every visual token, and all other parameters.
-
-    `linear`: the products are linear layers, on which an adapter can stand.
-    """
-
-    products: tuple[tuple[int, int], ...]
-    others: int
-    linear: bool = True
-
-    @property
-    def weights(self) -> int:
-        """Weights of its products."""
-        return sum(inputs * outputs for inputs, outputs in self.products)
-
-
-@dataclass(frozen=True)
-class Vision:
-    """A vision tower: width, blocks, `values` of a patch in `moments` frames, how many x how many patches make a token.
-
-    `embedding`: parameters before and after the blocks beside the patch's product. `taps`: features for further language layers.
-    `gated`: a feed-forward with a gate, and norms without biases. `apart`: queries, keys and values from linear layers of their own, and
-    no rotation. `whole` blocks attend to the whole of an image, the others within windows of `window` x `window` patches.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    values: int
-    merge: int
-    embedding: int
-    projector: Projector
-    taps: int = 0
-    gated: bool = False
-    apart: bool = False
-    window: int = 0
-    windowed: int = 0
-    moments: int = 1
-
-    @property
-    def whole(self) -> int:
-        """Blocks that attend to the whole of an image."""
-        return self.layers - self.windowed
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """Inputs and outputs of a block's linear layers."""
-        width, wide = self.hidden, self.intermediate
-        mixing = ((width, width),) * 3 if self.apart else ((width, 3 * width),)
-        return (*mixing, (width, width), *((width, wide),) * (1 + self.gated), (wide, width))
-
-    @property
-    def block(self) -> int:
-        """Weights of a block's products."""
-        return sum(inputs * outputs for inputs, outputs in self.linears)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters without those of the projector: two norms a block, and a bias for every linear layer."""
-        norms = 2 * self.hidden * (1 if self.gated else 2)
-        block = self.block + norms + sum(outputs for _, outputs in self.linears)
-        return self.hidden * self.values + self.embedding + self.layers * block
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
-    """A vision-language model by its sizes; `norms` of a language layer, 2 or 4; `gelu` where its feed-forward has that instead of SiLU."""
+    """A model's configuration and the shapes of its parameters. Legend: V vocabulary, D width."""
 
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-    layers: tuple[Layer, ...]
-    vision: Vision
-    norms: int = 2
-    gelu: bool = False
+    config: Config
+    shapes: Shapes
 
-    @property
-    def attention(self) -> Attention:
-        """One of the layers that attend."""
-        return next(layer for layer in self.layers if isinstance(layer, Attention))
+    @cached_property
+    def parts(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shapes by part, a key of PARTS."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in PARTS}
+        for tensor, shape in self.shapes.items():
+            found[part(tensor)][tensor] = shape
+        return found
 
-    @property
-    def kinds(self) -> Counter[Layer]:
-        """How many layers there are of each kind."""
-        return Counter(self.layers)
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding, and of the head."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def weights(self) -> int:
-        """Weights of all layers' linear layers."""
-        return sum(count * self.products(layer) for layer, count in self.kinds.items())
-
-    def linears(self, layer: Layer) -> Linears:
-        """Linear layers of a language layer, its feed-forward among them."""
-        wide = (self.hidden, self.intermediate)
-        return {**layer.linears(self.hidden), "gate_proj": wide, "up_proj": wide, "down_proj": (self.intermediate, self.hidden)}
-
-    def products(self, layer: Layer, handed: bool = False) -> int:
-        """Weights of a layer's linear layers, or of those alone that make what is `handed` to completions."""
-        return sum(i * o for name, (i, o) in self.linears(layer).items() if not handed or name in layer.handed)
-
-    @property
+    @cached_property
     def parameters(self) -> dict[str, int]:
-        """Parameters by part."""
-        projector = self.vision.projector.weights + self.vision.projector.others
-        beside = sum(count * (layer.others + self.norms * self.hidden) for layer, count in self.kinds.items())
-        language = self.embedding + self.weights + beside + self.hidden
-        return dict(zip(PARTS, (self.vision.parameters, projector, language, 0 if self.tied else self.embedding), strict=True))
+        """Parameters by the title of a part."""
+        return {PARTS[name]: sum(map(prod, its.values())) for name, its in self.parts.items()}
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Layers of the language model."""
+        return _layers(self.parts["language"])
+
+    @cached_property
+    def tower(self) -> list[Layer]:
+        """Layers of the vision tower."""
+        return _layers(self.parts["vision"])
+
+    @cached_property
+    def table(self) -> tuple[int, int]:
+        """The embedding, and a head: [V, D]."""
+        text = self.config["text_config"]
+        return text["vocab_size"], text["hidden_size"]
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, ...]]:
+        """[out, in] of every linear layer by name, without heads."""
+        names = (name for name, size in self.shapes.items() if len(size) == 2 and "embed" not in name)
+        found = {name.removesuffix(".weight"): self.shapes[name] for name in names if ".weight" in name}
+        return {name: size for name, size in found.items() if part(name) != "head"}
+
+    @cached_property
+    def products(self) -> dict[str, int]:
+        """Weights of each part by which every row of it is multiplied.
+
+        Frames of a still image are alike, so one stands for all that a kernel takes.
+        """
+
+        def weights(name: str, size: tuple[int, ...]) -> int:
+            table = len(size) == 2 and "embed" in name
+            return 0 if len(size) < 2 or table else prod(size) // (size[2] if len(size) == 5 else 1)
+
+        return {part: sum(weights(*one) for one in its.items()) for part, its in self.parts.items()}
+
+    @cached_property
+    def unhanded(self) -> int:
+        """Weights of the last layer that a prompt does not need: its rows go nowhere after it."""
+        handed = ("k_proj", "v_proj", "in_proj_qkv", "in_proj_a", "in_proj_b")
+        last = self.layers[-1].linears
+        return sum(prod(size) for word, size in last.items() if word not in handed)
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """Tokens back to which each layer attends; None: all."""
+        text = self.config["text_config"]
+        kinds = text.get("layer_types") or [""] * len(self.layers)
+        return [text["sliding_window"] if "sliding" in kind else None for kind in kinds]
+
+    @cached_property
+    def states(self) -> int:
+        """Numbers of the states of all layers with a recurrence."""
+        names = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+        sizes = (self.config["text_config"].get(name, 0) for name in names)
+        return prod(sizes) * sum(layer.recurs for layer in self.layers)
+
+    def cache(self, tokens: int, item: int) -> int:
+        """Bytes that all layers keep of a row of tokens: keys and values, and float32 states."""
+        return item * 2 * tokens * sum(layer.key for layer in self.layers) + 4 * self.states
+
+    @cached_property
+    def feature(self) -> int:
+        """Bytes of a visual token's features in float32."""
+        taps = self.config["vision_config"].get("deepstack_visual_indexes") or ()
+        return 4 * self.table[1] * (1 + len(taps))
+
+    def check(self, options: ModelOptions) -> None:
+        """Raises RecipeError for a target of adapters that no layer has."""
+        if options.adapters and not options.adapter:
+            names = {name.rpartition(".")[2] for name in self.linears if part(name) == "language"}
+            check_targets(options.adapters.targets, names)
+
+    def trained(self, options: ModelOptions) -> dict[str, int]:
+        """Trained parameters by part; an adapter of [out, in] has rank * (in + out)."""
+        adapters = options.adapters
+        if adapters is None:
+            frozen = () if options.tune_vision else (PARTS["vision"], PARTS["projector"])
+            return {name: 0 if name in frozen else n for name, n in self.parameters.items()}
+        counts = dict.fromkeys(PARTS.values(), 0)
+        beside = {"vision": adapters.vision, "projector": adapters.projector}
+        for name, size in self.linears.items():
+            chosen = not adapters.targets or name.rpartition(".")[2] in adapters.targets
+            counts[PARTS[part(name)]] += adapters.rank * sum(size) * beside.get(part(name), chosen)
+        return counts
 
 
-@dataclass(frozen=True)
-class Tune:
-    """What is trained: `kind` full (without tower and projector unless `vision`), lora or qlora.
+def sees(options: ModelOptions) -> bool:
+    """Whether image features change, so that they have a backward and cannot be kept."""
+    adapters = options.adapters
+    return options.tune_vision if adapters is None else adapters.vision or adapters.projector
 
-    Adapters of `rank` stand on the language model's linear layers, on every one or on `targets` (by the last words of their names), and
-    on tower and projector where `vision` and `projector` say so.
-    """
 
-    kind: str = "full"
-    vision: bool = True
-    projector: bool = False
-    rank: int = 32
-    targets: tuple[str, ...] = ()
+def item_of(options: ModelOptions) -> int:
+    """Bytes of a number in computation."""
+    return 2 if options.dtype == "bfloat16" else 4
 
-    @property
-    def full(self) -> bool:
-        """Whether weights themselves are trained."""
-        return self.kind == "full"
 
-    @property
-    def sees(self) -> bool:
-        """Whether image features change, so that they have a backward and cannot be kept."""
-        return self.vision or (self.projector and not self.full)
-
-    def adapts(self, name: str) -> bool:
-        """Whether a language layer's linear layer of that name gets an adapter."""
-        return not self.full and (not self.targets or name in self.targets)
-
-    def adapted(self, shape: Shape, layer: Layer) -> list[tuple[int, int]]:
-        """Inputs and outputs of a language layer's linear layers that get an adapter."""
-        return [size for name, size in shape.linears(layer).items() if self.adapts(name)]
-
-    def trained(self, shape: Shape) -> dict[str, int]:
-        """Trained parameters by part; an adapter of a matrix [out, in] has rank * (in + out)."""
-        if self.full:
-            return {part: count * (self.vision or part in PARTS[2:]) for part, count in shape.parameters.items()}
-        v = shape.vision
-        widths = (
-            self.vision * v.layers * sum(map(sum, v.linears)),
-            self.projector * v.projector.linear * sum(map(sum, v.projector.products)),
-            sum(count * sum(map(sum, self.adapted(shape, layer))) for layer, count in shape.kinds.items()),
-            0,
-        )
-        return {part: self.rank * width for part, width in zip(PARTS, widths, strict=True)}
+def _layers(shapes: Shapes) -> list[Layer]:
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if match := LAYER.match(name):
+            found.setdefault(match[1], {})[match[2]] = shape
+    return [Layer(inner) for inner in found.values()]

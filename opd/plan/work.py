@@ -1,8 +1,10 @@
-"""The work of one step: lengths, and floating-point operations and bytes moved by stage. A multiplication with its addition counts 2.
+"""The work of one step: lengths, and operations and bytes moved by stage.
 
-Legend: B prompts of a step, n completions of each, P prompt tokens of the student and C of the teacher (the crop), R tokens of a
-completion; a group is one prompt with its n completions, and what they share is computed once. A prompt's last token runs with the
-completions, whose first it predicts.
+An operation is a multiplication or an addition: 2 for each weight and row, and 4 for each pair of
+rows that attend and each number of their heads. What passes over memory between products is rough.
+
+Legend: n completions of a prompt. A group is a prompt with its n completions, and what they share is
+computed once; a prompt's last token runs with the completions, whose first token it predicts.
 """
 
 from __future__ import annotations
@@ -11,58 +13,39 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from opd.memory import FEATURES_MOST
-from opd.plan.shape import Attention, Delta, Layer, Shape, Tune, Vision
+from opd.plan.shape import Shape, item_of, sees
+from opd.planner import Footprint
+from opd.types import ModelOptions
+
+FORWARD, BACKWARD = 3, 5
+"""Passes over what a backward holds: written, read twice; read, its gradient written, added, read."""
+
+HEAD, DRAW, OPTIMIZER, AVERAGE = 20, 10, 24, 3
+"""Passes over logits that are trained on, or drawn from; over trained parameters in the optimizer's
+step, and where the teacher moves."""
 
 
-@dataclass(frozen=True)
-class View:
-    """One image as a policy sees it: `pieces` (tiles) of `rows` x `columns` patches, `merge` x `merge` of which make a visual token.
+class View(NamedTuple):
+    """An image as a policy sees it: `patches`, which make `visual` of the prompt's `tokens`, and pairs
+    of patches that attend to each other in all layers of the tower together."""
 
-    `text` counts all other tokens of the prompt.
-    """
-
-    rows: int
-    columns: int
-    text: int
-    merge: int
-    pieces: int = 1
-
-    @property
-    def patches(self) -> int:
-        """Patches of all pieces."""
-        return self.pieces * self.rows * self.columns
-
-    @property
-    def visual(self) -> int:
-        """Visual tokens."""
-        return self.patches // self.merge**2
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the prompt."""
-        return self.visual + self.text
+    patches: int
+    pairs: int
+    visual: int
+    tokens: int
 
     @property
     def before(self) -> int:
         """Tokens that run as the prompt: all but the last."""
         return self.tokens - 1
 
-    def pairs(self, window: int = 0) -> int:
-        """Pairs of patches that attend to each other: of one piece, or of one window of `window` x `window` patches."""
-
-        def squares(side: int) -> int:
-            return side**2 if not window else side // window * window**2 + (side % window) ** 2
-
-        return self.pieces * squares(self.rows) * squares(self.columns)
-
 
 @dataclass(frozen=True)
 class Work:
     """A step: `prompts` groups of `completions` completions of `tokens` tokens each.
 
-    They are differentiated in micro-batches of `budget` padded tokens, and sampled in such of `room`. `rows` of the data differ: what a
-    frozen tower makes of their images is kept over all steps, up to a bound; 0: no more than the step's own.
+    Micro-batches that are differentiated have `budget` padded tokens, those that are sampled have
+    `room`. `rows` of the data differ; 0: no more than the step's own.
     """
 
     prompts: int
@@ -85,15 +68,25 @@ class Work:
         return self.longest + self.completions * self.tokens
 
     @property
+    def sample(self) -> int:
+        """Padded tokens of one group where it is sampled."""
+        return self.student.tokens + self.completions * self.tokens
+
+    @property
     def together(self) -> int:
         """Groups of a micro-batch; a group above the budget is alone."""
         return min(self.prompts, max(1, self.budget // self.group))
 
     @property
     def split(self) -> int:
-        """Completions of a group that run at a time; see `opd.method.microbatch.completions_at_once`."""
+        """Completions of a group that run at a time; 0: all (`opd.method.microbatch`)."""
         few = max(1, (self.budget - self.longest) // self.tokens)
         return few if self.together == 1 and few < self.completions else 0
+
+    @property
+    def count(self) -> int:
+        """Completions that run at a time, of all groups of a micro-batch."""
+        return self.together * (self.split or self.completions)
 
     @property
     def calls(self) -> int:
@@ -103,187 +96,116 @@ class Work:
     @property
     def sampled(self) -> int:
         """Groups that are sampled together."""
-        return min(self.prompts, max(1, self.room // (self.student.tokens + self.completions * self.tokens)))
-
-    def limited(self, groups: int) -> Work:
-        """The same step with the budget at which exactly `groups` are differentiated together."""
-        return replace(self, budget=groups * self.group)
-
-    def divided(self, split: int) -> Work:
-        """The same step with the budget at which `split` completions of a group run at a time."""
-        return replace(self, budget=self.longest + split * self.tokens)
-
-    def sampling(self, groups: int) -> Work:
-        """The same step with the room in which exactly `groups` are sampled together."""
-        return replace(self, room=groups * (self.student.tokens + self.completions * self.tokens))
-
-
-class Cost(NamedTuple):
-    """Operations of a forward: `products` with weights, `mixing` of tokens among each other.
-
-    `once`: those of its products that are not computed again where layers are; `first`: those whose inputs take no gradient.
-    """
-
-    products: float
-    mixing: float
-    once: float = 0.0
-    first: float = 0.0
-
-    @property
-    def forward(self) -> float:
-        """All of it."""
-        return self.products + self.mixing
-
-    def backward(self, full: bool) -> float:
-        """Gradients of inputs, and, where they are trained, of weights."""
-        return 2 * self.mixing + self.products * (1 + full) - self.first
-
-    def again(self) -> float:
-        """Up to each layer's last product, whose result nobody needs."""
-        return self.forward - self.once
-
-    def plus(self, other: Cost) -> Cost:
-        """The sum."""
-        return Cost(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return min(self.prompts, max(1, self.room // self.sample))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of a step computes and moves: `operations` at matrix-product speed, which read `moved` bytes meanwhile.
-
-    `passed` bytes are those of elementwise work between the products: norms, activations, softmax; they take time of their own.
-    `packed`: those of the operations whose weights stand in 4 bits; in a backward, their transposes.
-    """
+    """A stage of a step: `operations` at the speed of products, which read `moved` bytes meanwhile;
+    `passed` bytes of elementwise work take time of their own."""
 
     operations: float
     moved: float = 0.0
     passed: float = 0.0
-    packed: float = 0.0
 
 
-def tower(vision: Vision, view: View) -> Cost:
-    """One image through the tower and its projector."""
-    # All frames of a still image are alike, so one stands for them.
-    embedded = 2.0 * view.patches * vision.hidden * vision.values // vision.moments
-    blocks = 2.0 * view.patches * vision.layers * vision.block
-    merged = 2.0 * view.visual * vision.projector.weights
-    mixing = 4.0 * vision.hidden * (vision.whole * view.pairs() + vision.windowed * view.pairs(vision.window))
-    last = 2.0 * view.patches * vision.layers * vision.hidden * vision.intermediate
-    return Cost(embedded + blocks + merged, mixing, embedded + merged + last, embedded)
+def rows(shape: Shape, rough: Footprint) -> tuple[float, float, float]:
+    """Bytes that a backward holds of a prompt's token, a completion's, and a patch, in all layers."""
+    recurrent = [layer for layer in shape.layers if layer.recurs]
+    prompt, completion = (
+        sum(layer.held(row) for layer in shape.layers) + beside * len(recurrent)
+        for row, beside in zip((rough.prompt, rough.completion), rough.recurrence, strict=True)
+    )
+    return prompt, completion, sum(layer.held(rough.patch) for layer in shape.tower)
 
 
-def prefix(shape: Shape, view: View) -> Cost:
-    """A prompt without its last token; of the last layer only what it hands to completions is computed."""
-    products, mixing, last = 0.0, 0.0, 0.0
-    for number, layer in enumerate(shape.layers):
-        final = number + 1 == len(shape.layers)
-        products += 2.0 * view.before * shape.products(layer, handed=final)
-        last += 0.0 if final else view.before * _last(shape)
-        mixing += 0.0 if final and isinstance(layer, Attention) else _mixing(layer, view.before, _of_prompt(layer, view))
-    return Cost(products, mixing, last)
+def stages(
+    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, room: float
+) -> dict[str, Stage]:
+    """Every stage of a step; `room` bytes hold the features of a frozen tower, once computed.
 
-
-def completions(shape: Shape, before: int, length: int, count: int) -> Cost:
-    """`count` completions of `length` tokens after `before` tokens of their prompt."""
-    rows = count * length
-    mixing = sum(many * _mixing(layer, rows, count * _of_completion(layer, before, length)) for layer, many in shape.kinds.items())
-    return Cost(2.0 * rows * shape.weights, mixing, rows * len(shape.layers) * _last(shape))
-
-
-def reused(shape: Shape, tune: Tune, work: Work, room: int) -> bool:
-    """Whether image features are computed once a step: the tower is frozen, and both policies' take at most `room` bytes."""
-    visual = work.prompts * (work.student.visual + work.teacher.visual)
-    return not tune.sees and 4 * visual * shape.hidden * (1 + shape.vision.taps) <= room
-
-
-def stages(shape: Shape, tune: Tune, work: Work, item: int, checkpointed: bool, room: int = FEATURES_MOST) -> dict[str, Stage]:
-    """Every stage of a step; `item` bytes of a number in computation, `room` bytes for a frozen tower's features.
-
-    With `checkpointed`, layers are computed twice.
+    With `recompute`, layers are computed twice.
     """
-    once, full = reused(shape, tune, work, room), tune.full
-    rows = work.completions * work.tokens
-    image = tower(shape.vision, work.student)
-    prompt, teacher_prompt = prefix(shape, work.student), prefix(shape, work.teacher)
-    completed = completions(shape, work.student.before, work.tokens, work.completions)
-    teacher_completed = completions(shape, work.teacher.before, work.tokens, work.completions)
-    text = prompt.plus(completed)
-    differentiated = text.plus(image) if tune.sees else text
-    head = 2.0 * shape.embedding
-    trained = tune.trained(shape)
-    # Adapters' own products, over which the gradients of inputs and of weights are as many each.
-    adapters = 0.0 if full else 2.0 * trained["language"] * (work.student.before + rows)
+    n, full, seen = work.completions, options.adapters is None, sees(options)
+    new, trained = n * work.tokens, shape.trained(options)
+    head, count = 2.0 * math.prod(shape.table), sum(trained.values())
+    weights, width = shape.products, shape.tower[0].width
+    visual = work.student.visual + work.teacher.visual
+    look = seen or work.prompts * visual * shape.feature > room
+    a_token, a_new, a_patch = rows(shape, rough)
+
+    def tower(view: View) -> tuple[float, float]:
+        products = view.patches * weights["vision"] + view.visual * weights["projector"]
+        return 2.0 * products, 4.0 * width * view.pairs
+
+    def prompt(view: View) -> tuple[float, float]:
+        # Of the last layer only what is handed to completions is computed.
+        products = 2.0 * view.before * (weights["language"] - shape.unhanded)
+        return products, _mixing(shape, 0, view.before, handed=1)
+
+    def completed(view: View) -> tuple[float, float]:
+        return 2.0 * new * weights["language"], n * _mixing(shape, view.before, work.tokens)
+
+    student, teacher = work.student, work.teacher
+    image, read, own = tower(student), prompt(student), completed(student)
+    forward = sum(read) + sum(own)
+    products = read[0] + own[0] + image[0] * seen
+    # Of adapters; the gradients of their inputs and of their weights are as many each.
+    low_rank = 0.0 if full else 2.0 * trained["language"] * (student.before + new)
+    backward = products * (1 + full) + 2 * (read[1] + own[1] + image[1] * seen + low_rank)
+    logits, decoded = 4.0 * shape.table[0] * new, new * a_new
+    prompts, patches = student.before * a_token, student.patches * a_patch
+    crop = teacher.before * a_token + teacher.patches * a_patch
+    # Of each stage of one group: operations, and bytes passed.
     each = {
-        "rollout prefill": prompt.forward + image.forward,
-        "rollout decode": completed.forward + rows * head,
-        "teacher forward": teacher_completed.forward + teacher_prompt.forward + tower(shape.vision, work.teacher).forward,
-        "student forward": text.forward + adapters + image.forward * (not once),
-        "student backward": differentiated.backward(full) + 2 * adapters,
-        "recomputation": (differentiated.again() + adapters) * checkpointed,
-        # Logits of both policies, and the gradients of the student's hidden states and, where it is trained, of the head.
-        "head and divergence": (3 + full) * rows * head,
-    }
-    packed = {
-        "rollout prefill": prompt.products,
-        "rollout decode": completed.products,
-        "teacher forward": teacher_prompt.products + teacher_completed.products,
-        "student forward": text.products,
-        "student backward": text.products,
-        "recomputation": (text.products - text.once) * checkpointed,
+        "rollout prefill": (sum(read) + sum(image), FORWARD * (prompts + patches)),
+        "rollout decode": (sum(own) + new * head, FORWARD * decoded + DRAW * logits),
+        "teacher forward": (
+            sum(tower(teacher)) + sum(prompt(teacher)) + sum(completed(teacher)),
+            FORWARD * (crop + decoded),
+        ),
+        "student forward": (
+            forward + low_rank + sum(image) * look,
+            FORWARD * (prompts + decoded + patches * look),
+        ),
+        "student backward": (backward, BACKWARD * (prompts + decoded + patches * seen)),
+        "recomputation": (
+            (forward + low_rank + sum(image) * seen) * recompute,
+            FORWARD * (prompts + decoded + patches * seen) * recompute,
+        ),
+        # Logits of both policies, and the gradients of hidden states and of a trained head.
+        "head and divergence": ((3 + full) * new * head, HEAD * logits),
     }
     found = {
-        name: Stage(work.prompts * operations, packed=work.prompts * packed.get(name, 0.0) * (tune.kind == "qlora"))
-        for name, operations in each.items()
+        name: Stage(work.prompts * operations, passed=work.prompts * passed)
+        for name, (operations, passed) in each.items()
     }
-    found["rollout decode"] = replace(found["rollout decode"], moved=_decoded(shape, work, item))
-    count = sum(trained.values())
-    found["optimizer"] = Stage(15.0 * count)
-    found["teacher's average"] = Stage(3.0 * count)
-    return found
+    moved = _read(shape, work, item_of(options))
+    return found | {
+        "rollout decode": replace(found["rollout decode"], moved=moved),
+        "optimizer": Stage(15.0 * count, passed=4.0 * OPTIMIZER * count),
+        "teacher's average": Stage(3.0 * count, passed=4.0 * AVERAGE * count),
+    }
 
 
-def _decoded(shape: Shape, work: Work, item: int) -> float:
-    """Bytes that token steps read: the weights once for all that is sampled together, and of each group what its layers keep.
+def _read(shape: Shape, work: Work, item: int) -> float:
+    """Bytes that token steps read: weights once for all that is sampled together, keys and values.
 
-    A prompt's keys and values are read once, each completion's own half on average; a state is read and written.
+    Those of a prompt are read once for its completions, and of a completion half on average.
     """
     calls = math.ceil(work.prompts / work.sampled)
-    kept = 0.0
-    for layer, count in shape.kinds.items():
-        if isinstance(layer, Delta):
-            kept += count * work.completions * 2 * 4 * layer.state
-        else:
-            reach = work.student.before + work.tokens if layer.window is None else layer.window
-            own = work.completions * min(work.tokens / 2, reach)
-            kept += count * 2.0 * item * layer.key * (min(work.student.before, reach) + own)
-    return work.tokens * (calls * item * (shape.weights + shape.embedding) + work.prompts * kept)
+    weights = calls * item * (shape.products["language"] + math.prod(shape.table))
+    own = work.completions * shape.cache(work.tokens // 2, item)
+    return work.tokens * (weights + work.prompts * (shape.cache(work.student.before, item) + own))
 
 
-def _last(shape: Shape) -> float:
-    """Operations of a token in a layer's last product; where a norm follows, which needs its result, none is the last."""
-    return 0.0 if shape.norms > 2 else 2.0 * shape.hidden * shape.intermediate
-
-
-def _mixing(layer: Layer, rows: int, pairs: float) -> float:
-    """Operations of `rows` among each other: scores and mixture of each pair, or a state that is read, written and read again."""
-    if isinstance(layer, Delta):
-        return rows * (6.0 * layer.state + 2.0 * layer.channels * layer.kernel)
-    return 4.0 * pairs * layer.query
-
-
-def _of_prompt(layer: Layer, view: View) -> float:
-    """Pairs of a prompt's tokens of which one sees the other."""
-    if isinstance(layer, Delta):
-        return 0.0
-    each = view.visual // view.pieces
-    later = view.pieces * each * (each - 1) / 2 if layer.blocks else 0.0
-    return _of_completion(layer, 0, view.before) + later
-
-
-def _of_completion(layer: Layer, before: int, length: int) -> float:
-    """Pairs of `length` tokens with themselves and with `before` tokens, of which each sees its window or all."""
-    if isinstance(layer, Delta):
-        return 0.0
-    window = layer.window or before + length
-    free = max(0, min(length, window - before))
-    return free * before + free * (free + 1) / 2 + (length - free) * window
+def _mixing(shape: Shape, before: int, length: int, handed: int = 0) -> float:
+    """Operations of `length` tokens with each other and with `before` tokens, of which each sees its
+    window or all, without those of the last `handed` layers; or of states, read, written and read."""
+    found = 6.0 * shape.states * length
+    layers = list(zip(shape.layers, shape.windows, strict=True))
+    for layer, window in layers[: len(layers) - handed]:
+        reach = window or before + length
+        free = max(0, min(length, reach - before))
+        found += 4.0 * layer.query * (free * before + free * (free + 1) / 2 + (length - free) * reach)
+    return found
