@@ -15,7 +15,6 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,7 @@ def main() -> None:
 def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
     """One row a verb: bytes and seconds as planned and as measured, and the plan's over the measured."""
     from opd import plan as planning
+    from opd import registry
     from opd.plan import devices
     from opd.run.recipe import load
 
@@ -82,14 +82,14 @@ def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
             "rollout.completions": completions, "rollout.max_tokens": tokens, "rollout.microbatch_tokens": 1, "rollout.sample_tokens": 1,
             "objective.top_k": 100}  # fmt: skip
     recipe = load("tiny", [f"{key}={value}" for key, value in keys.items()])
-    device = devices.this_machine(backend_name)
+    device = devices.this_machine(registry.planner(backend_name).machine())
     assumed = planning.Assumed(image, crop, None, tokens)
     planned = planning.plan(recipe, device, backend_name, assumed)
     # One group is differentiated at a time, whole.
     recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"microbatch_tokens": planned.work.group})})
     planned = planning.plan(recipe, device, backend_name, assumed)
     # A run keeps the image features of all its rows; this step sees those of two.
-    planned = replace(planned, work=replace(planned.work, rows=0))
+    planned = planned.sized(rows=0)
     step = Step(recipe, backend_name, planned)
     seconds = {verb: clocked(run) for verb, run in step.verbs.items()}
     peaks = {verb: step.peak(run, backend_name) for verb, run in step.verbs.items()}

@@ -66,16 +66,15 @@ class Footprint:
 class Machine:
     """This machine's device: `memory` bytes, of which a run may take the share `usable`.
 
-    `product` gives a call that multiplies two square matrices of so many rows in a type of numbers,
-    `copy` one that copies so many bytes; both wait until that is done. Without `copy` the processor
-    is what counts. `resident`: the backend's `peak_memory` counts all bytes of the process.
+    `product` gives a call that multiplies [rows, side] by [side, side] in a type of numbers, and waits
+    for the result. `resident`: the backend's `peak_memory` counts all bytes of the process.
     """
 
     name: str
     memory: float
     usable: float
-    product: Callable[[int, str], Callable[[], object]]
-    copy: Callable[[int], Callable[[], object]] | None = None
+    gpu: bool
+    product: Callable[[int, int, str], Callable[[], object]]
     resident: bool = False
 
 
@@ -85,9 +84,7 @@ class Planner(Protocol):
     def parameters(self, config: Config) -> Shapes:
         """Names and shapes of all parameters of a model without adapters. Raises ModelError."""
 
-    def footprint(
-        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
-    ) -> Footprint:
+    def footprint(self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool) -> Footprint:
         """What the backend holds of rows behind prompts of `prompt` tokens.
 
         `largest`: numbers of the largest parameter. `here`: on this machine, else on a GPU of the

@@ -24,7 +24,21 @@ PACKAGES = {
 ALLOWED = {"opd": set(), "opd_torch": {"opd"}, "opd_mlx": {"opd"}, "opd_cli": {"opd"}}
 HEAVY = {"torch", "mlx", "mlx_lm", "mlx_vlm", "transformers"}
 
-GROUND = {"backend", "errors", "groups", "ids", "memory", "objective", "options", "paths", "planner", "prefetch", "progress", "randomness", "types"}
+GROUND = {
+    "backend",
+    "errors",
+    "groups",
+    "ids",
+    "memory",
+    "objective",
+    "options",
+    "paths",
+    "planner",
+    "prefetch",
+    "progress",
+    "randomness",
+    "types",
+}
 """The modules that every room may import: `opd/*.py`."""
 
 ROOMS: dict[str, set[str]] = {

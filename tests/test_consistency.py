@@ -11,7 +11,7 @@ from PIL import Image
 
 from opd.errors import DataError, ModelError
 from opd.models import consistency
-from opd.plan.families import read_config as read_plan_config
+from opd.plan.shape import read_config as read_plan_config
 from opd.prompts.encoder import PromptEncoder
 from opd.prompts.processor import needs_torchvision, open_encoder
 from opd.tiny import MODEL

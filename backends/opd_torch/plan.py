@@ -12,11 +12,10 @@ from opd.errors import BackendError
 from opd.memory import host_memory
 from opd.planner import Config, Footprint, Machine, Shapes
 from opd.types import ModelOptions
-from opd_torch.backend import cpu
+from opd_torch.device import this_device
 from opd_torch.families import family
-from opd_torch.footprint import CHECKPOINT_ABOVE, delta_bytes
-from opd_torch.objective import BLOCK_BYTES, CHUNK_BYTES
-from opd_torch.sampling import PREFILL_TOKENS
+from opd_torch.footprint import delta_bytes
+from opd_torch.objective import CHUNK_BYTES
 
 
 class TorchPlanner:
@@ -33,12 +32,11 @@ class TorchPlanner:
             model = getattr(transformers, family(its.model_type).architecture)(its)
         return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
-    def footprint(
-        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
-    ) -> Footprint:
+    def footprint(self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool) -> Footprint:
         """Of a row: float32 norms and casts of what enters products, or fused kernels' own arrays."""
         full, half = options.adapters is None, options.dtype == "bfloat16"
         item, text = 2 if half else 4, SimpleNamespace(**config["text_config"])
+        device = this_device("cpu")  # a GPU's record would need a GPU; these budgets are alike
         if not half:
             row = (12.0, 6.0) if full else (8.0, 5.5)
         elif self._gpu:
@@ -55,16 +53,16 @@ class TorchPlanner:
             score=0,
             scores_most=0,
             stream=4,
-            recompute_above=CHECKPOINT_ABOVE,
+            recompute_above=device.checkpoint_above,
             backward=0.4,
             forward=0.6,
             frozen=4 if full else item,
             cast=item * (half and full),
             cast_tables=False,
             head_copy=(item * full + 4 * (not self._gpu)) * half,
-            head=(2.0, 1.2, CHUNK_BYTES, CHUNK_BYTES if self._gpu else BLOCK_BYTES),
+            head=(2.0, 1.2, CHUNK_BYTES, CHUNK_BYTES if self._gpu else device.head_block_bytes),
             apply=0,
-            keeps_tokens=0 if half else PREFILL_TOKENS,
+            keeps_tokens=0 if half else device.prefill_tokens,
         )
 
     def machine(self) -> Machine:
@@ -73,22 +71,15 @@ class TorchPlanner:
             raise BackendError("torch sees no CUDA GPU on this machine; name one with --device")
         device = torch.device("cuda" if self._gpu else "cpu")
 
-        def timed(run: Callable[[], object]) -> Callable[[], object]:
-            return (lambda: (run(), torch.cuda.synchronize())) if self._gpu else run
-
-        def product(side: int, dtype: str) -> Callable[[], object]:
-            matrix = torch.ones(side, side, device=device, dtype=getattr(torch, dtype))
-            return timed(lambda: torch.mm(matrix, matrix))
-
-        def copy(size: int) -> Callable[[], object]:
-            source = torch.ones(size // 4, device=device)
-            target = torch.empty_like(source)
-            return timed(lambda: target.copy_(source))
+        def product(rows: int, side: int, dtype: str) -> Callable[[], object]:
+            kind = getattr(torch, dtype)
+            a, b = (torch.ones(n, side, device=device, dtype=kind) for n in (rows, side))
+            return lambda: (torch.mm(a, b), self._gpu and torch.cuda.synchronize())
 
         if not self._gpu:
-            return Machine(cpu(), host_memory(), 0.9, product, resident=True)
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return Machine(torch.cuda.get_device_name(device), memory, 0.95, product, copy)
+            return Machine(this_device("cpu").name, host_memory(), 0.9, False, product, resident=True)
+        about = torch.cuda.get_device_properties(device)
+        return Machine(about.name, about.total_memory, 0.95, True, product)
 
 
 CUDA, CPU = TorchPlanner(gpu=True), TorchPlanner(gpu=False)

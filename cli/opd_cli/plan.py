@@ -37,16 +37,10 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     help="M4 Max, RTX 4090, H200, A100 40GB, ..., or this machine.",
 )
 @click.option("--memory", type=click.FloatRange(1), metavar="GB", help="Memory of the device, where it is another.")
-@click.option(
-    "--image", callback=_size, metavar="WxH", help="Pixels of an image.  [default: the data's first, else 1024x768]"
-)
-@click.option(
-    "--crop", callback=_size, metavar="WxH", help="Pixels of a crop.  [default: the data's first, else half of the image]"
-)
+@click.option("--image", callback=_size, metavar="WxH", help="Pixels of an image.  [default: the data's first, else 1024x768]")
+@click.option("--crop", callback=_size, metavar="WxH", help="Pixels of a crop.  [default: the data's first, else half of the image]")
 @click.option("--text-tokens", type=click.IntRange(1), help="Tokens of a prompt beside those of its image.  [default: 64]")
-@click.option(
-    "--completion-tokens", type=click.IntRange(1), help="Tokens of a completion.  [default: rollout.max_tokens]"
-)
+@click.option("--completion-tokens", type=click.IntRange(1), help="Tokens of a completion.  [default: rollout.max_tokens]")
 @click.option(
     "--measure",
     "measures",
@@ -136,10 +130,7 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
             "matmul_share": first.device.matmul_share,
             "bandwidth_share": first.device.bandwidth_share,
         },
-        "parameters": {
-            part: {"all": count, "trained": trained[part]}
-            for part, count in first.shape.parameters.items()
-        },
+        "parameters": {part: {"all": count, "trained": trained[part]} for part, count in first.shape.parameters.items()},
         "memory": {
             **asdict(found),
             "rough": list(ROUGH),
@@ -156,10 +147,7 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
         },
         "sampling": {"groups": work.sampled, "largest": first.largest_sample},
         "smaller": {} if first.largest and first.largest_sample else first.smaller(),
-        "stages": {
-            name: {**asdict(stage), "seconds": seconds[name]}
-            for name, stage in first.stages.items()
-        },
+        "stages": {name: {**asdict(stage), "seconds": seconds[name]} for name, stage in first.stages.items()},
         "seconds": sum(seconds.values()),
         "steps": first.recipe.run.steps,
         "hours": first.hours,
@@ -176,5 +164,3 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
             for one in plans
         ],
     }
-
-

@@ -94,8 +94,7 @@ class Plan:
         rate = self.device.matmul_share * self.device.matmul[self.options.dtype]
         bandwidth = self.device.bandwidth_share * self.device.bandwidth
         return {
-            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth
-            for name, stage in self.stages.items()
+            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth for name, stage in self.stages.items()
         }
 
     @property
@@ -185,9 +184,7 @@ def backend_of(device: Device | None, name: str | None) -> str:
     return backends.resolve(own if name in (None, "auto") else str(name))
 
 
-def plan(
-    recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None
-) -> Plan:
+def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None) -> Plan:
     """The plan of a recipe on a device; `backend` None takes the device's. Raises UserError."""
     assumed, rollout = assumed or Assumed(), recipe.rollout
     options, pixels = recipe.model.options(weights=False), recipe.model.pixels()
@@ -228,9 +225,7 @@ def plan(
     return Plan(recipe, shape, options, work, device, name, rough, *about)
 
 
-def view(
-    encoder: PromptEncoder, shape: Shape, size: tuple[int, int], text: int, policy: Policy = "student"
-) -> View:
+def view(encoder: PromptEncoder, shape: Shape, size: tuple[int, int], text: int, policy: Policy = "student") -> View:
     """What a policy sees of an image of `size`: a blank one is encoded as training would.
 
     `text`: tokens of the prompt beside those that mark an image. Raises DataError.
@@ -243,15 +238,14 @@ def view(
         pieces, _, *sides = prompt.images["pixel_values"].shape
         sides = [side // vision["patch_size"] for side in sides]
 
-    def pairs(window: int) -> int:
-        cut = [divmod(side, window) for side in sides]
-        return pieces * prod(whole * window**2 + rest**2 for whole, rest in cut)
-
-    merge, layers = vision.get("spatial_merge_size", 1), len(shape.tower)
+    # Some towers attend within windows, but in some layers.
+    merge, layers = vision.get("spatial_merge_size", 1), range(len(shape.tower))
     window = vision.get("window_size", 0) // merge // vision["patch_size"] * merge
-    whole = sum(number in vision["fullatt_block_indexes"] for number in range(layers)) if window else layers
-    seen = whole * pieces * prod(sides) ** 2 + (pairs(window) * (layers - whole) if window else 0)
-    return View(pieces * prod(sides), seen, len(prompt.visual.index), text + marks)
+    whole = sum(number in vision.get("fullatt_block_indexes", layers) for number in layers)
+    cut = [divmod(side, window or side) for side in sides]
+    apart = prod(many * (window or side) ** 2 + rest**2 for (many, rest), side in zip(cut, sides, strict=True))
+    pairs = pieces * (whole * prod(sides) ** 2 + (len(layers) - whole) * apart)
+    return View(pieces * prod(sides), pairs, len(prompt.visual.index), text + marks)
 
 
 def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:
@@ -291,9 +285,7 @@ def _data(recipe: Recipe) -> Sequence[Example]:
     return open_data(options.path, options.strict, max_image_pixels=pixels, count=most)
 
 
-def _of_data(
-    recipe: Recipe, examples: Sequence[Example]
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def _of_data(recipe: Recipe, examples: Sequence[Example]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Sizes of the first row's image and of its crop; without rows the assumed ones."""
     if not examples:
         return IMAGE, _half(IMAGE)

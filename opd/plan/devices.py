@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
-import numpy as np
-
 from opd.errors import RecipeError, nearest
 from opd.planner import Machine, Planner
 
@@ -27,8 +25,9 @@ HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE = 0.7, 0.3
 """Shares of what is measured here (`benchmarks.plan_against_step`): a processor multiplies the few
 rows of a token step well below the speed at which it copies."""
 
-MEASURE_SECONDS, SIDE, GPU_SIDE = 0.4, 768, 4096
-"""Seconds of a measurement; rows of the matrices that are multiplied, on a processor and a GPU."""
+MEASURE_SECONDS, SIDE, GPU_SIDE, WIDE = 0.4, 768, 4096, 8192
+"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU; and of one
+that is only read."""
 
 
 @dataclass(frozen=True)
@@ -87,35 +86,31 @@ def this_machine(here: Machine) -> Device:
     """This machine's device: one of DEVICES with its own memory, or measured in a second."""
     named = [one for one in DEVICES if one.casefold() in here.name.casefold()]
     if named and "laptop" not in here.name.casefold():
-        found = DEVICES[max(named, key=len)]
-        own = {"memory": here.memory, "usable": here.usable, "memories": ()}
-        return replace(found, name=HERE, source=f"{here.name}; {found.source}", **own)
-    side, size = (GPU_SIDE, 2**30) if here.copy else (SIDE, 2**27)
-    types = ("float32", "bfloat16") if here.copy else ("float32",)
-    alone = here.copy is None
-    speed = {dtype: _per_second(here.product(side, dtype), alone) for dtype in types}
-    rates = {dtype: 2.0 * side**3 * calls for dtype, calls in speed.items()}
-    # Larger than any cache: weights are read from memory in every token step.
-    source = np.ones(size // 4, np.float32)
-    target = np.empty_like(source)
-    copy = here.copy(size) if here.copy else lambda: np.copyto(target, source)
+        found = replace(DEVICES[max(named, key=len)], name=HERE, memories=())
+        source = f"{here.name}; {found.source}"
+        return replace(found, memory=float(here.memory), usable=here.usable, source=source)
+    side = GPU_SIDE if here.gpu else SIDE
+    types = ("float32", "bfloat16") if here.gpu else ("float32",)
+    calls = {dtype: _per_second(here.product(side, side, dtype), here.gpu) for dtype in types}
+    rates = {dtype: 2.0 * side**3 * count for dtype, count in calls.items()}
+    # One row reads a matrix larger than any cache, as a token step reads weights.
+    read = _per_second(here.product(1, WIDE, "float32"), here.gpu)
     matmul = {"bfloat16": rates["float32"], **rates}
-    bandwidth = 2.0 * size * _per_second(copy, alone)  # a copy reads and writes
+    about = float(here.memory), here.usable, "auto", f"{here.name}, measured in {' and '.join(types)}"
     shares = HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE
-    said = f"{here.name}, measured now in {' and '.join(types)}"
-    return Device(HERE, matmul, bandwidth, here.memory, here.usable, "auto", said, *shares)
+    return Device(HERE, matmul, 4.0 * WIDE**2 * read, *about, *shares)
 
 
-def _per_second(run: Callable[[], object], alone: bool = True) -> float:
+def _per_second(run: Callable[[], object], gpu: bool) -> float:
     """Calls a second, at the fastest within MEASURE_SECONDS; the first, which warms up, does not count.
 
-    `alone`: the processor works itself, so that its time is the call's own on a busy machine.
+    A processor works itself: its time is the call's own on a busy machine.
     """
     run()
     fastest, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
     while (started := time.perf_counter()) < end:
         used = time.process_time()
         run()
-        fastest = min(fastest, time.perf_counter() - started)
-        fastest = min(fastest, time.process_time() - used) if alone else fastest
+        seconds = time.perf_counter() - started
+        fastest = min(fastest, seconds, seconds if gpu else time.process_time() - used)
     return 1.0 / fastest

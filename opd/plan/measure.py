@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -121,7 +122,8 @@ def write_weights(file: Path, shapes: Shapes) -> None:
     """Random weights of these shapes in bfloat16: norms of one, biases of zero."""
     block = np.random.default_rng(0).standard_normal(BLOCK, np.float32) / 50
     random, one = block.view(np.uint32) >> 16, np.array([0x3F80])
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}

@@ -108,9 +108,7 @@ def memory(
     buffers = chunks * chunk + blocks * min(chunk, block) + (1 + full) * copies
     # Hidden states, their gradient, and that of the head.
     states = many * width * 12 + 4 * vocabulary * width * full
-    asked, taught = (
-        work.together * shape.cache(view.before, item) for view in (work.student, work.teacher)
-    )
+    asked, taught = (work.together * shape.cache(view.before, item) for view in (work.student, work.teacher))
     served = kept * (work.sampled == work.together == work.prompts)
     accumulate = max(
         summed + served + taught + passing(work.teacher, work.together),
@@ -135,18 +133,17 @@ def memory(
     return Memory(held, ints, phases, again, disk=4 * gradient)
 
 
-def activations(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool
-) -> Activations:
+def activations(shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool) -> Activations:
     """What the student's forward holds; with `recompute`, each layer's inputs, and one layer whole."""
     view, images, item = work.student, work.together * sees(options), item_of(options)
     many, before = work.count * work.tokens, work.together * view.before
     a_token, a_new, a_patch = rows(shape, rough)
-    heads = sum(not layer.recurs for layer in shape.layers), shape.config["text_config"]
+    heads: int = shape.config["text_config"]["num_attention_heads"]
+    attend = sum(not layer.recurs for layer in shape.layers)
 
     def scores(pairs: float) -> float:
-        size = rough.score * heads[1]["num_attention_heads"] * pairs
-        return heads[0] * size * (size <= rough.scores_most)
+        size = rough.score * heads * pairs
+        return attend * size * (size <= rough.scores_most)
 
     windows = [window is not None or rough.copies == "always" for window in shape.windows]
     keys = sum(layer.key * copied for layer, copied in zip(shape.layers, windows, strict=True))
@@ -169,9 +166,7 @@ def activations(
     )
 
 
-def _held(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, room: float
-) -> dict[str, int]:
+def _held(shape: Shape, options: ModelOptions, work: Work, rough: Footprint, room: float) -> dict[str, int]:
     trained, full = sum(shape.trained(options).values()), options.adapters is None
     language = (prod(size) for name, size in shape.linears.items() if part(name) == "language")
     packed = sum(language) * options.four_bit

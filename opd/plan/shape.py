@@ -140,7 +140,7 @@ class Shape:
     def states(self) -> int:
         """Numbers of the states of all layers with a recurrence."""
         names = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-        sizes = (self.config["text_config"].get(name, 0) for name in names)
+        sizes: list[int] = [self.config["text_config"].get(name, 0) for name in names]
         return prod(sizes) * sum(layer.recurs for layer in self.layers)
 
     def cache(self, tokens: int, item: int) -> int:

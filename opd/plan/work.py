@@ -119,9 +119,7 @@ def rows(shape: Shape, rough: Footprint) -> tuple[float, float, float]:
     return prompt, completion, sum(layer.held(rough.patch) for layer in shape.tower)
 
 
-def stages(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, room: float
-) -> dict[str, Stage]:
+def stages(shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, room: float) -> dict[str, Stage]:
     """Every stage of a step; `room` bytes hold the features of a frozen tower, once computed.
 
     With `recompute`, layers are computed twice.
@@ -176,10 +174,7 @@ def stages(
         # Logits of both policies, and the gradients of hidden states and of a trained head.
         "head and divergence": ((3 + full) * new * head, HEAD * logits),
     }
-    found = {
-        name: Stage(work.prompts * operations, passed=work.prompts * passed)
-        for name, (operations, passed) in each.items()
-    }
+    found = {name: Stage(work.prompts * operations, passed=work.prompts * passed) for name, (operations, passed) in each.items()}
     moved = _read(shape, work, item_of(options))
     return found | {
         "rollout decode": replace(found["rollout decode"], moved=moved),
