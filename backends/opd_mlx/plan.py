@@ -28,19 +28,29 @@ class MlxPlanner:
             module = of.build(config, bool(config["tie_word_embeddings"]))
         except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"config.json cannot be used: {error}") from error
-        named = {hugging_face(of, name): one.shape for name, one in tree_flatten(module.parameters())}
+        named = {
+            hugging_face(of, name): one.shape for name, one in tree_flatten(module.parameters())
+        }
         # Channels of kernels come last in MLX, and second elsewhere.
-        return {name: (size[0], size[-1], *size[1:-1]) if len(size) > 2 else tuple(size) for name, size in named.items()}
+        return {
+            name: (size[0], size[-1], *size[1:-1]) if len(size) > 2 else tuple(size)
+            for name, size in named.items()
+        }
 
-    def footprint(self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool) -> Footprint:
-        """Of a row, in the type of computation: norms, sums, and what products and activations take."""
+    def footprint(
+        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
+    ) -> Footprint:
+        """Of a row, in the type of computation: norms, sums, what products take."""
         full, half = options.adapters is None, options.dtype == "bfloat16"
         device, item, text = this_device(), 2 if half else 4, config["text_config"]
         row, recurrence = (3.0 * item, (1.55 + 0.25 * full) * item), (0.0, 0.0)
         if "linear_num_value_heads" in text:
             segment = device.delta_segment
             share = 1.0 if full else 0.85  # its own weights take no gradient
-            recurrence = share * delta_bytes(text, prompt, segment) / prompt, share * delta_bytes(text, 1, segment)
+            recurrence = (
+                share * delta_bytes(text, prompt, segment) / prompt,
+                share * delta_bytes(text, 1, segment),
+            )
         return Footprint(
             prompt=row,
             completion=row,

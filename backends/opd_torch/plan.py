@@ -32,8 +32,10 @@ class TorchPlanner:
             model = getattr(transformers, family(its.model_type).architecture)(its)
         return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
-    def footprint(self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool) -> Footprint:
-        """Of a row: float32 norms and casts of what enters products, or fused kernels' own arrays."""
+    def footprint(
+        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
+    ) -> Footprint:
+        """Of a row: float32 norms, casts of what enters products; less where kernels are fused."""
         full, half = options.adapters is None, options.dtype == "bfloat16"
         item, text = 2 if half else 4, SimpleNamespace(**config["text_config"])
         device = this_device("cpu")  # a GPU's record would need a GPU; these budgets are alike
@@ -77,7 +79,9 @@ class TorchPlanner:
             return lambda: (torch.mm(a, b), self._gpu and torch.cuda.synchronize())
 
         if not self._gpu:
-            return Machine(this_device("cpu").name, host_memory(), 0.9, False, product, resident=True)
+            return Machine(
+                this_device("cpu").name, host_memory(), 0.9, False, product, resident=True
+            )
         about = torch.cuda.get_device_properties(device)
         return Machine(about.name, about.total_memory, 0.95, True, product)
 
