@@ -203,6 +203,7 @@ ONE_TWIN_ONLY = {
 
 ONE_NAME_ONLY = {
     "opd_torch": {
+        "plan.py": ("CPU CUDA", "torch plans for two kinds of devices"),
         "__init__.py": ("load_cpu load_cuda state_of_cpu state_of_cuda", "two backends in one package"),
         "backend.py": ("TorchBackend", "each is named after its framework"),
         "batch.py": ("lay_out_completions", "slices share prompts that are laid out once"),
@@ -227,6 +228,7 @@ ONE_NAME_ONLY = {
         "vision.py": ("Shape Size", "images of one size are stacked by shape"),
     },
     "opd_mlx": {
+        "plan.py": ("MLX", "MLX has one device"),
         "__init__.py": ("GROUP load quantize state", "one backend, which also quantises"),
         "backend.py": ("MlxBackend", "each is named after its framework"),
         "batch.py": ("Masks", "masks are given to layers; torch's layers ask for them"),

@@ -18,7 +18,7 @@ from opd_mlx.model.names import hugging_face
 from opd_mlx.objective import CHUNK_BYTES
 
 
-class MlxPlanner:
+class BackendPlanner:
     """`opd.planner.Planner` for a Mac, and for MLX on a processor."""
 
     def parameters(self, config: Config) -> Shapes:
@@ -86,4 +86,4 @@ class MlxPlanner:
         return Machine(device.name, memory, usable, True, product)
 
 
-MLX = MlxPlanner()
+MLX = BackendPlanner()

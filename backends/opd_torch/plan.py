@@ -18,7 +18,7 @@ from opd_torch.footprint import delta_bytes
 from opd_torch.objective import CHUNK_BYTES
 
 
-class TorchPlanner:
+class BackendPlanner:
     """`opd.planner.Planner` for a GPU or for the CPU."""
 
     def __init__(self, gpu: bool) -> None:
@@ -86,4 +86,5 @@ class TorchPlanner:
         return Machine(about.name, about.total_memory, 0.95, True, product)
 
 
-CUDA, CPU = TorchPlanner(gpu=True), TorchPlanner(gpu=False)
+CUDA = BackendPlanner(gpu=True)
+CPU = BackendPlanner(gpu=False)
