@@ -38,6 +38,7 @@ GROUND = {
     "progress",
     "randomness",
     "types",
+    "version",
 }
 """The modules that every room may import: `opd/*.py`."""
 
@@ -53,6 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "testing": {"views", "prompts", "registry", "tiny"},
     "run": {"measure", "method", "views", "registry", "prompts", "data", "models", "tiny"},
     "plan": {"run", "views", "registry", "prompts", "data", "models", "tiny"},
+    "api": {"run", "measure", "data", "models"},
 }
 """The rooms of `opd`, from the lowest floor up, and the rooms that each may import beside the ground and itself."""
 
@@ -171,6 +173,11 @@ def test_threads_of_torch_do_not_spin_for_long(given, found):
     command = [sys.executable, "-m", "opd_cli", "backends", "cpu"]
     done = subprocess.run(command, env={**kept, "OMP_DISPLAY_ENV": "verbose", **given}, capture_output=True, text=True, check=True)
     assert f"GOMP_SPINCOUNT = '{found}'" in done.stderr
+
+
+def test_the_package_alone_loads_nothing():
+    """Its public names are imported when they are used."""
+    assert not loaded_by("import opd") & {*HEAVY, "numpy", "PIL", "pydantic"}
 
 
 def test_the_core_loads_no_framework():

@@ -61,6 +61,7 @@ def train(
     from opd.errors import Stopped
     from opd.paths import stem
     from opd.run import session as run
+    from opd.run.folder import next_free
     from opd_cli.progress import show
     from opd_cli.tables import before_after
 
@@ -72,7 +73,7 @@ def train(
         else:
             shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
             resolved = resolve(recipe, shortcuts, overrides, training=True, backend=backend)
-            folder = out or _free(Path("runs") / stem(recipe or resolved.recipe.data.path))
+            folder = out or next_free(Path("runs") / stem(recipe or resolved.recipe.data.path))
             trainer = run.start(resolved.recipe, resolved.backend, folder, force, progress)
             if resolved.line:
                 progress.note(resolved.line)
@@ -104,12 +105,3 @@ def _changed(ctx: click.Context) -> Changed:
             raise click.UsageError(f"--resume goes on with the run's own recipe, so --set {key} has no place beside it; {RESUMED}", ctx)
         measured = value.strip().strip("'\"")
     return Changed(given["data"], measured, given["model"], given["steps"], given["accept_changes"])
-
-
-def _free(path: Path) -> Path:
-    """The first of NAME, NAME-2, NAME-3, ... that does not exist yet."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

@@ -199,6 +199,15 @@ class RunFolder:
         return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def next_free(path: Path) -> Path:
+    """The first of NAME, NAME-2, NAME-3, ... that does not exist yet."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
 def check_empty(path: Path) -> None:
     """Raises FolderError where `path` is not a folder that is empty, or can be made."""
     _check_name(path, f"{path}.partial", path / DEEPEST)

@@ -8,7 +8,7 @@ says, come first.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from opd.paths import expanded
 from opd.run import inputs
 from opd.run import recipe as recipes
 from opd.run.folder import RunFolder
-from opd.run.recipe import PRESETS, Recipe
+from opd.run.recipe import PRESETS, Overrides, Recipe
 
 Sections = dict[str, dict[str, Any]]
 
@@ -46,11 +46,18 @@ class Resolved:
     backend: str = "auto"
 
 
-def resolve(source: str | None, overrides: Sequence[str] = (), training: bool = False, backend: str | None = None) -> Resolved:
-    """The recipe of a preset or file `source`, or of none, with overrides `section.key=value`.
+def resolve(
+    source: str | None,
+    overrides: Overrides = (),
+    training: bool = False,
+    backend: str | None = None,
+    with_data: bool = True,
+) -> Resolved:
+    """The recipe of a preset or file `source`, or of none, with overrides.
 
     What neither says is the model's run's, where it has one, else a preset's. `training`: all of the run's but data and seed; else its
-    measured data too. `backend` is the one that is asked for; where none is, the run's own measures again. Raises UserError.
+    measured data too, which must be there if they are used (`with_data`). `backend` is the one that is asked for; where none is, the
+    run's own measures again. Raises UserError.
     """
     if source in PRESETS:
         return Resolved(recipes.load(source, overrides), backend=backend or "auto")
@@ -66,7 +73,8 @@ def resolve(source: str | None, overrides: Sequence[str] = (), training: bool = 
     if training and own_data and not _says(given, "data", "path") and is_tiny(path):
         raise recipes.no_data(path)  # scenes of the embedded model are not what its run was trained on
     recipe = recipes.validate(recipes.over(_taken(found, given, training), given), source or found.name)
-    _check_data(recipe, given, found)
+    if with_data:
+        _check_data(recipe, given, found)
     own = found.backend if not training and backend is None and _runs_here(found.backend) else None
     return Resolved(recipe, _line(found, recipe, training, own), backend or own or "auto")
 

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -68,11 +68,14 @@ BESIDE = "recipe.toml"
 PATHS = {"model": ("path", "revision"), "data": ("path",), "measure": ("path",)}
 """Keys that only say where something is."""
 
+Overrides: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
+"""What a person changes in a recipe: texts `section.key=value`, or values by section and key."""
+
 DATA = {".jsonl", ".json", ".parquet", ".csv", ".tsv"}
 """Endings of what a person may take for a recipe."""
 
 
-def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
+def load(source: str = "tiny", overrides: Overrides = ()) -> Recipe:
     """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line.
 
     A file says what differs from a preset: the one it names at its top (`preset = "paper"`), else `preset` of its model.
@@ -87,10 +90,12 @@ def load(source: str = "tiny", overrides: Sequence[str] = ()) -> Recipe:
     return validate(values, source)
 
 
-def given(source: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def given(source: str | None, overrides: Overrides = ()) -> dict[str, Any]:
     """What a person says: the values of a file or preset, with the overrides. Raises RecipeError."""
     values = read(source) if source else {}
     values.pop("made_with", None)  # of a run's config.toml
+    if isinstance(overrides, Mapping):
+        return over(values, overrides)
     for override in overrides:
         assign(values, override)
     return values
@@ -103,7 +108,8 @@ def preset(model: str) -> str:
 
 def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `above`, and those of `below` that it does not give."""
-    both = {name: {**below[name], **above[name]} for name in below.keys() & above.keys() if isinstance(above[name], Mapping)}
+    shared = {name for name in below.keys() & above.keys() if isinstance(above[name], Mapping)}
+    both = {name: {**below[name], **above[name]} for name in shared if isinstance(below[name], Mapping)}
     return {**below, **above, **both}
 
 

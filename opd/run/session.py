@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import opd
 from opd import registry as backends
 from opd.backend import Backend
 from opd.data import Dataset, open_data, spread
@@ -30,6 +29,7 @@ from opd.run.folder import RunFolder
 from opd.run.recipe import Recipe
 from opd.run.trainer import Trainer
 from opd.types import Encoder, Example, ModelOptions
+from opd.version import __version__
 from opd.views.usable import Skipped, Unusable
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
@@ -117,29 +117,27 @@ def open_session(recipe: Recipe, backend: str, progress: Progress, few: bool = F
 
 def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = False) -> Opened:
     """Opens the model's small files, then data. Raises UserError."""
-    if backend != "auto":  # which one `auto` is takes seconds: frameworks are imported to see their devices
-        backends.resolve(backend)
+    _check_known(backend)
     trained = not few or not recipe.measure.path  # else only what is measured is opened
     for path in ([recipe.data.path] if trained else []) + [recipe.measure.path]:
         if path not in ("", "tiny") and not os.path.exists(path):
             raise DataError(f"data file not found: {path}")
-    with progress.pause():  # a download shows its own bars
-        folder = recipe.model.folder(weights=False)
-    recipe = _pinned(recipe, folder)
-    name = backends.resolve(backend)
-    if backends.families_alone(name) and (kind := without_family(folder)):
-        raise backends.no_family(name, kind)
-    encoder = open_encoder(folder, **recipe.model.pixels())
+    recipe, name, encoder = _open_small_files(recipe, backend, progress)
     if trained:
-        _check_data_is_given(recipe)
+        check_data_is_given(recipe)
     examples = None if few else _open_rows(recipe, recipe.data.path, progress)
     measured = held_out(recipe, examples, progress)
-    as_model(recipe.model.path, name, progress)
-    with progress.pause():
-        options = recipe.model.options(recipe.run.seed)
+    options = _fetch_weights(recipe, name, progress)
     if recipe.model.path == "tiny" != recipe.data.path:
         progress.note("the embedded tiny model knows nothing but its own scenes; a model for your images is named with --model")
     return Opened(recipe, name, encoder, options, measured if examples is None else examples, measured)
+
+
+def open_model(recipe: Recipe, backend: str, progress: Progress) -> Session:
+    """Opens the model alone: a session without examples. Raises UserError."""
+    _check_known(backend)
+    recipe, name, encoder = _open_small_files(recipe, backend, progress)
+    return Opened(recipe, name, encoder, _fetch_weights(recipe, name, progress), [], []).load()
 
 
 def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:
@@ -153,7 +151,7 @@ def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress
     if session.backend.rank == 0:
         made_with = {
             "backend": session.name,
-            "opd": opd.__version__,
+            "opd": __version__,
             "python": platform.python_version(),
             "packages": _versions(),
             "data": began["data"],
@@ -224,6 +222,37 @@ def held_out(recipe: Recipe, examples: Sequence[Example] | None, progress: Progr
     return spread(examples, options.count)
 
 
+def check_data_is_given(recipe: Recipe) -> None:
+    """Raises RecipeError where nobody named the data, and the model is not the one that the default data are for."""
+    if "path" in recipe.data.model_fields_set or is_tiny(recipe.model.path):
+        return
+    raise recipes.no_data(recipe.model.path)
+
+
+def _check_known(backend: str) -> None:
+    """Raises BackendError where a backend is unknown or not installed."""
+    if backend != "auto":  # which one `auto` is takes seconds: frameworks are imported to see their devices
+        backends.resolve(backend)
+
+
+def _open_small_files(recipe: Recipe, backend: str, progress: Progress) -> tuple[Recipe, str, Encoder]:
+    """The recipe with its model pinned, the backend's name, and the encoder. Raises UserError."""
+    with progress.pause():  # a download shows its own bars
+        folder = recipe.model.folder(weights=False)
+    recipe = _pinned(recipe, folder)
+    name = backends.resolve(backend)
+    if backends.families_alone(name) and (kind := without_family(folder)):
+        raise backends.no_family(name, kind)
+    return recipe, name, open_encoder(folder, **recipe.model.pixels())
+
+
+def _fetch_weights(recipe: Recipe, name: str, progress: Progress) -> ModelOptions:
+    """What the backend loads, once it is on this machine. Raises ModelError."""
+    as_model(recipe.model.path, name, progress)
+    with progress.pause():
+        return recipe.model.options(recipe.run.seed)
+
+
 def _open_rows(recipe: Recipe, path: str, progress: Progress, count: int | None = None) -> Sequence[Example]:
     """All rows of a data file, or so many spread over it; what is wrong with the others is told."""
     options = recipe.data
@@ -255,13 +284,6 @@ def _write_down(folder: RunFolder, before: Recipe, now: Recipe, made_with: Mappi
 def _tell_unlocked(folder: RunFolder, progress: Progress) -> None:
     if folder.lock and not folder.lock.works:
         progress.note(f"the file system of '{folder.path}' has no locks: nothing keeps a second process from training there")
-
-
-def _check_data_is_given(recipe: Recipe) -> None:
-    """Raises RecipeError where nobody named the data, and the model is not the one that the default data are for."""
-    if "path" in recipe.data.model_fields_set or is_tiny(recipe.model.path):
-        return
-    raise recipes.no_data(recipe.model.path)
 
 
 def _pinned(recipe: Recipe, folder: Path) -> Recipe:
