@@ -10,6 +10,6 @@ from pathlib import Path
 from opd.tiny.task import Scenes
 
 MODEL = Path(__file__).parent / "model"
-"""Folder of the checkpoint, in Hugging Face layout; `examples/pretrain_tiny.py` made it."""
+"""Folder of the checkpoint, in Hugging Face layout; `examples/tiny_model/pretrain_tiny.py` made it."""
 
 __all__ = ["MODEL", "Scenes"]

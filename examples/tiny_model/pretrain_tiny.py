@@ -1,6 +1,7 @@
 """Pretrain the tiny model that `opd` ships, so that it reads a digit on a crop and often fails to find it on the full image.
 
-    python examples/pretrain_tiny.py --output opd/tiny/model --log examples/pretrain_tiny.log
+    python examples/tiny_model/pretrain_tiny.py --output opd/tiny/model \
+        --log examples/tiny_model/pretrain_tiny.log
 
 takes minutes on one CPU thread. It writes a folder in Hugging Face layout (Qwen3-VL, 0.6M parameters) that transformers and mlx-vlm
 load. Training stops on a condition: the digit must be read on small scenes with two tiles, which needs colours to be bound to
