@@ -61,6 +61,12 @@ class OutOfMemory(RunError):
     """The device's memory does not suffice for a call of the backend. No gradient is left, and the step may be taken again."""
 
 
+def out_of_memory(error: BaseException) -> OutOfMemory:
+    """The error where a framework says that it cannot allocate."""
+    advice = "lower model.max_pixels or rollout.max_tokens, or see what takes it: opd plan"
+    return OutOfMemory(f"out of memory: {one_line(error)}; {advice}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the known name nearest to a misspelt one, or listing all that are known."""
     names = sorted(known)

@@ -13,6 +13,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from opd.errors import OutOfMemory
 from opd.objective import Objective
 from opd.types import Sampling
 from opd_mlx import gradient as gradient_module
@@ -209,11 +210,11 @@ def test_a_call_that_fails(case, loaded, monkeypatch):
     def full(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("[malloc] Unable to allocate 8 bytes.")
         return real(*arguments, **options)
 
     monkeypatch.setattr(gradient_module, "divergence_head", full)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(OutOfMemory, match=r"out of memory: \[malloc\] Unable"):
         backend.accumulate(case.groups, JSD, 1)
     assert not any(value.any() for value in backend.tensors("gradient").values())
     backend.accumulate(case.groups, JSD)
@@ -349,3 +350,13 @@ def backend_module_parameters(backend):
     from mlx.utils import tree_flatten
 
     return tree_flatten(backend._model.module.parameters())
+
+
+def test_other_errors_of_mlx_are_not_a_full_memory(case, loaded, monkeypatch):
+    def wrong(*arguments, **options):
+        raise RuntimeError("[matmul] shapes do not fit")
+
+    monkeypatch.setattr(gradient_module, "divergence_head", wrong)
+    with pytest.raises(RuntimeError, match="matmul") as caught:
+        clone(loaded).accumulate(case.groups, JSD)
+    assert not isinstance(caught.value, OutOfMemory)

@@ -28,7 +28,7 @@ from opd.types import (
 )
 from opd_mlx import gradient
 from opd_mlx import sampling as rollout
-from opd_mlx.device import Device, this_device
+from opd_mlx.device import Device, tells_out_of_memory, this_device
 from opd_mlx.gradient import RolloutPrefill
 from opd_mlx.model import (
     Checkpoint,
@@ -78,6 +78,7 @@ class MlxBackend:
         summed = mx.distributed.all_sum(local, group=self._processes, stream=mx.cpu)
         return np.array(summed, dtype=np.float64)
 
+    @tells_out_of_memory
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -108,6 +109,7 @@ class MlxBackend:
                 step = self._optimizer.step
                 raise errors.not_finite(self._model.folder, tensor, step) from None
 
+    @tells_out_of_memory
     def accumulate(
         self, groups: Sequence[Group], objective: Objective, split: int = 0
     ) -> list[list[TokenStatistics]]:
@@ -128,6 +130,7 @@ class MlxBackend:
         statistics = dict(zip(order, computed, strict=True))
         return restore_empty(groups, [statistics[index] for index in range(len(used))])
 
+    @tells_out_of_memory
     def score(
         self, groups: Sequence[Group], objective: Objective, top: int = 0
     ) -> list[list[TokenStatistics]]:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import mlx.core as mx
 
+from opd.errors import out_of_memory
 from opd.memory import feature_bytes, host_memory
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FULL = re.compile("Unable to allocate|Attempting to allocate|Insufficient Memory")
+"""How MLX says that a buffer does not fit: the allocator on both devices, and Metal."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +105,18 @@ def this_device() -> Device:
         pixel_bytes=2**62 if gpu else 3 * 2**20,
         feature_bytes=feature_bytes(host_memory()),
     )
+
+
+def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:
+    """The verb, with MLX's error of a full memory, a RuntimeError, as the core's."""
+
+    @wraps(verb)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(*args, **kwargs)
+        except RuntimeError as error:
+            if _FULL.search(str(error)):
+                raise out_of_memory(error) from error
+            raise
+
+    return told

@@ -30,7 +30,7 @@ from opd.types import (
 )
 from opd_torch import gradient as gradients
 from opd_torch import sampling as rollout
-from opd_torch.device import Device
+from opd_torch.device import Device, tells_out_of_memory
 from opd_torch.model import (
     DTYPES,
     copy_model,
@@ -77,6 +77,7 @@ class TorchBackend:
         distributed.all_reduce(summed)
         return np.asarray(summed.cpu().numpy(), dtype=np.float64)
 
+    @tells_out_of_memory
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -105,6 +106,7 @@ class TorchBackend:
                     tensor, step = not_finite(model.module), self._optimizer.step
                     raise errors.not_finite(Path(self._options.path), tensor, step) from None
 
+    @tells_out_of_memory
     def accumulate(
         self, groups: Sequence[Group], objective: Objective, split: int = 0
     ) -> list[list[TokenStatistics]]:
@@ -123,6 +125,7 @@ class TorchBackend:
         self._gradient = sums
         return restore_empty(groups, statistics)
 
+    @tells_out_of_memory
     def score(
         self, groups: Sequence[Group], objective: Objective, top: int = 0
     ) -> list[list[TokenStatistics]]:

@@ -6,12 +6,19 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
+from opd.errors import out_of_memory
 from opd.memory import feature_bytes, host_memory
 from opd_torch.objective import CHUNK_BYTES
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -113,3 +120,16 @@ def this_device(name: str, dtype: str = "float32") -> Device:
         )
     block_bytes = 2**20 if device.type == "cpu" else CHUNK_BYTES
     return Device(device, feature_bytes(host_memory()), head_block_bytes=block_bytes)
+
+
+def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:
+    """The verb, with torch's error of a full memory as the core's."""
+
+    @wraps(verb)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error) from error
+
+    return told
