@@ -1,8 +1,8 @@
 """The backend protocol; `opd.registry` finds a backend by name.
 
-A backend holds kernels: it samples, differentiates, steps and stores. Every rule of the method (weights, schedules, randomness,
-micro-batches, what a step is) is the core's. `opd.testing.toy` is the protocol by example; `opd.testing.conformance` checks any
-implementation.
+A backend holds kernels: it samples, differentiates, steps and stores. Every rule of the method
+(weights, schedules, randomness, micro-batches, what a step is) is the core's. `opd.testing.toy` is
+the protocol by example; `opd.testing.conformance` checks any implementation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd.objective import Objective
-from opd.types import Completion, FloatArray, Group, Policy, Prompt, Sampling, TokenStatistics, Update, UpdateResult
+from opd.types import (
+    Completion,
+    FloatArray,
+    Group,
+    Policy,
+    Prompt,
+    Sampling,
+    TokenStatistics,
+    Update,
+    UpdateResult,
+)
 
 
 class Backend(Protocol):
     """What the core asks of a backend. B prompts, n completions a prompt, T tokens of a completion.
 
-    Every call takes many groups of unequal lengths and runs them together. The teacher begins as a copy of the student.
+    Every call takes many groups of unequal lengths and runs them together. The teacher begins as a
+    copy of the student.
     """
 
     @property
@@ -34,58 +45,82 @@ class Backend(Protocol):
         """Number of processes."""
 
     def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Elementwise sum of `values` over all processes; every process calls it with the same shape."""
+        """Elementwise sum of `values` over all processes; every process calls it with the same
+        shape."""
 
     def sample(
-        self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
+        self,
+        prompts: Sequence[Prompt],
+        uniforms: FloatArray,
+        sampling: Sampling,
+        policy: Policy = "student",
     ) -> list[list[Completion]]:
-        """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens] in [0, 1).
+        """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens] in
+        [0, 1).
 
-        Token t of completion j is the first id whose cumulative probability, in the order of the vocabulary, exceeds
-        uniforms[b, j, t]; banned ids have probability 0. A completion ends with a stop token (kept) or at max_tokens.
-        Raises ModelError where weights are NaN or infinite, RunError where training made logits so, and OutOfMemory where the device's
-        memory does not suffice.
+        Token t of completion j is the first id whose cumulative probability, in the order of the
+        vocabulary, exceeds uniforms[b, j, t]; banned ids have probability 0. A completion ends with
+        a stop token (kept) or at max_tokens.
+        Raises ModelError where weights are NaN or infinite, RunError where training made logits so,
+        and OutOfMemory where the device's memory does not suffice.
         """
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
-        """Adds the gradient of sum(weight * ratio * divergence) to the student's; statistics of every completion of every group.
+    def accumulate(
+        self, groups: Sequence[Group], objective: Objective, split: int = 0
+    ) -> list[list[TokenStatistics]]:
+        """Adds the gradient of sum(weight * ratio * divergence) to the student's; statistics of
+        every completion of every group.
 
-        With `split`, only so many completions of each group run at once, to hold less: prompts run once all the same, and their
-        backward once, on the sum of what all completions ask of their keys and values. It changes no result.
-        Where it raises, the gradient is gone, with what other calls added: it is added to in place, since two would not fit where one
-        does. The step is then begun again. Raises OutOfMemory where the device's memory does not suffice.
+        With `split`, only so many completions of each group run at once, to hold less: prompts run
+        once all the same, and their backward once, on the sum of what all completions ask of their
+        keys and values. It changes no result.
+        Where it raises, the gradient is gone, with what other calls added: it is added to in place,
+        since two would not fit where one does. The step is then begun again. Raises OutOfMemory
+        where the device's memory does not suffice.
         """
 
-    def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
-        """The statistics of `accumulate` without a gradient; with `top`, both policies' most likely alternatives."""
+    def score(
+        self, groups: Sequence[Group], objective: Objective, top: int = 0
+    ) -> list[list[TokenStatistics]]:
+        """The statistics of `accumulate` without a gradient; with `top`, both policies' most likely
+        alternatives."""
 
     def apply(self, update: Update) -> UpdateResult:
-        """Takes one AdamW step on the gradient summed over all processes, and clears it; a step that is not finite changes nothing.
+        """Takes one AdamW step on the gradient summed over all processes, and clears it; a step
+        that is not finite changes nothing.
 
         Clipping multiplies the gradient by min(1, gradient_clip / norm).
         """
 
     def move_teacher(self, rate: float) -> None:
-        """Moves every teacher parameter: theta_T += rate * (theta_S - theta_T), in float32; rate 1 copies, 0 does nothing."""
+        """Moves every teacher parameter: theta_T += rate * (theta_S - theta_T), in float32; rate 1
+        copies, 0 does nothing."""
 
     def save(self, folder: Path) -> None:
-        """Writes student, teacher and optimizer moments under Hugging Face tensor names as safetensors."""
+        """Writes student, teacher and optimizer moments under Hugging Face tensor names as
+        safetensors."""
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, to the bit."""
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
-        """Writes the student's weights and configuration into `folder` as a Hugging Face model (or a PEFT adapter)."""
+        """Writes the student's weights and configuration into `folder` as a Hugging Face model (or
+        a PEFT adapter)."""
 
-    def tensors(self, kind: Literal["student", "teacher", "gradient"]) -> dict[str, NDArray[np.float32]]:
-        """Float32 copies of all trained parameters, of the teacher's, or of the gradient accumulated so far, by Hugging Face name.
+    def tensors(
+        self, kind: Literal["student", "teacher", "gradient"]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Float32 copies of all trained parameters, of the teacher's, or of the gradient
+        accumulated so far, by Hugging Face name.
 
-        Layouts are Hugging Face's, so that backends compare name by name. For checks and tests; the loop never calls it.
+        Layouts are Hugging Face's, so that backends compare name by name. For checks and tests; the
+        loop never calls it.
         """
 
     @property
     def peak_memory(self) -> int:
-        """Largest number of bytes allocated on the device since the start (resident bytes of the process where no counter exists)."""
+        """Largest number of bytes allocated on the device since the start (resident bytes of the
+        process where no counter exists)."""
 
     @property
     def device(self) -> str:
@@ -94,7 +129,8 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """Whether a backend can run on this machine: its `device` in words, or what is `missing` and what to do."""
+    """Whether a backend can run on this machine: its `device` in words, or what is `missing` and
+    what to do."""
 
     ready: bool
     device: str

@@ -22,7 +22,8 @@ from typing import Any
 
 
 class OpdError(Exception):
-    """Base of all errors that `opd` raises for a person to read: one line that says what, where, and what to do."""
+    """Base of all errors that `opd` raises for a person to read: one line that says what, where,
+    and what to do."""
 
 
 class UserError(OpdError):
@@ -50,7 +51,8 @@ class FolderError(UserError):
 
 
 class Stopped(OpdError):
-    """The run was asked to stop; everything up to the last whole step is saved, and the command line exits with 130."""
+    """The run was asked to stop; everything up to the last whole step is saved, and the command
+    line exits with 130."""
 
 
 class RunError(OpdError):
@@ -58,7 +60,8 @@ class RunError(OpdError):
 
 
 class OutOfMemory(RunError):
-    """The device's memory does not suffice for a call of the backend. No gradient is left, and the step may be taken again."""
+    """The device's memory does not suffice for a call of the backend. No gradient is left, and the
+    step may be taken again."""
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory:
@@ -75,7 +78,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of other people's code in one line: the first, and the next where the first announces one."""
+    """An error of other people's code in one line: the first, and the next where the first
+    announces one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -103,24 +107,39 @@ def no_weights(folder: Path, part: str) -> ModelError:
     pickled = next(iter(sorted(folder.glob("*.bin"))), None)
     if pickled:
         return ModelError(
-            f"{folder}: no {part}, and {pickled.name} is pickled, so that to read it would run what is in it; "
-            "save the model again as safetensors, with save_pretrained of transformers"
+            f"{folder}: no {part}, and {pickled.name} is pickled, so that to read it would run what"
+            " is in it; save the model again as safetensors, with save_pretrained of transformers"
         )
-    return ModelError(f"{folder}: no {part}; a model folder holds config.json and its weights as safetensors")
+    return ModelError(
+        f"{folder}: no {part}; a model folder holds config.json and its weights as safetensors"
+    )
 
 
 def holds_nan(folder: Path, tensor: str) -> ModelError:
     """The error where a folder's weights are no numbers."""
-    return ModelError(f"{folder}: weights hold NaN or infinity, in tensor {tensor}; fetch or save this model again")
+    return ModelError(
+        f"{folder}: weights hold NaN or infinity, in tensor {tensor}; fetch or save this model"
+        " again"
+    )
 
 
 def not_finite(folder: Path, tensor: str | None, steps: int) -> OpdError:
-    """The error where logits are not finite, after so many optimizer steps; `tensor` holds NaN or infinity itself."""
+    """The error where logits are not finite, after so many optimizer steps; `tensor` holds NaN or
+    infinity itself."""
     if tensor and not steps:
         return holds_nan(folder, tensor)
     if tensor:
         what = f"weights hold NaN or infinity, in tensor {tensor}"
-        return RunError(f"after step {steps} {what}; train again from {folder} with a smaller optimizer.learning_rate")
+        return RunError(
+            f"after step {steps} {what}; train again from {folder} with a smaller"
+            " optimizer.learning_rate"
+        )
     when = f"after step {steps} " if steps else ""
-    what = f"the logits of {folder} are not finite although the weights are, so numbers became too large"
-    return RunError(f"{when}{what}; try --set model.dtype=float32{', or a smaller optimizer.learning_rate' if steps else ''}")
+    what = (
+        f"the logits of {folder} are not finite although the weights are, so numbers became too"
+        " large"
+    )
+    return RunError(
+        f"{when}{what}; try --set"
+        f" model.dtype=float32{', or a smaller optimizer.learning_rate' if steps else ''}"
+    )

@@ -1,4 +1,5 @@
-"""Bookkeeping of groups for backends: which completions are computed, in which slices, and whose statistics the results are.
+"""Bookkeeping of groups for backends: which completions are computed, in which slices, and whose
+statistics the results are.
 
 Legend: n completions of a group, T tokens of a completion, M tokens of all completions.
 """
@@ -15,31 +16,47 @@ from opd.types import Alternatives, FloatArray, Group, TokenStatistics
 
 
 def drop_empty(groups: Sequence[Group]) -> list[Group]:
-    """The groups with only those completions that have tokens; groups without any such are left out."""
-    return [_only(group, [len(completion) > 0 for completion in group.completions]) for group in groups if group.tokens]
+    """The groups with only those completions that have tokens; groups without any such are left
+    out."""
+    return [
+        _only(group, [len(completion) > 0 for completion in group.completions])
+        for group in groups
+        if group.tokens
+    ]
 
 
 def slices(groups: Sequence[Group], completions: int) -> list[list[Group]]:
     """Cuts all groups into slices of at most `completions` completions of each; 0 makes one slice.
 
-    Every slice holds every group, though a group with few completions may have none in the last slices.
+    Every slice holds every group, though a group with few completions may have none in the last
+    slices.
     """
     most = max(len(group.completions) for group in groups)
     size = completions or most
     return [
-        [_only(group, [start <= member < start + size for member in range(len(group.completions))]) for group in groups]
+        [
+            _only(
+                group, [start <= member < start + size for member in range(len(group.completions))]
+            )
+            for group in groups
+        ]
         for start in range(0, most, size)
     ]
 
 
-def restore_empty(groups: Sequence[Group], statistics: Sequence[Sequence[TokenStatistics]]) -> list[list[TokenStatistics]]:
+def restore_empty(
+    groups: Sequence[Group], statistics: Sequence[Sequence[TokenStatistics]]
+) -> list[list[TokenStatistics]]:
     """One record for every completion of `groups`, from the `statistics` of `drop_empty(groups)`.
 
     Completions without tokens get records of empty arrays.
     """
     computed, none = chain.from_iterable(statistics), np.zeros(0, np.float32)
     empty = TokenStatistics(none, none, none, none, none, none)
-    return [[next(computed) if len(completion) else empty for completion in group.completions] for group in groups]
+    return [
+        [next(computed) if len(completion) else empty for completion in group.completions]
+        for group in groups
+    ]
 
 
 def records(
@@ -50,7 +67,8 @@ def records(
 ) -> list[list[TokenStatistics]]:
     """Cuts `statistics` [M, 6], columns as in `STATISTICS`, into one record for every completion.
 
-    Rows are in order of group, completion and token. The alternatives of either policy, [M, top], are cut alike.
+    Rows are in order of group, completion and token. The alternatives of either policy, [M, top],
+    are cut alike.
     """
     start = 0
     cut: list[list[TokenStatistics]] = []
@@ -59,7 +77,10 @@ def records(
         for completion in group.completions:
             rows = slice(start, start + len(completion))
             start = rows.stop
-            tops = [None if top is None else Alternatives(top.tokens[rows], top.logprobs[rows]) for top in (student_top, teacher_top)]
+            tops = [
+                None if top is None else Alternatives(top.tokens[rows], top.logprobs[rows])
+                for top in (student_top, teacher_top)
+            ]
             cut[-1].append(TokenStatistics(*np.ascontiguousarray(statistics[rows].T), *tops))
     return cut
 

@@ -12,7 +12,8 @@ LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.
 
 
 def feature_bytes(memory: float) -> int:
-    """Bytes of image features that a frozen vision tower's results take at most, kept from step to step, on a device of `memory` bytes.
+    """Bytes of image features that a frozen vision tower's results take at most, kept from step to
+    step, on a device of `memory` bytes.
 
     A thirty-second of the memory, and no more than 1 GiB. Beyond it features are computed again.
     """

@@ -1,9 +1,12 @@
-"""The objective: token-level divergence between student and teacher, and its float64 numpy reference.
+"""The objective: token-level divergence between student and teacher, and its float64 numpy
+reference.
 
 Legend: N completion tokens, V vocabulary, K support (top-k entries of the student), T temperature.
-Small letters s, t, m are log-probabilities of student, teacher and their mixture; p, q, r the probabilities.
+Small letters s, t, m are log-probabilities of student, teacher and their mixture; p, q, r the
+probabilities.
 
-For every completion token, with s = log_softmax(student logits / T) and t likewise over the full vocabulary:
+For every completion token, with s = log_softmax(student logits / T) and t likewise over the full
+vocabulary:
 
 1. support: the `top_k` largest student entries; t is gathered at the same ids; the ids are
    constants for the gradient;
@@ -14,8 +17,9 @@ For every completion token, with s = log_softmax(student logits / T) and t likew
 4. times the importance ratio min(exp(clip(s[token] - sampler, -20, 20)), ratio_clip), a constant
    for the gradient.
 
-Source: Vision-OPD (arXiv 2605.18740), sections 3.2 and 3.3; generalised Jensen-Shannon: GKD (arXiv 2306.13649), eq. 1.
-The backends hold kernels of the same function; this module is what they are tested against.
+Source: Vision-OPD (arXiv 2605.18740), sections 3.2 and 3.3; generalised Jensen-Shannon: GKD (arXiv
+2306.13649), eq. 1. The backends hold kernels of the same function; this module is what they are
+tested against.
 """
 
 from __future__ import annotations
@@ -35,17 +39,20 @@ LOG_RATIO_BOUND = 20.0
 """The importance ratio's logarithm is clipped to plus and minus this before exp."""
 
 LEAST_TAIL = 1e-7
-"""What is outside of the support is taken for at least so probable, so that its logarithm stays finite."""
+"""What is outside of the support is taken for at least so probable, so that its logarithm stays
+finite."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """What is minimised at every completion token.
 
-    `alpha` in 0..1: weight of the teacher in the mixture. `top_k`: size of the support, None for the full vocabulary.
-    `tail`: one bucket for the mass outside the support. `ratio_clip`: upper bound of the importance ratio, None for no correction.
-    `temperature` > 0: of both policies. `form`: "divergence" is the full divergence; "sampled" is the policy-gradient form of the
-    reverse KL, `stop_gradient(s[token] - t[token]) * s[token]`, which reads the sampled token alone (alpha, top_k and tail unused).
+    `alpha` in 0..1: weight of the teacher in the mixture. `top_k`: size of the support, None for
+    the full vocabulary. `tail`: one bucket for the mass outside the support. `ratio_clip`: upper
+    bound of the importance ratio, None for no correction. `temperature` > 0: of both policies.
+    `form`: "divergence" is the full divergence; "sampled" is the policy-gradient form of the
+    reverse KL, `stop_gradient(s[token] - t[token]) * s[token]`, which reads the sampled token alone
+    (alpha, top_k and tail unused).
     """
 
     alpha: float = 0.5
@@ -56,27 +63,54 @@ class Objective:
     form: Literal["divergence", "sampled"] = "divergence"
 
     def support(self, vocabulary: int) -> int | None:
-        """Entries of the support, or None where it is the full vocabulary (then there is no tail)."""
+        """Entries of the support, or None where it is the full vocabulary (then there is no
+        tail)."""
         return None if self.top_k is None or self.top_k >= vocabulary else self.top_k
 
 
 class ObjectiveOptions(Options):
     """The divergence; see `opd.objective`."""
 
-    form: Literal["divergence", "sampled"] = Field("divergence", description="The full divergence, or its form on the sampled token alone.")
-    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the teacher in the mixture; 0: forward KL, 1: reverse KL.")
-    top_k: int = Field(100, ge=0, description="Most likely tokens of the student that are compared; 0: the full vocabulary.")
-    tail: bool = Field(True, description="One more bucket for the mass outside the top k; else both sides are renormalised.")
-    ratio_clip: float = Field(2.0, ge=0, description="Upper bound of the importance ratio; 0 turns the correction off.")
+    form: Literal["divergence", "sampled"] = Field(
+        "divergence", description="The full divergence, or its form on the sampled token alone."
+    )
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Weight of the teacher in the mixture; 0: forward KL, 1: reverse KL.",
+    )
+    top_k: int = Field(
+        100,
+        ge=0,
+        description="Most likely tokens of the student that are compared; 0: the full vocabulary.",
+    )
+    tail: bool = Field(
+        True,
+        description=(
+            "One more bucket for the mass outside the top k; else both sides are renormalised."
+        ),
+    )
+    ratio_clip: float = Field(
+        2.0, ge=0, description="Upper bound of the importance ratio; 0 turns the correction off."
+    )
 
     def objective(self, temperature: float) -> Objective:
         """The objective at the sampling temperature."""
-        return Objective(self.alpha, self.top_k or None, self.tail, self.ratio_clip or None, temperature, self.form)
+        return Objective(
+            self.alpha,
+            self.top_k or None,
+            self.tail,
+            self.ratio_clip or None,
+            temperature,
+            self.form,
+        )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The reference's whole result, float64: [N] arrays and `gradient` [N, V] of ratio * divergence to the raw student logits.
+    """The reference's whole result, float64: [N] arrays and `gradient` [N, V] of ratio * divergence
+    to the raw student logits.
 
     In the sampled form the gradient is that of the surrogate, whose value is not the divergence.
     """
@@ -91,25 +125,38 @@ class Evaluation:
 
 
 def reference(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, tokens: ArrayLike, sampler_logprobs: ArrayLike, objective: Objective
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    tokens: ArrayLike,
+    sampler_logprobs: ArrayLike,
+    objective: Objective,
 ) -> tuple[Float64, Float64]:
-    """Value [N] (importance ratio times divergence, nats) and its gradient [N, V] to the raw student logits, in float64.
+    """Value [N] (importance ratio times divergence, nats) and its gradient [N, V] to the raw
+    student logits, in float64.
 
-    `student_logits`, `teacher_logits` [N, V] raw; `tokens` [N] ids; `sampler_logprobs` [N] as recorded by the sampler.
+    `student_logits`, `teacher_logits` [N, V] raw; `tokens` [N] ids; `sampler_logprobs` [N] as
+    recorded by the sampler.
     """
     result = evaluate(student_logits, teacher_logits, tokens, sampler_logprobs, objective)
     return result.ratio * result.divergence, result.gradient
 
 
 def evaluate(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, tokens: ArrayLike, sampler_logprobs: ArrayLike, objective: Objective
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    tokens: ArrayLike,
+    sampler_logprobs: ArrayLike,
+    objective: Objective,
 ) -> Evaluation:
-    """Everything `reference` knows: statistics of every token, divergence and gradient; arguments as there."""
+    """Everything `reference` knows: statistics of every token, divergence and gradient; arguments
+    as there."""
     ids = np.asarray(tokens, dtype=np.int64)
     rows = np.arange(len(ids))
     s = log_softmax(np.asarray(student_logits, dtype=np.float64) / objective.temperature)
     t = log_softmax(np.asarray(teacher_logits, dtype=np.float64) / objective.temperature)
-    ratio = importance_ratio(s[rows, ids], np.asarray(sampler_logprobs, dtype=np.float64), objective.ratio_clip)
+    ratio = importance_ratio(
+        s[rows, ids], np.asarray(sampler_logprobs, dtype=np.float64), objective.ratio_clip
+    )
     if objective.form == "sampled":
         divergence = s[rows, ids] - t[rows, ids]
         outer = np.zeros_like(s)
@@ -117,7 +164,9 @@ def evaluate(
     else:
         divergence, outer = _divergence(s, t, objective)
     # Through s = z / T - logsumexp(z / T): ds_i/dz_j = (1[i = j] - p_j) / T.
-    gradient = (outer - np.exp(s) * outer.sum(-1, keepdims=True)) * ratio[:, None] / objective.temperature
+    gradient = (
+        (outer - np.exp(s) * outer.sum(-1, keepdims=True)) * ratio[:, None] / objective.temperature
+    )
     return Evaluation(
         student_logprobs=s[rows, ids],
         teacher_logprobs=t[rows, ids],
@@ -129,8 +178,11 @@ def evaluate(
     )
 
 
-def importance_ratio(student_logprobs: Float64, sampler_logprobs: Float64, clip: float | None) -> Float64:
-    """Ratio [N] of the student's to the sampler's probability of each token, bounded above by `clip`; 1 without a clip."""
+def importance_ratio(
+    student_logprobs: Float64, sampler_logprobs: Float64, clip: float | None
+) -> Float64:
+    """Ratio [N] of the student's to the sampler's probability of each token, bounded above by
+    `clip`; 1 without a clip."""
     if clip is None:
         return np.ones_like(student_logprobs)
     log_ratio = np.clip(student_logprobs - sampler_logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -152,7 +204,9 @@ def _divergence(s: Float64, t: Float64, objective: Objective) -> tuple[Float64, 
     s_k, t_k = np.take_along_axis(s, ids, -1), np.take_along_axis(t, ids, -1)
     if objective.tail:
         s_rest, t_rest = (_rest(x, ids) for x in (s, t))
-        divergence, inner = _between(_with_tail(s_k, s_rest), _with_tail(t_k, t_rest), objective.alpha)
+        divergence, inner = _between(
+            _with_tail(s_k, s_rest), _with_tail(t_k, t_rest), objective.alpha
+        )
         # d tail / d s_i = -p_i / tail, and 0 where the bound holds the tail still.
         slope = np.where(s_rest > LEAST_TAIL, -1.0 / np.maximum(s_rest, LEAST_TAIL), 0.0)
         at_support = inner[:, :k] + inner[:, k:] * slope * np.exp(s_k)
@@ -178,7 +232,8 @@ def _with_tail(logprobs: Float64, rest: Float64) -> Float64:
 
 
 def _between(s: Float64, t: Float64, alpha: float) -> tuple[Float64, Float64]:
-    """Generalised Jensen-Shannon divergence [N] of two log-distributions [N, K], and its derivative to s."""
+    """Generalised Jensen-Shannon divergence [N] of two log-distributions [N, K], and its derivative
+    to s."""
     p, q = np.exp(s), np.exp(t)
     if alpha == 0.0:
         return (q * (t - s)).sum(-1), -q

@@ -1,4 +1,5 @@
-"""Paths as people write them: `~` is a home folder, and a path that no file system holds is told in one line."""
+"""Paths as people write them: `~` is a home folder, and a path that no file system holds is told in
+one line."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ STEM = 120
 
 
 def expanded(text: str) -> str:
-    """The path with `~` and `~user` replaced. Raises ValueError where no file can have such a path."""
+    """The path with `~` and `~user` replaced. Raises ValueError where no file can have such a
+    path."""
     path = os.path.expanduser(text) if text.startswith("~") else text
     fault = unusable(path)
     if fault:
@@ -57,12 +59,16 @@ def unusable(path: str | Path) -> str:
 
 def _fault(error: OSError, shown: str, text: str) -> str:
     if error.errno == errno.ENAMETOOLONG:
-        return f"the path {shown} is too long, with {len(text):,} characters; a name in it may have about 250"
+        return (
+            f"the path {shown} is too long, with {len(text):,} characters; a name in it may have"
+            " about 250"
+        )
     if error.errno == errno.ELOOP:
         return f"the path {shown} is a circle of links"
     return ""
 
 
 def stem(name: str) -> str:
-    """A folder's name after a file's: without the ending, and short enough to be followed by -2 or ~1."""
+    """A folder's name after a file's: without the ending, and short enough to be followed by -2 or
+    ~1."""
     return Path(name).stem.encode("utf-8", "ignore")[:STEM].decode("utf-8", "ignore") or "run"

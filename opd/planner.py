@@ -18,11 +18,12 @@ Config: TypeAlias = Mapping[str, Any]
 """A config.json with all defaults of transformers."""
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-"""Shapes of all parameters by Hugging Face name, in Hugging Face's layout; a tied head is absent."""
+"""Shapes of all parameters by Hugging Face name, in Hugging Face's layout; a tied head is
+absent."""
 
 Row: TypeAlias = tuple[float, float]
-"""Bytes that a layer's backward holds of a row: for each number that a norm takes, and for each that
-leaves a linear layer, or enters one whose result is added to the row."""
+"""Bytes that a layer's backward holds of a row: for each number that a norm takes, and for each
+that leaves a linear layer, or enters one whose result is added to the row."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class Footprint:
     """Roughly what a backend holds of a step, in bytes; the core counts the rest exactly.
 
     `recurrence`: bytes of a prompt's token and of a completion's in a layer with a recurrence.
-    `copies`: in which layers each completion copies its prompt's keys and values. `score`: bytes of a
-    head's score of two rows, held where a call has at most `scores_most` bytes of them.
+    `copies`: in which layers each completion copies its prompt's keys and values. `score`: bytes of
+    a head's score of two rows, held where a call has at most `scores_most` bytes of them.
     `stream`: bytes of a number between layers, all that is held where layers run again, which is
     where activations are above `recompute_above`. `backward` and `forward`: shares of one layer's
     activations that pass by in its backward, and in a forward without one.
-    `frozen`: bytes of a frozen weight; `cast` and `head_copy`: of a trained weight and of a head's in
-    the copies that products take, `cast_tables` where embeddings have such copies. `head`: float32
-    arrays [rows, V] in the head stage, of a chunk and of a block, and the bytes of either at most.
+    `frozen`: bytes of a frozen weight; `cast` and `head_copy`: of a trained weight and of a head's
+    in the copies that products take, `cast_tables` where embeddings have such copies. `head`:
+    float32 arrays [rows, V] in the head stage, of a chunk and of a block, and the bytes of either
+    at most.
     `apply`: bytes beside the gradient in the optimizer's step, at most. `keeps_tokens`: tokens of
     prompts up to which a rollout's pass over them is kept for the gradient.
     """
@@ -66,8 +68,8 @@ class Footprint:
 class Machine:
     """This machine's device: `memory` bytes, of which a run may take the share `usable`.
 
-    `product` gives a call that multiplies [rows, side] by [side, side] in a type of numbers, and waits
-    for the result. `resident`: the backend's `peak_memory` counts all bytes of the process.
+    `product` gives a call that multiplies [rows, side] by [side, side] in a type of numbers, and
+    waits for the result. `resident`: the backend's `peak_memory` counts all bytes of the process.
     """
 
     name: str
@@ -84,7 +86,9 @@ class Planner(Protocol):
     def parameters(self, config: Config) -> Shapes:
         """Names and shapes of all parameters of a model without adapters. Raises ModelError."""
 
-    def footprint(self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool) -> Footprint:
+    def footprint(
+        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
+    ) -> Footprint:
         """What the backend holds of rows behind prompts of `prompt` tokens.
 
         `largest`: numbers of the largest parameter. `here`: on this machine, else on a GPU of the

@@ -1,4 +1,5 @@
-"""Prefetching: another thread prepares the next item while this one is used, so that the device never waits for image decoding."""
+"""Prefetching: another thread prepares the next item while this one is used, so that the device
+never waits for image decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ Result = TypeVar("Result")
 
 
 def prefetch(make: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
-    """`make` of each argument, in order. Each is made on another thread while the one before it is used; an error is raised in its turn."""
+    """`make` of each argument, in order. Each is made on another thread while the one before it is
+    used; an error is raised in its turn."""
     with ThreadPoolExecutor(1) as thread:
         waiting: Future[Result] | None = None
         for argument in arguments:

@@ -1,7 +1,7 @@
 """All randomness of a run, from numpy's counter-based Philox generator.
 
-Every number is a pure function of seed, purpose and place, so a run depends neither on the backend nor on how a step is cut into
-micro-batches or processes, and there is no state to save.
+Every number is a pure function of seed, purpose and place, so a run depends neither on the backend
+nor on how a step is cut into micro-batches or processes, and there is no state to save.
 """
 
 from __future__ import annotations
@@ -29,24 +29,32 @@ def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
     counter = np.zeros(4, dtype=np.uint64)
     counter[1 : 1 + len(place)] = place
     # The lowest word of the counter counts the draws themselves.
-    return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed, purpose], dtype=np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(counter=counter, key=np.array([seed, purpose], dtype=np.uint64))
+    )
 
 
-def uniforms(seed: int, step: int, places: Sequence[int], completions: int, max_tokens: int) -> FloatArray:
-    """Uniforms float32 [B, n, max_tokens] in [0, 1): one a token, keyed by seed, step, place, completion and position.
+def uniforms(
+    seed: int, step: int, places: Sequence[int], completions: int, max_tokens: int
+) -> FloatArray:
+    """Uniforms float32 [B, n, max_tokens] in [0, 1): one a token, keyed by seed, step, place,
+    completion and position.
 
-    `places` [B]: index of each prompt in the step's whole batch, over all processes. A row that stands twice in a step has two places,
-    so the row gets different completions.
+    `places` [B]: index of each prompt in the step's whole batch, over all processes. A row that
+    stands twice in a step has two places, so the row gets different completions.
     """
     drawn = np.empty((len(places), completions, max_tokens), dtype=np.float32)
     for row, place in enumerate(places):
         for completion in range(completions):
-            generator(seed, Purpose.ROLLOUT, completion, place, step).random(dtype=np.float32, out=drawn[row, completion])
+            generator(seed, Purpose.ROLLOUT, completion, place, step).random(
+                dtype=np.float32, out=drawn[row, completion]
+            )
     return drawn
 
 
 def batch(seed: int, step: int, prompts: int, examples: int) -> NDArray[np.int64]:
-    """Indices [prompts] of the examples of step 1, 2, ...: every epoch is a permutation of all examples, and batches cross epochs."""
+    """Indices [prompts] of the examples of step 1, 2, ...: every epoch is a permutation of all
+    examples, and batches cross epochs."""
     places = np.arange((step - 1) * prompts, step * prompts)
     epochs, offsets = np.divmod(places, examples)
     indices = np.empty(prompts, dtype=np.int64)

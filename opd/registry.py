@@ -19,9 +19,10 @@ from opd.types import ModelOptions
 
 @dataclass(frozen=True)
 class Entry:
-    """A built-in backend: `target` is called with the model options, `state` says whether it can run here; `package` must be
-    importable, and `extra` installs it. `planner` is what it offers for plans (`opd.planner.Planner`). With `families_alone` it
-    trains no other models than its families'."""
+    """A built-in backend: `target` is called with the model options, `state` says whether it can
+    run here; `package` must be importable, and `extra` installs it. `planner` is what it offers for
+    plans (`opd.planner.Planner`). With `families_alone` it trains no other models than its
+    families'."""
 
     target: str
     state: str
@@ -32,43 +33,62 @@ class Entry:
 
 
 BUILT_IN = {
-    "mlx": Entry("opd_mlx:load", "opd_mlx:state", "mlx", "mlx", "opd_mlx.plan:MLX", families_alone=True),
-    "cuda": Entry("opd_torch:load_cuda", "opd_torch:state_of_cuda", "torch", "cuda", "opd_torch.plan:CUDA"),
-    "cpu": Entry("opd_torch:load_cpu", "opd_torch:state_of_cpu", "torch", "cuda", "opd_torch.plan:CPU"),
+    "mlx": Entry(
+        "opd_mlx:load", "opd_mlx:state", "mlx", "mlx", "opd_mlx.plan:MLX", families_alone=True
+    ),
+    "cuda": Entry(
+        "opd_torch:load_cuda", "opd_torch:state_of_cuda", "torch", "cuda", "opd_torch.plan:CUDA"
+    ),
+    "cpu": Entry(
+        "opd_torch:load_cpu", "opd_torch:state_of_cpu", "torch", "cuda", "opd_torch.plan:CPU"
+    ),
 }
 
 PLANNERS = "opd.planners"
-"""Entry point group in which other distributions offer the planners of their backends, by the same names."""
+"""Entry point group in which other distributions offer the planners of their backends, by the same
+names."""
 
 QUANTIZE = "opd_mlx:quantize"
 """Called with a model's folder, a folder to write, and bits per weight."""
 
 GROUP = "opd.backends"
-"""Entry point group in which other distributions offer backends: a callable from ModelOptions to a Backend."""
+"""Entry point group in which other distributions offer backends: a callable from ModelOptions to a
+Backend."""
 
 
 def names() -> list[str]:
     """Names of all backends, built in first, whether or not they can run here."""
-    return [*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN)]
+    return [
+        *BUILT_IN,
+        *(entry.name for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN),
+    ]
 
 
 def automatic() -> str:
-    """The backend of this machine: mlx on Apple silicon, else cuda where there is a GPU, else cpu, else mlx."""
+    """The backend of this machine: mlx on Apple silicon, else cuda where there is a GPU, else cpu,
+    else mlx."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     for name in ("mlx", "cuda", "cpu") if apple else ("cuda", "cpu", "mlx"):
         if find_spec(BUILT_IN[name].package) and state(name).ready:
             return name
-    raise BackendError('no backend is installed: pip install "vision-opd[mlx]" on a Mac, or "vision-opd[cuda]" elsewhere')
+    raise BackendError(
+        'no backend is installed: pip install "vision-opd[mlx]" on a Mac, or "vision-opd[cuda]"'
+        " elsewhere"
+    )
 
 
 def resolve(name: str) -> str:
-    """The name of an installed backend; `auto` picks this machine's. Raises BackendError where it is unknown or not installed."""
+    """The name of an installed backend; `auto` picks this machine's. Raises BackendError where it
+    is unknown or not installed."""
     chosen = automatic() if name == "auto" else name
     if chosen not in names():
         raise BackendError(f"unknown backend '{chosen}'; known: {', '.join(['auto', *names()])}")
     entry = BUILT_IN.get(chosen)
     if entry and find_spec(entry.package) is None:
-        raise BackendError(f"backend '{chosen}' needs {entry.package}, which is not installed: pip install \"vision-opd[{entry.extra}]\"")
+        raise BackendError(
+            f"backend '{chosen}' needs {entry.package}, which is not installed: pip install"
+            f' "vision-opd[{entry.extra}]"'
+        )
     return chosen
 
 
@@ -92,11 +112,15 @@ def families_alone(name: str) -> bool:
 def no_family(name: str, model_type: str) -> BackendError:
     """The error where such a backend is asked for a model of another type."""
     others = " or ".join(other for other in BUILT_IN if not families_alone(other))
-    return BackendError(f"the {name} backend has no file for models of type '{model_type}'; train it with --backend {others}")
+    return BackendError(
+        f"the {name} backend has no file for models of type '{model_type}'; train it with --backend"
+        f" {others}"
+    )
 
 
 def load(name: str, options: ModelOptions) -> Backend:
-    """Loads the model on the named backend (`auto` picks one). Raises BackendError or ModelError."""
+    """Loads the model on the named backend (`auto` picks one). Raises BackendError or
+    ModelError."""
     chosen = resolve(name)
     if chosen in BUILT_IN:
         found = _function(BUILT_IN[chosen].target)
@@ -106,18 +130,22 @@ def load(name: str, options: ModelOptions) -> Backend:
 
 
 def planner(name: str) -> Planner:
-    """What a backend offers for plans (`auto` picks one). Raises BackendError where it is not installed, or offers nothing."""
+    """What a backend offers for plans (`auto` picks one). Raises BackendError where it is not
+    installed, or offers nothing."""
     chosen = resolve(name)
     if chosen in BUILT_IN:
         return cast("Planner", _function(BUILT_IN[chosen].planner))
     offered = [entry for entry in entry_points(group=PLANNERS) if entry.name == chosen]
     if not offered:
-        raise BackendError(f"backend '{chosen}' offers no plan, which it would in the entry point group {PLANNERS}")
+        raise BackendError(
+            f"backend '{chosen}' offers no plan, which it would in the entry point group {PLANNERS}"
+        )
     return cast("Planner", offered[0].load())
 
 
 def quantizer() -> Callable[[Path, Path, int], None]:
-    """Writes a quantised copy of a model folder, in the layout of mlx-community. Raises BackendError where MLX is not installed."""
+    """Writes a quantised copy of a model folder, in the layout of mlx-community. Raises
+    BackendError where MLX is not installed."""
     resolve("mlx")
     return cast("Callable[[Path, Path, int], None]", _function(QUANTIZE))
 

@@ -1,4 +1,5 @@
-"""The `opd` command. Importing it loads neither torch, mlx nor transformers; each command is imported when it is called."""
+"""The `opd` command. Importing it loads neither torch, mlx nor transformers; each command is
+imported when it is called."""
 
 from __future__ import annotations
 
@@ -21,16 +22,19 @@ COMMANDS = {
     "backends": "Show which backends are installed, and check them on this device.",
 }
 
-WINDOWS = "Windows is not supported; install and run opd inside WSL, the Windows Subsystem for Linux"
+WINDOWS = (
+    "Windows is not supported; install and run opd inside WSL, the Windows Subsystem for Linux"
+)
 """What is told there: locks, bounds of memory and of time, and signals are those of POSIX."""
 
 SPINS = "2000"
-"""How often a thread of torch's on Linux looks for its next piece of work before it sleeps: 300,000 times if nobody says, which are
-milliseconds, on the core that encodes the next step's images."""
+"""How often a thread of torch's on Linux looks for its next piece of work before it sleeps: 300,000
+times if nobody says, which are milliseconds, on the core that encodes the next step's images."""
 
 
 class Commands(click.Group):
-    """Finds `opd NAME` in the module `opd_cli.NAME`, and turns errors into one line and an exit code."""
+    """Finds `opd NAME` in the module `opd_cli.NAME`, and turns errors into one line and an exit
+    code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order in which a person meets them."""
@@ -43,12 +47,16 @@ class Commands(click.Group):
         command: click.Command = getattr(importlib.import_module(f"opd_cli.{name}"), name)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that is called; an unknown one is told with its near miss."""
         if args[0] not in COMMANDS:
             from opd.errors import nearest
 
-            raise click.UsageError(f"no such command '{args[0]}'; {nearest(args[0], COMMANDS)}", ctx)
+            raise click.UsageError(
+                f"no such command '{args[0]}'; {nearest(args[0], COMMANDS)}", ctx
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,11 +74,13 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a command, and exits.
 
-        0: done; 1: the run failed, or stdout could not take the result; 2: the input was wrong; 130, 143, 129: Ctrl-C, SIGTERM, SIGHUP;
-        141: nobody read stdout to its end. An error is one line. A traceback is a fault of opd, and its last line says so.
+        0: done; 1: the run failed, or stdout could not take the result; 2: the input was wrong;
+        130, 143, 129: Ctrl-C, SIGTERM, SIGHUP; 141: nobody read stdout to its end. An error is one
+        line. A traceback is a fault of opd, and its last line says so.
         """
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-            os.environ["GOMP_SPINCOUNT"] = SPINS  # torch is not loaded yet, and libgomp reads it as it is
+            # torch is not loaded yet, and libgomp reads it as it is
+            os.environ["GOMP_SPINCOUNT"] = SPINS
         with terminal.prepared() as stdout, signals.handled() as heard:
             try:
                 code = self._run(heard, *args, **kwargs)
@@ -85,7 +95,13 @@ class Commands(click.Group):
 
     def _run(self, heard: signals.Signals, *args: Any, **kwargs: Any) -> int:
         """Runs a command; its exit code."""
-        given = list(sys.argv[1:] if not args and kwargs.get("args") is None else args[0] if args else kwargs["args"])
+        given = list(
+            sys.argv[1:]
+            if not args and kwargs.get("args") is None
+            else args[0]
+            if args
+            else kwargs["args"]
+        )
         try:
             if sys.platform == "win32":
                 raise click.UsageError(WINDOWS)
@@ -115,16 +131,28 @@ class Commands(click.Group):
             from opd.errors import OpdError, Stopped, UserError
 
             if isinstance(error, OpdError):
-                return _fail(str(error), 2 if isinstance(error, UserError) else heard.exit_code if isinstance(error, Stopped) else 1)
+                return _fail(
+                    str(error),
+                    (
+                        2
+                        if isinstance(error, UserError)
+                        else heard.exit_code
+                        if isinstance(error, Stopped)
+                        else 1
+                    ),
+                )
             terminal.say_bug(error)
             return 1
         return 0
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @click.version_option(package_name="vision-opd", prog_name="opd")
 def main() -> None:
-    """Teach a vision-language model to see in the full image what it can read in a crop (Vision-OPD).
+    """Teach a vision-language model to see in the full image what it can read in a crop
+    (Vision-OPD).
 
     \b
     opd train                     a tiny embedded model: its gap closes in minutes
@@ -134,13 +162,16 @@ def main() -> None:
 
 
 def _check(argument: str) -> None:
-    """Raises UsageError for an argument that is no text: no recipe and no record of a run could hold it."""
+    """Raises UsageError for an argument that is no text: no recipe and no record of a run could
+    hold it."""
     if "\0" in argument:
         raise click.UsageError(f"{argument}: an argument cannot hold a NUL character")
     try:
         argument.encode()
     except UnicodeEncodeError:
-        raise click.UsageError(f"{argument}: not UTF-8; rename the file, or set a UTF-8 locale such as LC_ALL=C.UTF-8") from None
+        raise click.UsageError(
+            f"{argument}: not UTF-8; rename the file, or set a UTF-8 locale such as LC_ALL=C.UTF-8"
+        ) from None
 
 
 def _fail(message: str, code: int) -> int:

@@ -12,10 +12,17 @@ from opd_cli.terminal import say_json
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--check", is_flag=True, help="Run every backend that can run here against numbers committed from the CPU.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a table.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Run every backend that can run here against numbers committed from the CPU.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a table."
+)
 def backends(name: str | None, check: bool, as_json: bool) -> None:
-    """Shows which backends are installed, on which device, and what is missing; --check verifies them in about a minute.
+    """Shows which backends are installed, on which device, and what is missing; --check verifies
+    them in about a minute.
 
     NAME limits it to one backend. With --check the exit code is 1 where a check failed.
 
@@ -32,7 +39,10 @@ def backends(name: str | None, check: bool, as_json: bool) -> None:
     if name is not None and name not in found.names():
         raise BackendError(f"unknown backend '{name}'; {nearest(name, found.names())}")
     states = {one: found.state(one) for one in ([name] if name else found.names())}
-    result: dict[str, Any] = {"automatic": found.automatic(), "backends": {one: vars(state) for one, state in states.items()}}
+    result: dict[str, Any] = {
+        "automatic": found.automatic(),
+        "backends": {one: vars(state) for one, state in states.items()},
+    }
     passed = True
     if not as_json:
         backend_table(states, result["automatic"])
@@ -41,7 +51,10 @@ def backends(name: str | None, check: bool, as_json: bool) -> None:
             checks = check_backend(one)
             right = all(each.passed for each in checks)
             passed &= right
-            result["backends"][one] |= {"passed": right, "checks": [{**vars(each), "passed": each.passed} for each in checks]}
+            result["backends"][one] |= {
+                "passed": right,
+                "checks": [{**vars(each), "passed": each.passed} for each in checks],
+            }
             if not as_json:
                 check_table(one, state.device, checks)
     if as_json:

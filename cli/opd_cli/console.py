@@ -13,11 +13,13 @@ from rich.text import Text
 from opd_cli.terminal import visible
 
 NARROWEST = 60
-"""Columns that tables have at least: a narrower console breaks their lines, but nothing is left out."""
+"""Columns that tables have at least: a narrower console breaks their lines, but nothing is left
+out."""
 
 
 class Terminal(Console):
-    """A console to which text is text: no markup, no emoji names, no highlighting, and every character visible."""
+    """A console to which text is text: no markup, no emoji names, no highlighting, and every
+    character visible."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         super().__init__(file=file, markup=False, emoji=False, highlight=False)
@@ -28,14 +30,22 @@ class Terminal(Console):
         """Text on one line, before it is laid out."""
         return super().render_str(self.encodable(visible(text)), **options)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The last look at what is about to be written, whoever made it; only layout breaks lines."""
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The last look at what is about to be written, whoever made it; only layout breaks
+        lines."""
         for segment in super().render(renderable, options):
-            text = segment.text if segment.control else self.encodable(visible(segment.text, keep="\n", longest=None))
+            text = (
+                segment.text
+                if segment.control
+                else self.encodable(visible(segment.text, keep="\n", longest=None))
+            )
             yield segment if text == segment.text else Segment(text, segment.style)
 
     def encodable(self, text: str) -> str:
-        """The text with escapes for the characters that the console lacks, so that columns stay straight."""
+        """The text with escapes for the characters that the console lacks, so that columns stay
+        straight."""
         return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 

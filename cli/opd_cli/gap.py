@@ -20,12 +20,14 @@ def gap(
     as_json: bool,
     count: int | None,
 ) -> None:
-    """Measures the gap of a model: its accuracy on the evidence crop less that on the full image, with 95 % intervals.
+    """Measures the gap of a model: its accuracy on the evidence crop less that on the full image,
+    with 95 % intervals.
 
     Where rows have no answers, agreement of full image and crop is measured alone.
 
-    A run's model, its checkpoints and exports are measured as the run measured: with its recipe, its measured data where no --data
-    is given, and its backend. With no RECIPE and any other model the preset is tiny for the embedded model, else lora.
+    A run's model, its checkpoints and exports are measured as the run measured: with its recipe,
+    its measured data where no --data is given, and its backend. With no RECIPE and any other model
+    the preset is tiny for the embedded model, else lora.
 
     \b
     Examples:
@@ -52,6 +54,13 @@ def gap(
             **session.left_out(answered, skipped),
         }
     if as_json:
-        say_json({"backend": session.name, "device": session.backend.device, "model": session.recipe.model.path, **result})
+        say_json(
+            {
+                "backend": session.name,
+                "device": session.backend.device,
+                "model": session.recipe.model.path,
+                **result,
+            }
+        )
     else:
         measured(result, session.recipe.model.path, session.backend.device)

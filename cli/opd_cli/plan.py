@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from opd.plan.measure import Measured
 
 
-def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+def _size(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
     """Width and height of an option written 1024x768."""
     if value is None:
         return None
     found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value)
     if found is None:
-        raise click.UsageError(f"--{parameter.name} {value}: write it as WIDTHxHEIGHT in pixels, such as 1024x768", ctx)
+        raise click.UsageError(
+            f"--{parameter.name} {value}: write it as WIDTHxHEIGHT in pixels, such as 1024x768", ctx
+        )
     return int(found[1]), int(found[2])
 
 
@@ -36,11 +40,34 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     show_default=True,
     help="M4 Max, RTX 4090, H200, A100 40GB, ..., or this machine.",
 )
-@click.option("--memory", type=click.FloatRange(1), metavar="GB", help="Memory of the device, where it is another.")
-@click.option("--image", callback=_size, metavar="WxH", help="Pixels of an image.  [default: the data's first, else 1024x768]")
-@click.option("--crop", callback=_size, metavar="WxH", help="Pixels of a crop.  [default: the data's first, else half of the image]")
-@click.option("--text-tokens", type=click.IntRange(1), help="Tokens of a prompt beside those of its image.  [default: 64]")
-@click.option("--completion-tokens", type=click.IntRange(1), help="Tokens of a completion.  [default: rollout.max_tokens]")
+@click.option(
+    "--memory",
+    type=click.FloatRange(1),
+    metavar="GB",
+    help="Memory of the device, where it is another.",
+)
+@click.option(
+    "--image",
+    callback=_size,
+    metavar="WxH",
+    help="Pixels of an image.  [default: the data's first, else 1024x768]",
+)
+@click.option(
+    "--crop",
+    callback=_size,
+    metavar="WxH",
+    help="Pixels of a crop.  [default: the data's first, else half of the image]",
+)
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(1),
+    help="Tokens of a prompt beside those of its image.  [default: 64]",
+)
+@click.option(
+    "--completion-tokens",
+    type=click.IntRange(1),
+    help="Tokens of a completion.  [default: rollout.max_tokens]",
+)
 @click.option(
     "--measure",
     "measures",
@@ -62,10 +89,12 @@ def plan(
     completion_tokens: int | None,
     measures: bool,
 ) -> None:
-    """Says what a run will take: parameters, memory by part and phase, work, seconds and hours, and the largest step that fits.
+    """Says what a run will take: parameters, memory by part and phase, work, seconds and hours, and
+    the largest step that fits.
 
-    Nothing is loaded: of a model only its configuration is read, so its weights need not be there. Seconds are worked out from a
-    device's published peaks, or this machine's, at the shares of them that are printed. --measure runs a micro-batch instead.
+    Nothing is loaded: of a model only its configuration is read, so its weights need not be there.
+    Seconds are worked out from a device's published peaks, or this machine's, at the shares of them
+    that are printed. --measure runs a micro-batch instead.
 
     \b
     Examples:
@@ -82,7 +111,9 @@ def plan(
     from opd_cli.tables import planned
 
     if measures and device_name != devices.HERE:
-        raise click.UsageError(f"--measure runs on this machine, not on a {device_name}; leave out --device")
+        raise click.UsageError(
+            f"--measure runs on this machine, not on a {device_name}; leave out --device"
+        )
     found = resolve(recipe, {"model.path": model, "data.path": data}, overrides)
     resolved = found.recipe
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
@@ -106,7 +137,8 @@ def plan(
 
 
 def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) -> dict[str, Any]:
-    """The first plan, the totals of all, and what was measured, as one JSON object: bytes, operations, seconds."""
+    """The first plan, the totals of all, and what was measured, as one JSON object: bytes,
+    operations, seconds."""
     from opd.plan.memory import KEPT_FEATURES, ROUGH
 
     first = plans[0]
@@ -130,7 +162,10 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
             "matmul_share": first.device.matmul_share,
             "bandwidth_share": first.device.bandwidth_share,
         },
-        "parameters": {part: {"all": count, "trained": trained[part]} for part, count in first.shape.parameters.items()},
+        "parameters": {
+            part: {"all": count, "trained": trained[part]}
+            for part, count in first.shape.parameters.items()
+        },
         "memory": {
             **asdict(found),
             "rough": list(ROUGH),
@@ -147,7 +182,10 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
         },
         "sampling": {"groups": work.sampled, "largest": first.largest_sample},
         "smaller": {} if first.largest and first.largest_sample else first.smaller(),
-        "stages": {name: {**asdict(stage), "seconds": seconds[name]} for name, stage in first.stages.items()},
+        "stages": {
+            name: {**asdict(stage), "seconds": seconds[name]}
+            for name, stage in first.stages.items()
+        },
         "seconds": sum(seconds.values()),
         "steps": first.recipe.run.steps,
         "hours": first.hours,

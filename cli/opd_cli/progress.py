@@ -29,7 +29,8 @@ PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
 
 REMEMBERED = 20
-"""Last reports of a phase from which its rate is taken: steps differ, and the first one compiles."""
+"""Last reports of a phase from which its rate is taken: steps differ, and the first one
+compiles."""
 
 MOMENT = 0.02
 """Seconds that are too short to tell a rate."""
@@ -55,7 +56,8 @@ class Phase:
     def begin(self, total: int, done: int) -> None:
         """Begins, or goes on after something else."""
         self.total, self.done = total, done
-        self.reports = deque([(time.monotonic(), done)], REMEMBERED)  # at once: another thread draws
+        # at once: another thread draws
+        self.reports = deque([(time.monotonic(), done)], REMEMBERED)
 
     def advance(self, units: int) -> None:
         """So many more are done."""
@@ -73,7 +75,8 @@ class Phase:
         return f"{self.done}/{self.total}"
 
     def left(self) -> str:
-        """The time that is left, less what went by since the last report; empty where nobody can know."""
+        """The time that is left, less what went by since the last report; empty where nobody can
+        know."""
         if self.seconds is None or self.done >= self.total:
             return ""
         since = time.monotonic() - self.reports[-1][0]
@@ -99,10 +102,13 @@ def duration(seconds: float) -> str:
 
 
 def rate(seconds: float, unit: str) -> str:
-    """The pace at so many seconds a unit: 78 steps/s, 1.4 steps/s, 2.5 s/step, 2.3 min/step, 1.2 h/step."""
+    """The pace at so many seconds a unit: 78 steps/s, 1.4 steps/s, 2.5 s/step, 2.3 min/step, 1.2
+    h/step."""
     if seconds <= 1:
         return f"{1 / seconds:.{0 if seconds <= 0.1 else 1}f} {unit}s/s"
-    size, name = next((size, name) for size, name in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= 2 * size)
+    size, name = next(
+        (size, name) for size, name in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= 2 * size
+    )
     value = seconds / (size or 1)
     return f"{value:.{0 if value >= 100 else 1}f} {name}/{unit}"
 
@@ -136,7 +142,9 @@ class Shown:
     def begin(self, phase: str, total: int, done: int = 0) -> None:
         """A bar, new or going on, or a plain line."""
         self._now = phase
-        shown = self._phases.get(phase) or Phase(TITLES.get(phase, phase), UNITS.get(phase, "answer"), total, done)
+        shown = self._phases.get(phase) or Phase(
+            TITLES.get(phase, phase), UNITS.get(phase, "answer"), total, done
+        )
         shown.begin(total, done)
         self._phases[phase] = shown
         self._spoke = time.monotonic()
@@ -150,7 +158,12 @@ class Shown:
         over = units and phase.done >= phase.total and self._now != "read"
         if not self._live and (time.monotonic() - self._spoke > PLAIN_SECONDS or over):
             self._spoke = time.monotonic()
-            parts = f"{phase.title}: {phase.done}/{phase.total}", phase.rate(), phase.left(), *phase.detail
+            parts = (
+                f"{phase.title}: {phase.done}/{phase.total}",
+                phase.rate(),
+                phase.left(),
+                *phase.detail,
+            )
             self.note("  ".join(part for part in parts if part))
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -158,7 +171,9 @@ class Shown:
         digits, unit = (4, "tokens/s") if self._wide else (3, "tok/s")
         loss, divergence = (f"{name} {metrics[name]:.{digits}f}" for name in ("loss", "divergence"))
         speed = f"{digits_of(metrics['tokens_per_second'])} {unit}"
-        self._phases["train"].detail = (loss, divergence, speed) if self._wide else (loss, speed, divergence)
+        self._phases["train"].detail = (
+            (loss, divergence, speed) if self._wide else (loss, speed, divergence)
+        )
 
     def note(self, message: str) -> None:
         """A line above the bar."""
@@ -169,7 +184,8 @@ class Shown:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Takes the bars off the screen while the block runs, and lets other programs draw theirs."""
+        """Takes the bars off the screen while the block runs, and lets other programs draw
+        theirs."""
         self._bars.transient = True  # else they stayed, and came a second time
         self.close()
         self._stderr.bars = True
@@ -192,7 +208,8 @@ class Shown:
             self._drawn = []
 
     def stop(self) -> None:
-        """Asks the run to stop after this step; a second time, or where no step is under way, stops it now."""
+        """Asks the run to stop after this step; a second time, or where no step is under way, stops
+        it now."""
         if self.stopping or self._now not in ("train", "measure"):
             raise KeyboardInterrupt
         self.stopping = True
@@ -202,23 +219,40 @@ class Shown:
         """A line for each phase."""
         self._reflow()
         wide = self._console.width >= WIDE
-        phases = [(phase.title if wide else SHORT.get(phase.title, phase.title), phase) for phase in [*self._phases.values()]]
+        phases = [
+            (phase.title if wide else SHORT.get(phase.title, phase.title), phase)
+            for phase in [*self._phases.values()]
+        ]
         titles = max((len(title) for title, _ in phases), default=0)
         counts = max((len(phase.count()) for _, phase in phases), default=0)
-        lines = [self._line(title.ljust(titles), phase.count().rjust(counts), phase, wide) for title, phase in phases]
+        lines = [
+            self._line(title.ljust(titles), phase.count().rjust(counts), phase, wide)
+            for title, phase in phases
+        ]
         self._drawn = [min(line.cell_len, self._console.width) for line in lines]
         return Group(*lines)
 
     def _reflow(self) -> None:
-        """Goes to where the bars end, had nobody made the window narrower: the terminal has broken their lines since."""
+        """Goes to where the bars end, had nobody made the window narrower: the terminal has broken
+        their lines since."""
         broken = sum(max(0, columns - 1) // max(1, self._console.width) for columns in self._drawn)
         self._drawn = []
         self._console.control(
-            Control(*((ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)) * broken))
+            Control(
+                *(
+                    (
+                        ControlType.CARRIAGE_RETURN,
+                        (ControlType.ERASE_IN_LINE, 2),
+                        (ControlType.CURSOR_UP, 1),
+                    )
+                    * broken
+                )
+            )
         )
 
     def _line(self, title: str, count: str, phase: Phase, wide: bool) -> Text:
-        """The count, and as much else as has room: a bar, the time left, the rate, a step's numbers."""
+        """The count, and as much else as has room: a bar, the time left, the rate, a step's
+        numbers."""
         room = self._console.width - 1 - cell_len(title) - 2 - cell_len(count)
         line = Text(title, no_wrap=True, overflow="ellipsis")
         bar = 24 if wide else 8 if room >= 40 else 0
@@ -226,7 +260,9 @@ class Shown:
             room -= bar + 2
             full, empty = ("#", "-") if self._console.options.ascii_only else ("\u2501", "\u2501")
             filled = bar if phase.done >= phase.total else bar * phase.done // phase.total
-            line.append("  ").append(full * filled, style="green").append(empty * (bar - filled), style="bright_black")
+            line.append("  ").append(full * filled, style="green").append(
+                empty * (bar - filled), style="bright_black"
+            )
         line.append("  ").append(count)
         for part in (phase.left(), phase.rate(), *phase.detail):
             if part and cell_len(part) + 2 <= room:

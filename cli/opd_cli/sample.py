@@ -16,14 +16,27 @@ if TYPE_CHECKING:
 
 @click.command()
 @shared
-@click.option("--count", type=click.IntRange(min=1), default=8, show_default=True, help="Examples that are shown.")
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Examples that are shown.",
+)
 def sample(
-    recipe: str | None, backend: str | None, model: str | None, data: str | None, overrides: tuple[str, ...], as_json: bool, count: int
+    recipe: str | None,
+    backend: str | None,
+    model: str | None,
+    data: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    count: int,
 ) -> None:
     """Shows what a model answers on the full image and on the evidence crop, for a few examples.
 
-    A run's model, its checkpoints and exports are asked as the run measured: with its recipe, and its measured data where no --data is
-    given. With no RECIPE and any other model the preset is tiny for the embedded model, else lora.
+    A run's model, its checkpoints and exports are asked as the run measured: with its recipe, and
+    its measured data where no --data is given. With no RECIPE and any other model the preset is
+    tiny for the embedded model, else lora.
 
     \b
     Examples:

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a run stops after its step, with a checkpoint; anything else stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: a run stops after its step, with a checkpoint; anything else stops at
+once."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from types import FrameType
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 TOGETHER = 0.3
-"""Seconds in which a second SIGTERM is the same one: `timeout` sends it to the process and to its group."""
+"""Seconds in which a second SIGTERM is the same one: `timeout` sends it to the process and to its
+group."""
 
 
 class Signals:
@@ -25,14 +27,18 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """As a shell tells a process that was ended by the signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        """As a shell tells a process that was ended by the signal: 130 for Ctrl-C, 143 for SIGTERM,
+        129 for SIGHUP."""
         return 128 + self.received
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Asks to stop; a second time stops at once. A terminal that closes may send SIGHUP several times: it only asks."""
+        """Asks to stop; a second time stops at once. A terminal that closes may send SIGHUP several
+        times: it only asks."""
         last, now = self._last.get(number), time.monotonic()
         self._last[number] = now
-        if last is not None and (number == signal.SIGHUP or (number == signal.SIGTERM and now - last < TOGETHER)):
+        if last is not None and (
+            number == signal.SIGHUP or (number == signal.SIGTERM and now - last < TOGETHER)
+        ):
             return
         self.received = number
         self.ask()

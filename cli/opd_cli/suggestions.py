@@ -1,4 +1,5 @@
-"""What an unknown option may have meant: an option of the command, or a key of the recipe, also by its name in other programs."""
+"""What an unknown option may have meant: an option of the command, or a key of the recipe, also by
+its name in other programs."""
 
 from __future__ import annotations
 
@@ -16,12 +17,24 @@ ELSEWHERE = {
     "optimizer.warmup_steps": "warmup warmup_ratio num_warmup_steps lr_warmup_steps",
     "optimizer.schedule": "lr_scheduler lr_scheduler_type scheduler lr_schedule",
     "optimizer.gradient_clip": "max_grad_norm grad_clip clip_grad gradient_clipping clip",
-    "rollout.prompts": "batch_size train_batch_size per_device_train_batch_size global_batch_size bs batch",
-    "rollout.completions": "num_generations group_size n_samples num_samples generations rollouts num_rollouts rollout_n n",
-    "rollout.max_tokens": "max_new_tokens max_completion_length max_response_length max_length max_gen_tokens",
+    "rollout.prompts": (
+        "batch_size train_batch_size per_device_train_batch_size global_batch_size bs batch"
+    ),
+    "rollout.completions": (
+        "num_generations group_size n_samples num_samples generations rollouts num_rollouts"
+        " rollout_n n"
+    ),
+    "rollout.max_tokens": (
+        "max_new_tokens max_completion_length max_response_length max_length max_gen_tokens"
+    ),
     "rollout.temperature": "temp",
-    "rollout.microbatch_tokens": "gradient_accumulation_steps gradient_accumulation micro_batch_size microbatch_size grad_accum",
-    "data.max_prompt_tokens": "max_prompt_length max_input_length max_seq_len max_seq_length cutoff_len max_model_len",
+    "rollout.microbatch_tokens": (
+        "gradient_accumulation_steps gradient_accumulation micro_batch_size microbatch_size"
+        " grad_accum"
+    ),
+    "data.max_prompt_tokens": (
+        "max_prompt_length max_input_length max_seq_len max_seq_length cutoff_len max_model_len"
+    ),
     "objective.alpha": "beta lmbda jsd_beta kl_beta",
     "objective.top_k": "topk distill_top_k",
     "objective.ratio_clip": "clip_ratio is_clip importance_clip cliprange epsilon_high",
@@ -42,16 +55,30 @@ ELSEWHERE = {
     "model.min_pixels": "image_min_pixels",
     "model.revision": "model_revision branch",
     "view.margin": "crop_margin padding",
-    "measure.path": "eval_data eval_dataset eval_file validation_file val_data test_data test_file eval_path",
+    "measure.path": (
+        "eval_data eval_dataset eval_file validation_file val_data test_data test_file eval_path"
+    ),
     "measure.count": "eval_size eval_samples max_eval_samples num_eval limit",
     "measure.every": "eval_steps eval_every eval_interval val_every eval_strategy",
-    "run.checkpoint_every": "save_steps save_every save_interval checkpoint_steps checkpointing_steps",
+    "run.checkpoint_every": (
+        "save_steps save_every save_interval checkpoint_steps checkpointing_steps"
+    ),
     "run.keep": "save_total_limit keep_checkpoints max_checkpoints",
     "run.rollouts_every": "log_completions logging_steps log_every",
-    "--steps": "max_steps num_steps train_steps num_train_steps total_steps iterations iters num_iterations max_iters",
-    "--out": "output_dir output out_dir output_folder output_path save_dir run_dir workdir o save_path",
-    "--data": "dataset train_data data_path train_file dataset_name dataset_path data_file train_dataset jsonl d",
-    "--model": "model_name model_name_or_path model_path base_model pretrained model_id checkpoint m",
+    "--steps": (
+        "max_steps num_steps train_steps num_train_steps total_steps iterations iters"
+        " num_iterations max_iters"
+    ),
+    "--out": (
+        "output_dir output out_dir output_folder output_path save_dir run_dir workdir o save_path"
+    ),
+    "--data": (
+        "dataset train_data data_path train_file dataset_name dataset_path data_file train_dataset"
+        " jsonl d"
+    ),
+    "--model": (
+        "model_name model_name_or_path model_path base_model pretrained model_id checkpoint m"
+    ),
     "--seed": "random_seed random_state",
     "--resume": "resume_from_checkpoint resume_from restart",
     "--force": "overwrite overwrite_output_dir yes f",
@@ -65,10 +92,24 @@ ELSEWHERE = {
 }
 """Keys and options, and what other trainers call them."""
 
-SAME = {"--steps": "run.steps", "--seed": "run.seed", "--count": "measure.count", "--model": "model.path", "--data": "data.path"}
+SAME = {
+    "--steps": "run.steps",
+    "--seed": "run.seed",
+    "--count": "measure.count",
+    "--model": "model.path",
+    "--data": "data.path",
+}
 """The keys of the recipe that options stand for."""
 
-EPOCHS = ("epochs", "epoch", "num_epochs", "num_train_epochs", "max_epochs", "n_epochs", "total_epochs")
+EPOCHS = (
+    "epochs",
+    "epoch",
+    "num_epochs",
+    "num_train_epochs",
+    "max_epochs",
+    "n_epochs",
+    "total_epochs",
+)
 
 
 def where(ctx: click.Context | None) -> str:
@@ -81,21 +122,35 @@ def unknown_option(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
     given, value = _given(error.option_name, arguments)
     name = given.lstrip("-").replace("-", "_").lower()
     command = error.ctx.command if error.ctx else None
-    options = [option for parameter in (command.params if command else ()) for option in parameter.opts if option.startswith("--")]
+    options = [
+        option
+        for parameter in (command.params if command else ())
+        for option in parameter.opts
+        if option.startswith("--")
+    ]
     if "--set" not in options:
         meant = get_close_matches(error.option_name, options, n=1)
-        hint = f"did you mean {meant[0]}?" if meant else f"known: {', '.join(sorted({*options, '--help'}))}"
+        hint = (
+            f"did you mean {meant[0]}?"
+            if meant
+            else f"known: {', '.join(sorted({*options, '--help'}))}"
+        )
         return f"no such option {given}; {hint}{where(error.ctx)}"
     if name in EPOCHS:
         steps = "--steps N" if "--steps" in options else "--set run.steps=N"
-        return f"no such option {given}; a run is as long as its steps: {steps}, of rollout.prompts rows each{where(error.ctx)}"
+        return (
+            f"no such option {given}; a run is as long as its steps: {steps}, of rollout.prompts"
+            f" rows each{where(error.ctx)}"
+        )
     command_name = (error.ctx.info_name if error.ctx else "") or ""
     meant = _meant(name, options, command_name)
     if not meant and error.possibilities:
         return f"{error.format_message().rstrip('.')}{where(error.ctx)}"
     meant = meant or _nearest(name, options, command_name)
     shown = " or ".join(_shown(one, value) for one in meant)
-    return f"no such option {given}" + (f"; did you mean {shown}?" if shown else "") + where(error.ctx)
+    return (
+        f"no such option {given}" + (f"; did you mean {shown}?" if shown else "") + where(error.ctx)
+    )
 
 
 def keys() -> dict[str, list[str]]:
@@ -110,14 +165,17 @@ def keys() -> dict[str, list[str]]:
 
 
 def _meant(name: str, options: Sequence[str], command: str) -> list[str]:
-    """Keys and options of exactly this name, here or elsewhere; several where several sections have it."""
+    """Keys and options of exactly this name, here or elsewhere; several where several sections have
+    it."""
     if f"--{name.replace('_', '-')}" in options:  # --Steps, --AS_JSON
         return [f"--{name.replace('_', '-')}"]
     known = keys()
     section, _, key = name.rpartition(".")
     if section:
         exact = [one for one in known.get(key, ()) if one == name]
-        return exact or [one for one in _meant(key, options, command) if one.startswith(f"{section}.")]
+        return exact or [
+            one for one in _meant(key, options, command) if one.startswith(f"{section}.")
+        ]
     if name in known:
         measuring = command in ("gap", "sample")
         return sorted(known[name], key=lambda one: one.startswith("measure.") != measuring)
@@ -129,7 +187,10 @@ def _meant(name: str, options: Sequence[str], command: str) -> list[str]:
 
 def _nearest(name: str, options: Sequence[str], command: str) -> list[str]:
     """The same for the nearest name."""
-    names = [*keys(), *(one for names in ELSEWHERE.values() for one in names.split() if len(one) > 2)]
+    names = [
+        *keys(),
+        *(one for names in ELSEWHERE.values() for one in names.split() if len(one) > 2),
+    ]
     names += [one for sections in keys().values() for one in sections]
     close = get_close_matches(name, names, n=1, cutoff=0.75)
     return _meant(close[0], options, command) if close else []
@@ -142,7 +203,11 @@ def _shown(target: str, value: str | None) -> str:
     if target.startswith("--"):
         takes = " " not in target and target != "--force"
         return f"{target} {value}" if takes and value is not None else target
-    return f"--set {target}" if "=" in target else f"--set {target}={'VALUE' if value is None else value}"
+    return (
+        f"--set {target}"
+        if "=" in target
+        else f"--set {target}={'VALUE' if value is None else value}"
+    )
 
 
 def _given(option: str, arguments: Sequence[str]) -> tuple[str, str | None]:

@@ -20,43 +20,63 @@ if TYPE_CHECKING:
     from opd.testing.conformance import Result
 
 MANY_CUT = 0.05
-"""Share of completions cut off at their longest from which a person is told; a good run has 1-2 %."""
+"""Share of completions cut off at their longest from which a person is told; a good run has 1-2
+%."""
 
-ROWS = (("full_accuracy", "full image"), ("crop_accuracy", "evidence crop"), ("gap", "gap"), ("agreement", "agreement"))
+ROWS = (
+    ("full_accuracy", "full image"),
+    ("crop_accuracy", "evidence crop"),
+    ("gap", "gap"),
+    ("agreement", "agreement"),
+)
 
 
 def before_after(summary: Mapping[str, Any], folder: Path) -> None:
-    """Accuracies in percent before and after a run, the share of the gap that was closed, and where everything is."""
+    """Accuracies in percent before and after a run, the share of the gap that was closed, and where
+    everything is."""
     console = Terminal()
     if "before" in summary:
         before, after = summary["before"], summary["after"]
         if fell := _fell(summary):
             console.print(Text(fell, style="bold red"), soft_wrap=True)
         rows = _rows({**before, "rows_skipped": summary["rows_not_measured"]})
-        title = f"{rows}, {plural(summary['steps'], 'step')}, {summary['seconds']:.0f} s on {summary['device']}"
+        title = (
+            f"{rows}, {plural(summary['steps'], 'step')}, {summary['seconds']:.0f} s on"
+            f" {summary['device']}"
+        )
         console.print(cell(title, "bold"), soft_wrap=True)  # a table would fold it to its own width
         table = _table("", "before", "after", "change")
         for key, title in ROWS:
             if key in before:
-                # A gap that closes since the crop's accuracy falls is no success, so its change is not shown as one.
+                # A gap that closes since the crop's accuracy falls is no success, so its change is
+                # not shown as one.
                 hidden = key == "gap" and fell and summary["full_change_interval"][0] <= 0
                 change = "-" if hidden else f"{100 * (after[key] - before[key]):+.1f}"
                 table.add_row(title, _percent(before, key), _percent(after, key), change)
         console.print(table)
         if "gap_closed" in summary:
-            console.print(f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)", highlight=False)
+            console.print(
+                f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)",
+                highlight=False,
+            )
         elif "gap" in before:
-            console.print("gap closed: no gap was certain before training  (95 % intervals)", highlight=False)
+            console.print(
+                "gap closed: no gap was certain before training  (95 % intervals)", highlight=False
+            )
     cut, drawn = summary["completions_truncated"], summary["completions"]
     if cut > MANY_CUT * drawn:
-        console.print(f"{cut} of {plural(drawn, 'completion')} were cut off at rollout.max_tokens", highlight=False)
+        console.print(
+            f"{cut} of {plural(drawn, 'completion')} were cut off at rollout.max_tokens",
+            highlight=False,
+        )
     kind = "adapter" if (folder / "adapter").is_dir() else "model"
     console.print(f"{kind}: {folder / kind}", soft_wrap=True)
     console.print(f"metrics: {folder / 'metrics.jsonl'}", soft_wrap=True)
 
 
 def _fell(summary: Mapping[str, Any]) -> str:
-    """Which accuracy fell by more than its interval, in words, and which one rose; empty where none fell."""
+    """Which accuracy fell by more than its interval, in words, and which one rose; empty where none
+    fell."""
     if summary["verdict"] not in ("worse", "collapsed"):
         return ""
     said: dict[str, list[str]] = {"fell": [], "rose": []}
@@ -64,9 +84,17 @@ def _fell(summary: Mapping[str, Any]) -> str:
         low, high = summary[f"{name}_change_interval"]
         before, after = (100 * summary[when][f"{name}_accuracy"] for when in ("before", "after"))
         if high < 0 or low > 0:
-            said["fell" if high < 0 else "rose"].append(f"on {view} from {before:.1f} to {after:.1f} %")
+            said["fell" if high < 0 else "rose"].append(
+                f"on {view} from {before:.1f} to {after:.1f} %"
+            )
     found = ", and ".join(f"{what} {' and '.join(where)}" for what, where in said.items() if where)
-    first = "the model collapsed: " if summary["verdict"] == "collapsed" else "" if said["rose"] else "the model got worse: "
+    first = (
+        "the model collapsed: "
+        if summary["verdict"] == "collapsed"
+        else ""
+        if said["rose"]
+        else "the model got worse: "
+    )
     return f"{first}accuracy {found}"
 
 
@@ -82,12 +110,18 @@ def measured(result: Mapping[str, Any], model: str, device: str) -> None:
 
 
 def answers(rows: Sequence[tuple[str, Answered]]) -> None:
-    """Questions with the answers on the full image and on the crop; right ones green, wrong ones red where that is known."""
+    """Questions with the answers on the full image and on the crop; right ones green, wrong ones
+    red where that is known."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("question", "answer", "on the full image", "on the crop"):
         table.add_column(heading, overflow="fold")
     for question, one in rows:
-        table.add_row(question, _reference(one.answer), _judged(one.full, one.full_right), _judged(one.crop, one.crop_right))
+        table.add_row(
+            question,
+            _reference(one.answer),
+            _judged(one.full, one.full_right),
+            _judged(one.crop, one.crop_right),
+        )
     Terminal().print(table)
 
 
@@ -97,7 +131,9 @@ def backend_table(states: Mapping[str, State], automatic: str) -> None:
     for heading in ("backend", "device", "missing"):
         table.add_column(heading, overflow="fold")
     for name, state in states.items():
-        table.add_row(f"{name} (auto)" if name == automatic else name, state.device or "-", state.missing)
+        table.add_row(
+            f"{name} (auto)" if name == automatic else name, state.device or "-", state.missing
+        )
     Terminal().print(table)
 
 
@@ -105,12 +141,17 @@ def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
     """Every check with its error and bound."""
     passed = sum(check.passed for check in checks)
     table = Table(
-        title=f"{name} on {device}: {passed} of {len(checks)} checks passed", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=f"{name} on {device}: {passed} of {len(checks)} checks passed",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     for heading in ("check", "error", "bound", ""):
         table.add_column(heading, justify="right" if heading in ("error", "bound") else "left")
     for check in checks:
-        verdict = Text("passed", style="green") if check.passed else Text("FAILED", style="bold red")
+        verdict = (
+            Text("passed", style="green") if check.passed else Text("FAILED", style="bold red")
+        )
         table.add_row(check.name, f"{check.error:.1e}", f"{check.bound:.0e}", verdict)
     Terminal().print(table)
 
@@ -123,21 +164,40 @@ def planned(result: Mapping[str, Any]) -> None:
     say(cell(f"{result['model']} on {device}, {result['backend']}, {result['dtype']}", "bold"))
     width, height = assumed["image"]
     across, down = assumed["crop"]
-    say(f"image {width}x{height}: prompt of {plural(assumed['prompt_tokens'], 'token')}, {assumed['text_tokens']} of them text")
+    say(
+        f"image {width}x{height}: prompt of {plural(assumed['prompt_tokens'], 'token')},"
+        f" {assumed['text_tokens']} of them text"
+    )
     say(f"crop {across}x{down}: prompt of {plural(assumed['crop_prompt_tokens'], 'token')}")
     for note in result["notes"]:
         say(cell(note, "yellow"))
-    sizes = (plural(assumed[f"{name}s"], name.replace("_", " ").split()[-1]) for name in ("prompt", "completion", "completion_token"))
+    sizes = (
+        plural(assumed[f"{name}s"], name.replace("_", " ").split()[-1])
+        for name in ("prompt", "completion", "completion_token")
+    )
     say("step: {} x {} of {}".format(*sizes))
-    few = "" if batch["completions"] == assumed["completions"] else f", {plural(batch['completions'], 'completion')} at a time"
-    say(f"micro-batches: {batch['count']} of {plural(batch['groups'], 'prompt')}{few}, {plural(batch['tokens'], 'token')} each")
+    few = (
+        ""
+        if batch["completions"] == assumed["completions"]
+        else f", {plural(batch['completions'], 'completion')} at a time"
+    )
+    say(
+        f"micro-batches: {batch['count']} of {plural(batch['groups'], 'prompt')}{few},"
+        f" {plural(batch['tokens'], 'token')} each"
+    )
     say(f"sampled together: {plural(result['sampling']['groups'], 'prompt')}")
     say()
 
     table = _table("parameters", "all", "trained")
     for part, count in result["parameters"].items():
         table.add_row(part, _count(count["all"]), _count(count["trained"]))
-    table.add_row("sum", *(_count(sum(count[key] for count in result["parameters"].values())) for key in ("all", "trained")))
+    table.add_row(
+        "sum",
+        *(
+            _count(sum(count[key] for count in result["parameters"].values()))
+            for key in ("all", "trained")
+        ),
+    )
     console.print(table)
 
     table = _table("memory", "bytes", "")
@@ -146,7 +206,11 @@ def planned(result: Mapping[str, Any]) -> None:
         table.add_row(part, _bytes(size), bound.get(part, "always"))
     for part, size in found["parts"].items():
         rough = part in found["rough"]
-        table.add_row(part, ("~ " if rough else "") + _bytes(size), "at times, roughly" if rough else "at times")
+        table.add_row(
+            part,
+            ("~ " if rough else "") + _bytes(size),
+            "at times, roughly" if rough else "at times",
+        )
     table.add_section()
     for phase, size in found["phases"].items():
         table.add_row(f"peak of {phase}", _bytes(size), "")
@@ -160,17 +224,26 @@ def planned(result: Mapping[str, Any]) -> None:
     table = _table(f"one step on {device}", "TFLOP", "seconds")
     for name, stage in result["stages"].items():
         table.add_row(name, _number(stage["operations"] / 1e12), _number(stage["seconds"]))
-    table.add_row("sum", _number(sum(stage["operations"] for stage in result["stages"].values()) / 1e12), _number(result["seconds"]))
+    table.add_row(
+        "sum",
+        _number(sum(stage["operations"] for stage in result["stages"].values()) / 1e12),
+        _number(result["seconds"]),
+    )
     console.print(table)
     say(f"the whole run, {result['steps']} steps: {_number(result['hours'])} hours")
     if result["shorter"]:
-        say(f"shortest with one change: {_number(result['shorter']['hours'])} hours with --set {result['shorter']['change']}")
+        say(
+            f"shortest with one change: {_number(result['shorter']['hours'])} hours with --set"
+            f" {result['shorter']['change']}"
+        )
     say()
 
     if measured := result["measured"]:
         table = _table("measured here", "planned", "measured")
         for verb, seconds in measured["seconds"].items():
-            table.add_row(f"{verb}, s a step", _number(measured["planned_seconds"][verb]), _number(seconds))
+            table.add_row(
+                f"{verb}, s a step", _number(measured["planned_seconds"][verb]), _number(seconds)
+            )
         sums = (sum(measured[key].values()) for key in ("planned_seconds", "seconds"))
         table.add_row("sum, s a step", *map(_number, sums))
         table.add_row("peak", _bytes(measured["planned_peak"]), _bytes(measured["peak"]))
@@ -180,7 +253,13 @@ def planned(result: Mapping[str, Any]) -> None:
     table.columns[0].no_wrap = True
     for one in result["devices"]:
         speed = _number(one["matmul"][result["dtype"]] / 1e12)
-        row = speed, _number(one["bandwidth"] / 1e9), f"{one['memory'] / 1e9:.0f}", _number(one["seconds"]), _number(one["hours"])
+        row = (
+            speed,
+            _number(one["bandwidth"] / 1e9),
+            f"{one['memory'] / 1e9:.0f}",
+            _number(one["seconds"]),
+            _number(one["hours"]),
+        )
         table.add_row(one["name"], *row, _bytes(one["peak"]), _fits(one))
     console.print(table)
     shares: dict[tuple[float, float], list[str]] = {}
@@ -194,20 +273,29 @@ def planned(result: Mapping[str, Any]) -> None:
     if batch["largest"] and result["sampling"]["largest"]:
         say()
         say(f"largest step that fits on {device}:")
-        say(f"  --set rollout.microbatch_tokens={batch['largest']} --set rollout.sample_tokens={result['sampling']['largest']}")
+        say(
+            f"  --set rollout.microbatch_tokens={batch['largest']} --set"
+            f" rollout.sample_tokens={result['sampling']['largest']}"
+        )
         return
     say()
-    say(f"not even one prompt fits on {device}; " + ("one change each, and its peak:" if result["smaller"] else "no single change helps"))
+    say(
+        f"not even one prompt fits on {device}; "
+        + ("one change each, and its peak:" if result["smaller"] else "no single change helps")
+    )
     for change, peak in sorted(result["smaller"].items(), key=lambda pair: int(pair[1])):
         say(f"  {_bytes(peak):>8}  --set {change}" + ("  fits" if peak <= found["usable"] else ""))
 
 
 def _fits(device: Mapping[str, Any]) -> Text:
-    """Whether a step fits, and the smallest memory that the device is sold with in which it does."""
+    """Whether a step fits, and the smallest memory that the device is sold with in which it
+    does."""
     sizes = [size for size in device["memories"] if device["peak"] <= size * device["usable"]]
     if not device["fits"]:
         return Text("too large", style="red")
-    return Text(f"from {sizes[0] / 1e9:.0f} GB" if len(device["memories"]) > 1 else "fits", style="green")
+    return Text(
+        f"from {sizes[0] / 1e9:.0f} GB" if len(device["memories"]) > 1 else "fits", style="green"
+    )
 
 
 def _bytes(size: float) -> str:
@@ -222,11 +310,25 @@ def _count(count: float) -> str:
 
 def _number(value: float) -> str:
     """Three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 0.001 else f"{value:.0e}" if value else "0"
+    return (
+        f"{value:,.0f}"
+        if value >= 100
+        else f"{value:#.3g}"
+        if value >= 0.001
+        else f"{value:.0e}"
+        if value
+        else "0"
+    )
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=cell(title) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=cell(title) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("")
     for heading in headings:
         table.add_column(cell(heading), justify="right", no_wrap=True)
@@ -237,7 +339,9 @@ def _rows(result: Mapping[str, Any]) -> str:
     """How many examples, and how many of them could be judged where that is fewer."""
     judged, skipped = result["rows_with_answer"], result.get("rows_skipped", 0)
     answers = "" if judged == result["rows"] else f", {judged} of them with an answer"
-    return f"{plural(result['rows'], 'example')}{answers}" + (f", {skipped} skipped" if skipped else "")
+    return f"{plural(result['rows'], 'example')}{answers}" + (
+        f", {skipped} skipped" if skipped else ""
+    )
 
 
 def _reference(answer: str | Sequence[str] | None) -> str:

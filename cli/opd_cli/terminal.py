@@ -1,8 +1,9 @@
-"""The only way to the terminal: text that cannot steer it, on any console, whether or not somebody reads.
+"""The only way to the terminal: text that cannot steer it, on any console, whether or not somebody
+reads.
 
-Questions, answers, names, paths and other programs' messages may hold control sequences. Every line that `opd` writes passes
-`visible`: results through `opd_cli.console` or `say_json`, errors through `one_line`, and whatever libraries write to stderr through
-`Stderr`.
+Questions, answers, names, paths and other programs' messages may hold control sequences. Every line
+that `opd` writes passes `visible`: results through `opd_cli.console` or `say_json`, errors through
+`one_line`, and whatever libraries write to stderr through `Stderr`.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ LONGEST = 2000
 """Characters of an error, a note or a table's cell; a longer one is cut in the middle."""
 
 HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
-"""Unicode categories that are escaped: controls, formats such as bidi marks, unassigned, private, surrogates, separators of lines."""
+"""Unicode categories that are escaped: controls, formats such as bidi marks, unassigned, private,
+surrogates, separators of lines."""
 
-FILLERS = set("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0") | {chr(0xE0100 + n) for n in range(240)}
+FILLERS = set("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0") | {
+    chr(0xE0100 + n) for n in range(240)
+}
 """Letters and marks that show nothing."""
 
-SIGNS = set("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
+SIGNS = set(
+    "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+)
 """Formats that show something: signs under which Arabic, Syriac and Kaithi numbers stand."""
 
 JOINERS = {"\u200c", "\u200d"}
-"""They make one emoji of several, and spell Persian and Indic words: shown raw between two letters or symbols beyond ASCII."""
+"""They make one emoji of several, and spell Persian and Indic words: shown raw between two letters
+or symbols beyond ASCII."""
 
 SELECTORS = {chr(0xFE00 + n) for n in range(16)}
 """They choose the look of the letter before: shown raw where there is one."""
@@ -42,20 +49,29 @@ UP = "\x1b[A"
 
 
 def visible(text: str, keep: str = "", longest: int | None = LONGEST) -> str:
-    r"""`text` on one line, with an escape such as \x1b or \u202e for everything that steers a terminal or shows nothing.
+    r"""`text` on one line, with an escape such as \x1b or \u202e for everything that steers a
+    terminal or shows nothing.
 
-    Letters, marks and emoji of all languages stay, and so do the characters of `keep`. A text above `longest` characters is cut.
+    Letters, marks and emoji of all languages stay, and so do the characters of `keep`. A text above
+    `longest` characters is cut.
     """
     length, text = len(text), _cut(text, longest)
     if text.isascii() and text.isprintable():
         return text
-    shown = [letter if letter in keep or _shows(text, place) else _escape(letter) for place, letter in enumerate(text)]
+    shown = [
+        letter if letter in keep or _shows(text, place) else _escape(letter)
+        for place, letter in enumerate(text)
+    ]
     return _cut("".join(shown), longest, length)
 
 
 def one_line(message: str) -> str:
     """An error or a note as one line: line breaks of a cause are spaces."""
-    return visible(" ".join(part.strip() for part in re.split(r"[\r\n]+", _cut(message, LONGEST)) if part.strip()))
+    return visible(
+        " ".join(
+            part.strip() for part in re.split(r"[\r\n]+", _cut(message, LONGEST)) if part.strip()
+        )
+    )
 
 
 def say(text: str) -> None:
@@ -64,7 +80,8 @@ def say(text: str) -> None:
 
 
 def say_json(value: Mapping[str, Any]) -> None:
-    r"""Writes one JSON object to stdout, in ASCII: everything else is \uXXXX, and what is not finite is null."""
+    r"""Writes one JSON object to stdout, in ASCII: everything else is \uXXXX, and what is not
+    finite is null."""
     from opd.run.strict_json import dumps
 
     sys.stdout.write(dumps(value, ascii_only=True) + "\n")
@@ -81,7 +98,10 @@ def say_bug(error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
     with suppress(OSError, ValueError):
         sys.stderr.write(visible(text.rstrip("\n"), keep="\n", longest=20 * LONGEST) + "\n")
-    say_error(f"this is a fault of opd, not of your input; please report it with the lines above ({type(error).__name__})")
+    say_error(
+        "this is a fault of opd, not of your input; please report it with the lines above"
+        f" ({type(error).__name__})"
+    )
 
 
 class StdoutError(Exception):
@@ -127,7 +147,8 @@ class Stdout(_Stream):
             self.stream.flush()
 
     def give_up(self) -> None:
-        """Throws away what waits, so that the interpreter's own flush at its end has no cause to complain."""
+        """Throws away what waits, so that the interpreter's own flush at its end has no cause to
+        complain."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
@@ -135,7 +156,8 @@ class Stdout(_Stream):
 
 
 class Stderr(_Stream):
-    """Stands for sys.stderr while a command runs: whole lines, visible, and above the bars where there are some.
+    """Stands for sys.stderr while a command runs: whole lines, visible, and above the bars where
+    there are some.
 
     A console that is full or gone never ends a run.
     """
@@ -161,7 +183,8 @@ class Stderr(_Stream):
 
     def raw(self, text: str) -> None:
         """Writes to the console as it is."""
-        with suppress(OSError, ValueError, RuntimeError):  # gone, closed, or a signal came while something was being written
+        # gone, closed, or a signal came while something was being written
+        with suppress(OSError, ValueError, RuntimeError):
             self.stream.write(text)
             self.stream.flush()
 
@@ -181,16 +204,23 @@ class Stderr(_Stream):
 def prepared() -> Iterator[Stdout]:
     """Makes the streams fit to be written to while a command runs, whatever they are.
 
-    Closed ones are thrown away, characters that a console lacks become escapes, and libraries' warnings are one line each.
+    Closed ones are thrown away, characters that a console lacks become escapes, and libraries'
+    warnings are one line each.
     """
     _open_closed()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, stream := open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for the rest of the process
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it stays open
+            setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    stdout, stderr, showwarning, handler = sys.stdout, sys.stderr, warnings.showwarning, _OneLine(logging.WARNING)
+    stdout, stderr, showwarning, handler = (
+        sys.stdout,
+        sys.stderr,
+        warnings.showwarning,
+        _OneLine(logging.WARNING),
+    )
     # Theirs would come in several lines, each time a part of a library is loaded.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.stdout, sys.stderr = results, lines = Stdout(stdout), Stderr(stderr)
@@ -218,23 +248,34 @@ class _OneLine(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         package = record.name.partition(".")[0]
-        if package == "bitsandbytes":  # that it has no GPU: a run that needs one is refused in our own words
+        # that it has no GPU: a run that needs one is refused in our own words
+        if package == "bitsandbytes":
             return
         message = one_line(record.getMessage())
         sys.stderr.write(message + "\n" if package.startswith("opd") else f"{package}: {message}\n")
 
 
 def _warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """A library's warning as one line that names the library."""
     parts = filename.replace("\\", "/").split("site-packages/")[-1].split("/")
-    package = parts[0].removesuffix(".py") if len(parts) > 1 and "site-packages" in filename else category.__name__
+    package = (
+        parts[0].removesuffix(".py")
+        if len(parts) > 1 and "site-packages" in filename
+        else category.__name__
+    )
     sys.stderr.write(f"{package}: {one_line(str(message))}\n")
 
 
 def _cut(text: str, longest: int | None, length: int | None = None) -> str:
-    """The text without its middle where it is above `longest`; `length` is told, the text's own if none."""
+    """The text without its middle where it is above `longest`; `length` is told, the text's own if
+    none."""
     if longest is None or len(text) <= longest:
         return text
     head, tail = longest * 2 // 3, longest // 4
@@ -261,7 +302,8 @@ def _escape(letter: str) -> str:
 
 
 def _open_closed() -> None:
-    """Opens what the shell closed of stdin, stdout and stderr: a file of the run's would get its number, and everybody's lines."""
+    """Opens what the shell closed of stdin, stdout and stderr: a file of the run's would get its
+    number, and everybody's lines."""
     with suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass

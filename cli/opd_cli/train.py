@@ -14,19 +14,31 @@ if TYPE_CHECKING:
     from opd.run.changed import Changed
 
 RESUMED = (
-    "--steps extends the run, --data, --model and --set measure.path say where something was moved, "
-    "and what is edited in config.toml needs --accept-changes"
+    "--steps extends the run, --data, --model and --set measure.path say where something was moved,"
+    " and what is edited in config.toml needs --accept-changes"
 )
 
 
 @click.command()
 @shared
-@click.option("--out", type=UserPath(), help="The run folder.  [default: runs/NAME after recipe or data, NAME-2, ...]")
+@click.option(
+    "--out",
+    type=UserPath(),
+    help="The run folder.  [default: runs/NAME after recipe or data, NAME-2, ...]",
+)
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--seed", type=int, help="Seed of data order and sampling.")
-@click.option("--resume", type=UserPath(), metavar="RUN", help="Go on with a run from its last checkpoint.")
-@click.option("--force", is_flag=True, help="Where --out holds a run already, set that one aside as NAME~1.")
-@click.option("--accept-changes", is_flag=True, help="With --resume: go on although model, data or recipe are not what they were.")
+@click.option(
+    "--resume", type=UserPath(), metavar="RUN", help="Go on with a run from its last checkpoint."
+)
+@click.option(
+    "--force", is_flag=True, help="Where --out holds a run already, set that one aside as NAME~1."
+)
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="With --resume: go on although model, data or recipe are not what they were.",
+)
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -45,9 +57,10 @@ def train(
 ) -> None:
     """Trains a model with Vision-OPD, and prints accuracy on crop and full image before and after.
 
-    RECIPE is a preset (tiny, paper, lora) or a TOML file. With none given, a run's model (its checkpoints and exports too) is trained
-    on with the run's recipe, but data and seed; the embedded model of 0.6M parameters is trained with the preset tiny on a synthetic
-    task, and any other with lora. Every key that --set takes, with its default: docs/recipe.md.
+    RECIPE is a preset (tiny, paper, lora) or a TOML file. With none given, a run's model (its
+    checkpoints and exports too) is trained on with the run's recipe, but data and seed; the
+    embedded model of 0.6M parameters is trained with the preset tiny on a synthetic task, and any
+    other with lora. Every key that --set takes, with its default: docs/recipe.md.
 
     \b
     Examples:
@@ -69,9 +82,17 @@ def train(
         if resume is not None:
             trainer = run.resume(resume, backend, progress, _changed(ctx))
         elif accept_changes:
-            raise click.UsageError("--accept-changes is for --resume: a new run has nothing that could have changed", ctx)
+            raise click.UsageError(
+                "--accept-changes is for --resume: a new run has nothing that could have changed",
+                ctx,
+            )
         else:
-            shortcuts = {"model.path": model, "data.path": data, "run.steps": steps, "run.seed": seed}
+            shortcuts = {
+                "model.path": model,
+                "data.path": data,
+                "run.steps": steps,
+                "run.seed": seed,
+            }
             resolved = resolve(recipe, shortcuts, overrides, training=True, backend=backend)
             folder = out or next_free(Path("runs") / stem(recipe or resolved.recipe.data.path))
             trainer = run.start(resolved.recipe, resolved.backend, folder, force, progress)
@@ -80,7 +101,9 @@ def train(
         try:
             summary = trainer.train()
         except KeyboardInterrupt:
-            raise Stopped(f"interrupted; go on with: opd train --resume {trainer.folder.path}") from None
+            raise Stopped(
+                f"interrupted; go on with: opd train --resume {trainer.folder.path}"
+            ) from None
     if as_json:
         say_json({**summary, "run": str(trainer.folder.path)})
     else:
@@ -93,15 +116,25 @@ def _changed(ctx: click.Context) -> Changed:
 
     given = ctx.params
     if str(given["resume"]).startswith("-"):
-        raise click.UsageError(f"--resume names the run that goes on, but '{given['resume']}' follows it", ctx)
+        raise click.UsageError(
+            f"--resume names the run that goes on, but '{given['resume']}' follows it", ctx
+        )
     for option in ("recipe", "out", "seed", "force"):
         if given[option] is not None and given[option] is not False:
             name = "RECIPE" if option == "recipe" else f"--{option}"
-            raise click.UsageError(f"--resume goes on with the run's own recipe, so {name} has no place beside it; {RESUMED}", ctx)
+            raise click.UsageError(
+                f"--resume goes on with the run's own recipe, so {name} has no place beside it;"
+                f" {RESUMED}",
+                ctx,
+            )
     measured = None
     for override in given["overrides"]:
         key, _, value = override.partition("=")
         if key.strip() != "measure.path" or not value:
-            raise click.UsageError(f"--resume goes on with the run's own recipe, so --set {key} has no place beside it; {RESUMED}", ctx)
+            raise click.UsageError(
+                f"--resume goes on with the run's own recipe, so --set {key} has no place beside"
+                f" it; {RESUMED}",
+                ctx,
+            )
         measured = value.strip().strip("'\"")
     return Changed(given["data"], measured, given["model"], given["steps"], given["accept_changes"])

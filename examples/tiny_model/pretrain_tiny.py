@@ -1,13 +1,16 @@
-"""Pretrain the tiny model that `opd` ships, so that it reads a digit on a crop and often fails to find it on the full image.
+"""Pretrain the tiny model that `opd` ships, so that it reads a digit on a crop and often fails to
+find it on the full image.
 
     python examples/tiny_model/pretrain_tiny.py --output opd/tiny/model \
         --log examples/tiny_model/pretrain_tiny.log
 
-takes minutes on one CPU thread. It writes a folder in Hugging Face layout (Qwen3-VL, 0.6M parameters) that transformers and mlx-vlm
-load. Training stops on a condition: the digit must be read on small scenes with two tiles, which needs colours to be bound to
-digits. If that does not happen, or the result misses the quality it must have, the script fails and writes nothing.
+takes minutes on one CPU thread. It writes a folder in Hugging Face layout (Qwen3-VL, 0.6M
+parameters) that transformers and mlx-vlm load. Training stops on a condition: the digit must be
+read on small scenes with two tiles, which needs colours to be bound to digits. If that does not
+happen, or the result misses the quality it must have, the script fails and writes nothing.
 
-Legend: B images, N patches of one image, S visual tokens of one image (N / 4), P prompt tokens, T answer tokens.
+Legend: B images, N patches of one image, S visual tokens of one image (N / 4), P prompt tokens, T
+answer tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from opd.tiny.task import COLOURS, MARGIN, TILE, Scene, Scenes
 
@@ -94,20 +100,29 @@ TOKENIZER = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE, trained on the task's own sentences: each of their words becomes one token, any other text falls into bytes."""
+    """A byte-level BPE, trained on the task's own sentences: each of their words becomes one token,
+    any other text falls into bytes."""
     sentences = [f"What digit is on the {colour} tile?" for colour in COLOURS]
     sentences += [f"The {colour} tile shows {digit}." for colour in COLOURS for digit in range(10)]
     sentences += ["system", "user", "assistant"] * 8
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(sentences, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{key: TOKENIZER[key] for key in TOKENIZER if key != "tokenizer_class"})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{key: TOKENIZER[key] for key in TOKENIZER if key != "tokenizer_class"},
+    )
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """`config.json` as published Qwen3-VL checkpoints have it: `rope_theta`, `rope_scaling` and `model_type` are there for mlx-vlm."""
+    """`config.json` as published Qwen3-VL checkpoints have it: `rope_theta`, `rope_scaling` and
+    `model_type` are there for mlx-vlm."""
     token = tokenizer.convert_tokens_to_ids
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -138,7 +153,11 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
             "use_cache": True,
             "dtype": "float32",
             "rope_theta": 10000.0,
-            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 4, 4], "mrope_interleaved": True},
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_section": [4, 4, 4],
+                "mrope_interleaved": True,
+            },
         },
         "vision_config": {
             "model_type": "qwen3_vl",
@@ -175,7 +194,11 @@ def write_settings(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     token = tokenizer.convert_tokens_to_ids
-    generation = {"do_sample": False, "eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>")}
+    generation = {
+        "do_sample": False,
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+    }
     for name, content in {
         "tokenizer_config.json": TOKENIZER,
         "config.json": model_config(tokenizer),
@@ -186,10 +209,15 @@ def write_settings(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def write_weights(folder: Path, model: Qwen3VLForConditionalGeneration) -> None:
-    """Write the weights under the names of published checkpoints, so that a reader never sees half a file."""
+    """Write the weights under the names of published checkpoints, so that a reader never sees half
+    a file."""
     from safetensors.torch import save_file
 
-    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     (folder / "model.safetensors.tmp").chmod(0o644)
     (folder / "model.safetensors.tmp").rename(folder / "model.safetensors")
@@ -200,7 +228,8 @@ ENDS_OF_BLOCKS = ("attn.proj.weight", "mlp.linear_fc2.weight", "o_proj.weight", 
 
 @torch.no_grad()
 def initialise(model: Qwen3VLForConditionalGeneration) -> None:
-    """Initialise by fan-in. With the usual std of 0.02 a model this small stays at chance for hundreds of steps."""
+    """Initialise by fan-in. With the usual std of 0.02 a model this small stays at chance for
+    hundreds of steps."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -216,9 +245,11 @@ def initialise(model: Qwen3VLForConditionalGeneration) -> None:
 
 
 class Sight:
-    """The vision tower over a batch of images of one size: the same numbers as the model's own forward, several times faster.
+    """The vision tower over a batch of images of one size: the same numbers as the model's own
+    forward, several times faster.
 
-    The two frames of an image are identical, so the convolution over both is one matrix product; attention runs over [B, N] at once.
+    The two frames of an image are identical, so the convolution over both is one matrix product;
+    attention runs over [B, N] at once.
     """
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, side: int) -> None:
@@ -226,20 +257,29 @@ class Sight:
         cells = side // PATCH
         grid = torch.tensor([[1, cells, cells]])
         self.patch_index, self.patch_weight = get_vision_interpolation_indices_and_weights(
-            grid, self.tower.num_grid_per_side, mode="bilinear", align_corners=True, spatial_merge_size=MERGE
+            grid,
+            self.tower.num_grid_per_side,
+            mode="bilinear",
+            align_corners=True,
+            spatial_merge_size=MERGE,
         )
-        cosine, sine = self.tower.rotary_pos_emb(self.patch_weight, get_vision_position_ids(grid, MERGE))
+        cosine, sine = self.tower.rotary_pos_emb(
+            self.patch_weight, get_vision_position_ids(grid, MERGE)
+        )
         self.cosine, self.sine = cosine, sine
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens [B, S, 96] and the deepstack features, one [B, S, 96] for each layer, of `pixels` [B, N, 3 * 8 * 8]."""
+        """Visual tokens [B, S, 96] and the deepstack features, one [B, S, 96] for each layer, of
+        `pixels` [B, N, 3 * 8 * 8]."""
         tower, (images, patches, _) = self.tower, pixels.shape
         kernel = tower.patch_embed.proj.weight.sum(2).flatten(1)
         hidden = F.linear(pixels, kernel, tower.patch_embed.proj.bias)
         hidden = hidden + (tower.pos_embed(self.patch_index) * self.patch_weight[..., None]).sum(1)
         deepstack = []
         for number, block in enumerate(tower.blocks):
-            heads = block.attn.qkv(block.norm1(hidden)).view(images, patches, 3, block.attn.num_heads, -1)
+            heads = block.attn.qkv(block.norm1(hidden)).view(
+                images, patches, 3, block.attn.num_heads, -1
+            )
             query, key, value = heads.permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(self.rotate(query), self.rotate(key), value)
             hidden = hidden + block.attn.proj(mixed.transpose(1, 2).flatten(2))
@@ -252,13 +292,19 @@ class Sight:
     def rotate(self, states: Tensor) -> Tensor:
         """Rotary positions for queries or keys [B, heads, N, head_dim]."""
         half = states.shape[-1] // 2
-        return states * self.cosine + torch.cat([-states[..., half:], states[..., :half]], -1) * self.sine
+        return (
+            states * self.cosine
+            + torch.cat([-states[..., half:], states[..., :half]], -1) * self.sine
+        )
 
 
 class Reader:
-    """The model over batches of one image size; every prompt of this task has the same length, so nothing is padded."""
+    """The model over batches of one image size; every prompt of this task has the same length, so
+    nothing is padded."""
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, side: int) -> None:
+    def __init__(
+        self, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, side: int
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.side = side
@@ -274,17 +320,26 @@ class Reader:
         for scene in scenes:
             content = [{"type": "image"}, {"type": "text", "text": scene.question}]
             message = [{"role": "user", "content": content}]
-            prompt = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            prompts.append(self.tokenizer(prompt.replace("<|image_pad|>", "<|image_pad|>" * self.visual_tokens)).input_ids)
+            prompt = self.tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
+            prompts.append(
+                self.tokenizer(
+                    prompt.replace("<|image_pad|>", "<|image_pad|>" * self.visual_tokens)
+                ).input_ids
+            )
             answers.append(self.tokenizer(f"{scene.answer}<|im_end|>").input_ids)
         return torch.tensor(prompts), torch.tensor(answers)
 
     def logits(self, pixels: Tensor, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] of each of `answers` [B, T] given those before it, and the visual tokens [B, S, 96] they were read from."""
+        """Logits [B, T, V] of each of `answers` [B, T] given those before it, and the visual tokens
+        [B, S, 96] they were read from."""
         seen, deepstack = self.sight(pixels)
         tokens = torch.cat([prompts, answers[:, :-1]], 1)
         visual = tokens == self.model.config.image_token_id
-        embedded = self.model.get_input_embeddings()(tokens).masked_scatter(visual[..., None], seen.flatten(0, 1))
+        embedded = self.model.get_input_embeddings()(tokens).masked_scatter(
+            visual[..., None], seen.flatten(0, 1)
+        )
         hidden = self.model.model.language_model(
             inputs_embeds=embedded,
             position_ids=self.positions(prompts, answers.shape[1] - 1),
@@ -299,16 +354,25 @@ class Reader:
         self.attended = output
 
     def attention(self, prompts: Tensor) -> Tensor:
-        """Attention [B, S] that the token before the digit paid to the visual tokens, in the first head of the second layer."""
-        attention, text, states = self.layer.self_attn, self.model.model.language_model, self.attended
+        """Attention [B, S] that the token before the digit paid to the visual tokens, in the first
+        head of the second layer."""
+        attention, text, states = (
+            self.layer.self_attn,
+            self.model.model.language_model,
+            self.attended,
+        )
         assert states is not None
         reader = prompts.shape[1] - 1 + DIGIT
         states = states[:, : reader + 1]
         shape = (*states.shape[:2], -1, attention.head_dim)
         query = attention.q_norm(attention.q_proj(states).view(shape)).transpose(1, 2)
         key = attention.k_norm(attention.k_proj(states).view(shape)).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *text.rotary_emb(states, self.positions(prompts, DIGIT)))
-        weights = (query[:, 0, -1:] @ key[:, 0].transpose(1, 2) * attention.scaling).softmax(-1)[:, 0]
+        query, key = apply_rotary_pos_emb(
+            query, key, *text.rotary_emb(states, self.positions(prompts, DIGIT))
+        )
+        weights = (query[:, 0, -1:] @ key[:, 0].transpose(1, 2) * attention.scaling).softmax(-1)[
+            :, 0
+        ]
         visual = (prompts[0] == self.model.config.image_token_id).nonzero()[:, 0]
         return weights[:, visual]
 
@@ -318,22 +382,32 @@ class Reader:
         tokens = F.pad(prompts[:1], (0, more))
         visual = tokens == self.model.config.image_token_id
         grid = torch.tensor([[1, cells, cells]])
-        positions, _ = self.model.model.get_rope_index(tokens, mm_token_type_ids=visual.int(), image_grid_thw=grid)
+        positions, _ = self.model.model.get_rope_index(
+            tokens, mm_token_type_ids=visual.int(), image_grid_thw=grid
+        )
         return positions.expand(3, len(prompts), -1)
 
 
 def patches(images: list[Image.Image]) -> Tensor:
-    """Pixels of images of one size as [B, N, 3 * 8 * 8] in -1 to 1, the patches of each 2 x 2 block following one another."""
+    """Pixels of images of one size as [B, N, 3 * 8 * 8] in -1 to 1, the patches of each 2 x 2 block
+    following one another."""
     pixels = np.stack([np.asarray(image) for image in images])
     blocks = pixels.shape[1] // TOKEN
-    cut = pixels.reshape(-1, blocks, MERGE, PATCH, blocks, MERGE, PATCH, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
-    return torch.from_numpy(cut.reshape(len(images), -1, 3 * PATCH * PATCH).astype(np.float32) / 127.5 - 1)
+    cut = pixels.reshape(-1, blocks, MERGE, PATCH, blocks, MERGE, PATCH, 3).transpose(
+        0, 1, 4, 2, 5, 7, 3, 6
+    )
+    return torch.from_numpy(
+        cut.reshape(len(images), -1, 3 * PATCH * PATCH).astype(np.float32) / 127.5 - 1
+    )
 
 
-def crop(scene: Scene, random: np.random.Generator | None = None) -> tuple[Image.Image, float, float, float]:
+def crop(
+    scene: Scene, random: np.random.Generator | None = None
+) -> tuple[Image.Image, float, float, float]:
     """The target tile with its margin, enlarged; then the cut's left, top and scale.
 
-    With `random` the cut is off by up to 3 pixels and its side up to 6 smaller or 10 larger, so that reading does not hang on one scale.
+    With `random` the cut is off by up to 3 pixels and its side up to 6 smaller or 10 larger, so
+    that reading does not hang on one scale.
     """
     side = TILE + 2 * MARGIN + (int(random.integers(-6, 11)) if random else 0)
     shift = random.integers(-3, 4, 2).tolist() if random else (0, 0)
@@ -345,8 +419,11 @@ def crop(scene: Scene, random: np.random.Generator | None = None) -> tuple[Image
     return cut.resize((CROP, CROP), Image.Resampling.BICUBIC), left, top, CROP / side
 
 
-def token_labels(scene: Scene, side: int, left: float = 0, top: float = 0, scale: float = 1) -> list[tuple[int, int, int]]:
-    """Of the tile that covers most of a visual token, and a third at least: colour (8 is none), digit (10 is none), if it is asked for."""
+def token_labels(
+    scene: Scene, side: int, left: float = 0, top: float = 0, scale: float = 1
+) -> list[tuple[int, int, int]]:
+    """Of the tile that covers most of a visual token, and a third at least: colour (8 is none),
+    digit (10 is none), if it is asked for."""
     names, cells = list(COLOURS), side // TOKEN
     labels = [(len(COLOURS), 10, 0)] * cells**2
     most = [1 / 3] * cells**2
@@ -355,15 +432,27 @@ def token_labels(scene: Scene, side: int, left: float = 0, top: float = 0, scale
         x1, y1 = x0 + TILE * scale, y0 + TILE * scale
         for cell in range(cells**2):
             x, y = cell % cells * TOKEN, cell // cells * TOKEN
-            covered = max(0.0, min(x1, x + TOKEN) - max(x0, x)) * max(0.0, min(y1, y + TOKEN) - max(y0, y)) / TOKEN**2
+            covered = (
+                max(0.0, min(x1, x + TOKEN) - max(x0, x))
+                * max(0.0, min(y1, y + TOKEN) - max(y0, y))
+                / TOKEN**2
+            )
             if covered >= most[cell]:
-                most[cell], labels[cell] = covered, (names.index(tile.colour), tile.digit, int(tile is scene.target))
+                most[cell], labels[cell] = (
+                    covered,
+                    (
+                        names.index(tile.colour),
+                        tile.digit,
+                        int(tile is scene.target),
+                    ),
+                )
     return labels
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one kind: `pixels` [B, N, 192], `prompts` [B, P], `answers` [B, T], and `labels` [B, S, 3] of the visual tokens."""
+    """Images of one kind: `pixels` [B, N, 192], `prompts` [B, P], `answers` [B, T], and `labels`
+    [B, S, 3] of the visual tokens."""
 
     pixels: Tensor
     prompts: Tensor
@@ -373,9 +462,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of image: where its scenes come from, what reads them, and how many a step are trained on.
+    """One kind of image: where its scenes come from, what reads them, and how many a step are
+    trained on.
 
-    `rows` are pairs of a step and the number from that step on; `cooling` is the number in the cool-down.
+    `rows` are pairs of a step and the number from that step on; `cooling` is the number in the
+    cool-down.
     """
 
     reader: Reader
@@ -385,7 +476,8 @@ class Kind:
     cropped: bool = False
 
     def rows_at(self, step: int) -> int:
-        """Images of this kind at `step`: the last of `rows`, pairs of step and number, that has begun."""
+        """Images of this kind at `step`: the last of `rows`, pairs of step and number, that has
+        begun."""
         return next((rows for start, rows in reversed(self.rows) if step >= start), 0)
 
     def batch(self, numbers: Iterable[int], random: np.random.Generator | None = None) -> Batch:
@@ -409,33 +501,48 @@ DIGIT = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast: a rate that halves slowly until colours are bound to digits, and then a cosine down to zero."""
+    """How long and how fast: a rate that halves slowly until colours are bound to digits, and then
+    a cosine down to zero."""
 
     rate: float = 2e-3
     half_life: int = 1000
     warm_up: int = 30
     bound: float = 0.4
-    """Digit loss on two tiles at which the rate goes down: guessing between the two digits gives 0.69, and far less closes the gap."""
+    """Digit loss on two tiles at which the rate goes down: guessing between the two digits gives
+    0.69, and far less closes the gap."""
     limit: int = 2000
     cool_down: int = 200
 
 
 class Trainer:
-    """The model, its optimizer, heads that are thrown away afterwards, and running means over 25 steps of what each kind of image gives.
+    """The model, its optimizer, heads that are thrown away afterwards, and running means over 25
+    steps of what each kind of image gives.
 
-    The heads tell colour and digit of the tile behind each visual token. Besides, the attention to the right tile is taught: left
-    alone, some seeds read every tile and never learn to choose one, and where it stops early what was bound comes loose again.
+    The heads tell colour and digit of the tile behind each visual token. Besides, the attention to
+    the right tile is taught: left alone, some seeds read every tile and never learn to choose one,
+    and where it stops early what was bound comes loose again.
     """
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], seed: int) -> None:
+    def __init__(
+        self, model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], seed: int
+    ) -> None:
         self.kinds = kinds
         self.colour_head, self.digit_head = nn.Linear(96, len(COLOURS) + 1), nn.Linear(96, 11)
-        self.parameters = [*model.parameters(), *self.colour_head.parameters(), *self.digit_head.parameters()]
+        self.parameters = [
+            *model.parameters(),
+            *self.colour_head.parameters(),
+            *self.digit_head.parameters(),
+        ]
         matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
         vectors = [parameter for parameter in self.parameters if parameter.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": 0.02},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        self.random = {name: np.random.default_rng((seed, number)) for number, name in enumerate(kinds)}
+        self.random = {
+            name: np.random.default_rng((seed, number)) for number, name in enumerate(kinds)
+        }
         self.drawn = dict.fromkeys(kinds, seed * 10_000_000)
         self.digit_losses = {name: deque[float](maxlen=25) for name in kinds}
         self.attentions = {name: deque[float](maxlen=25) for name in kinds}
@@ -453,7 +560,8 @@ class Trainer:
         self.optimizer.step()
 
     def loss(self, name: str, rows: int) -> Tensor:
-        """Cross-entropy of the answers, their digit counting three times, and of the heads on the visual tokens."""
+        """Cross-entropy of the answers, their digit counting three times, and of the heads on the
+        visual tokens."""
         kind = self.kinds[name]
         batch = kind.batch(range(self.drawn[name], self.drawn[name] + rows), self.random[name])
         self.drawn[name] += rows
@@ -473,20 +581,33 @@ class Trainer:
         return (surprise * weight).sum() / weight.sum() + 0.7 * auxiliary
 
     def state(self) -> str:
-        """The running means, for the log: digit loss, and attention to the tile that is asked for."""
+        """The running means, for the log: digit loss, and attention to the tile that is asked
+        for."""
         return ", ".join(
-            f"{name} {mean(losses):.3f} ({mean(self.attentions[name]):.2f})" for name, losses in self.digit_losses.items() if losses
+            f"{name} {mean(losses):.3f} ({mean(self.attentions[name]):.2f})"
+            for name, losses in self.digit_losses.items()
+            if losses
         )
 
 
-def pretrain(model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], plan: Plan, seed: int, log: Callable[[str], None]) -> None:
-    """Train until the digit loss on scenes with two tiles is below `plan.bound`, then cool down; raise where it never is."""
+def pretrain(
+    model: Qwen3VLForConditionalGeneration,
+    kinds: dict[str, Kind],
+    plan: Plan,
+    seed: int,
+    log: Callable[[str], None],
+) -> None:
+    """Train until the digit loss on scenes with two tiles is below `plan.bound`, then cool down;
+    raise where it never is."""
     trainer, started = Trainer(model, kinds, seed), time.monotonic()
     losses = trainer.digit_losses["two tiles"]
 
     def report(step: int, rate: float) -> None:
         if step % 50 == 0:
-            log(f"step {step:5d}  {time.monotonic() - started:4.0f} s  rate {rate:.1e}  digit loss (attention): {trainer.state()}")
+            log(
+                f"step {step:5d}  {time.monotonic() - started:4.0f} s  rate {rate:.1e}  digit loss"
+                f" (attention): {trainer.state()}"
+            )
 
     for step in range(plan.limit):
         rate = plan.rate * min(1, (step + 1) / plan.warm_up) * 0.5 ** (step / plan.half_life)
@@ -496,9 +617,13 @@ def pretrain(model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], pla
             break
     else:
         raise RuntimeError(
-            f"after {plan.limit} steps the digit loss on two tiles is {mean(losses):.2f}, not {plan.bound}: try another seed"
+            f"after {plan.limit} steps the digit loss on two tiles is {mean(losses):.2f}, not"
+            f" {plan.bound}: try another seed"
         )
-    log(f"step {step + 1:5d}  digit loss on two tiles below {plan.bound}: cooling down for {plan.cool_down} steps")
+    log(
+        f"step {step + 1:5d}  digit loss on two tiles below {plan.bound}: cooling down for"
+        f" {plan.cool_down} steps"
+    )
     for past in range(plan.cool_down):
         cooler = rate * (1 + math.cos(math.pi * past / plan.cool_down)) / 2
         trainer.step(cooler, {name: kind.cooling for name, kind in kinds.items()})
@@ -507,9 +632,11 @@ def pretrain(model: Qwen3VLForConditionalGeneration, kinds: dict[str, Kind], pla
 
 @torch.no_grad()
 def measure(kind: Kind, count: int) -> tuple[float, float]:
-    """The part of scenes answered right by greedy decoding, and of answers that have the right form whatever the digit.
+    """The part of scenes answered right by greedy decoding, and of answers that have the right form
+    whatever the digit.
 
-    Greedy decoding gives an answer exactly where each of its tokens is the most likely one after those before it, so no loop is needed.
+    Greedy decoding gives an answer exactly where each of its tokens is the most likely one after
+    those before it, so no loop is needed.
     """
     right = formed = 0
     for first in range(0, count, 100):
@@ -520,13 +647,20 @@ def measure(kind: Kind, count: int) -> tuple[float, float]:
             answers[:, DIGIT] = given[:, DIGIT]
         right += int((answers == batch.answers).all(1).logical_and((given == answers).all(1)).sum())
         digits = kind.reader.tokenizer.convert_tokens_to_ids([f"Ġ{digit}" for digit in range(10)])
-        formed += int((given == answers).all(1).logical_and(torch.isin(answers[:, DIGIT], torch.tensor(digits))).sum())
+        formed += int(
+            (given == answers)
+            .all(1)
+            .logical_and(torch.isin(answers[:, DIGIT], torch.tensor(digits)))
+            .sum()
+        )
     return right / count, formed / count
 
 
 def main() -> None:
     """Pretrain, check the quality on scenes that were not trained on, and write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="file that gets a copy of what is printed")
@@ -544,7 +678,11 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**model_config(tokenizer)))
     initialise(model)
-    small, large, near = Reader(model, tokenizer, 64), Reader(model, tokenizer, 128), Reader(model, tokenizer, CROP)
+    small, large, near = (
+        Reader(model, tokenizer, 64),
+        Reader(model, tokenizer, 128),
+        Reader(model, tokenizer, CROP),
+    )
 
     def scenes(split: str, tiles: int, size: int) -> Callable[[int], Scene]:
         return Scenes(split, sys.maxsize, tiles, size).scene
@@ -555,17 +693,30 @@ def main() -> None:
         "two tiles": Kind(small, scenes("pretrain", 2, 64), ((150, 24),), 4),
         "large": Kind(large, scenes("pretrain", 1, 128), ((300, 8),), 4),
     }
-    log(f"seed {arguments.seed}, torch {torch.__version__}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    log(
+        f"seed {arguments.seed}, torch {torch.__version__},"
+        f" {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    )
     pretrain(model, kinds, Plan(), arguments.seed, log)
     checks = {"crop": Kind(near, scenes("choice", 8, 128), cropped=True)}
-    checks |= {f"{tiles} tiles": Kind(large, scenes("choice", tiles, 128)) for tiles in (1, 3, 6, 8)}
+    checks |= {
+        f"{tiles} tiles": Kind(large, scenes("choice", tiles, 128)) for tiles in (1, 3, 6, 8)
+    }
     found = {name: measure(kind, arguments.check) for name, kind in checks.items()}
     for name, (right, formed) in found.items():
-        log(f"{name}: {right:.1%} right, {formed:.1%} of the right form, of {arguments.check} scenes")
+        log(
+            f"{name}: {right:.1%} right, {formed:.1%} of the right form, of {arguments.check}"
+            " scenes"
+        )
     log(f"done in {time.monotonic() - started:.0f} s")
-    if found["crop"][0] < 0.99 or not 0.4 <= found["8 tiles"][0] <= 0.7 or min(formed for _, formed in found.values()) < 0.99:
+    if (
+        found["crop"][0] < 0.99
+        or not 0.4 <= found["8 tiles"][0] <= 0.7
+        or min(formed for _, formed in found.values()) < 0.99
+    ):
         raise RuntimeError(
-            "this misses 99 % on crops, 40 to 70 % on full images, or 99 % of the right form: nothing is written, try another seed"
+            "this misses 99 % on crops, 40 to 70 % on full images, or 99 % of the right form:"
+            " nothing is written, try another seed"
         )
     write_settings(arguments.output, tokenizer)
     write_weights(arguments.output, model)

@@ -1,7 +1,8 @@
 """Examples from data files.
 
-One rule: a fault of a row (image unreadable, box outside, field missing, malformed JSON) skips the row and counts it, and is fatal with
-`strict` or when no row is left; a fault of the file is always fatal. Fatal is a DataError of one line.
+One rule: a fault of a row (image unreadable, box outside, field missing, malformed JSON) skips the
+row and counts it, and is fatal with `strict` or when no row is left; a fault of the file is always
+fatal. Fatal is a DataError of one line.
 """
 
 from __future__ import annotations
@@ -29,11 +30,23 @@ __all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl", "spread"]
 class DataOptions(Options):
     """Where examples come from."""
 
-    path: PathText = Field("tiny", min_length=1, description="A data file, or 'tiny' for the embedded task.")
-    max_prompt_tokens: int = Field(8192, ge=1, description="Rows with a longer prompt, student's or teacher's, are skipped and counted.")
-    strict: bool = Field(False, description="A faulty row ends the run instead of being skipped and counted.")
+    path: PathText = Field(
+        "tiny", min_length=1, description="A data file, or 'tiny' for the embedded task."
+    )
+    max_prompt_tokens: int = Field(
+        8192,
+        ge=1,
+        description="Rows with a longer prompt, student's or teacher's, are skipped and counted.",
+    )
+    strict: bool = Field(
+        False, description="A faulty row ends the run instead of being skipped and counted."
+    )
     max_image_pixels: int = Field(
-        MAX_IMAGE_PIXELS, ge=1, description="Larger pictures are refused: a small file can hold a picture that fills the memory."
+        MAX_IMAGE_PIXELS,
+        ge=1,
+        description=(
+            "Larger pictures are refused: a small file can hold a picture that fills the memory."
+        ),
     )
 
 
@@ -45,9 +58,11 @@ def open_data(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     count: int | None = None,
 ) -> Sequence[Example]:
-    """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task; not `labelled`: without answers.
+    """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task; not
+    `labelled`: without answers.
 
-    With `count`, so many examples spread evenly over the file, and only their pictures are read; see `spread`.
+    With `count`, so many examples spread evenly over the file, and only their pictures are read;
+    see `spread`.
     Raises DataError where the file cannot be used, and with `strict` at the first faulty row.
     """
     if path == "tiny":
@@ -66,12 +81,28 @@ def read_jsonl(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     count: int | None = None,
 ) -> Dataset:
-    """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it can be, and not kept.
+    """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it
+    can be, and not kept.
 
-    Sizes and hashes of many images are kept beside the file, so that they are not decoded again: see `opd.data.pictures`.
+    Sizes and hashes of many images are kept beside the file, so that they are not decoded again:
+    see `opd.data.pictures`.
     """
     lines = read_lines(path)
     seen = survey(lines)
     pictures = Pictures(max_image_pixels, path)
-    read_row = partial(own.read_row, folder=path.parent, box_format=seen.box_format, facts=pictures, max_image_pixels=max_image_pixels)
-    return gather(replace(lines, rows=seen.rows), read_row, pictures, strict, progress or Quiet(), count, seen.notes)
+    read_row = partial(
+        own.read_row,
+        folder=path.parent,
+        box_format=seen.box_format,
+        facts=pictures,
+        max_image_pixels=max_image_pixels,
+    )
+    return gather(
+        replace(lines, rows=seen.rows),
+        read_row,
+        pictures,
+        strict,
+        progress or Quiet(),
+        count,
+        seen.notes,
+    )

@@ -13,31 +13,40 @@ from opd.data.answers import without_letters
 LONG = 12
 """Characters from which an option's text does not stand in a question by chance."""
 
-_BETWEEN = re.compile(r"(?:[\W_]|\b[A-Za-z0-9]\b|\b(?:and|or|the|an|option|choice|answer|vs|versus)\b)*")
-"""What may stand between two options of a list: signs, single letters and digits, and words that join."""
+_BETWEEN = re.compile(
+    r"(?:[\W_]|\b[A-Za-z0-9]\b|\b(?:and|or|the|an|option|choice|answer|vs|versus)\b)*"
+)
+"""What may stand between two options of a list: signs, single letters and digits, and words that
+join."""
 
 _LETTERED = r"(?:^|\n)\s*[*_(\[]*{letter}\s*[\])*_]*[.):\]]"
 
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
-    """The question, and below it one line for each option ("A. red"), unless it holds the options; see `holds`."""
+    """The question, and below it one line for each option ("A. red"), unless it holds the options;
+    see `holds`."""
     if not choices or holds(question, choices):
         return question
     texts = without_letters(choices)
-    lines = (f"{letter}. {' '.join(text.split())}" for letter, text in zip(LETTERS, texts, strict=False))
+    lines = (
+        f"{letter}. {' '.join(text.split())}" for letter, text in zip(LETTERS, texts, strict=False)
+    )
     return "\n".join([question.rstrip(), *lines])
 
 
 def holds(question: str, choices: Sequence[str]) -> bool:
     """Whether a question holds its options.
 
-    It does where all their texts stand in it as a list ("red, blue or green?", "A. red B. blue"), or, if all are long, anywhere; where
-    lines of it begin with all their letters; and where the options are nothing but letters, which stand in the image.
+    It does where all their texts stand in it as a list ("red, blue or green?", "A. red B. blue"),
+    or, if all are long, anywhere; where lines of it begin with all their letters; and where the
+    options are nothing but letters, which stand in the image.
     """
     letters = LETTERS[: len(choices)]
     if [_plain(choice).strip("().:[] ") for choice in choices] == list(letters.lower()):
         return True
-    if len(choices) > 1 and all(re.search(_LETTERED.format(letter=letter), question) for letter in letters):
+    if len(choices) > 1 and all(
+        re.search(_LETTERED.format(letter=letter), question) for letter in letters
+    ):
         return True
     said, texts = _plain(question), [_plain(text) for text in without_letters(choices)]
     places = _places(said, texts)
@@ -60,7 +69,11 @@ def _places(said: str, texts: Sequence[str]) -> list[tuple[int, int]] | None:
     places: list[tuple[int, int]] = []
     for text in sorted(texts, key=len, reverse=True):
         found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", said)]
-        free = [(start, end) for start, end in found if all(end <= left or start >= right for left, right in places)]
+        free = [
+            (start, end)
+            for start, end in found
+            if all(end <= left or start >= right for left, right in places)
+        ]
         if not free:
             return None
         places.append(free[-1])

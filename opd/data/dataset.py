@@ -1,4 +1,5 @@
-"""From rows to a data set: reads many rows at once, keeps the usable ones, and counts the others."""
+"""From rows to a data set: reads many rows at once, keeps the usable ones, and counts the
+others."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ Fault: TypeAlias = tuple[str, str]
 class Dataset(Sequence[Example]):
     """The usable rows of a data file, in its order, or a few of them.
 
-    `skipped` holds (file:line, reason) of every other row that was read. `fingerprint` is the sha256 of the content, of the file and of
-    every image of a usable row, so it does not depend on where the files are. `notes` are lines that a person should read.
+    `skipped` holds (file:line, reason) of every other row that was read. `fingerprint` is the
+    sha256 of the content, of the file and of every image of a usable row, so it does not depend on
+    where the files are. `notes` are lines that a person should read.
     """
 
     def __init__(
@@ -41,7 +43,8 @@ class Dataset(Sequence[Example]):
         places: Sequence[int] = (),
         rows: int = 0,
     ) -> None:
-        """`places`: the number of each example's row among all `rows` of the file, faulty ones too."""
+        """`places`: the number of each example's row among all `rows` of the file, faulty ones
+        too."""
         self._examples = tuple(examples)
         self.skipped = list(skipped)
         self.fingerprint = fingerprint
@@ -70,10 +73,13 @@ class Dataset(Sequence[Example]):
     def without_answers(self) -> Dataset:
         """The same rows for training alone."""
         examples = [replace(example, answer=None) for example in self._examples]
-        return Dataset(examples, self.skipped, self.fingerprint, self.notes, self._places, self._rows)
+        return Dataset(
+            examples, self.skipped, self.fingerprint, self.notes, self._places, self._rows
+        )
 
     def spread(self, count: int) -> list[Example]:
-        """At most `count` examples spread evenly over the file: the very ones that reading so few rows of it gives."""
+        """At most `count` examples spread evenly over the file: the very ones that reading so few
+        rows of it gives."""
         usable = dict(zip(self._places, self._examples, strict=True))
         chosen = _spread(self._rows, count, lambda places: [usable.get(place) for place in places])
         return [usable[place] for place in chosen]
@@ -85,7 +91,9 @@ class Dataset(Sequence[Example]):
         for source, reason in self.skipped[:TOLD]:
             progress.note(f"skipped {source}: {reason}")
         if len(self.skipped) > TOLD:
-            progress.note(f"skipped {len(self.skipped) - TOLD} more rows, {len(self.skipped)} in all")
+            progress.note(
+                f"skipped {len(self.skipped) - TOLD} more rows, {len(self.skipped)} in all"
+            )
 
 
 def spread(examples: Sequence[Example], count: int) -> Sequence[Example]:
@@ -105,7 +113,8 @@ def gather(
     count: int | None = None,
     notes: Sequence[str] = (),
 ) -> Dataset:
-    """Reads every row with `read_row(row, "file:line")`, which raises DataError for a fault; with `count`, so many spread over the file.
+    """Reads every row with `read_row(row, "file:line")`, which raises DataError for a fault; with
+    `count`, so many spread over the file.
 
     `pictures` is what `read_row` reads images with.
     """
@@ -124,7 +133,10 @@ def gather(
             progress.advance(1 if count is None or isinstance(found, Example) else 0)
             read[place] = found
             if strict and not isinstance(found, Example):
-                raise DataError(f"{lines.path.parent / found[0]}: {found[1]} (a faulty row is fatal in strict mode)")
+                raise DataError(
+                    f"{lines.path.parent / found[0]}: {found[1]} (a faulty row is fatal in strict"
+                    " mode)"
+                )
         return [found if isinstance(found := read[place], Example) else None for place in places]
 
     total = len(lines.rows)
@@ -143,24 +155,33 @@ def gather(
         raise DataError(f"{lines.path}: no usable row of {total}{first}")
     examples = [example for place, example in usable.items() if place in chosen]
     told = [*notes, *_told(pictures, stored)]
-    return Dataset(examples, skipped, _fingerprint(lines, examples, pictures), told, sorted(chosen), total)
+    return Dataset(
+        examples, skipped, _fingerprint(lines, examples, pictures), told, sorted(chosen), total
+    )
 
 
-def _spread(rows: int, count: int, usable: Callable[[Sequence[int]], Sequence[Example | None]]) -> list[int]:
-    """Numbers of `count` usable rows of `rows`, spread evenly, in order; fewer where there are no more.
+def _spread(
+    rows: int, count: int, usable: Callable[[Sequence[int]], Sequence[Example | None]]
+) -> list[int]:
+    """Numbers of `count` usable rows of `rows`, spread evenly, in order; fewer where there are no
+    more.
 
-    Each of `count` equal stretches of the file gives its first usable row; a stretch without any is made up for by the first rows of the
-    others. `usable` reads rows: None for a faulty one.
+    Each of `count` equal stretches of the file gives its first usable row; a stretch without any is
+    made up for by the first rows of the others. `usable` reads rows: None for a faulty one.
     """
     count = min(count, rows)
     if count < 1:
         return []
     starts = [index * rows // count for index in range(count)]
-    stretches = [iter(range(start, end)) for start, end in zip(starts, [*starts[1:], rows], strict=True)]
+    stretches = [
+        iter(range(start, end)) for start, end in zip(starts, [*starts[1:], rows], strict=True)
+    ]
     chosen: list[int] = []
     tried: set[int] = set()
     while stretches:
-        heads = [(stretch, place) for stretch in stretches if (place := next(stretch, None)) is not None]
+        heads = [
+            (stretch, place) for stretch in stretches if (place := next(stretch, None)) is not None
+        ]
         found = usable([place for _, place in heads])
         tried.update(place for _, place in heads)
         chosen += [place for (_, place), one in zip(heads, found, strict=True) if one is not None]
@@ -181,11 +202,19 @@ def _chunks(numbers: Iterator[int], size: int) -> Iterator[list[int]]:
 
 def _told(pictures: Pictures, stored: Path | None) -> list[str]:
     notes = []
-    for bits, count in sorted(Counter(one.bits for one in pictures.facts() if one.bits in (10, 12, 14)).items()):
+    for bits, count in sorted(
+        Counter(one.bits for one in pictures.facts() if one.bits in (10, 12, 14)).items()
+    ):
         word = "pictures hold" if count > 1 else "picture holds"
-        notes.append(f"{count} {word} {bits} bits in 16 (no value above {(1 << bits) - 1}): stretched, as they would be dark")
+        notes.append(
+            f"{count} {word} {bits} bits in 16 (no value above {(1 << bits) - 1}): stretched, as"
+            " they would be dark"
+        )
     if stored:
-        notes.append(f"sizes and hashes of the pictures are kept in {stored}: the next reading decodes only what has changed")
+        notes.append(
+            f"sizes and hashes of the pictures are kept in {stored}: the next reading decodes only"
+            " what has changed"
+        )
     return notes
 
 

@@ -1,6 +1,8 @@
-"""Fields of a JSON row, with their types checked; null means absent everywhere, as converters write it for what they lack.
+"""Fields of a JSON row, with their types checked; null means absent everywhere, as converters write
+it for what they lack.
 
-A fault is a DataError that names the field, shows the value, cut where it is long, and says what would be right.
+A fault is a DataError that names the field, shows the value, cut where it is long, and says what
+would be right.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SHOWN = 60
 
 ALIASES = {
     **dict.fromkeys(("bbox", "bboxes", "bounding_box", "bounding_boxes", "bboxs"), "boxes"),
-    **dict.fromkeys(("img", "image_path", "image_file", "file_name", "filename", "picture", "photo"), "image"),
+    **dict.fromkeys(
+        ("img", "image_path", "image_file", "file_name", "filename", "picture", "photo"), "image"
+    ),
     **dict.fromkeys(("prompt", "query", "instruction", "text"), "question"),
     **dict.fromkeys(("label", "solution", "response", "ground_truth", "gt", "target"), "answer"),
     **dict.fromkeys(("options", "candidates"), "choices"),
@@ -33,12 +37,24 @@ ALIASES = {
 """What other formats call our fields."""
 
 OTHERS = {
-    *("height", "width", "image_id", "question_id", "image_size", "image_width", "image_height", "question_type", "answer_type"),
+    *(
+        "height",
+        "width",
+        "image_id",
+        "question_id",
+        "image_size",
+        "image_width",
+        "image_height",
+        "question_type",
+        "answer_type",
+    ),
     *("messages", "conversations", "extra_info"),
 }
 """Names that are near ours and mean something else."""
 
-_PICTURE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{40,}")
+_PICTURE = re.compile(
+    r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{40,}"
+)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]{1024,}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -56,22 +72,30 @@ def texts(row: Row, field: str, wanted: str = "a list of texts") -> tuple[str, .
     found = row.get(field)
     if found is None:
         return ()
-    if not isinstance(found, list) or not all(isinstance(entry, str) and entry.strip() for entry in found):
+    if not isinstance(found, list) or not all(
+        isinstance(entry, str) and entry.strip() for entry in found
+    ):
         raise wrong(field, found, wanted)
     return tuple(str(whole(field, entry)) for entry in found)
 
 
 def whole(field: str, value: str | None) -> str | None:
-    """The text itself. Raises DataError where it holds half a character, which no tokenizer and no file can take."""
+    """The text itself. Raises DataError where it holds half a character, which no tokenizer and no
+    file can take."""
     if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"field '{field}': {show(value)} holds half of a character (a lone surrogate); write the whole one, or remove it")
+        raise DataError(
+            f"field '{field}': {show(value)} holds half of a character (a lone surrogate); write"
+            " the whole one, or remove it"
+        )
     return value
 
 
 def paths(row: Row, singular: str, folder: Path) -> tuple[Path, ...]:
-    """The path in field `singular`, or the list of paths in its plural; empty where there is neither.
+    """The path in field `singular`, or the list of paths in its plural; empty where there is
+    neither.
 
-    Paths are relative to `folder`; `~/` is the home folder. Raises DataError for what is a picture itself, or a URL.
+    Paths are relative to `folder`; `~/` is the home folder. Raises DataError for what is a picture
+    itself, or a URL.
     """
     plural = f"{singular}s"
     if row.get(singular) is not None and row.get(plural) is not None:
@@ -80,14 +104,22 @@ def paths(row: Row, singular: str, folder: Path) -> tuple[Path, ...]:
     given = row.get(field)
     for entry in given if isinstance(given, list) else [given]:
         if isinstance(entry, dict) and entry.get("bytes"):
-            raise DataError(f"field '{field}': a picture as bytes; save it to a file, and give its path")
+            raise DataError(
+                f"field '{field}': a picture as bytes; save it to a file, and give its path"
+            )
         if isinstance(entry, str) and _is_picture(entry):
-            raise DataError(f"field '{field}': a picture as base64; save it to a file, and give its path")
+            raise DataError(
+                f"field '{field}': a picture as base64; save it to a file, and give its path"
+            )
         if isinstance(entry, str) and _URL.match(entry):
-            raise DataError(f"field '{field}': {show(entry)} is a URL; download the picture, and give its path")
+            raise DataError(
+                f"field '{field}': {show(entry)} is a URL; download the picture, and give its path"
+            )
     one = text(row, singular, "a path")
     found = (one,) if one else texts(row, plural, "a list of paths")
-    return tuple(folder / (os.path.expanduser(path) if path.startswith("~/") else path) for path in found)
+    return tuple(
+        folder / (os.path.expanduser(path) if path.startswith("~/") else path) for path in found
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -102,7 +134,13 @@ def is_finite(value: Any) -> bool:
 
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
 
 
@@ -127,7 +165,10 @@ def missing(row: Row, field: str, wanted: str, known: Sequence[str]) -> DataErro
     """The error for an absent field; names a field of the row that looks like a misspelt one."""
     for name in row:
         if name not in known and (near := nearest_field(name, known)):
-            return DataError(f"field '{field}' is missing: {wanted} (the row has '{cut(name)}'; did you mean '{near}'?)")
+            return DataError(
+                f"field '{field}' is missing: {wanted} (the row has '{cut(name)}'; did you mean"
+                f" '{near}'?)"
+            )
     return DataError(f"field '{field}' is missing: {wanted}")
 
 

@@ -52,14 +52,19 @@ MARKS = (
 
 
 def check_row(row: Row) -> None:
-    """Raises DataError for a row without a question whose fields are known to be somebody else's."""
-    if row.get("question") is not None and (row.get("image") is not None or row.get("images") is not None):
+    """Raises DataError for a row without a question whose fields are known to be somebody
+    else's."""
+    if row.get("question") is not None and (
+        row.get("image") is not None or row.get("images") is not None
+    ):
         return
     for name, fields in ROWS:
         if all(row.get(field) is not None for field in fields):
             named = " and ".join(f"'{field}'" for field in fields)
             word = "fields" if len(fields) > 1 else "field"
-            raise DataError(f"this looks like {name} ({word} {named}), which is not read as it is; {CONVERT}")
+            raise DataError(
+                f"this looks like {name} ({word} {named}), which is not read as it is; {CONVERT}"
+            )
 
 
 def check_file(path: Path, content: bytes) -> None:
@@ -73,7 +78,10 @@ def check_file(path: Path, content: bytes) -> None:
     head = content[:4096]
     if b"\0" in head:
         wide = head.count(b"\0") * 3 > len(head)
-        raise DataError(f"{path}: the file is {'UTF-16 text; save it as UTF-8' if wide else 'binary, not JSON lines in UTF-8'}")
+        raise DataError(
+            f"{path}: the file is"
+            f" {'UTF-16 text; save it as UTF-8' if wide else 'binary, not JSON lines in UTF-8'}"
+        )
     first = head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n", 1)[0].strip()
     if not first or first[:1] in (b"{", b"["):
         return
@@ -86,4 +94,7 @@ def check_file(path: Path, content: bytes) -> None:
 def _is_table(line: bytes, sign: bytes) -> bool:
     """Whether a line looks like the headings of a table: several short words and nothing else."""
     cells = [cell.strip().strip(b'"') for cell in line.split(sign)]
-    return len(cells) > 1 and all(cell and len(cell) <= 40 and cell.replace(b"_", b"").replace(b" ", b"").isalnum() for cell in cells)
+    return len(cells) > 1 and all(
+        cell and len(cell) <= 40 and cell.replace(b"_", b"").replace(b" ", b"").isalnum()
+        for cell in cells
+    )

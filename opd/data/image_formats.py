@@ -12,7 +12,9 @@ HEAD = 512
 """Bytes of a file by which a format is known."""
 
 BRANDS = {
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+    ),
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
 }
 """The brand after "ftyp" of ISO media files that hold pictures."""
@@ -29,7 +31,8 @@ PLUGINS = {
     "AVIF": ("pillow-avif-plugin", "pillow_avif", ""),
     "JPEG XL": ("pillow-jxl-plugin", "pillow_jxl", ""),
 }
-"""Of each format: the package to install, its module, and the function that adds it to Pillow where importing does not."""
+"""Of each format: the package to install, its module, and the function that adds it to Pillow where
+importing does not."""
 
 OTHERS = {
     "PDF": "a PDF, not an image; save its page as PNG or JPEG",
@@ -58,7 +61,10 @@ def named(path: Path) -> str:
         package, module, _ = PLUGINS[found]
         if found in Image.OPEN or find_spec(module) is not None:
             return f"a damaged {found} picture"
-        return f"{found} pictures need {package}: pip install {package}, or save the picture as PNG or JPEG"
+        return (
+            f"{found} pictures need {package}: pip install {package}, or save the picture as PNG or"
+            " JPEG"
+        )
     return OTHERS.get(found, "not an image, or of an unknown format")
 
 

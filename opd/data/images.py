@@ -1,6 +1,7 @@
 """Image files as the models see them: upright, RGB, eight bits.
 
-Boxes and crops are always in pixels of the upright image, which is what every viewer and annotation tool shows.
+Boxes and crops are always in pixels of the upright image, which is what every viewer and annotation
+tool shows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from opd.errors import DataError, one_line, shortened
 from opd.types import MAX_IMAGE_PIXELS
 
 DEPTHS = (8, 10, 12, 14, 16)
-"""Bits that 16-bit pictures hold in practice: cameras and scanners store 10, 12 or 14 bits in 16."""
+"""Bits that 16-bit pictures hold in practice: cameras and scanners store 10, 12 or 14 bits in
+16."""
 
 SWAPPED = 5
 """EXIF orientations from this one on exchange width and height."""
@@ -33,9 +35,11 @@ _OPENING = threading.Lock()
 
 
 def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decodes a file (the first frame of an animation), or takes an image in memory, and makes it upright and RGB.
+    """Decodes a file (the first frame of an animation), or takes an image in memory, and makes it
+    upright and RGB.
 
-    Raises DataError with the path where the file is missing, damaged, truncated, no image, or has more than `max_pixels`.
+    Raises DataError with the path where the file is missing, damaged, truncated, no image, or has
+    more than `max_pixels`.
     """
     if isinstance(source, Image.Image):
         return upright_rgb(source)
@@ -45,7 +49,8 @@ def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -
 
 @contextmanager
 def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
-    """A file whose header is read and whose pixels are not yet decoded; faults inside the block are DataErrors of one line.
+    """A file whose header is read and whose pixels are not yet decoded; faults inside the block are
+    DataErrors of one line.
 
     MemoryError stays what it is: it says nothing of a picture whose size is within the bound.
     """
@@ -66,14 +71,16 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
             raise
         raise DataError(f"{short(path)}: {error}") from error
     except Exception as error:
-        # Damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError ...
+        # Damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError
+        # ...
         if within and isinstance(error, MemoryError):  # not the header's fault: the machine is full
             raise
         raise DataError(f"image cannot be read: {short(path)}: {_reason(error)}") from error
 
 
 def image_size(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """The upright (width, height) of a picture, from the header of a file alone. Raises DataError as `open_image` does for headers."""
+    """The upright (width, height) of a picture, from the header of a file alone. Raises DataError
+    as `open_image` does for headers."""
 
     def upright(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
@@ -90,8 +97,8 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
         raise DataError(
-            f"{width} x {height} = {width * height} pixels, above data.max_image_pixels = {max_pixels}; "
-            "raise it for pictures that you trust"
+            f"{width} x {height} = {width * height} pixels, above data.max_image_pixels ="
+            f" {max_pixels}; raise it for pictures that you trust"
         )
 
 
@@ -107,10 +114,11 @@ def measured(image: Image.Image) -> tuple[tuple[int, int], int]:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation, lays transparent pixels on white, and converts every mode to RGB.
+    """Applies the EXIF orientation, lays transparent pixels on white, and converts every mode to
+    RGB.
 
-    Sixteen bits are scaled to eight. Where no value of a 16-bit picture is above 255, 1,023, 4,095 or
-    16,383, its values are taken as of 8, 10, 12 or 14 bits: as 16 bits they would all be dark.
+    Sixteen bits are scaled to eight. Where no value of a 16-bit picture is above 255, 1,023, 4,095
+    or 16,383, its values are taken as of 8, 10, 12 or 14 bits: as 16 bits they would all be dark.
     Raises DataError for pixels whose range is not known: floats and integers above 65,535.
     """
     _decode(image)
@@ -157,15 +165,21 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode(image: Image.Image) -> int:
-    """Decodes the pixels, and returns the bits that the values of a picture fill: 8 for all but 16-bit ones."""
+    """Decodes the pixels, and returns the bits that the values of a picture fill: 8 for all but
+    16-bit ones."""
     modes = _raw_modes(image)
     image.load()
     if image.mode == "F":
-        raise DataError("floating-point pixels have no agreed range; save the image with 8 or 16 bits")
+        raise DataError(
+            "floating-point pixels have no agreed range; save the image with 8 or 16 bits"
+        )
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise DataError("integer pixels outside 0..65535 have no agreed range; save the image with 8 or 16 bits")
+            raise DataError(
+                "integer pixels outside 0..65535 have no agreed range; save the image with 8 or 16"
+                " bits"
+            )
         return _depth(values)
     if not isinstance(image, ImageFile.ImageFile) or not any(";16" in mode for mode in modes):
         return 8
@@ -178,11 +192,14 @@ def _decode(image: Image.Image) -> int:
 
 
 def _stretch(image: ImageFile.ImageFile, upper: NDArray[np.uint8]) -> int:
-    """Scales the colours of a 16-bit picture by the bits that they fill, in place, and returns those."""
+    """Scales the colours of a 16-bit picture by the bits that they fill, in place, and returns
+    those."""
     with Image.open(image.filename) as again:
         modes = _raw_modes(again)
         if len(modes) != 1 or not modes[0].startswith("RGB"):
-            raise DataError("a picture of 16 bits whose values are all small would be dark; save it with 8 bits")
+            raise DataError(
+                "a picture of 16 bits whose values are all small would be dark; save it with 8 bits"
+            )
         # Read in the other byte order, the "upper" eight bits are the lower ones.
         swapped = modes[0][:-1] + ("L" if modes[0].endswith("B") else "B")
         (tile,) = again.tile
@@ -204,7 +221,8 @@ def _depth(values: NDArray[Any]) -> int:
 
 def _eight_bits(values: NDArray[Any]) -> Image.Image:
     top = (1 << _depth(values)) - 1
-    # Rounded to the nearest, halves up. A table: 64-bit arithmetic on all pixels would take eight times the picture.
+    # Rounded to the nearest, halves up. A table: 64-bit arithmetic on all pixels would take eight
+    # times the picture.
     table = ((np.arange(top + 1, dtype=np.int64) * 510 + top) // (2 * top)).astype(np.uint8)
     return Image.fromarray(table[values])
 
@@ -216,8 +234,12 @@ def _raw_modes(image: Image.Image) -> list[str]:
 
 
 def _silence() -> None:
-    """Keeps Pillow's warnings (of large pictures, odd EXIF blocks, palettes) from the screen: its errors are told, with the row."""
-    if not any(entry[0] == "ignore" and entry[3] is not None and entry[3].pattern == PILLOW for entry in warnings.filters):
+    """Keeps Pillow's warnings (of large pictures, odd EXIF blocks, palettes) from the screen: its
+    errors are told, with the row."""
+    if not any(
+        entry[0] == "ignore" and entry[3] is not None and entry[3].pattern == PILLOW
+        for entry in warnings.filters
+    ):
         warnings.filterwarnings("ignore", module=PILLOW)
 
 

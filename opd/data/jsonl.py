@@ -25,7 +25,8 @@ class Lines:
 
 
 def read_lines(path: Path) -> Lines:
-    """Raises DataError where the file is missing, a folder, unreadable, empty, not UTF-8, or of a format that is not read."""
+    """Raises DataError where the file is missing, a folder, unreadable, empty, not UTF-8, or of a
+    format that is not read."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; name the data file in it")
     if not path.exists():
@@ -39,8 +40,12 @@ def read_lines(path: Path) -> Lines:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: the file is not UTF-8 text (byte 0x{content[error.start]:02x}); save it as UTF-8") from error
-    # Only "\n" ends a row: str.splitlines would also cut at separators that JSON allows inside strings.
+        raise DataError(
+            f"{path}:{line}: the file is not UTF-8 text (byte 0x{content[error.start]:02x}); save"
+            " it as UTF-8"
+        ) from error
+    # Only "\n" ends a row: str.splitlines would also cut at separators that JSON allows inside
+    # strings.
     rows = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: the file is empty")
@@ -59,7 +64,8 @@ def parse(line: str) -> dict[str, Any]:
 
 
 def _entries(path: Path, text: str, rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The entries of a JSON array, or the lines as they are. Raises DataError for one object over many lines."""
+    """The entries of a JSON array, or the lines as they are. Raises DataError for one object over
+    many lines."""
     first = rows[0][1].strip()
     if first.startswith("["):
         try:
@@ -76,7 +82,9 @@ def _entries(path: Path, text: str, rows: list[tuple[int, str]]) -> list[tuple[i
         except (ValueError, RecursionError):
             return rows
         names = ", ".join(f"'{cut(name)}'" for name in list(whole)[:5])
-        raise DataError(f"{path}: the file is one JSON object (of {names}), not one a line; {foreign.CONVERT}")
+        raise DataError(
+            f"{path}: the file is one JSON object (of {names}), not one a line; {foreign.CONVERT}"
+        )
     return rows
 
 

@@ -1,15 +1,15 @@
 """Our own format: JSONL, one example a line, as people write it by hand.
 
-image or images                  path or paths, relative to the file
-question                         text; `<image>` says where an image stands
-boxes                            [[left, top, right, bottom], ...], or {"image": 1, "box": [...]} for another than the first image
-box_format                       "pixels" (default), "fraction" (0..1 of width and height) or "per-mille" (0..1000); a first line
+image or images                  path or paths, relative to the file question
+text; `<image>` says where an image stands boxes                            [[left, top, right,
+bottom], ...], or {"image": 1, "box": [...]} for another than the first image box_format
+"pixels" (default), "fraction" (0..1 of width and height) or "per-mille" (0..1000); a first line
                                  with nothing else says it for the whole file
-teacher_image or teacher_images  instead of boxes: what the teacher sees
-teacher_question                 where the teacher is asked something else
-answer                           for measuring only; or a list of which any is right; with choices, a letter or the text of one
-choices                          the options, put into the prompt where the question does not hold them
-id, weight                       id: file:line by default; weight of the example in the loss: 1 by default
+teacher_image or teacher_images  instead of boxes: what the teacher sees teacher_question
+where the teacher is asked something else answer                           for measuring only; or a
+list of which any is right; with choices, a letter or the text of one choices
+the options, put into the prompt where the question does not hold them id, weight
+id: file:line by default; weight of the example in the loss: 1 by default
 
 Boxes are in the upright image, after its EXIF orientation.
 """
@@ -35,13 +35,20 @@ LETTERED = len(ascii_uppercase)
 """The most choices that have a letter."""
 
 TOGETHER = 4
-"""A row's pictures are held together while its prompt is made: at most so many times `data.max_image_pixels`."""
+"""A row's pictures are held together while its prompt is made: at most so many times
+`data.max_image_pixels`."""
 
 
 def read_row(
-    row: Row, source: str, folder: Path, box_format: BoxFormat, facts: Callable[[Path], ImageFacts], max_image_pixels: int
+    row: Row,
+    source: str,
+    folder: Path,
+    box_format: BoxFormat,
+    facts: Callable[[Path], ImageFacts],
+    max_image_pixels: int,
 ) -> Example:
-    """The example of a row. `folder`: what paths are relative to; `facts` reads an image. Raises DataError."""
+    """The example of a row. `folder`: what paths are relative to; `facts` reads an image. Raises
+    DataError."""
     foreign.check_row(row)
     images = paths(row, "image", folder)
     if not images:
@@ -50,17 +57,31 @@ def read_row(
     if question is None:
         raise missing(row, "question", "a text", FIELDS)
     teacher_images = paths(row, "teacher_image", folder)
-    evidence = boxes(row, _sizes(images, facts, "image", max_image_pixels), stated_format(row, box_format))
+    evidence = boxes(
+        row, _sizes(images, facts, "image", max_image_pixels), stated_format(row, box_format)
+    )
     _sizes(teacher_images, facts, "teacher_image", max_image_pixels)
     if not evidence and not teacher_images:
-        raise missing(row, "boxes", "the evidence as [[left, top, right, bottom], ...], or teacher_image: a path", FIELDS)
+        raise missing(
+            row,
+            "boxes",
+            "the evidence as [[left, top, right, bottom], ...], or teacher_image: a path",
+            FIELDS,
+        )
     teacher_question = text(row, "teacher_question")
     choices = texts(row, "choices")
     if len(choices) > LETTERED:
-        raise DataError(f"field 'choices': {plural(len(choices), 'choice')}; at most {LETTERED} have a letter")
+        raise DataError(
+            f"field 'choices': {plural(len(choices), 'choice')}; at most {LETTERED} have a letter"
+        )
     _check_markers("question", with_choices(question, choices), images, "image")
     asked = with_choices(teacher_question or question, choices)
-    _check_markers("teacher_question" if teacher_question else "question", asked, teacher_images or images, "teacher image")
+    _check_markers(
+        "teacher_question" if teacher_question else "question",
+        asked,
+        teacher_images or images,
+        "teacher image",
+    )
     return Example(
         id=_id(row, source),
         images=images,
@@ -76,13 +97,16 @@ def read_row(
     )
 
 
-def _sizes(images: Sequence[Path], facts: Callable[[Path], ImageFacts], field: str, max_pixels: int) -> list[tuple[int, int]]:
+def _sizes(
+    images: Sequence[Path], facts: Callable[[Path], ImageFacts], field: str, max_pixels: int
+) -> list[tuple[int, int]]:
     found = [facts(path) for path in images]
     for fault in (one.fault for one in found if one.fault):
         raise DataError(f"field '{field}': {fault}")
     if (pixels := sum(one.size[0] * one.size[1] for one in found)) > TOGETHER * max_pixels:
         raise DataError(
-            f"field '{field}': {pixels} pixels in {len(found)} pictures, above {TOGETHER} x data.max_image_pixels = {max_pixels}"
+            f"field '{field}': {pixels} pixels in {len(found)} pictures, above {TOGETHER} x"
+            f" data.max_image_pixels = {max_pixels}"
         )
     return [one.size for one in found]
 
@@ -99,7 +123,9 @@ def _answer(row: Row, choices: Sequence[str]) -> str | tuple[str, ...] | None:
     found = row.get("answer")
     if found is None or found == []:
         return None
-    answers = [_one_answer(entry, choices) for entry in (found if isinstance(found, list) else [found])]
+    answers = [
+        _one_answer(entry, choices) for entry in (found if isinstance(found, list) else [found])
+    ]
     return answers[0] if len(answers) == 1 else tuple(answers)
 
 
@@ -108,7 +134,10 @@ def _one_answer(found: Any, choices: Sequence[str]) -> str:
         raise wrong("answer", found, "a text or a number, or a list of them")
     answer = str(whole("answer", str(found)))
     if choices and chosen(answer, choices) is None:
-        raise DataError(f"field 'answer': {show(found)} is neither a letter nor the text of one of the {plural(len(choices), 'choice')}")
+        raise DataError(
+            f"field 'answer': {show(found)} is neither a letter nor the text of one of the"
+            f" {plural(len(choices), 'choice')}"
+        )
     return answer
 
 

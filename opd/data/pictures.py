@@ -1,7 +1,9 @@
-"""Sizes and hashes of picture files: each picture is decoded once, and what was learnt of it is kept beside the data file.
+"""Sizes and hashes of picture files: each picture is decoded once, and what was learnt of it is
+kept beside the data file.
 
-The store holds nothing that cannot be learnt again. An entry counts only for a file with the same size, inode, and times of its last
-change to content and to its record; a damaged store is ignored, and written anew as a whole.
+The store holds nothing that cannot be learnt again. An entry counts only for a file with the same
+size, inode, and times of its last change to content and to its record; a damaged store is ignored,
+and written anew as a whole.
 """
 
 from __future__ import annotations
@@ -25,20 +27,24 @@ from opd.errors import DataError
 
 VERSION = 1
 POOL_PIXELS = 1 << 27
-"""Pixels that all threads together decode at a time, 134 million: half a gigabyte. A larger picture is decoded alone."""
+"""Pixels that all threads together decode at a time, 134 million: half a gigabyte. A larger picture
+is decoded alone."""
 
 WORTH_PICTURES, WORTH_PIXELS = 32, 1 << 25
-"""The store is written once so many pictures, or pixels, were decoded: to read fewer again takes no time."""
+"""The store is written once so many pictures, or pixels, were decoded: to read fewer again takes no
+time."""
 
 SETTLED = 0.2
-"""Seconds after which a file's times tell of any later change; 2 where they are whole seconds, as on FAT."""
+"""Seconds after which a file's times tell of any later change; 2 where they are whole seconds, as
+on FAT."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What reading an image file told: its upright (width, height) in pixels, the sha256 of the file, or the `fault`.
+    """What reading an image file told: its upright (width, height) in pixels, the sha256 of the
+    file, or the `fault`.
 
     `bits`: the bits that the values of a 16-bit picture fill, 8 for every other picture.
     """
@@ -50,7 +56,8 @@ class ImageFacts:
 
 
 class Pictures:
-    """Reads pictures for the rows of one data file; safe for threads. `store`: the data file whose store is used, None for none."""
+    """Reads pictures for the rows of one data file; safe for threads. `store`: the data file whose
+    store is used, None for none."""
 
     def __init__(self, max_pixels: int, store: Path | None = None) -> None:
         self._max_pixels = max_pixels
@@ -63,9 +70,11 @@ class Pictures:
         self._pixels = 0
 
     def __call__(self, path: Path) -> ImageFacts:
-        """What is known of a picture; a fault is a part of that, so that rows that share a picture share it.
+        """What is known of a picture; a fault is a part of that, so that rows that share a picture
+        share it.
 
-        Raises MemoryError where the machine has no room for the pixels, to all rows that wait for them.
+        Raises MemoryError where the machine has no room for the pixels, to all rows that wait for
+        them.
         """
         with self._lock:
             found = self._known.get(path)
@@ -81,12 +90,18 @@ class Pictures:
 
     def facts(self) -> list[ImageFacts]:
         """All pictures that were asked for."""
-        return [future.result() for future in self._known.values() if future.done() and not future.exception()]
+        return [
+            future.result()
+            for future in self._known.values()
+            if future.done() and not future.exception()
+        ]
 
     def save(self) -> Path | None:
-        """Writes the store where that is worth it: beside the data file, or else in the user's cache folder; its path, or None.
+        """Writes the store where that is worth it: beside the data file, or else in the user's
+        cache folder; its path, or None.
 
-        Processes that write at the same time replace each other's store as a whole. What cannot be written is done without.
+        Processes that write at the same time replace each other's store as a whole. What cannot be
+        written is done without.
         """
         if self._store is None or (len(self._new) < WORTH_PICTURES and self._pixels < WORTH_PIXELS):
             return None
@@ -95,7 +110,11 @@ class Pictures:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("x", encoding="utf-8") as file:
-                    json.dump({"version": VERSION, "pictures": {**_load(path), **self._new}}, file, sort_keys=True)
+                    json.dump(
+                        {"version": VERSION, "pictures": {**_load(path), **self._new}},
+                        file,
+                        sort_keys=True,
+                    )
                 os.replace(temporary, path)
                 self._new = {}
                 return path
@@ -107,7 +126,9 @@ class Pictures:
     def _read(self, path: Path) -> ImageFacts:
         try:
             now, before = time.time_ns(), _state(path)
-            found = self._of_store(path, before) or self._decode(path, before, _settled(before, now))
+            found = self._of_store(path, before) or self._decode(
+                path, before, _settled(before, now)
+            )
             if not found.fault:
                 check_size(found.size, self._max_pixels)
             return found
@@ -117,7 +138,10 @@ class Pictures:
             raise
         except Exception as error:  # the rows that wait for this picture must hear of it
             return ImageFacts(
-                (0, 0), b"", f"image cannot be read: {short(path)}: {getattr(error, 'strerror', None) or type(error).__name__}"
+                (0, 0),
+                b"",
+                f"image cannot be read: {short(path)}:"
+                f" {getattr(error, 'strerror', None) or type(error).__name__}",
             )
 
     def _of_store(self, path: Path, state: list[int]) -> ImageFacts | None:
@@ -125,7 +149,11 @@ class Pictures:
             if not isinstance(entry, list) or len(entry) != 8 or not state or entry[:4] != state:
                 continue
             *_, width, height, digest, bits = entry
-            if type(width) is type(height) is type(bits) is int and min(width, height) > 0 and _DIGEST.fullmatch(str(digest)):
+            if (
+                type(width) is type(height) is type(bits) is int
+                and min(width, height) > 0
+                and _DIGEST.fullmatch(str(digest))
+            ):
                 return ImageFacts((width, height), bytes.fromhex(digest), bits=bits)
         return None
 
@@ -136,7 +164,10 @@ class Pictures:
 
     def _decode(self, path: Path, before: list[int], settled: bool) -> ImageFacts:
         try:
-            with opened(path, self._max_pixels) as image, self._budget.hold(image.width * image.height):
+            with (
+                opened(path, self._max_pixels) as image,
+                self._budget.hold(image.width * image.height),
+            ):
                 size, bits = measured(image)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
@@ -150,7 +181,8 @@ class Pictures:
 
 
 class PixelBudget:
-    """Bounds the pixels that all threads hold together: each alone is bounded, and eight of them would fill the memory."""
+    """Bounds the pixels that all threads hold together: each alone is bounded, and eight of them
+    would fill the memory."""
 
     def __init__(self, pixels: int) -> None:
         self._pixels = pixels
@@ -173,10 +205,14 @@ class PixelBudget:
 
 
 def places(data: Path) -> tuple[Path, Path]:
-    """Where the store of a data file may be: beside it, or in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    """Where the store of a data file may be: beside it, or in the user's cache folder
+    ($XDG_CACHE_HOME, else ~/.cache)."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     key = hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:16]
-    return data.with_name(f".{data.name}.opd-pictures"), cache / "opd" / f"{data.name[:80]}-{key}.opd-pictures"
+    return (
+        data.with_name(f".{data.name}.opd-pictures"),
+        cache / "opd" / f"{data.name[:80]}-{key}.opd-pictures",
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -198,7 +234,8 @@ def _state(path: Path) -> list[int]:
 
 
 def _settled(state: list[int], now: int) -> bool:
-    """Whether a change from `now` on, in ns, would show in a file's times, which advance in steps."""
+    """Whether a change from `now` on, in ns, would show in a file's times, which advance in
+    steps."""
     if not state:
         return False
     *_, modified, changed = state

@@ -1,4 +1,5 @@
-"""A first look at all rows of a file, without any picture: its header, and fields that nobody reads.
+"""A first look at all rows of a file, without any picture: its header, and fields that nobody
+reads.
 
 The unit of boxes is never guessed, so whatever seems to state it and is not understood is fatal.
 """
@@ -18,7 +19,16 @@ from opd.data.jsonl import Lines, parse
 from opd.errors import DataError, plural
 
 FIELDS = (
-    *("image", "images", "question", "boxes", "box_format", "teacher_image", "teacher_images", "teacher_question"),
+    *(
+        "image",
+        "images",
+        "question",
+        "boxes",
+        "box_format",
+        "teacher_image",
+        "teacher_images",
+        "teacher_question",
+    ),
     *("answer", "choices", "id", "weight"),
 )
 SHOWN = 20
@@ -26,23 +36,82 @@ SHOWN = 20
 
 HEADER = '{"box_format": "pixels", "fraction" or "per-mille"}'
 
-BOX_WORDS = {"box", "boxes", "bbox", "bboxes", "coord", "coords", "coordinate", "coordinates", "xyxy", "xywh"}
-UNIT_WORDS = {"format", "fmt", "unit", "units", "type", "mode", "scale", "space", "system", "norm", "normalized", "normalised", "range"}
-UNIT_NAMES = ("boxformat", "bboxformat", "boxesformat", "boxunit", "boxunits", "coordinateformat", "formatofboxes", "isnormalized")
+BOX_WORDS = {
+    "box",
+    "boxes",
+    "bbox",
+    "bboxes",
+    "coord",
+    "coords",
+    "coordinate",
+    "coordinates",
+    "xyxy",
+    "xywh",
+}
+UNIT_WORDS = {
+    "format",
+    "fmt",
+    "unit",
+    "units",
+    "type",
+    "mode",
+    "scale",
+    "space",
+    "system",
+    "norm",
+    "normalized",
+    "normalised",
+    "range",
+}
+UNIT_NAMES = (
+    "boxformat",
+    "bboxformat",
+    "boxesformat",
+    "boxunit",
+    "boxunits",
+    "coordinateformat",
+    "formatofboxes",
+    "isnormalized",
+)
 """Names without their underscores that state the unit of boxes, and so do names near them."""
 
-PLAIN_NAMES = {"format", "unit", "units", "mode", "scale", "coordinates", "coords", "system", "space", "normalized", "normalised"}
+PLAIN_NAMES = {
+    "format",
+    "unit",
+    "units",
+    "mode",
+    "scale",
+    "coordinates",
+    "coords",
+    "system",
+    "space",
+    "normalized",
+    "normalised",
+}
 """Names that state a unit where their value is one."""
 
 UNITS = {
-    *("pixel", "pixels", "px", "fraction", "fractions", "relative", "absolute", "normalized", "normalised", "permille", "percent"),
+    *(
+        "pixel",
+        "pixels",
+        "px",
+        "fraction",
+        "fractions",
+        "relative",
+        "absolute",
+        "normalized",
+        "normalised",
+        "permille",
+        "percent",
+    ),
     *("xyxy", "xywh", "cxcywh", "norm", "norm1", "norm1000", "real", "true", "false"),
 }
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The unit of boxes that a file states, the rows without the header, and what a person is told."""
+    """The unit of boxes that a file states, the rows without the header, and what a person is
+    told."""
 
     box_format: BoxFormat
     rows: list[tuple[int, str]]
@@ -50,7 +119,8 @@ class Survey:
 
 
 def survey(lines: Lines) -> Survey:
-    """Looks at all rows. Raises DataError for a header that is not known, or not at the top, and for a misspelt unit of boxes."""
+    """Looks at all rows. Raises DataError for a header that is not known, or not at the top, and
+    for a misspelt unit of boxes."""
     unit: BoxFormat = "pixels"
     rows, notes = lines.rows, []
     unknown: Counter[str] = Counter()
@@ -60,14 +130,20 @@ def survey(lines: Lines) -> Survey:
             row = parse(line)
         except DataError as error:
             # A header that is not JSON would change the meaning of all rows that follow.
-            if not re.search("image|question", line) and any(map(_concerns_unit, re.findall(r"[\w-]+", line[:200]))):
+            if not re.search("image|question", line) and any(
+                map(_concerns_unit, re.findall(r"[\w-]+", line[:200]))
+            ):
                 raise DataError(f"{where}: {error}") from error
             continue
         try:
             if is_header(row, first=place == 0):
                 unit = _header(row, first=place == 0)
                 rows = lines.rows[1:]
-                notes += [f"{where}: field '{cut(name)}' of the header is not known, and not read" for name in row if name != "box_format"]
+                notes += [
+                    f"{where}: field '{cut(name)}' of the header is not known, and not read"
+                    for name in row
+                    if name != "box_format"
+                ]
             elif not _is_foreign(row):
                 _check_unit(row)
                 unknown.update(_unknown(row))
@@ -77,15 +153,24 @@ def survey(lines: Lines) -> Survey:
 
 
 def is_header(row: Row, first: bool) -> bool:
-    """Whether a line holds settings, and nothing of a row. Only the first line of a file is a header without a unit of boxes."""
+    """Whether a line holds settings, and nothing of a row. Only the first line of a file is a
+    header without a unit of boxes."""
     names = [name for name, value in row.items() if value is not None or name == "box_format"]
-    if not names or any(name in FIELDS and name not in ("box_format", "id", "weight") for name in names) or _is_foreign(row):
+    if (
+        not names
+        or any(name in FIELDS and name not in ("box_format", "id", "weight") for name in names)
+        or _is_foreign(row)
+    ):
         return False
     if any(_concerns_unit(name, row[name]) for name in names):
         return True
     # A row may have misspelt what makes it one.
     near = {nearest_field(name, FIELDS) for name in names}
-    return first and not near & {"image", "images", "question", "boxes"} and not {"id", "weight"} & set(names)
+    return (
+        first
+        and not near & {"image", "images", "question", "boxes"}
+        and not {"id", "weight"} & set(names)
+    )
 
 
 def _header(row: Row, first: bool) -> BoxFormat:
@@ -94,34 +179,55 @@ def _header(row: Row, first: bool) -> BoxFormat:
             continue
         near = name if name in FIELDS else nearest_field(name, FIELDS)
         if _concerns_unit(name, value):
-            raise DataError(f"field '{cut(name)}' of the header is not known; did you mean 'box_format'?")
+            raise DataError(
+                f"field '{cut(name)}' of the header is not known; did you mean 'box_format'?"
+            )
         if near and "box_format" in row:
-            raise DataError(f"field '{cut(name)}' stands in the header, which is {HEADER}; give it to each row, as '{near}'")
+            raise DataError(
+                f"field '{cut(name)}' stands in the header, which is {HEADER}; give it to each row,"
+                f" as '{near}'"
+            )
     if "box_format" not in row:
         names = ", ".join(f"'{cut(name)}'" for name in list(row)[:5])
-        raise DataError(f"this line is neither a row, which has image and question, nor a header, which is {HEADER}: it holds {names}")
+        raise DataError(
+            "this line is neither a row, which has image and question, nor a header, which is"
+            f" {HEADER}: it holds {names}"
+        )
     if not first:
-        raise DataError("a header stands in the first line only; give each row its own 'box_format', or split the file here")
+        raise DataError(
+            "a header stands in the first line only; give each row its own 'box_format', or split"
+            " the file here"
+        )
     return stated_format(row)
 
 
 def _check_unit(row: Row) -> None:
-    """Raises DataError where a row, or one of its boxes, states a unit by a name that is not known."""
+    """Raises DataError where a row, or one of its boxes, states a unit by a name that is not
+    known."""
     for name, value in row.items():
         if value is not None and name not in FIELDS and _concerns_unit(name, value):
             raise DataError(
-                f"field '{cut(name)}' is not known; did you mean 'box_format'? (a box's unit is not guessed: rename or remove it)"
+                f"field '{cut(name)}' is not known; did you mean 'box_format'? (a box's unit is not"
+                " guessed: rename or remove it)"
             )
     for entry in _entries(row):
         for name, value in entry.items():
             if name not in ("image", "box") and _concerns_unit(name, value):
-                raise DataError(f"field 'boxes': a box has no field '{cut(name)}'; give the row a 'box_format'")
+                raise DataError(
+                    f"field 'boxes': a box has no field '{cut(name)}'; give the row a 'box_format'"
+                )
 
 
 def _unknown(row: Row) -> list[str]:
-    """Names of fields that nobody reads, each once and in their order; those of boxes as "boxes[].name"."""
+    """Names of fields that nobody reads, each once and in their order; those of boxes as
+    "boxes[].name"."""
     names = [name for name, value in row.items() if value is not None and name not in FIELDS]
-    inside = [f"boxes[].{name}" for entry in _entries(row) for name in entry if name not in ("image", "box")]
+    inside = [
+        f"boxes[].{name}"
+        for entry in _entries(row)
+        for name in entry
+        if name not in ("image", "box")
+    ]
     return list(dict.fromkeys([*names, *inside]))
 
 
@@ -133,12 +239,22 @@ def _entries(row: Row) -> list[dict[str, Any]]:
 def _told(unknown: Counter[str]) -> list[str]:
     """One note for each field that is near a known one, and one for all others."""
     rows = {name: f"'{cut(name)}' ({plural(count, 'row')})" for name, count in unknown.items()}
-    near = {name: found for name in unknown if "[]" not in name and (found := nearest_field(name, FIELDS))}
-    notes = [f"field {rows[name]} is not known; did you mean '{found}'?" for name, found in list(near.items())[:SHOWN]]
+    near = {
+        name: found
+        for name in unknown
+        if "[]" not in name and (found := nearest_field(name, FIELDS))
+    }
+    notes = [
+        f"field {rows[name]} is not known; did you mean '{found}'?"
+        for name, found in list(near.items())[:SHOWN]
+    ]
     others = [rows[name] for name in unknown if name not in dict(list(near.items())[:SHOWN])]
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        notes.append(f"not known, and not read: field{'s' if len(others) > 1 else ''} {', '.join(others[:SHOWN])}{more}")
+        notes.append(
+            f"not known, and not read: field{'s' if len(others) > 1 else ''}"
+            f" {', '.join(others[:SHOWN])}{more}"
+        )
     return notes
 
 
@@ -150,7 +266,11 @@ def _concerns_unit(name: str, value: Any = None) -> bool:
         return True
     if difflib.get_close_matches(joined, UNIT_NAMES, n=1, cutoff=0.85):
         return True
-    return joined in PLAIN_NAMES and isinstance(value, str | bool) and re.sub(r"[\W_]", "", str(value)).lower() in UNITS
+    return (
+        joined in PLAIN_NAMES
+        and isinstance(value, str | bool)
+        and re.sub(r"[\W_]", "", str(value)).lower() in UNITS
+    )
 
 
 def _is_foreign(row: Row) -> bool:

@@ -1,1 +1,2 @@
-"""Vision-OPD itself: the rollout, its micro-batches and the schedules. Imports nothing but the ground floor."""
+"""Vision-OPD itself: the rollout, its micro-batches and the schedules. Imports nothing but the
+ground floor."""

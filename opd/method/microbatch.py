@@ -22,9 +22,11 @@ def accumulate(
     budget: int,
     padding: Group | None,
 ) -> list[list[TokenStatistics]]:
-    """Adds the gradient of a step's groups in micro-batches of at most `budget` tokens; statistics in the order of the groups.
+    """Adds the gradient of a step's groups in micro-batches of at most `budget` tokens; statistics
+    in the order of the groups.
 
-    Every process makes the same number of calls: one with fewer micro-batches than another adds `padding`, a group of weight 0.
+    Every process makes the same number of calls: one with fewer micro-batches than another adds
+    `padding`, a group of weight 0.
     """
     parts = microbatches_of(groups, budget)
     missing = largest_count(backend, len(parts)) - len(parts)
@@ -40,10 +42,14 @@ def accumulate(
     return statistics
 
 
-def microbatches(costs: Sequence[tuple[int, int]], completions: int, budget: int) -> list[list[int]]:
-    """Cuts groups into micro-batches of at most `budget` padded tokens, like lengths together to pad little.
+def microbatches(
+    costs: Sequence[tuple[int, int]], completions: int, budget: int
+) -> list[list[int]]:
+    """Cuts groups into micro-batches of at most `budget` padded tokens, like lengths together to
+    pad little.
 
-    `costs` holds (prompt tokens, tokens of the longest completion) of each group. Returns indices; a group above the budget is alone.
+    `costs` holds (prompt tokens, tokens of the longest completion) of each group. Returns indices;
+    a group above the budget is alone.
     """
     order = sorted(range(len(costs)), key=lambda index: costs[index], reverse=True)
     cut: list[list[int]] = []
@@ -61,14 +67,19 @@ def microbatches(costs: Sequence[tuple[int, int]], completions: int, budget: int
 
 
 def microbatches_of(groups: Sequence[Group], budget: int) -> list[list[int]]:
-    """Cuts a step's groups into micro-batches by their longer prompt and longest completion; see `microbatches`."""
-    costs = [(max(len(group.student), len(group.teacher)), max(map(len, group.completions))) for group in groups]
+    """Cuts a step's groups into micro-batches by their longer prompt and longest completion; see
+    `microbatches`."""
+    costs = [
+        (max(len(group.student), len(group.teacher)), max(map(len, group.completions)))
+        for group in groups
+    ]
     completions = max((len(group.completions) for group in groups), default=0)
     return microbatches(costs, completions, budget)
 
 
 def completions_at_once(groups: Sequence[Group], budget: int) -> int:
-    """Completions of a micro-batch's group that run at once: 0 for all, fewer where a group that is alone is above the budget."""
+    """Completions of a micro-batch's group that run at once: 0 for all, fewer where a group that is
+    alone is above the budget."""
     if len(groups) != 1:
         return 0
     (group,) = groups

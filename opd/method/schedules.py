@@ -15,12 +15,22 @@ class OptimizerOptions(Options):
     """AdamW and its learning rate."""
 
     learning_rate: float = Field(2e-6, gt=0, le=1, description="Peak learning rate.")
-    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="What follows the warm-up: constant, or down to 0.")
-    warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises linearly to its peak.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the first and second moment.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="What follows the warm-up: constant, or down to 0."
+    )
+    warmup_steps: int = Field(
+        10, ge=0, description="Steps in which the learning rate rises linearly to its peak."
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of the first and second moment."
+    )
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay on every trained parameter.")
-    gradient_clip: float = Field(1.0, ge=0, description="Bound of the global gradient norm; 0 turns clipping off.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="Decoupled weight decay on every trained parameter."
+    )
+    gradient_clip: float = Field(
+        1.0, ge=0, description="Bound of the global gradient norm; 0 turns clipping off."
+    )
 
 
 class TeacherOptions(Options):
@@ -28,14 +38,23 @@ class TeacherOptions(Options):
 
     rule: Literal["ema", "frozen", "sync", "live"] = Field(
         "ema",
-        description="ema: moves by `rate`; frozen: never; sync: copied every `every` steps; live: is the student (collapses; for study).",
+        description=(
+            "ema: moves by `rate`; frozen: never; sync: copied every `every` steps; live: is the"
+            " student (collapses; for study)."
+        ),
     )
-    rate: float = Field(0.05, ge=0, le=1, description="Share of the way to the student at each move of the ema rule.")
+    rate: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of the way to the student at each move of the ema rule.",
+    )
     every: int = Field(1, ge=1, description="The teacher moves at every so many steps.")
 
 
 def learning_rate(options: OptimizerOptions, step: int, steps: int) -> float:
-    """Learning rate of a step: linear warm-up from peak / warmup_steps, then constant, or a cosine or line that ends near 0."""
+    """Learning rate of a step: linear warm-up from peak / warmup_steps, then constant, or a cosine
+    or line that ends near 0."""
     if step <= options.warmup_steps:
         return options.learning_rate * step / options.warmup_steps
     if options.schedule == "constant":
@@ -46,7 +65,8 @@ def learning_rate(options: OptimizerOptions, step: int, steps: int) -> float:
 
 
 def teacher_rate(options: TeacherOptions, step: int) -> float:
-    """Rate in 0..1 of theta_T += rate * (theta_S - theta_T) after a step: every rule of the teacher is this one number."""
+    """Rate in 0..1 of theta_T += rate * (theta_S - theta_T) after a step: every rule of the teacher
+    is this one number."""
     if options.rule == "frozen" or (options.rule != "live" and step % options.every):
         return 0.0
     return options.rate if options.rule == "ema" else 1.0

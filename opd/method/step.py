@@ -1,7 +1,8 @@
 """One step of Vision-OPD.
 
-The student samples completions on the full image. Student (full image) and teacher (evidence) read them, and the divergence
-between both is differentiated through the student. The optimizer steps, and the teacher moves towards the student.
+The student samples completions on the full image. Student (full image) and teacher (evidence) read
+them, and the divergence between both is differentiated through the student. The optimizer steps,
+and the teacher moves towards the student.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ EMPTY_OR_BANNED = "every completion was empty or held a banned token"
 
 @dataclass(frozen=True)
 class Method:
-    """What the method is set to: four sections of a recipe, seed and number of steps, and the ids that end a completion (`stop`)
-    or never stand in one (`banned`)."""
+    """What the method is set to: four sections of a recipe, seed and number of steps, and the ids
+    that end a completion (`stop`) or never stand in one (`banned`)."""
 
     rollout: RolloutOptions
     objective: ObjectiveOptions
@@ -45,18 +46,24 @@ class Method:
     banned: tuple[int, ...]
 
     def with_half_the_budgets(self) -> Method | None:
-        """The same method in micro-batches of half the size; None where they are as small as one completion."""
+        """The same method in micro-batches of half the size; None where they are as small as one
+        completion."""
         options = self.rollout
         tokens = options.microbatch_tokens // 2, options.sample_tokens // 2
         if max(tokens) < options.max_tokens:
             return None
-        halved = dict(zip(("microbatch_tokens", "sample_tokens"), (max(1, one) for one in tokens), strict=True))
+        halved = dict(
+            zip(
+                ("microbatch_tokens", "sample_tokens"), (max(1, one) for one in tokens), strict=True
+            )
+        )
         return replace(self, rollout=options.model_copy(update=halved))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's encoded examples of a step, and how many others of its share could not be used."""
+    """This process's encoded examples of a step, and how many others of its share could not be
+    used."""
 
     pairs: tuple[Pair, ...]
     skipped: int = 0
@@ -64,7 +71,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: its `metrics` over all processes, and this process's completions with their statistics, group by group."""
+    """What a step did: its `metrics` over all processes, and this process's completions with their
+    statistics, group by group."""
 
     metrics: dict[str, Any]
     rollout: Rollout
@@ -72,11 +80,11 @@ class StepResult:
 
 
 def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> StepResult:
-    """Takes step 1, 2, ... of a run. A step that raised (out of memory) can be taken again, with smaller budgets too: they
-    change no result.
+    """Takes step 1, 2, ... of a run. A step that raised (out of memory) can be taken again, with
+    smaller budgets too: they change no result.
 
-    Where nothing can be learnt from the batch, or what was learnt is not finite, the step is not taken: neither policy changes,
-    and `not_taken` among the metrics says why.
+    Where nothing can be learnt from the batch, or what was learnt is not finite, the step is not
+    taken: neither policy changes, and `not_taken` among the metrics says why.
     """
     options = method.rollout
     objective = method.objective.objective(options.temperature)
@@ -84,7 +92,9 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
 
     # 1. The student samples completions on the full image.
     places = [pair.place for pair in batch.pairs]
-    uniforms = randomness.uniforms(method.seed, step, places, options.completions, options.max_tokens)
+    uniforms = randomness.uniforms(
+        method.seed, step, places, options.completions, options.max_tokens
+    )
     sampling = Sampling(options.temperature, method.stop, method.banned)
     prompts = [pair.student for pair in batch.pairs]
     sampled = rollout.sample(backend, prompts, uniforms, sampling, options.sample_tokens)
@@ -95,7 +105,9 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
     counts = _counts(kept, batch, backend)
     groups = rollout.groups(kept, counts["tokens"]) if counts["weighted"] else []
     padding = rollout.padding_group(batch.pairs[0], method.stop) if batch.pairs else None
-    statistics = microbatch.accumulate(backend, groups, objective, options.microbatch_tokens, padding)
+    statistics = microbatch.accumulate(
+        backend, groups, objective, options.microbatch_tokens, padding
+    )
     clock.lap("accumulate")
 
     # 3. The optimizer steps, then the teacher moves towards the student.
@@ -118,7 +130,10 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
         **({} if taken else {"not_taken": why}),
         "learning_rate": update.learning_rate,
         "teacher_rate": rate,
-        **{name: counts[name] for name in ("tokens", "completions", "truncated", "dropped", "skipped")},
+        **{
+            name: counts[name]
+            for name in ("tokens", "completions", "truncated", "dropped", "skipped")
+        },
         **clock.seconds,
         "tokens_per_second": counts["tokens"] / max(1e-9, sum(clock.seconds.values())),
         "peak_memory_bytes": backend.peak_memory,

@@ -1,1 +1,2 @@
-"""Which weights a run starts from, and what of them is trained; the files of a model folder, and what in them is checked."""
+"""Which weights a run starts from, and what of them is trained; the files of a model folder, and
+what in them is checked."""

@@ -27,36 +27,87 @@ class ModelChoice(Options):
     """The model section of a recipe."""
 
     path: PathText = Field(
-        "tiny", min_length=1, description="'tiny' (embedded), a folder in Hugging Face layout, a run folder, or a Hugging Face id."
+        "tiny",
+        min_length=1,
+        description=(
+            "'tiny' (embedded), a folder in Hugging Face layout, a run folder, or a Hugging"
+            " Face id."
+        ),
     )
-    revision: str = Field("", description="Branch, tag or commit of a Hugging Face id; empty: its default branch.")
-    base: PathText = Field("", description="Where `path` is an adapter: its base, as for `path`; empty: the one that the adapter names.")
+    revision: str = Field(
+        "", description="Branch, tag or commit of a Hugging Face id; empty: its default branch."
+    )
+    base: PathText = Field(
+        "",
+        description=(
+            "Where `path` is an adapter: its base, as for `path`; empty: the one that the adapter"
+            " names."
+        ),
+    )
     tune: Literal["full", "lora", "qlora"] = Field(
-        "full", description="What is trained: all parameters, or low-rank adapters (qlora: over weights in 4 bits)."
+        "full",
+        description=(
+            "What is trained: all parameters, or low-rank adapters (qlora: over weights in 4 bits)."
+        ),
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Computation's type; what trains is kept in float32 anyway.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Computation's type; what trains is kept in float32 anyway."
+    )
     vision: bool = Field(
-        # So that a recipe that trains all of a model adapts the usual part of it once `tune` alone is set.
+        # So that a recipe that trains all of a model adapts the usual part of it once `tune` alone
+        # is set.
         default_factory=lambda given: given.get("tune", "full") == "full",
-        description="Train the vision tower too, or adapters on its linear layers; where it is not set, only with tune = full.",
+        description=(
+            "Train the vision tower too, or adapters on its linear layers; where it is not set,"
+            " only with tune = full."
+        ),
     )
-    projector: bool = Field(False, description="Adapters between vision tower and language model too; full trains it with the tower.")
+    projector: bool = Field(
+        False,
+        description=(
+            "Adapters between vision tower and language model too; full trains it with the tower."
+        ),
+    )
     rank: int = Field(32, ge=1, description="Rank of an adapter.")
-    alpha: float = Field(64.0, gt=0, description="An adapter's product is multiplied by alpha / rank.")
-    targets: tuple[str, ...] = Field(
-        (), description="Linear layers of the language model that get an adapter, by their names' last words; empty: every one."
+    alpha: float = Field(
+        64.0, gt=0, description="An adapter's product is multiplied by alpha / rank."
     )
-    max_pixels: int = Field(0, ge=0, description="Pixels above which an image is made smaller; 0: the model's own bound.")
-    min_pixels: int = Field(0, ge=0, description="Pixels below which an image is made larger; 0: the model's own bound.")
-    teacher_max_pixels: int = Field(0, ge=0, description="The same for what the teacher sees; 0: as the student's.")
-    teacher_min_pixels: int = Field(0, ge=0, description="The same for what the teacher sees; 0: as the student's.")
+    targets: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Linear layers of the language model that get an adapter, by their names' last words;"
+            " empty: every one."
+        ),
+    )
+    max_pixels: int = Field(
+        0,
+        ge=0,
+        description="Pixels above which an image is made smaller; 0: the model's own bound.",
+    )
+    min_pixels: int = Field(
+        0, ge=0, description="Pixels below which an image is made larger; 0: the model's own bound."
+    )
+    teacher_max_pixels: int = Field(
+        0, ge=0, description="The same for what the teacher sees; 0: as the student's."
+    )
+    teacher_min_pixels: int = Field(
+        0, ge=0, description="The same for what the teacher sees; 0: as the student's."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        teacher = self.teacher_max_pixels or self.max_pixels, self.teacher_min_pixels or self.min_pixels
-        for policy, (largest, smallest) in (("student", (self.max_pixels, self.min_pixels)), ("teacher", teacher)):
+        teacher = (
+            self.teacher_max_pixels or self.max_pixels,
+            self.teacher_min_pixels or self.min_pixels,
+        )
+        for policy, (largest, smallest) in (
+            ("student", (self.max_pixels, self.min_pixels)),
+            ("teacher", teacher),
+        ):
             if largest and smallest > largest:
-                raise ValueError(f"the {policy}'s min_pixels, {smallest}, is above its max_pixels, {largest}")
+                raise ValueError(
+                    f"the {policy}'s min_pixels, {smallest}, is above its max_pixels, {largest}"
+                )
         return self
 
     def pixels(self) -> dict[str, int | None]:
@@ -65,7 +116,8 @@ class ModelChoice(Options):
         return {name: getattr(self, name) or None for name in names}
 
     def folder(self, weights: bool = True) -> Path:
-        """The model's folder; of an adapter, that of its base. Raises ModelError where there is none.
+        """The model's folder; of an adapter, that of its base. Raises ModelError where there is
+        none.
 
         Fetched where it is a Hugging Face id; without `weights` its small files do.
         """
@@ -73,15 +125,19 @@ class ModelChoice(Options):
 
     @property
     def result(self) -> Literal["model", "adapter"]:
-        """What a run leaves behind, in a folder of this name: the model, or the adapter where only that was trained."""
+        """What a run leaves behind, in a folder of this name: the model, or the adapter where only
+        that was trained."""
         return "model" if self.tune == "full" else "adapter"
 
     def options(self, seed: int = 0, weights: bool = True) -> ModelOptions:
-        """What a backend is given; `seed` draws fresh adapters, `weights` as in `folder`. Raises ModelError."""
+        """What a backend is given; `seed` draws fresh adapters, `weights` as in `folder`. Raises
+        ModelError."""
         folder, adapter = self._found(weights)
         if self.tune == "full":
             return ModelOptions(folder, self.dtype, self.vision, adapter=adapter)
-        chosen = AdapterOptions(self.rank, self.alpha, self.targets, self.vision, self.projector, seed)
+        chosen = AdapterOptions(
+            self.rank, self.alpha, self.targets, self.vision, self.projector, seed
+        )
         return ModelOptions(
             folder,
             self.dtype,
@@ -92,8 +148,11 @@ class ModelChoice(Options):
             self.tune == "qlora",
         )
 
-    def _found(self, weights: bool = True, is_base: bool = False, behind: tuple[Path, ...] = ()) -> tuple[Path, Path | None]:
-        """The model's folder, and that of an adapter on it where `path` names one, which the base of another must not be.
+    def _found(
+        self, weights: bool = True, is_base: bool = False, behind: tuple[Path, ...] = ()
+    ) -> tuple[Path, Path | None]:
+        """The model's folder, and that of an adapter on it where `path` names one, which the base
+        of another must not be.
 
         `behind`: checkpoints that led here, of which none comes twice.
         """
@@ -104,50 +163,78 @@ class ModelChoice(Options):
         path = Path(self.path)
         if not os.path.isdir(path):
             if self.base:
-                raise RecipeError(f"model.base = '{self.base}': '{self.path}' is no folder of an adapter, so it has no base")
+                raise RecipeError(
+                    f"model.base = '{self.base}': '{self.path}' is no folder of an adapter, so it"
+                    " has no base"
+                )
             if hub.is_id(self.path):
                 folder = hub.fetch(self.path, self.revision, weights)
                 hub.refuse_remote_code(folder, self.path)
                 return folder, None
             raise ModelError(
-                f"model '{self.path}': no such folder; give a folder in Hugging Face layout, a run folder, a Hugging Face id, or 'tiny'"
+                f"model '{self.path}': no such folder; give a folder in Hugging Face layout, a run"
+                " folder, a Hugging Face id, or 'tiny'"
             )
         if self.revision:
-            raise RecipeError(f"model.revision = '{self.revision}': '{self.path}' is a folder, which has no revisions")
+            raise RecipeError(
+                f"model.revision = '{self.revision}': '{self.path}' is a folder, which has no"
+                " revisions"
+            )
         checkpoint = checkpoint_of(path)
         if checkpoint:
             return self._of_checkpoint(checkpoint[0], path, weights, is_base, behind)
         if (path / "config.toml").is_file() and not (path / "config.json").is_file():
             results = [path / name for name in ("model", "adapter") if (path / name).is_dir()]
             if not results:
-                raise ModelError(f"model '{self.path}': this run has no model/ yet; finish it with: opd train --resume {self.path}")
+                raise ModelError(
+                    f"model '{self.path}': this run has no model/ yet; finish it with: opd train"
+                    f" --resume {self.path}"
+                )
             path = results[0]
         if adapters.is_adapter(path):
             if is_base:
-                raise ModelError(f"'{self.path}' is an adapter itself; export it, and name the export with --set model.base=...")
+                raise ModelError(
+                    f"'{self.path}' is an adapter itself; export it, and name the export with --set"
+                    " model.base=..."
+                )
             return self._base(path, weights, behind), path
         if self.base:
-            raise RecipeError(f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base")
+            raise RecipeError(
+                f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base"
+            )
         adapters.check_alone(path)
         hub.refuse_remote_code(path, self.path)
         return path, None
 
-    def _of_checkpoint(self, run: Path, path: Path, weights: bool, is_base: bool, behind: tuple[Path, ...]) -> tuple[Path, Path | None]:
-        """A checkpoint's student, as a folder in the checkpoint; until `opd.run.export.as_model` makes that, the run's own base."""
+    def _of_checkpoint(
+        self, run: Path, path: Path, weights: bool, is_base: bool, behind: tuple[Path, ...]
+    ) -> tuple[Path, Path | None]:
+        """A checkpoint's student, as a folder in the checkpoint; until `opd.run.export.as_model`
+        makes that, the run's own base."""
         if path.resolve() in behind:
-            raise ModelError(f"model '{self.path}' is a checkpoint that names itself as its base; name the run's first model")
+            raise ModelError(
+                f"model '{self.path}' is a checkpoint that names itself as its base; name the run's"
+                " first model"
+            )
         behind = (*behind, path.resolve())
         for result in (path / "model", path / "adapter"):
             if result.is_dir():
                 return ModelChoice(path=str(result))._found(weights, is_base, behind)
         if weights:
-            raise ModelError(f"model '{self.path}' is a checkpoint; export it first: opd export {path} --out FOLDER")
+            raise ModelError(
+                f"model '{self.path}' is a checkpoint; export it first: opd export {path} --out"
+                " FOLDER"
+            )
         section = _section(run)
         first = {name: str(section.get(name, "")) for name in ("path", "revision")}
         try:
-            return ModelChoice(path=first["path"] or "tiny", revision=first["revision"])._found(weights, is_base, behind)
+            return ModelChoice(path=first["path"] or "tiny", revision=first["revision"])._found(
+                weights, is_base, behind
+            )
         except ValidationError as error:
-            raise ModelError(f"{run / 'config.toml'}: model.path is no path or name: {error.errors()[0]['msg']}") from error
+            raise ModelError(
+                f"{run / 'config.toml'}: model.path is no path or name: {error.errors()[0]['msg']}"
+            ) from error
 
     def _base(self, adapter: Path, weights: bool, behind: tuple[Path, ...]) -> Path:
         """The folder of the model that an adapter was trained on, or of `base`."""
@@ -156,19 +243,29 @@ class ModelChoice(Options):
             name = "tiny"  # of another installation
         told = f"model '{self.path}' is an adapter, and its base"
         if not self.base and not os.path.isdir(name) and QUANTISED.search(name):
-            raise ModelError(f"{told}, '{name}', holds quantised weights; name the original: --set model.base={QUANTISED.sub('', name)}")
+            raise ModelError(
+                f"{told}, '{name}', holds quantised weights; name the original: --set"
+                f" model.base={QUANTISED.sub('', name)}"
+            )
         try:
-            choice = ModelChoice(path=name, revision="" if self.base else adapters.revision(adapter))
+            choice = ModelChoice(
+                path=name, revision="" if self.base else adapters.revision(adapter)
+            )
             return choice._found(weights, is_base=True, behind=behind)[0]
         except ValidationError as error:
             raise ModelError(f"{told} is no path or name: {error.errors()[0]['msg']}") from error
         except ModelError as error:
-            hint = "" if self.base or "model.base" in str(error) else "; name another with --set model.base=..."
+            hint = (
+                ""
+                if self.base or "model.base" in str(error)
+                else "; name another with --set model.base=..."
+            )
             raise ModelError(f"{told} is not here: {error}{hint}") from error
 
 
 def is_tiny(path: str, behind: frozenset[Path] = frozenset()) -> bool:
-    """Whether a model is the embedded one, or was made of it: by a run, an adapter or an export. False where there is nothing.
+    """Whether a model is the embedded one, or was made of it: by a run, an adapter or an export.
+    False where there is nothing.
 
     `behind`: folders that led here, of which none comes twice.
     """
@@ -189,7 +286,9 @@ def is_tiny(path: str, behind: frozenset[Path] = frozenset()) -> bool:
     if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
         return is_tiny(str(_section(folder).get("path", "tiny")), behind)
     if (folder / "adapter_config.json").is_file():
-        name = str(_read(folder / "adapter_config.json", json.loads).get("base_model_name_or_path", ""))
+        name = str(
+            _read(folder / "adapter_config.json", json.loads).get("base_model_name_or_path", "")
+        )
         return Path(name).parts[-3:] == MODEL.parts[-3:] or is_tiny(name, behind)
     embedded, found = (_read(place / "config.json", json.loads) for place in (MODEL, folder))
     return all(found.get(key) == value for key, value in embedded.items())

@@ -1,4 +1,5 @@
-"""Whether the parts of a model folder belong together: config, weights, tokenizer and image processor.
+"""Whether the parts of a model folder belong together: config, weights, tokenizer and image
+processor.
 
 Each part may be right alone and of another model. A mistake is told in one line, with its file and
 key, before anything is allocated or written.
@@ -18,9 +19,30 @@ from opd.models.files import StoredTensor, tensor_headers
 SECTIONS = ("", "text_config", "vision_config")
 
 SIZES = {
-    2**24: ("vocab_size", "hidden_size", "intermediate_size", "out_hidden_size", "max_position_embeddings", "num_position_embeddings"),
-    2**16: ("num_attention_heads", "num_key_value_heads", "num_heads", "head_dim", "image_size", "mm_tokens_per_image"),
-    2**12: ("num_hidden_layers", "depth", "patch_size", "temporal_patch_size", "spatial_merge_size", "scale_factor"),
+    2**24: (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "out_hidden_size",
+        "max_position_embeddings",
+        "num_position_embeddings",
+    ),
+    2**16: (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_heads",
+        "head_dim",
+        "image_size",
+        "mm_tokens_per_image",
+    ),
+    2**12: (
+        "num_hidden_layers",
+        "depth",
+        "patch_size",
+        "temporal_patch_size",
+        "spatial_merge_size",
+        "scale_factor",
+    ),
     2**8: ("num_channels", "in_channels"),
 }
 """Sizes in a config.json by their largest value; no published model comes near."""
@@ -36,7 +58,15 @@ TOKENS = {
 }
 """Ids in a config.json, and what the tokens are called in a tokenizer."""
 
-SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "do_image_splitting", "do_pan_and_scan")
+SWITCHES = (
+    "do_resize",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+    "do_pad",
+    "do_image_splitting",
+    "do_pan_and_scan",
+)
 """Steps of an image processor; the text "false" would count as true."""
 
 ENLARGED = 2**24
@@ -47,7 +77,9 @@ def check_sizes(file: Path, config: Mapping[str, Any]) -> None:
     """Raises ModelError where a config.json holds numbers that no model has."""
     for name, value in _numbers(config, ""):
         if abs(value) > 2**53 or not math.isfinite(value):
-            raise ModelError(f"{file}: {name} is {_short(value)}, which no model has; take the model's own file")
+            raise ModelError(
+                f"{file}: {name} is {_short(value)}, which no model has; take the model's own file"
+            )
     for section in SECTIONS:
         inner = config.get(section) if section else config
         if not isinstance(inner, dict):
@@ -59,7 +91,10 @@ def check_sizes(file: Path, config: Mapping[str, Any]) -> None:
                     continue  # sides of an image, or a model that counts each layer's heads
                 if type(size) is not int or not 1 <= size <= largest:
                     where = f"{section}.{key}" if section else key
-                    raise ModelError(f"{file}: {where} is {_short(size)}, not a whole number between 1 and {largest:,}")
+                    raise ModelError(
+                        f"{file}: {where} is {_short(size)}, not a whole number between 1 and"
+                        f" {largest:,}"
+                    )
 
 
 def complete(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,17 +109,24 @@ def complete(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> int | None:
-    """The rows of the embedding, which the headers of the weights give; None where no weights are here yet.
+    """The rows of the embedding, which the headers of the weights give; None where no weights are
+    here yet.
 
     Raises ModelError where they are not those of the (completed) config.
     """
     if not any(folder.glob("*.safetensors")):
         return None
     tensors = tensor_headers(folder)
-    layers = [(config.get(section) or {}).get(key) for section, key in (("text_config", "num_hidden_layers"), ("vision_config", "depth"))]
+    layers = [
+        (config.get(section) or {}).get(key)
+        for section, key in (("text_config", "num_hidden_layers"), ("vision_config", "depth"))
+    ]
     if sum(count for count in layers if isinstance(count, int)) > len(tensors):
         most, held = max(layers, key=lambda count: count or 0), plural(len(tensors), "tensor")
-        raise ModelError(f"{folder}: config.json describes {most:,} layers, and the weights hold {held}; they are of two models")
+        raise ModelError(
+            f"{folder}: config.json describes {most:,} layers, and the weights hold {held}; they"
+            " are of two models"
+        )
     text = config.get("text_config") or config
     for name, tensor in tensors.items():
         if name.endswith("embed_tokens.weight") and len(tensor.shape) == 2:
@@ -100,8 +142,8 @@ def _check_table(folder: Path, name: str, tensor: StoredTensor, text: Mapping[st
         packed = key == "hidden_size" and not tensor.dtype.startswith(("F", "BF"))
         if isinstance(stated, int) and stated != there and not packed:
             raise ModelError(
-                f"{folder / 'config.json'}: {key} is {stated:,}, but {name} in {tensor.file} is {rows:,} x {width:,}; "
-                "the two files are of two models"
+                f"{folder / 'config.json'}: {key} is {stated:,}, but {name} in {tensor.file} is"
+                f" {rows:,} x {width:,}; the two files are of two models"
             )
 
 
@@ -110,19 +152,29 @@ def check_tokens(folder: Path, tokenizer: Any, rows: int) -> None:
 
     A padding token may be there: no prompt is padded.
     """
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    beyond = sorted(
+        (number, token) for token, number in tokenizer.get_vocab().items() if number >= rows
+    )
     beyond = [(number, token) for number, token in beyond if token != tokenizer.pad_token]
     if beyond:
         number, token = beyond[0]
         more = f", and {len(beyond) - 1} more are" if len(beyond) > 1 else ""
         raise ModelError(
-            f"{folder}: the tokenizer's token {_short(repr(token))} has the id {number:,}{more}, beyond the embedding's {rows:,} rows; "
-            "take the tokenizer of this model, or enlarge the embedding with resize_token_embeddings of transformers"
+            f"{folder}: the tokenizer's token {_short(repr(token))} has the id {number:,}{more},"
+            f" beyond the embedding's {rows:,} rows; take the tokenizer of this model, or enlarge"
+            " the embedding with resize_token_embeddings of transformers"
         )
 
 
-def check_ids(folder: Path, stated: Mapping[str, Any], config: Mapping[str, Any], image: tuple[str, int], tokenizer: Any) -> None:
-    """Raises ModelError where ids of config.json are not the tokenizer's; `image`: the image token and its id.
+def check_ids(
+    folder: Path,
+    stated: Mapping[str, Any],
+    config: Mapping[str, Any],
+    image: tuple[str, int],
+    tokenizer: Any,
+) -> None:
+    """Raises ModelError where ids of config.json are not the tokenizer's; `image`: the image token
+    and its id.
 
     The (completed) config's image id places the features; the others only where they are `stated`.
     """
@@ -133,22 +185,28 @@ def check_ids(folder: Path, stated: Mapping[str, Any], config: Mapping[str, Any]
             continue
         token, number = image if name == "image_token" else (getattr(tokenizer, name, None), None)
         if number is None:
-            token = token or {"video_token": "<|video_pad|>"}.get(name, f"<|{name.removesuffix('_token')}|>")
+            token = token or {"video_token": "<|video_pad|>"}.get(
+                name, f"<|{name.removesuffix('_token')}|>"
+            )
             number = vocabulary.get(token)
         if number is not None and held != number:
             raise ModelError(
-                f"{folder / 'config.json'}: {key} is {_short(held)}, but the tokenizer's '{token}' has the id {number}; "
-                "the two are of two models"
+                f"{folder / 'config.json'}: {key} is {_short(held)}, but the tokenizer's '{token}'"
+                f" has the id {number}; the two are of two models"
             )
 
 
 def stop_ids(file: Path, held: Any, rows: int | None) -> list[int]:
-    """The ids under `eos_token_id` in a file; none where there is none. Raises ModelError for what is no id."""
+    """The ids under `eos_token_id` in a file; none where there is none. Raises ModelError for what
+    is no id."""
     ids = [] if held is None else held if isinstance(held, list) else [held]
     for number in ids:
         if type(number) is not int or not 0 <= number < (rows or 2**31):
             bound = f" below {rows:,}, the rows of the embedding" if rows else ""
-            raise ModelError(f"{file}: eos_token_id holds {_short(number)}; it is the id of a token{bound}, or a list of ids")
+            raise ModelError(
+                f"{file}: eos_token_id holds {_short(number)}; it is the id of a token{bound}, or a"
+                " list of ids"
+            )
     return ids
 
 
@@ -156,12 +214,14 @@ def equal(file: Path, key: str, held: Any, config_key: str, wanted: Any) -> None
     """Raises ModelError where a processor's setting is not the one that the vision tower needs."""
     if held != wanted or isinstance(held, bool):
         raise ModelError(
-            f"{file}: {key} is {_short(held)}, but {config_key} in config.json is {_short(wanted)}; the processor is of another model"
+            f"{file}: {key} is {_short(held)}, but {config_key} in config.json is {_short(wanted)};"
+            " the processor is of another model"
         )
 
 
 def check_channels(file: Path, processor: Any, channels: Any) -> None:
-    """Raises ModelError where a mean and deviation of pixels are not one number for each channel, or a switch is no switch."""
+    """Raises ModelError where a mean and deviation of pixels are not one number for each channel,
+    or a switch is no switch."""
     for name in SWITCHES:
         held = getattr(processor, name, None)
         if not isinstance(held, bool | None):
@@ -173,16 +233,30 @@ def check_channels(file: Path, processor: Any, channels: Any) -> None:
         values = getattr(processor, name, None)
         if values is None or isinstance(values, int | float):
             continue
-        if not isinstance(values, list | tuple) or len(values) != channels or not all(isinstance(value, int | float) for value in values):
-            raise ModelError(f"{file}: {name} is {_short(values)}, but images have {channels} channels; the processor is of another model")
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != channels
+            or not all(isinstance(value, int | float) for value in values)
+        ):
+            raise ModelError(
+                f"{file}: {name} is {_short(values)}, but images have {channels} channels; the"
+                " processor is of another model"
+            )
         if name == "image_std" and not all(value > 0 for value in values):
-            raise ModelError(f"{file}: image_std is {_short(values)}, and pixels are divided by it; take the model's own file")
+            raise ModelError(
+                f"{file}: image_std is {_short(values)}, and pixels are divided by it; take the"
+                " model's own file"
+            )
 
 
 def check_switch(file: Path, processor: Any, name: str, wanted: bool) -> None:
-    """Raises ModelError where a step of a processor is not as the tower, or the prompt, needs it."""
+    """Raises ModelError where a step of a processor is not as the tower, or the prompt, needs
+    it."""
     if bool(getattr(processor, name, wanted)) is not wanted:
-        raise ModelError(f"{file}: {name} is {not wanted}, which is not supported for this model; set it to {str(wanted).lower()}")
+        raise ModelError(
+            f"{file}: {name} is {not wanted}, which is not supported for this model; set it to"
+            f" {str(wanted).lower()}"
+        )
 
 
 def edges(size: Any) -> dict[str, Any]:
@@ -194,16 +268,25 @@ def edges(size: Any) -> dict[str, Any]:
 
 
 def check_edge(file: Path, key: str, held: Any, largest: int) -> None:
-    """Raises ModelError where a processor's size is no number of at least 1, or would fill the memory."""
+    """Raises ModelError where a processor's size is no number of at least 1, or would fill the
+    memory."""
     if type(held) is not int or not 1 <= held <= largest:
-        raise ModelError(f"{file}: {key} is {_short(held)}, not a whole number between 1 and {largest:,}")
+        raise ModelError(
+            f"{file}: {key} is {_short(held)}, not a whole number between 1 and {largest:,}"
+        )
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
     """Every number in nested JSON, and the place; the depth is bounded by `read_json`."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
-    pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs: Iterable[tuple[Any, Any]] = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in pairs:
         yield from _numbers(inner, f"{name}.{key}" if name else str(key))
 

@@ -1,7 +1,7 @@
 """A model folder's files, read with bounds.
 
-A folder may come from anybody: nothing in it may lead outside, hang, or fill the memory. Neither torch nor
-mlx is imported: a header of safetensors is JSON behind eight bytes.
+A folder may come from anybody: nothing in it may lead outside, hang, or fill the memory. Neither
+torch nor mlx is imported: a header of safetensors is JSON behind eight bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,30 @@ HEADER_BYTES = 100 * 2**20
 """The largest header of a safetensors file, which is the format's own bound."""
 
 DEPTH = 32
-"""Objects and lists within one another; published files have at most 8, and their readers recurse."""
+"""Objects and lists within one another; published files have at most 8, and their readers
+recurse."""
 
-WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+WIDTHS = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
 """Bytes of an element, by the names of safetensors; formats of 8 bits and less are not listed."""
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a header: precision by safetensors' name ("F32", "BF16"), shape, and file name."""
+    """A tensor in a header: precision by safetensors' name ("F32", "BF16"), shape, and file
+    name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +59,9 @@ def read_json(path: Path, error: type[UserError] = ModelError) -> dict[str, Any]
     try:
         size = path.stat().st_size
         if size > JSON_BYTES:
-            raise error(f"{path} has {size:,} bytes, more than any such file needs ({JSON_BYTES:,})")
+            raise error(
+                f"{path} has {size:,} bytes, more than any such file needs ({JSON_BYTES:,})"
+            )
         return parse_json(path.read_bytes(), str(path), error)
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror or reason}") from reason
@@ -55,14 +73,19 @@ def parse_json(content: bytes, name: str, error: type[UserError] = ModelError) -
         found = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise error(f"{name} is nested deeper than {DEPTH} levels") from None
-    except ValueError as reason:  # of the syntax, of the encoding, and of numbers with thousands of digits
+    except (
+        ValueError
+    ) as reason:  # of the syntax, of the encoding, and of numbers with thousands of digits
         raise error(f"{name} is not JSON: {one_line(reason)}") from reason
     if not isinstance(found, dict):
         raise error(f"{name} does not hold a JSON object")
     level: list[Any] = [found]
     for _ in range(DEPTH):
         level = [
-            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, dict | list)
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
         ]
         if not level:
             return found
@@ -72,7 +95,8 @@ def parse_json(content: bytes, name: str, error: type[UserError] = ModelError) -
 def check_links(folder: Path) -> None:
     """Raises ModelError where a link in a model folder leads outside of the folder.
 
-    An export would copy the file at the other end. A snapshot in a Hugging Face cache may link to the blobs of the same model.
+    An export would copy the file at the other end. A snapshot in a Hugging Face cache may link to
+    the blobs of the same model.
     """
     home = folder.resolve()
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
@@ -83,9 +107,14 @@ def check_links(folder: Path) -> None:
             try:
                 target = entry.resolve(strict=True)
             except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
-                raise ModelError(f"{entry} is a link that leads nowhere; put the file itself there") from None
+                raise ModelError(
+                    f"{entry} is a link that leads nowhere; put the file itself there"
+                ) from None
             if not any(target.is_relative_to(allowed) for allowed in homes):
-                raise ModelError(f"{entry} is a link to {target}, outside of the model folder; put the file itself there")
+                raise ModelError(
+                    f"{entry} is a link to {target}, outside of the model folder; put the file"
+                    " itself there"
+                )
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -110,7 +139,10 @@ def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
                 tensors[name] = tensor
     for name, file in owners.items():
         if name not in tensors:
-            raise ModelError(f"{folder / INDEX}: {file} does not hold the tensor {shortened(name, 120)}; download both again")
+            raise ModelError(
+                f"{folder / INDEX}: {file} does not hold the tensor {shortened(name, 120)};"
+                " download both again"
+            )
     return tensors
 
 
@@ -127,7 +159,9 @@ def _owners(folder: Path) -> dict[str, str]:
     for name, file in owners.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             what = f"{shortened(repr(file), 120)} for {shortened(name, 120)}"
-            raise ModelError(f"{path}: weight_map gives {what}; it names files in the folder, *.safetensors")
+            raise ModelError(
+                f"{path}: weight_map gives {what}; it names files in the folder, *.safetensors"
+            )
     for file in sorted(set(owners.values())):
         _checked(folder, file)
     return owners
@@ -137,7 +171,8 @@ def _checked(folder: Path, file: str) -> str:
     """`file`, which is a name in the folder and exists."""
     if Path(file).name != file or "\\" in file or "\0" in file:
         raise ModelError(
-            f"{folder / INDEX}: weight_map names {shortened(repr(file), 120)}, outside of the model folder; weights stand beside it"
+            f"{folder / INDEX}: weight_map names {shortened(repr(file), 120)}, outside of the model"
+            " folder; weights stand beside it"
         )
     if not (folder / file).is_file():
         raise no_weights(folder, file)
@@ -152,8 +187,13 @@ def _header(folder: Path, file: str) -> dict[str, StoredTensor]:
             size = path.stat().st_size
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(HEADER_BYTES, size - 8):
-                raise ModelError(f"{path} cannot be read as safetensors: it has {size:,} bytes, and a header of {length:,}")
-            content = parse_json(opened.read(length), f"{path} cannot be read as safetensors: the header")
+                raise ModelError(
+                    f"{path} cannot be read as safetensors: it has {size:,} bytes, and a header of"
+                    f" {length:,}"
+                )
+            content = parse_json(
+                opened.read(length), f"{path} cannot be read as safetensors: the header"
+            )
     except OSError as reason:
         raise ModelError(f"{path} cannot be read: {reason.strerror or reason}") from reason
     content.pop("__metadata__", None)
@@ -164,14 +204,26 @@ def _stored(path: Path, name: str, value: Any, room: int) -> StoredTensor:
     """One entry of a header, whose bytes lie within the `room` behind it."""
     fields: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise ModelError(f"{path} cannot be read as safetensors: the header says nothing usable of {shortened(name, 120)}")
+    if (
+        not isinstance(dtype, str)
+        or not _counts(shape)
+        or not _counts(offsets)
+        or len(offsets) != 2
+    ):
+        raise ModelError(
+            f"{path} cannot be read as safetensors: the header says nothing usable of"
+            f" {shortened(name, 120)}"
+        )
     begin, end = offsets
     if not begin <= end <= room:
-        raise ModelError(f"{path} is cut off: {shortened(name, 120)} ends at byte {end:,} of {room:,}; download it again")
+        raise ModelError(
+            f"{path} is cut off: {shortened(name, 120)} ends at byte {end:,} of {room:,}; download"
+            " it again"
+        )
     if dtype in WIDTHS and end - begin != WIDTHS[dtype] * math.prod(shape):
         raise ModelError(
-            f"{path} cannot be read as safetensors: {shortened(name, 120)} has {end - begin:,} bytes for {dtype} {tuple(shape)}"
+            f"{path} cannot be read as safetensors: {shortened(name, 120)} has {end - begin:,}"
+            f" bytes for {dtype} {tuple(shape)}"
         )
     return StoredTensor(dtype, tuple(shape), path.name)
 

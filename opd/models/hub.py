@@ -1,4 +1,5 @@
-"""Models by Hugging Face id, through huggingface_hub: its cache, token (`hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE as its users know.
+"""Models by Hugging Face id, through huggingface_hub: its cache, token (`hf auth login`),
+HF_ENDPOINT and HF_HUB_OFFLINE as its users know.
 
 Only configuration, tokenizer, templates and safetensors are fetched: nothing that could hold code.
 """
@@ -18,7 +19,8 @@ SMALL = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 WEIGHTS = "*.safetensors"
 
 LEFT = ("*/*", "consolidated*")
-"""Not fetched: other formats in folders of a repository, and a second copy of the weights in their makers' own names."""
+"""Not fetched: other formats in folders of a repository, and a second copy of the weights in their
+makers' own names."""
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
@@ -29,10 +31,12 @@ def is_id(name: str) -> bool:
 
 
 def fetch(name: str, revision: str = "", weights: bool = True) -> Path:
-    """The folder of a model in the cache, downloaded where it is not there; its own name is the commit.
+    """The folder of a model in the cache, downloaded where it is not there; its own name is the
+    commit.
 
-    `revision`: a branch, tag or commit; empty: the default branch. Without `weights` only the small files, which tell whether the weights
-    are worth their download. Raises ModelError in one line: not found, gated, not in the cache and offline, out of reach.
+    `revision`: a branch, tag or commit; empty: the default branch. Without `weights` only the small
+    files, which tell whether the weights are worth their download. Raises ModelError in one line:
+    not found, gated, not in the cache and offline, out of reach.
     """
     from huggingface_hub import constants, is_offline_mode, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
@@ -45,13 +49,27 @@ def fetch(name: str, revision: str = "", weights: bool = True) -> Path:
 
     patterns = [*SMALL, WEIGHTS] if weights else [*SMALL]
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns=[*LEFT], tqdm_class=Bars))
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=patterns,
+                ignore_patterns=[*LEFT],
+                tqdm_class=Bars,
+            )
+        )
     except Exception as error:  # its own errors, its HTTP library's, and those of the disk
         raise ModelError(f"model '{name}': {_reason(error, name, revision)}") from error
     if weights and not any(folder.glob(WEIGHTS)):
         if is_offline_mode():
-            raise ModelError(f"model '{name}': its weights are not in the cache {constants.HF_HUB_CACHE}; unset HF_HUB_OFFLINE")
-        raise ModelError(f"model '{name}': it has no weights as safetensors, and other formats are not loaded; name another model")
+            raise ModelError(
+                f"model '{name}': its weights are not in the cache {constants.HF_HUB_CACHE}; unset"
+                " HF_HUB_OFFLINE"
+            )
+        raise ModelError(
+            f"model '{name}': it has no weights as safetensors, and other formats are not loaded;"
+            " name another model"
+        )
     return folder
 
 
@@ -63,11 +81,16 @@ def name(folder: Path) -> str:
 
 def commit(folder: Path) -> str:
     """The commit of a folder that `fetch` gave; empty for any other folder."""
-    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""
+    return (
+        folder.name
+        if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+        else ""
+    )
 
 
 def refuse_remote_code(folder: Path, name: str) -> None:
-    """Raises ModelError where a model's classes are Python files of its repository alone: those are never run."""
+    """Raises ModelError where a model's classes are Python files of its repository alone: those are
+    never run."""
     try:
         config = read_json(folder / "config.json")
     except ModelError:
@@ -78,8 +101,8 @@ def refuse_remote_code(folder: Path, name: str) -> None:
 
     if config.get("model_type") not in CONFIG_MAPPING_NAMES:
         raise ModelError(
-            f"model '{name}': model_type '{config.get('model_type')}' needs Python code of its own repository, which is never run; "
-            "name a model whose class transformers has"
+            f"model '{name}': model_type '{config.get('model_type')}' needs Python code of its own"
+            " repository, which is never run; name a model whose class transformers has"
         )
 
 
@@ -88,18 +111,40 @@ def _reason(error: Exception, name: str, revision: str) -> str:
     from huggingface_hub import constants, errors, is_offline_mode
 
     place = constants.ENDPOINT
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    cause = (
+        error.__cause__
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
+        else error
+    )
     if isinstance(cause, errors.GatedRepoError):
-        return f"it is gated: accept its terms at {place}/{name}, then log in with 'hf auth login' or set HF_TOKEN"
+        return (
+            f"it is gated: accept its terms at {place}/{name}, then log in with 'hf auth login' or"
+            " set HF_TOKEN"
+        )
     if isinstance(cause, errors.RepositoryNotFoundError):
-        return f"neither a folder here nor a model on {place}; check the name, or, where it is private, 'hf auth login' or set HF_TOKEN"
+        return (
+            f"neither a folder here nor a model on {place}; check the name, or, where it is"
+            " private, 'hf auth login' or set HF_TOKEN"
+        )
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"{place} has no revision '{revision}' of it; check model.revision"
     if isinstance(cause, errors.HfHubHTTPError):
-        return f"{place} answered {cause.response.status_code}, and it is not in the cache ({one_line(cause)}); try again later"
+        return (
+            f"{place} answered {cause.response.status_code}, and it is not in the cache"
+            f" ({one_line(cause)}); try again later"
+        )
     if is_offline_mode():
         at = f", at revision '{revision}'" if revision else ""
-        return f"neither a folder here nor in the cache {constants.HF_HUB_CACHE}{at}, and HF_HUB_OFFLINE is set: unset it to download"
+        return (
+            f"neither a folder here nor in the cache {constants.HF_HUB_CACHE}{at}, and"
+            " HF_HUB_OFFLINE is set: unset it to download"
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"neither a folder here nor in the cache, and {place} cannot be reached ({one_line(cause)}); check the network"
-    return f"the download from {place} failed ({one_line(cause)}); try again: it goes on where it stopped"
+        return (
+            f"neither a folder here nor in the cache, and {place} cannot be reached"
+            f" ({one_line(cause)}); check the network"
+        )
+    return (
+        f"the download from {place} failed ({one_line(cause)}); try again: it goes on where it"
+        " stopped"
+    )

@@ -1,8 +1,8 @@
 """What of a model folder is handed on: data files alone, and nothing in them that names code.
 
-A folder may come from anybody. Libraries run Python that a folder brings (`auto_map` in transformers, `model_file` in mlx-vlm and
-mlx-lm), fetch kernels that a configuration names, or follow it to other files. So they are given an inert copy, and an export holds
-no other files.
+A folder may come from anybody. Libraries run Python that a folder brings (`auto_map` in
+transformers, `model_file` in mlx-vlm and mlx-lm), fetch kernels that a configuration names, or
+follow it to other files. So they are given an inert copy, and an export holds no other files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,29 @@ from typing import Any
 
 from opd.models import files as model_files
 
-DATA = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.md", "merges.txt", "vocab.txt", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt")
+DATA = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.md",
+    "merges.txt",
+    "vocab.txt",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+)
 """Files of a model folder that are handed on beside its weights; no other files are."""
 
-LEFT_OUT = ("*.safetensors.index.json", "*.bin.index.json", "adapter_config.json", "offload_index.json")
-"""Files among these that say where weights stand, which is written anew; and those by which a library would load other weights."""
+LEFT_OUT = (
+    "*.safetensors.index.json",
+    "*.bin.index.json",
+    "adapter_config.json",
+    "offload_index.json",
+)
+"""Files among these that say where weights stand, which is written anew; and those by which a
+library would load other weights."""
 
 RESULT = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 """Files of a run's result beside these: its weights, and what an adapter is."""
@@ -47,12 +65,15 @@ CODE = (
     "auto_mapping",
     "megatron_core",
 )
-"""Keys, at any depth of a configuration, whose values name Python to run, kernels to fetch, or other files to load."""
+"""Keys, at any depth of a configuration, whose values name Python to run, kernels to fetch, or
+other files to load."""
 
 
 def is_data(name: str) -> bool:
     """Whether a file of this name is handed on."""
-    return any(fnmatch(name, pattern) for pattern in DATA) and not any(fnmatch(name, pattern) for pattern in LEFT_OUT)
+    return any(fnmatch(name, pattern) for pattern in DATA) and not any(
+        fnmatch(name, pattern) for pattern in LEFT_OUT
+    )
 
 
 def without_code(value: Any) -> Any:
@@ -63,20 +84,26 @@ def without_code(value: Any) -> Any:
 
 
 def copy_files(source: Path, folder: Path, names: Collection[str] | None = None) -> None:
-    """Copies the data files of a model folder, without its weights, or those of `names`, into `folder`. Raises ModelError where one
-    cannot be read.
+    """Copies the data files of a model folder, without its weights, or those of `names`, into
+    `folder`. Raises ModelError where one cannot be read.
 
     Copies have the permissions of new files.
     """
     for file in sorted(source.iterdir()):
-        if not file.is_file() or not is_data(file.name) or (names is not None and file.name not in names):
+        if (
+            not file.is_file()
+            or not is_data(file.name)
+            or (names is not None and file.name not in names)
+        ):
             continue
         target = folder / file.name
         if file.suffix == ".json" and file.name not in LARGE:
             content = model_files.read_json(file)
             plain = without_code(content)
             if plain != content:
-                target.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                target.write_text(
+                    json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
                 continue
         shutil.copyfile(file, target)
 
@@ -97,7 +124,8 @@ def copy_result(source: Path, folder: Path) -> None:
 
 @contextmanager
 def inert(source: Path) -> Iterator[Path]:
-    """A folder with the data files of a model folder, and its weights as links; it is gone when the context ends.
+    """A folder with the data files of a model folder, and its weights as links; it is gone when the
+    context ends.
 
     Raises ModelError where weights are missing, or a file cannot be read.
     """

@@ -1,6 +1,8 @@
-"""Names of tensors in published files: what transformers calls each of them today, and which of them no forward reads.
+"""Names of tensors in published files: what transformers calls each of them today, and which of
+them no forward reads.
 
-Checkpoints and adapters keep the names of the transformers that wrote them. One table serves both backends.
+Checkpoints and adapters keep the names of the transformers that wrote them. One table serves both
+backends.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from opd.errors import ModelError
 
 HEAD = "lm_head.weight"
 
-QWEN = {"visual.": "model.visual."} | {f"model.{part}": f"model.language_model.{part}" for part in ("embed_tokens.", "layers.", "norm.")}
+QWEN = {"visual.": "model.visual."} | {
+    f"model.{part}": f"model.language_model.{part}"
+    for part in ("embed_tokens.", "layers.", "norm.")
+}
 """Before transformers 4.52."""
 
 LLAVA = {
@@ -39,11 +44,16 @@ OLDER: Mapping[str, Mapping[str, str]] = {
 }
 """By model_type: beginnings of older names, and what stands for each today; the first that fits."""
 
-OTHER_HEADS: Mapping[str, str] = {"qwen3_5": r"^mtp\.", "gemma3": r"^(model\.)?vision_tower\.(vision_model\.)?head\."}
-"""By model_type: heads that are no fault of a file: that predict tokens after the next, and that pool a whole image."""
+OTHER_HEADS: Mapping[str, str] = {
+    "qwen3_5": r"^mtp\.",
+    "gemma3": r"^(model\.)?vision_tower\.(vision_model\.)?head\.",
+}
+"""By model_type: heads that are no fault of a file: that predict tokens after the next, and that
+pool a whole image."""
 
 UNREAD = re.compile(
-    r"(^|\.)(position_ids|\w*inv_freq|cos_cached|sin_cached|embed_scale|rotary_(pos_)?emb\.\w+)$"  # computed from the configuration
+    # computed from the configuration
+    r"(^|\.)(position_ids|\w*inv_freq|cos_cached|sin_cached|embed_scale|rotary_(pos_)?emb\.\w+)$"
     r"|^(v_head|value_head|score|classifier)\."  # of reward and value models
 )
 """Tensors that no forward of a language model reads."""
@@ -70,14 +80,18 @@ def is_left_out(model_type: str, name: str) -> bool:
 
 
 def used(model_type: str, stored: Collection[str], folder: Path) -> dict[str, str]:
-    """The stored name of every tensor that a forward may read, by the name of today. Raises ModelError where two have one name."""
+    """The stored name of every tensor that a forward may read, by the name of today. Raises
+    ModelError where two have one name."""
     found: dict[str, str] = {}
     for name in stored:
         if is_left_out(model_type, name):
             continue
         new = today(model_type, name)
         if new in found:
-            raise ModelError(f"{folder}: the weights hold {found[new]} and {name}, which are two names of one tensor")
+            raise ModelError(
+                f"{folder}: the weights hold {found[new]} and {name}, which are two names of one"
+                " tensor"
+            )
         found[new] = name
     return found
 
@@ -91,20 +105,36 @@ def with_tie(model_type: str, used: Mapping[str, str]) -> dict[str, str]:
 
 
 def tell_left_out(stored: Collection[str], folder: Path) -> None:
-    """Logs one line about tensors that are left out, unless transformers leaves them out by itself."""
+    """Logs one line about tensors that are left out, unless transformers leaves them out by
+    itself."""
     unread = sorted(name for name in stored if UNREAD.search(name))
     if unread:
         logging.getLogger(__name__).warning(
-            "%s: %d tensors are left out, since no forward reads them; the first is %s", folder, len(unread), unread[0]
+            "%s: %d tensors are left out, since no forward reads them; the first is %s",
+            folder,
+            len(unread),
+            unread[0],
         )
 
 
-def check(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Raises ModelError where the shapes of `stored` tensors are not those that the configuration gives; both by name of today."""
-    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+def check(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    """Raises ModelError where the shapes of `stored` tensors are not those that the configuration
+    gives; both by name of today."""
+    missing, unknown = (
+        sorted(expected.keys() - stored.keys()),
+        sorted(stored.keys() - expected.keys()),
+    )
     if missing or unknown:
         first = f"tensor {missing[0]} is missing" if missing else f"tensor {unknown[0]} is unknown"
-        raise ModelError(f"{folder}: weights and config.json do not fit: {first} ({len(missing)} missing, {len(unknown)} unknown)")
+        raise ModelError(
+            f"{folder}: weights and config.json do not fit: {first} ({len(missing)} missing,"
+            f" {len(unknown)} unknown)"
+        )
     for name, shape in expected.items():
         if stored[name] != shape:
-            raise ModelError(f"{folder}: weights and config.json do not fit: {name} is {stored[name]}, not {shape}")
+            raise ModelError(
+                f"{folder}: weights and config.json do not fit: {name} is {stored[name]}, not"
+                f" {shape}"
+            )

@@ -1,8 +1,10 @@
-"""The settings of config.json that each family's forward reads, per backend; any other that changes the function is refused.
+"""The settings of config.json that each family's forward reads, per backend; any other that changes
+the function is refused.
 
-transformers' own configuration class of the family says what there is, and what the defaults are. A setting is computed as transformers
-computes it if TABLE says so for its value; it is harmless if HARMLESS names it; else it must be at its default. A key that the class
-does not know changes nothing in transformers, so nothing here; it is told where it looks like a setting of a forward.
+transformers' own configuration class of the family says what there is, and what the defaults are. A
+setting is computed as transformers computes it if TABLE says so for its value; it is harmless if
+HARMLESS names it; else it must be at its default. A key that the class does not know changes
+nothing in transformers, so nothing here; it is told where it looks like a setting of a forward.
 """
 
 from __future__ import annotations
@@ -42,15 +44,45 @@ def mlx_only(*values: Any) -> Setting:
 
 HARMLESS = {
     # What a model is called, was made with, or hands out.
-    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "problem_type"),
-    *("output_hidden_states", "output_attentions", "return_dict", "use_cache", "chunk_size_feed_forward", "is_encoder_decoder"),
+    *(
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+        "problem_type",
+    ),
+    *(
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+    ),
     # Of training and of first weights.
     *("initializer_range", "attention_dropout", "pretraining_tp"),
     # Bounds that no forward looks at, once positions that change with the length are refused.
     *("max_position_embeddings", "max_window_layers", "_sliding_window_pattern"),
     # Ids that prompts are made with, and what is read of videos alone.
-    *("bos_token_id", "eos_token_id", "pad_token_id", "_pad_token_id", "image_token_id", "image_token_index", "video_token_id"),
-    *("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index", "tokens_per_second"),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "_pad_token_id",
+        "image_token_id",
+        "image_token_index",
+        "video_token_id",
+    ),
+    *(
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "boi_token_index",
+        "eoi_token_index",
+        "tokens_per_second",
+    ),
     # The pooling head of a tower, of which no forward here reads anything.
     "vision_use_head",
 }
@@ -60,12 +92,29 @@ INNER_HARMLESS = ("text_config.tie_word_embeddings", "vision_config.tie_word_emb
 """Whether head and embedding are one says the outermost setting, as in transformers."""
 
 ROPE = {
-    # With `dynamic` and `longrope` a token's angles depend on the length of the row, which prompt and completions do not share.
+    # With `dynamic` and `longrope` a token's angles depend on the length of the row, which prompt
+    # and completions do not share.
     "rope_type": Setting(("default", "linear", "yarn", "llama3"), ("default",)),
     **dict.fromkeys(
         (
-            *("type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"),
-            *("mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+            *(
+                "type",
+                "rope_theta",
+                "factor",
+                "original_max_position_embeddings",
+                "attention_factor",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+            ),
+            *(
+                "mscale_all_dim",
+                "truncate",
+                "low_freq_factor",
+                "high_freq_factor",
+                "short_factor",
+                "long_factor",
+            ),
         ),
         ANY,
     ),
@@ -85,18 +134,34 @@ def _sizes(place: str, *names: str) -> dict[str, Setting]:
 
 
 _TEXT = _sizes(
-    *("text_config", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *(
+        "text_config",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
     "rms_norm_eps",
 )
 
 _QWEN_VISION = {
-    **_sizes("vision_config", "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size"),
+    **_sizes(
+        "vision_config", "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size"
+    ),
     **_sizes("vision_config", "spatial_merge_size", "temporal_patch_size", "out_hidden_size"),
     "vision_config.rope_parameters.rope_theta": mlx_only(10000.0),
 }
 
 _SIGLIP = {
-    **_sizes("vision_config", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    **_sizes(
+        "vision_config",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ),
     **_sizes("vision_config", "image_size", "patch_size", "layer_norm_eps"),
     "vision_config.hidden_act": mlx_only(*TANH),
 }
@@ -145,7 +210,9 @@ TABLE: Mapping[str, Mapping[str, Setting]] = {
         "text_config.hidden_act": mlx_only(*SILU),
         "text_config.attention_bias": ANY,
         "text_config.layer_types": ANY,
-        **_sizes("text_config", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+        **_sizes(
+            "text_config", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"
+        ),
         **_sizes("text_config", "linear_num_key_heads", "linear_num_value_heads"),
         **_at("text_config.rope_parameters", MROPE | {"partial_rotary_factor": ANY}),
         **_QWEN_VISION,
@@ -161,9 +228,13 @@ TABLE: Mapping[str, Mapping[str, Setting]] = {
         "text_config.query_pre_attn_scalar": ANY,
         "text_config.sliding_window": ANY,
         "text_config.layer_types": ANY,
-        **_at("text_config.rope_parameters.full_attention", ROPE | {"rope_type": Setting(ROPE["rope_type"].torch, ("default", "linear"))}),
         **_at(
-            "text_config.rope_parameters.sliding_attention", ROPE | {"rope_type": Setting(ROPE["rope_type"].torch, ("default", "linear"))}
+            "text_config.rope_parameters.full_attention",
+            ROPE | {"rope_type": Setting(ROPE["rope_type"].torch, ("default", "linear"))},
+        ),
+        **_at(
+            "text_config.rope_parameters.sliding_attention",
+            ROPE | {"rope_type": Setting(ROPE["rope_type"].torch, ("default", "linear"))},
         ),
         **_SIGLIP,
         "mm_tokens_per_image": ANY,
@@ -175,7 +246,8 @@ TABLE: Mapping[str, Mapping[str, Setting]] = {
 """By model_type, and by dotted key of config.json as transformers completes it."""
 
 REACHES_IN = ("is_causal", "attention_chunk_size", "per_layer_config")
-"""Keys that are in no class, and that transformers looks for all the same: at None they are not there."""
+"""Keys that are in no class, and that transformers looks for all the same: at None they are not
+there."""
 
 LOOKS_READ = re.compile(
     r"softcap|qk_norm|qk_layer_norm|_bias$|sliding_window$|layer_types|rope|rotary|hidden_act|experts|multiplier|logit_scale|_eps$"
@@ -185,12 +257,19 @@ LOOKS_READ = re.compile(
 
 
 def check(
-    config: Mapping[str, Any], defaults: Mapping[str, Any], written: Mapping[str, Any], file: Path, backend: str, other: str = ""
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    written: Mapping[str, Any],
+    file: Path,
+    backend: str,
+    other: str = "",
 ) -> None:
-    """Raises ModelError, in one line, where `backend` ("torch" or "mlx") does not compute what a config.json says.
+    """Raises ModelError, in one line, where `backend` ("torch" or "mlx") does not compute what a
+    config.json says.
 
-    `config`: the file as transformers completes it; `defaults`: an untouched configuration of the same classes; `written`: the file
-    itself. `other` is the name under which a person chooses the other backend.
+    `config`: the file as transformers completes it; `defaults`: an untouched configuration of the
+    same classes; `written`: the file itself. `other` is the name under which a person chooses the
+    other backend.
     """
     kind = str(config["model_type"])
     table, plain = TABLE[kind], dict(_flat(defaults))
@@ -199,10 +278,19 @@ def check(
         if name in HARMLESS or key in INNER_HARMLESS or (key in plain and _same(value, plain[key])):
             continue
         setting = table.get(key)
-        if setting is None and key not in plain and not key.startswith(("text_config.rope_parameters.", "vision_config.rope_parameters.")):
+        if (
+            setting is None
+            and key not in plain
+            and not key.startswith(
+                ("text_config.rope_parameters.", "vision_config.rope_parameters.")
+            )
+        ):
             if value and LOOKS_READ.search(name):
                 logging.getLogger(__name__).warning(
-                    "%s: %s = %s is read by nobody, here and in transformers alike", file, key, shown(value)
+                    "%s: %s = %s is read by nobody, here and in transformers alike",
+                    file,
+                    key,
+                    shown(value),
                 )
             continue
         values = _values(setting, backend)
@@ -210,14 +298,22 @@ def check(
             continue
         hint = "no backend does, so this model cannot be trained as it is"
         theirs = _values(setting, "mlx" if backend == "torch" else "torch")
-        if setting is not None and other and (theirs is None or any(_same(value, one) for one in theirs)):
+        if (
+            setting is not None
+            and other
+            and (theirs is None or any(_same(value, one) for one in theirs))
+        ):
             hint = f"--backend {other} does"
-        raise ModelError(f"{file}: the {backend} backend does not compute {_named(key, written)} = {shown(value)}; {hint}")
+        raise ModelError(
+            f"{file}: the {backend} backend does not compute {_named(key, written)} ="
+            f" {shown(value)}; {hint}"
+        )
     _check_together(config, written, file)
 
 
 def defaults(configuration: Any) -> dict[str, Any]:
-    """What a configuration of transformers says where nothing is set, with parts of the classes that `configuration` has."""
+    """What a configuration of transformers says where nothing is set, with parts of the classes
+    that `configuration` has."""
     plain: dict[str, Any] = type(configuration)().to_dict()
     for name in ("text_config", "vision_config"):
         part = getattr(configuration, name)
@@ -226,7 +322,8 @@ def defaults(configuration: Any) -> dict[str, Any]:
 
 
 def known(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without keys that transformers' classes do not know, so that no other code reads them."""
+    """`config` without keys that transformers' classes do not know, so that no other code reads
+    them."""
     kept = {}
     for key, value in config.items():
         if key in ("text_config", "vision_config") and isinstance(value, Mapping):
@@ -243,35 +340,64 @@ def _check_together(config: Mapping[str, Any], written: Mapping[str, Any], file:
         inner = written.get(place[:-1], {}) if place else written
         for name in REACHES_IN:
             if isinstance(inner, Mapping) and inner.get(name) is not None:
-                raise ModelError(f"{file}: {place}{name} = {shown(inner[name])} is computed by no backend, so this model cannot be trained")
-    for place, name in (("vision_config", "patch_size"), ("vision_config", "temporal_patch_size"), ("vision_config", "image_size")):
+                raise ModelError(
+                    f"{file}: {place}{name} = {shown(inner[name])} is computed by no backend, so"
+                    " this model cannot be trained"
+                )
+    for place, name in (
+        ("vision_config", "patch_size"),
+        ("vision_config", "temporal_patch_size"),
+        ("vision_config", "image_size"),
+    ):
         if not isinstance(vision.get(name, 1), int):
-            raise ModelError(f"{file}: {place}.{name} = {shown(vision[name])} is not supported; only one number for all sides is")
+            raise ModelError(
+                f"{file}: {place}.{name} = {shown(vision[name])} is not supported; only one number"
+                " for all sides is"
+            )
     if vision.get("out_hidden_size", text["hidden_size"]) != text["hidden_size"]:
         raise ModelError(
-            f"{file}: vision_config.out_hidden_size = {vision['out_hidden_size']} is not text_config.hidden_size = {text['hidden_size']}, "
-            "so image features do not fit between the embeddings"
+            f"{file}: vision_config.out_hidden_size = {vision['out_hidden_size']} is not"
+            f" text_config.hidden_size = {text['hidden_size']}, so image features do not fit"
+            " between the embeddings"
         )
     width = text["hidden_size"] // text["num_attention_heads"]
     if config["model_type"] == "qwen2_5_vl" and text.get("head_dim") not in (None, width):
-        raise ModelError(f"{file}: text_config.head_dim = {shown(text['head_dim'])} is not hidden_size / num_attention_heads = {width}")
+        raise ModelError(
+            f"{file}: text_config.head_dim = {shown(text['head_dim'])} is not hidden_size /"
+            f" num_attention_heads = {width}"
+        )
     rope = text.get("rope_parameters") or {}
     section, sections = "text_config.rope_parameters.mrope_section", rope.get("mrope_section")
     half = int((text.get("head_dim") or width) * (rope.get("partial_rotary_factor") or 1.0)) // 2
     if sections is not None and (not isinstance(sections, list | tuple) or len(sections) != 3):
-        raise ModelError(f"{file}: {_named(section, written)} = {shown(sections)} is not three numbers")
-    # Sections that are interleaved say which angles are of height and width; all others are of time.
+        raise ModelError(
+            f"{file}: {_named(section, written)} = {shown(sections)} is not three numbers"
+        )
+    # Sections that are interleaved say which angles are of height and width; all others are of
+    # time.
     if sections is not None and config["model_type"] == "qwen2_5_vl" and sum(sections) != half:
-        raise ModelError(f"{file}: {_named(section, written)} = {shown(sections)} does not add up to {half}")
+        raise ModelError(
+            f"{file}: {_named(section, written)} = {shown(sections)} does not add up to {half}"
+        )
     kinds = text.get("layer_types") or []
     if "layer_types" in text and len(kinds) < text["num_hidden_layers"]:
-        raise ModelError(f"{file}: text_config.layer_types names {len(kinds)} layers, and num_hidden_layers is {text['num_hidden_layers']}")
-    allowed = {"qwen3_5": {"linear_attention", "full_attention"}}.get(config["model_type"], {"sliding_attention", "full_attention"})
+        raise ModelError(
+            f"{file}: text_config.layer_types names {len(kinds)} layers, and num_hidden_layers is"
+            f" {text['num_hidden_layers']}"
+        )
+    allowed = {"qwen3_5": {"linear_attention", "full_attention"}}.get(
+        config["model_type"], {"sliding_attention", "full_attention"}
+    )
     strange = sorted({str(kind) for kind in kinds} - allowed)
     if strange:
-        raise ModelError(f"{file}: text_config.layer_types names '{strange[0]}', which is none of {', '.join(sorted(allowed))}")
+        raise ModelError(
+            f"{file}: text_config.layer_types names '{strange[0]}', which is none of"
+            f" {', '.join(sorted(allowed))}"
+        )
     if "sliding_attention" in kinds and text.get("sliding_window") is None:
-        raise ModelError(f"{file}: text_config.layer_types names sliding_attention, and no sliding_window is set")
+        raise ModelError(
+            f"{file}: text_config.layer_types names sliding_attention, and no sliding_window is set"
+        )
 
 
 def _values(setting: Setting | None, backend: str) -> Values:
@@ -281,7 +407,13 @@ def _values(setting: Setting | None, backend: str) -> Values:
 def _flat(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
     """Every value that is no dictionary, by dotted key; maps of labels are one value."""
     for key, value in config.items():
-        if isinstance(value, Mapping) and key in ("text_config", "vision_config", "rope_parameters", "full_attention", "sliding_attention"):
+        if isinstance(value, Mapping) and key in (
+            "text_config",
+            "vision_config",
+            "rope_parameters",
+            "full_attention",
+            "sliding_attention",
+        ):
             yield from _flat(value, f"{place}{key}.")
         else:
             yield f"{place}{key}", value
@@ -297,12 +429,17 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _named(key: str, written: Mapping[str, Any]) -> str:
-    """The key by the name that a person finds in the file: older files say rope_scaling, and some keep all of the text at the top."""
+    """The key by the name that a person finds in the file: older files say rope_scaling, and some
+    keep all of the text at the top."""
     place, _, name = key.rpartition(".")
     parts = place.split(".")
     if "rope_parameters" in parts:
         inner = written.get(parts[0], {}) if parts[0] in written else written
-        if isinstance(inner, Mapping) and "rope_parameters" not in inner and "rope_scaling" in inner:
+        if (
+            isinstance(inner, Mapping)
+            and "rope_parameters" not in inner
+            and "rope_scaling" in inner
+        ):
             at = f"{parts[0]}." if parts[0] in written else ""
             old = inner["rope_scaling"]
             older = name == "rope_type" and isinstance(old, Mapping) and "type" in old

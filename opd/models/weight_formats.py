@@ -1,6 +1,8 @@
-"""Whether a checkpoint's weights are quantised, by the headers of its files and by config.json; which must agree.
+"""Whether a checkpoint's weights are quantised, by the headers of its files and by config.json;
+which must agree.
 
-The MLX backend reads MLX's own format; no other is read. A setting that a conversion left behind over plain weights is ignored, in a line.
+The MLX backend reads MLX's own format; no other is read. A setting that a conversion left behind
+over plain weights is ignored, in a line.
 """
 
 from __future__ import annotations
@@ -45,11 +47,14 @@ PARTS = ("text_config", "vision_config")
 
 def settings(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """What config.json says of quantisation, by dotted key."""
-    return {key: value for key, value in _stated(config).items() if isinstance(value, dict) and value}
+    return {
+        key: value for key, value in _stated(config).items() if isinstance(value, dict) and value
+    }
 
 
 def check_settings(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises ModelError where a config.json says how weights are quantised, but not as an object: no library can read that."""
+    """Raises ModelError where a config.json says how weights are quantised, but not as an object:
+    no library can read that."""
     for key, value in _stated(config).items():
         if value is not None and not isinstance(value, dict):
             raise ModelError(
@@ -62,26 +67,40 @@ def mlx_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """How MLX quantised the weights of a config.json, or None where it says nothing of MLX's."""
     for key in ("quantization", "quantization_config"):
         found = config.get(key)
-        if isinstance(found, dict) and "group_size" in found and "bits" in found and "quant_method" not in found:
+        if (
+            isinstance(found, dict)
+            and "group_size" in found
+            and "bits" in found
+            and "quant_method" not in found
+        ):
             return found
     return None
 
 
-def check(config: Mapping[str, Any], stored: Mapping[str, StoredTensor], folder: Path, reads_mlx: bool = False) -> None:
-    """Raises ModelError where weights are quantised, in one line that names the format; MLX's is let through if `reads_mlx`.
+def check(
+    config: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+    folder: Path,
+    reads_mlx: bool = False,
+) -> None:
+    """Raises ModelError where weights are quantised, in one line that names the format; MLX's is
+    let through if `reads_mlx`.
 
     Logs one line where config.json says that they are, and they are plain.
     """
     check_settings(folder / "config.json", config)
     kind = str(config.get("model_type"))
-    weights = {name: tensor.dtype for name, tensor in stored.items() if not names.is_left_out(kind, name)}
+    weights = {
+        name: tensor.dtype for name, tensor in stored.items() if not names.is_left_out(kind, name)
+    }
     packed = next((name for name in sorted(weights) if _end(name)), None)
     odd = next((name for name in sorted(weights) if weights[name] not in PLAIN), None)
     said = settings(config)
     if packed is None and odd is None:
         if said:
             logging.getLogger(__name__).warning(
-                "%s: %s says that the weights are quantised (%s), but they are plain, so it is ignored",
+                "%s: %s says that the weights are quantised (%s), but they are plain, so it is"
+                " ignored",
                 folder / "config.json",
                 next(iter(said)),
                 _method(next(iter(said.values()))),
@@ -91,7 +110,10 @@ def check(config: Mapping[str, Any], stored: Mapping[str, StoredTensor], folder:
     if mlx and reads_mlx:
         return
     if mlx:
-        raise ModelError(f"{folder}: these weights are quantised for MLX; train them with --backend mlx, or take the original checkpoint")
+        raise ModelError(
+            f"{folder}: these weights are quantised for MLX; train them with --backend mlx, or take"
+            " the original checkpoint"
+        )
     if said:
         method = _method(next(iter(said.values())))
     elif packed:
@@ -100,29 +122,50 @@ def check(config: Mapping[str, Any], stored: Mapping[str, StoredTensor], folder:
         assert odd is not None
         method = f"{'fp8' if weights[odd].startswith('F8') else weights[odd]}, without scales"
     first = packed or odd
-    raise ModelError(f"{folder}: these weights are quantised ({method}; the first is {first}): name the original model, which is not")
+    raise ModelError(
+        f"{folder}: these weights are quantised ({method}; the first is {first}): name the original"
+        " model, which is not"
+    )
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without the keys that say how weights are quantised."""
     plain = {key: value for key, value in config.items() if key not in SETTINGS}
     return {
-        key: {name: inner for name, inner in value.items() if name not in SETTINGS} if key in PARTS and isinstance(value, dict) else value
+        key: (
+            {name: inner for name, inner in value.items() if name not in SETTINGS}
+            if key in PARTS and isinstance(value, dict)
+            else value
+        )
         for key, value in plain.items()
     }
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
     """All that config.json holds under the keys of SETTINGS, by dotted key."""
-    places = {"": config} | {f"{name}.": value for name in PARTS if isinstance(value := config.get(name), dict)}
-    return {f"{at}{key}": place[key] for at, place in places.items() for key in SETTINGS if key in place}
+    places = {"": config} | {
+        f"{name}.": value for name in PARTS if isinstance(value := config.get(name), dict)
+    }
+    return {
+        f"{at}{key}": place[key] for at, place in places.items() for key in SETTINGS if key in place
+    }
 
 
 def _method(said: Mapping[str, Any]) -> str:
     """The format by its usual name."""
-    method = str(said.get("quant_method") or ("mlx" if "group_size" in said and "bits" in said else "an unknown format"))
-    return f"{method}, {said['format']}" if method == "compressed-tensors" and isinstance(said.get("format"), str) else method
+    method = str(
+        said.get("quant_method")
+        or ("mlx" if "group_size" in said and "bits" in said else "an unknown format")
+    )
+    return (
+        f"{method}, {said['format']}"
+        if method == "compressed-tensors" and isinstance(said.get("format"), str)
+        else method
+    )
 
 
 def _end(name: str) -> str | None:
-    return next((method for end, method in ENDS.items() if name.endswith(end)), "bitsandbytes" if ".quant_state." in name else None)
+    return next(
+        (method for end, method in ENDS.items() if name.endswith(end)),
+        "bitsandbytes" if ".quant_state." in name else None,
+    )

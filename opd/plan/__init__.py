@@ -1,8 +1,8 @@
 """Estimates a run's parameters, memory and time from config.json, before any weights are there.
 
-`shape` holds the shapes of a model's parameters, `work` counts operations, `memory` bytes, `devices`
-knows how fast and how large devices are, and `measure` runs a micro-batch to compare; this module
-puts them together for a recipe.
+`shape` holds the shapes of a model's parameters, `work` counts operations, `memory` bytes,
+`devices` knows how fast and how large devices are, and `measure` runs a micro-batch to compare;
+this module puts them together for a recipe.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Assumed:
 class Plan:
     """A recipe's step on one device, and all that it is worked out from.
 
-    `rough`: the backend's footprint. `text`: tokens of a prompt beside its image's. `smaller_images`:
+    `rough`: the backend's footprint. `text`: tokens of a prompt beside its image's.
+    `smaller_images`:
     half of the student's pixels, and what both policies see with that bound; None where the family
     has no such bound. `notes`: how many rows of the data are above the limit of a prompt, in the
     words of training.
@@ -89,12 +90,13 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Each stage's time at the assumed shares of the device's peaks: products or what they read,
-        whichever is longer, and the passes between them."""
+        """Each stage's time at the assumed shares of the device's peaks: products or what they
+        read, whichever is longer, and the passes between them."""
         rate = self.device.matmul_share * self.device.matmul[self.options.dtype]
         bandwidth = self.device.bandwidth_share * self.device.bandwidth
         return {
-            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth for name, stage in self.stages.items()
+            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth
+            for name, stage in self.stages.items()
         }
 
     @property
@@ -155,8 +157,8 @@ class Plan:
 
     @property
     def least(self) -> int:
-        """The peak of the step that takes least: one group sampled, and one completion, or one group
-        differentiated at a time."""
+        """The peak of the step that takes least: one group sampled, and one completion, or one
+        group differentiated at a time."""
         return min(self.sized(room=1, budget=size).memory.peak for size in (1, self.work.group))
 
     def smaller(self) -> dict[str, int]:
@@ -165,8 +167,8 @@ class Plan:
         return {name: peak for name, peak in peaks.items() if peak < self.least}
 
     def shorter(self) -> tuple[str, float] | None:
-        """What to set to shorten the run most while training the same parameters, and the hours then;
-        None where nothing shortens it."""
+        """What to set to shorten the run most while training the same parameters, and the hours
+        then; None where nothing shortens it."""
         hours = {name: one.hours for name, one in self.changes().items() if "tune" not in name}
         name = min(hours, key=lambda name: hours[name])
         return (name, hours[name]) if hours[name] < self.hours else None
@@ -184,7 +186,9 @@ def backend_of(device: Device | None, name: str | None) -> str:
     return backends.resolve(own if name in (None, "auto") else str(name))
 
 
-def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None) -> Plan:
+def plan(
+    recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None
+) -> Plan:
     """The plan of a recipe on a device; `backend` None takes the device's. Raises UserError."""
     assumed, rollout = assumed or Assumed(), recipe.rollout
     options, pixels = recipe.model.options(weights=False), recipe.model.pixels()
@@ -225,7 +229,13 @@ def plan(recipe: Recipe, device: Device, backend: str | None = None, assumed: As
     return Plan(recipe, shape, options, work, device, name, rough, *about)
 
 
-def view(encoder: PromptEncoder, shape: Shape, size: tuple[int, int], text: int, policy: Policy = "student") -> View:
+def view(
+    encoder: PromptEncoder,
+    shape: Shape,
+    size: tuple[int, int],
+    text: int,
+    policy: Policy = "student",
+) -> View:
     """What a policy sees of an image of `size`: a blank one is encoded as training would.
 
     `text`: tokens of the prompt beside those that mark an image. Raises DataError.
@@ -243,7 +253,10 @@ def view(encoder: PromptEncoder, shape: Shape, size: tuple[int, int], text: int,
     window = vision.get("window_size", 0) // merge // vision["patch_size"] * merge
     whole = sum(number in vision.get("fullatt_block_indexes", layers) for number in layers)
     cut = [divmod(side, window or side) for side in sides]
-    apart = prod(many * (window or side) ** 2 + rest**2 for (many, rest), side in zip(cut, sides, strict=True))
+    apart = prod(
+        many * (window or side) ** 2 + rest**2
+        for (many, rest), side in zip(cut, sides, strict=True)
+    )
     pairs = pieces * (whole * prod(sides) ** 2 + (len(layers) - whole) * apart)
     return View(pieces * prod(sides), pairs, len(prompt.visual.index), text + marks)
 
@@ -276,8 +289,8 @@ def _rough(shape: Shape, options: ModelOptions, work: Work, device: Device, name
 
 
 def _data(recipe: Recipe) -> Sequence[Example]:
-    """The rows of the recipe's data that are looked at before training; none of a real model without
-    data of its own."""
+    """The rows of the recipe's data that are looked at before training; none of a real model
+    without data of its own."""
     if recipe.data.path == "tiny" and recipe.model.path != "tiny":
         return []
     options, most = recipe.data, preflight.SAMPLE
@@ -285,7 +298,9 @@ def _data(recipe: Recipe) -> Sequence[Example]:
     return open_data(options.path, options.strict, max_image_pixels=pixels, count=most)
 
 
-def _of_data(recipe: Recipe, examples: Sequence[Example]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _of_data(
+    recipe: Recipe, examples: Sequence[Example]
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Sizes of the first row's image and of its crop; without rows the assumed ones."""
     if not examples:
         return IMAGE, _half(IMAGE)

@@ -1,6 +1,7 @@
 """Devices: how fast they multiply matrices, read memory, and how much they hold.
 
-Published figures stand in devices.csv, in TFLOP/s, GB/s and GB; this machine is recognised or measured.
+Published figures stand in devices.csv, in TFLOP/s, GB/s and GB; this machine is recognised or
+measured.
 Nothing reaches its peak all of the time: a step is taken to reach shares of it.
 """
 
@@ -26,14 +27,15 @@ HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE = 0.7, 0.3
 rows of a token step well below the speed at which it copies."""
 
 MEASURE_SECONDS, SIDE, GPU_SIDE, WIDE = 0.4, 768, 4096, 8192
-"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU; and of one
-that is only read."""
+"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU; and of
+one that is only read."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """`matmul` FLOP/s by type of numbers, dense; `bandwidth` bytes a second; `memory` bytes, of which
-    a run may take the share `usable`; `memories` that it is sold with; `backend` that runs on it."""
+    """`matmul` FLOP/s by type of numbers, dense; `bandwidth` bytes a second; `memory` bytes, of
+    which a run may take the share `usable`; `memories` that it is sold with; `backend` that runs on
+    it."""
 
     name: str
     matmul: dict[str, float]
@@ -62,7 +64,8 @@ DEVICES = _published()
 
 
 def device(name: str, planner: Callable[[], Planner], memory: float | None = None) -> Device:
-    """The device of that name, whatever its case, with `memory` GB or the largest that it is sold with.
+    """The device of that name, whatever its case, with `memory` GB or the largest that it is sold
+    with.
 
     A name may end in its memory ("M4 Max 64 GB"). `this machine` is what the planner of its backend
     knows of it. Raises RecipeError, which names the nearest.
@@ -96,13 +99,19 @@ def this_machine(here: Machine) -> Device:
     # One row reads a matrix larger than any cache, as a token step reads weights.
     read = _per_second(here.product(1, WIDE, "float32"), here.gpu)
     matmul = {"bfloat16": rates["float32"], **rates}
-    about = float(here.memory), here.usable, "auto", f"{here.name}, measured in {' and '.join(types)}"
+    about = (
+        float(here.memory),
+        here.usable,
+        "auto",
+        f"{here.name}, measured in {' and '.join(types)}",
+    )
     shares = HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE
     return Device(HERE, matmul, 4.0 * WIDE**2 * read, *about, *shares)
 
 
 def _per_second(run: Callable[[], object], gpu: bool) -> float:
-    """Calls a second, at the fastest within MEASURE_SECONDS; the first, which warms up, does not count.
+    """Calls a second, at the fastest within MEASURE_SECONDS; the first, which warms up, does not
+    count.
 
     A processor works itself: its time is the call's own on a busy machine.
     """

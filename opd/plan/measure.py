@@ -42,7 +42,8 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step by verb, one micro-batch times their number; bytes at the peak; and as planned."""
+    """Seconds of a step by verb, one micro-batch times their number; bytes at the peak; and as
+    planned."""
 
     seconds: Mapping[str, float]
     planned_seconds: Mapping[str, float]
@@ -58,7 +59,9 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
     work, rng, planned = plan.work, np.random.default_rng(0), plan.memory
     if planned.peak > plan.usable:
         most = f"{planned.peak / 1e9:.1f} GB are planned and {plan.usable / 1e9:.1f} GB usable"
-        raise RecipeError(f"--measure: {most}; make the step smaller as the plan without --measure says")
+        raise RecipeError(
+            f"--measure: {most}; make the step smaller as the plan without --measure says"
+        )
     machine = backends.planner(plan.backend).machine()
     _forget_peak()
     before = _resident()
@@ -151,7 +154,8 @@ def _resident() -> int:
 
 
 def _forget_peak() -> None:
-    """Has Linux count the peak of resident bytes anew; loading holds files that training does not."""
+    """Has Linux count the peak of resident bytes anew; loading holds files that training does
+    not."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -25,8 +25,8 @@ FOUR_BITS = 4.5 / 8
 """Bytes of a 4-bit weight, with its share of a scale and an offset for every 64 weights."""
 
 ROOM, DRAWN = 64, 20
-"""Tokens of the first buffer of a completion's keys, which doubles when it is full; bytes of a logit
-that is sampled from."""
+"""Tokens of the first buffer of a completion's keys, which doubles when it is full; bytes of a
+logit that is sampled from."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ def memory(
     grown = work.sampled * work.completions * shape.cache(own, item)
     logits = DRAWN * min(work.sampled * work.completions * vocabulary, most // 4) + copies
     # A rollout's pass over its prompts waits for the gradient where it is small.
-    alone = replace(work, completions=0, teacher=work.student, budget=work.sampled * work.student.tokens)
+    alone = replace(
+        work, completions=0, teacher=work.student, budget=work.sampled * work.student.tokens
+    )
     kept = activations(shape, options, alone, rough, recompute=False).total
     kept *= alone.budget <= rough.keeps_tokens and kept <= rough.recompute_above
     rollout = max(kept, read) + max(passing(work.student, work.sampled), grown + logits)
@@ -108,7 +110,9 @@ def memory(
     buffers = chunks * chunk + blocks * min(chunk, block) + (1 + full) * copies
     # Hidden states, their gradient, and that of the head.
     states = many * width * 12 + 4 * vocabulary * width * full
-    asked, taught = (work.together * shape.cache(view.before, item) for view in (work.student, work.teacher))
+    asked, taught = (
+        work.together * shape.cache(view.before, item) for view in (work.student, work.teacher)
+    )
     served = kept * (work.sampled == work.together == work.prompts)
     accumulate = max(
         summed + served + taught + passing(work.teacher, work.together),
@@ -133,8 +137,11 @@ def memory(
     return Memory(held, ints, phases, again, disk=4 * gradient)
 
 
-def activations(shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool) -> Activations:
-    """What the student's forward holds; with `recompute`, each layer's inputs, and one layer whole."""
+def activations(
+    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool
+) -> Activations:
+    """What the student's forward holds; with `recompute`, each layer's inputs, and one layer
+    whole."""
     view, images, item = work.student, work.together * sees(options), item_of(options)
     many, before = work.count * work.tokens, work.together * view.before
     a_token, a_new, a_patch = rows(shape, rough)
@@ -148,14 +155,20 @@ def activations(shape: Shape, options: ModelOptions, work: Work, rough: Footprin
     windows = [window is not None or rough.copies == "always" for window in shape.windows]
     keys = sum(layer.key * copied for layer, copied in zip(shape.layers, windows, strict=True))
     copied = 2 * item * keys * view.before * (rough.copies != "never")
-    vision, prompts = images * view.patches * a_patch, before * a_token + scores(before * view.before / 2)
+    vision, prompts = (
+        images * view.patches * a_patch,
+        before * a_token + scores(before * view.before / 2),
+    )
     completed = many * a_new + scores(many * (view.before + work.tokens))
     completed += work.count * (copied + 4 * shape.states)
     layer = max(vision / len(shape.tower), max(prompts, completed) / len(shape.layers))
     if recompute:
         vision = images * view.patches * item * sum(layer.width for layer in shape.tower)
         row = rough.stream * sum(layer.width for layer in shape.layers)
-        prompts, completed = before * row + work.together * shape.cache(view.before, item), many * row
+        prompts, completed = (
+            before * row + work.together * shape.cache(view.before, item),
+            many * row,
+        )
     # Inputs and outputs of the projector's products; of completions the states that the head reads.
     merged = 2 * item * sum(size[1] for size in shape.parts["projector"].values() if len(size) == 2)
     return Activations(
@@ -166,7 +179,9 @@ def activations(shape: Shape, options: ModelOptions, work: Work, rough: Footprin
     )
 
 
-def _held(shape: Shape, options: ModelOptions, work: Work, rough: Footprint, room: float) -> dict[str, int]:
+def _held(
+    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, room: float
+) -> dict[str, int]:
     trained, full = sum(shape.trained(options).values()), options.adapters is None
     language = (prod(size) for name, size in shape.linears.items() if part(name) == "language")
     packed = sum(language) * options.four_bit

@@ -18,7 +18,8 @@ from opd.prompts.families import family
 from opd.types import ModelOptions
 
 PARTS = {"vision": "vision tower", "projector": "projector", "language": "language", "head": "head"}
-"""Parts of a model by `opd.models.adapters.part`; embeddings, and heads tied to them, are language."""
+"""Parts of a model by `opd.models.adapters.part`; embeddings, and heads tied to them, are
+language."""
 
 ADDS = ("down_proj", "fc2", "linear_fc2", "o_proj", "out_proj", "proj")
 """Last words of linear layers whose result is added to the rows that entered the layer."""
@@ -58,7 +59,9 @@ class Layer:
         self.normed = self.width * norms.count(self.width)
         self.recurs = "in_proj_qkv" in sizes
         mixing = ("in_proj", "out_proj") if self.recurs else ()
-        self.inner = sum(s[word in ADDS] for word, s in sizes.items() if not word.startswith(mixing))
+        self.inner = sum(
+            s[word in ADDS] for word, s in sizes.items() if not word.startswith(mixing)
+        )
         self.query, self.key = sizes.get("o_proj", (0, 0))[1], sizes.get("k_proj", (0, 0))[0]
 
     def held(self, row: Row) -> float:
@@ -105,8 +108,12 @@ class Shape:
     @cached_property
     def linears(self) -> dict[str, tuple[int, ...]]:
         """[out, in] of every linear layer by name, without heads."""
-        names = (name for name, size in self.shapes.items() if len(size) == 2 and "embed" not in name)
-        found = {name.removesuffix(".weight"): self.shapes[name] for name in names if ".weight" in name}
+        names = (
+            name for name, size in self.shapes.items() if len(size) == 2 and "embed" not in name
+        )
+        found = {
+            name.removesuffix(".weight"): self.shapes[name] for name in names if ".weight" in name
+        }
         return {name: size for name, size in found.items() if part(name) != "head"}
 
     @cached_property

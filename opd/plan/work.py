@@ -3,8 +3,8 @@
 An operation is a multiplication or an addition: 2 for each weight and row, and 4 for each pair of
 rows that attend and each number of their heads. What passes over memory between products is rough.
 
-Legend: n completions of a prompt. A group is a prompt with its n completions, and what they share is
-computed once; a prompt's last token runs with the completions, whose first token it predicts.
+Legend: n completions of a prompt. A group is a prompt with its n completions, and what they share
+is computed once; a prompt's last token runs with the completions, whose first token it predicts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from opd.planner import Footprint
 from opd.types import ModelOptions
 
 FORWARD, BACKWARD = 3, 5
-"""Passes over what a backward holds: written, read twice; read, its gradient written, added, read."""
+"""Passes over what a backward holds: written, read twice; read, its gradient written, added,
+read."""
 
 HEAD, DRAW, OPTIMIZER, AVERAGE = 20, 10, 24, 3
 """Passes over logits that are trained on, or drawn from; over trained parameters in the optimizer's
@@ -26,8 +27,8 @@ step, and where the teacher moves."""
 
 
 class View(NamedTuple):
-    """An image as a policy sees it: `patches`, which make `visual` of the prompt's `tokens`, and pairs
-    of patches that attend to each other in all layers of the tower together."""
+    """An image as a policy sees it: `patches`, which make `visual` of the prompt's `tokens`, and
+    pairs of patches that attend to each other in all layers of the tower together."""
 
     patches: int
     pairs: int
@@ -110,7 +111,8 @@ class Stage:
 
 
 def rows(shape: Shape, rough: Footprint) -> tuple[float, float, float]:
-    """Bytes that a backward holds of a prompt's token, a completion's, and a patch, in all layers."""
+    """Bytes that a backward holds of a prompt's token, a completion's, and a patch, in all
+    layers."""
     recurrent = [layer for layer in shape.layers if layer.recurs]
     prompt, completion = (
         sum(layer.held(row) for layer in shape.layers) + beside * len(recurrent)
@@ -119,7 +121,9 @@ def rows(shape: Shape, rough: Footprint) -> tuple[float, float, float]:
     return prompt, completion, sum(layer.held(rough.patch) for layer in shape.tower)
 
 
-def stages(shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, room: float) -> dict[str, Stage]:
+def stages(
+    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, room: float
+) -> dict[str, Stage]:
     """Every stage of a step; `room` bytes hold the features of a frozen tower, once computed.
 
     With `recompute`, layers are computed twice.
@@ -174,7 +178,10 @@ def stages(shape: Shape, options: ModelOptions, work: Work, rough: Footprint, re
         # Logits of both policies, and the gradients of hidden states and of a trained head.
         "head and divergence": ((3 + full) * new * head, HEAD * logits),
     }
-    found = {name: Stage(work.prompts * operations, passed=work.prompts * passed) for name, (operations, passed) in each.items()}
+    found = {
+        name: Stage(work.prompts * operations, passed=work.prompts * passed)
+        for name, (operations, passed) in each.items()
+    }
     moved = _read(shape, work, item_of(options))
     return found | {
         "rollout decode": replace(found["rollout decode"], moved=moved),
@@ -195,12 +202,15 @@ def _read(shape: Shape, work: Work, item: int) -> float:
 
 
 def _mixing(shape: Shape, before: int, length: int, handed: int = 0) -> float:
-    """Operations of `length` tokens with each other and with `before` tokens, of which each sees its
-    window or all, without those of the last `handed` layers; or of states, read, written and read."""
+    """Operations of `length` tokens with each other and with `before` tokens, of which each sees
+    its window or all, without those of the last `handed` layers; or of states, read, written and
+    read."""
     found = 6.0 * shape.states * length
     layers = list(zip(shape.layers, shape.windows, strict=True))
     for layer, window in layers[: len(layers) - handed]:
         reach = window or before + length
         free = max(0, min(length, reach - before))
-        found += 4.0 * layer.query * (free * before + free * (free + 1) / 2 + (length - free) * reach)
+        found += (
+            4.0 * layer.query * (free * before + free * (free + 1) / 2 + (length - free) * reach)
+        )
     return found

@@ -1,6 +1,7 @@
 """Prompts: images and a question become tokens, positions and arrays, once, for every backend.
 
-Only a tokenizer and a PIL image processor are loaded (no torch, no torchvision): the arrays are numpy and feed any backend.
+Only a tokenizer and a PIL image processor are loaded (no torch, no torchvision): the arrays are
+numpy and feed any backend.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ NEEDED = (
     ("tokenizer.json", "vocab.json"),
     ("preprocessor_config.json", "processor_config.json"),
 )
-"""Files of a model folder without which no prompt can be encoded, with the names that each may have."""
+"""Files of a model folder without which no prompt can be encoded, with the names that each may
+have."""
 
 TEXTS = 4096
 """Rendered questions, and tokenized texts, that are kept."""
 
 LAYOUTS = 256
-"""Prompts whose tokens and positions are kept, and images whose visual tokens' boxes are: a few hundred kilobytes each at most."""
+"""Prompts whose tokens and positions are kept, and images whose visual tokens' boxes are: a few
+hundred kilobytes each at most."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -53,7 +56,8 @@ TOKENIZER = (
 
 
 class PromptEncoder:
-    """Encodes prompts as the model's own processor does. `stop`: ids that end a completion; `banned`: ids that never appear in one."""
+    """Encodes prompts as the model's own processor does. `stop`: ids that end a completion;
+    `banned`: ids that never appear in one."""
 
     stop: tuple[int, ...]
     banned: tuple[int, ...]
@@ -68,10 +72,11 @@ class PromptEncoder:
         teacher_max_pixels: int | None = None,
         teacher_min_pixels: int | None = None,
     ) -> None:
-        """Loads tokenizer, chat template and image processor from a folder in Hugging Face layout; nothing is downloaded.
+        """Loads tokenizer, chat template and image processor from a folder in Hugging Face layout;
+        nothing is downloaded.
 
-        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves the model's own. The teacher's
-        follow the student's where they are None.
+        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves
+        the model's own. The teacher's follow the student's where they are None.
         Raises ModelError with one line that says what is missing.
         """
         model = Path(model)
@@ -85,38 +90,55 @@ class PromptEncoder:
         self._check_template()
         self._bound(max_pixels, min_pixels, teacher_max_pixels, teacher_min_pixels)
         # Student and teacher are asked the same, and so are all epochs.
-        self._asked = lru_cache(TEXTS)(lambda question, images: self._render(content(question, images)))
+        self._asked = lru_cache(TEXTS)(
+            lambda question, images: self._render(content(question, images))
+        )
         self._ids = lru_cache(TEXTS)(self._tokenized)
         self._placed = lru_cache(LAYOUTS)(self._place)
         self._image_token = self._token(model, self._family.image_token)
         self.banned = tuple(self._token(model, token) for token in self._family.banned)
         self.stop = self._stops(model)
 
-    def encode(self, images: Sequence[Image.Image], question: str, policy: Policy = "student") -> Prompt:
-        """One user turn, thinking off: the images, then the question; or the images where `<image>` stands in the question.
+    def encode(
+        self, images: Sequence[Image.Image], question: str, policy: Policy = "student"
+    ) -> Prompt:
+        """One user turn, thinking off: the images, then the question; or the images where `<image>`
+        stands in the question.
 
-        `images` are upright and RGB (see `opd.views.crop`). With more images than markers, the rest follow the last marked one.
-        Raises DataError where the question and the images do not fit together, or an image is too narrow to encode.
+        `images` are upright and RGB (see `opd.views.crop`). With more images than markers, the rest
+        follow the last marked one.
+        Raises DataError where the question and the images do not fit together, or an image is too
+        narrow to encode.
         """
         arrays, layouts = self._lay_out(images, self._sizes[policy])
         text = self._written(question, layouts)
-        tiles = tuple((number, tile) for number, layout in enumerate(layouts) for tile in layout.tiles)
+        tiles = tuple(
+            (number, tile) for number, layout in enumerate(layouts) for tile in layout.tiles
+        )
         tokens, positions, visual = self._placed(text, tiles, tuple(image.size for image in images))
         return Prompt(tokens, positions, arrays, self._key(images, self._settings[policy]), visual)
 
-    def length(self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student") -> int:
-        """Tokens of the prompt that `encode` gives for images of these (width, height), from their sizes alone. Raises DataError."""
+    def length(
+        self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student"
+    ) -> int:
+        """Tokens of the prompt that `encode` gives for images of these (width, height), from their
+        sizes alone. Raises DataError."""
         try:
-            layouts = self._family.layouts(self._processor, images, self._sizes[policy], self._config)
+            layouts = self._family.layouts(
+                self._processor, images, self._sizes[policy], self._config
+            )
         except MemoryError:
             raise
         except Exception as error:  # whatever a processor does
             raise _not_encodable(images, error) from error
         tiles = [tile for layout in layouts for tile in layout.tiles]
-        return len(self._ids(self._written(question, layouts))) + sum(tile.tokens - 1 for tile in tiles)
+        return len(self._ids(self._written(question, layouts))) + sum(
+            tile.tokens - 1 for tile in tiles
+        )
 
     def bounded(self, **pixels: int | None) -> PromptEncoder:
-        """The same encoder with other bounds on images, which are given as to the class. Raises ModelError."""
+        """The same encoder with other bounds on images, which are given as to the class. Raises
+        ModelError."""
         other = copy.copy(self)
         other._bound(**pixels)
         return other
@@ -136,24 +158,43 @@ class PromptEncoder:
                 "teacher": self._family.sizes(self._processor, *teacher),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"{self._processor_file()}: no bounds on an image's size that can be used: {one_line(error)}") from error
+            raise ModelError(
+                f"{self._processor_file()}: no bounds on an image's size that can be used:"
+                f" {one_line(error)}"
+            ) from error
         self._settings = {
-            policy: json.dumps({**self._processor.to_dict(), **sizes}, sort_keys=True, default=str).encode()
+            policy: (
+                json.dumps(
+                    {**self._processor.to_dict(), **sizes}, sort_keys=True, default=str
+                ).encode()
+            )
             for policy, sizes in self._sizes.items()
         }
 
     def _written(self, question: str, layouts: Sequence[Layout]) -> str:
-        """The prompt's text, with one image token for each tile. Raises DataError where the question holds one too."""
+        """The prompt's text, with one image token for each tile. Raises DataError where the
+        question holds one too."""
         before, *parts = self._asked(question, len(layouts)).split(self._family.placeholder)
         if len(parts) != len(layouts):
-            raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.placeholder}'; remove it")
-        text = before + "".join(layout.text + part for layout, part in zip(layouts, parts, strict=True))
-        if np.count_nonzero(self._ids(text) == self._image_token) != sum(len(layout.tiles) for layout in layouts):
-            raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{self._family.image_token}'; remove it")
+            raise DataError(
+                f"the question {question[:80]!r} contains a reserved token such as"
+                f" '{self._family.placeholder}'; remove it"
+            )
+        text = before + "".join(
+            layout.text + part for layout, part in zip(layouts, parts, strict=True)
+        )
+        if np.count_nonzero(self._ids(text) == self._image_token) != sum(
+            len(layout.tiles) for layout in layouts
+        ):
+            raise DataError(
+                f"the question {question[:80]!r} contains a reserved token such as"
+                f" '{self._family.image_token}'; remove it"
+            )
         return text
 
     def check(self) -> None:
-        """Raises ModelError where config, weights, tokenizer and image processor are not of one model."""
+        """Raises ModelError where config, weights, tokenizer and image processor are not of one
+        model."""
         file = self._model / "config.json"
         config = consistency.complete(file, self._config)
         text = config.get("text_config") or config
@@ -163,7 +204,9 @@ class PromptEncoder:
         image = (str(self._tokenizer.convert_ids_to_tokens(self._image_token)), self._image_token)
         consistency.check_ids(self._model, self._config, config, image, self._tokenizer)
         for held in (self._config, self._config.get("text_config")):
-            consistency.stop_ids(file, held.get("eos_token_id") if isinstance(held, dict) else None, self._rows)
+            consistency.stop_ids(
+                file, held.get("eos_token_id") if isinstance(held, dict) else None, self._rows
+            )
         self.stop = self._stops(self._model)
         self._check_processor(config)
         try:
@@ -171,7 +214,10 @@ class PromptEncoder:
         except DataError as error:
             raise ModelError(f"{self._processor_file()} cannot be used: {error}") from error
         if not all(np.isfinite(array).all() for array in arrays):
-            raise ModelError(f"{self._processor_file()}: its image_mean, image_std or rescale_factor make pixels that are not finite")
+            raise ModelError(
+                f"{self._processor_file()}: its image_mean, image_std or rescale_factor make pixels"
+                " that are not finite"
+            )
 
     def _check_processor(self, config: Mapping[str, Any]) -> None:
         file = self._model / "processor_config.json"
@@ -185,19 +231,32 @@ class PromptEncoder:
         return file if nested else self._model / "preprocessor_config.json"
 
     def max_pixels(self, policy: Policy) -> int:
-        """The width * height to which larger images are brought: no crop is worth enlarging above it."""
+        """The width * height to which larger images are brought: no crop is worth enlarging above
+        it."""
         return self._family.most_pixels(self._processor, self._sizes[policy])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion, without special tokens."""
-        return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(
+                [int(token) for token in tokens],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+        )
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer and chat template into an exported folder: its template alone, without an argument, gives these prompts."""
-        missing = [name for name in TOKENIZER if not (folder / name).exists()]  # an adapter is exported without
+        """Writes tokenizer and chat template into an exported folder: its template alone, without
+        an argument, gives these prompts."""
+        # an adapter is exported without
+        missing = [name for name in TOKENIZER if not (folder / name).exists()]
         inert.copy_files(self._model, folder, missing)
         others = self._model / templates.OTHERS
-        missing = [file.name for file in others.glob("*.jinja") if not (folder / templates.OTHERS / file.name).exists()]
+        missing = [
+            file.name
+            for file in others.glob("*.jinja")
+            if not (folder / templates.OTHERS / file.name).exists()
+        ]
         if missing:
             (folder / templates.OTHERS).mkdir(exist_ok=True)
             inert.copy_files(others, folder / templates.OTHERS, missing)
@@ -205,21 +264,30 @@ class PromptEncoder:
 
     def _tokenized(self, text: str) -> IntArray:
         try:
-            ids = np.asarray(self._tokenizer(text, add_special_tokens=self._adds(text))["input_ids"], dtype=np.int32)
+            ids = np.asarray(
+                self._tokenizer(text, add_special_tokens=self._adds(text))["input_ids"],
+                dtype=np.int32,
+            )
         except MemoryError:
             raise
         except Exception as error:  # half a surrogate pair, for example
-            raise DataError(f"the prompt {text[-200:]!r} cannot be tokenized: {one_line(error)}") from error
+            raise DataError(
+                f"the prompt {text[-200:]!r} cannot be tokenized: {one_line(error)}"
+            ) from error
         if self._rows and ids.size and ids.max() >= self._rows:
             token = self._tokenizer.convert_ids_to_tokens(int(ids.max()))
-            raise DataError(f"the prompt has the token {token!r}, whose id {ids.max()} is beyond the {self._rows} rows of the embedding")
+            raise DataError(
+                f"the prompt has the token {token!r}, whose id {ids.max()} is beyond the"
+                f" {self._rows} rows of the embedding"
+            )
         ids.flags.writeable = False
         return ids
 
     def _place(
         self, text: str, tiles: tuple[tuple[int, Tile], ...], sizes: tuple[tuple[int, int], ...]
     ) -> tuple[IntArray, IntArray, VisualTokens]:
-        """Tokens, positions and visual tokens of a text in which each of `tiles`, with the number of its image, has one image token.
+        """Tokens, positions and visual tokens of a text in which each of `tiles`, with the number
+        of its image, has one image token.
 
         A long text of nothing but image tokens would cost more than the images.
         """
@@ -229,56 +297,83 @@ class PromptEncoder:
         tokens = np.repeat(compact, copies)
         visual = VisualTokens(
             index=np.flatnonzero(tokens == self._image_token).astype(np.int32),
-            image=np.repeat(np.array([image for image, _ in tiles], dtype=np.int32), [tile.tokens for _, tile in tiles]),
-            boxes=np.concatenate([np.zeros((0, 4), dtype=np.float32), *(tile.boxes(*sizes[image]) for image, tile in tiles)]),
+            image=np.repeat(
+                np.array([image for image, _ in tiles], dtype=np.int32),
+                [tile.tokens for _, tile in tiles],
+            ),
+            boxes=np.concatenate(
+                [
+                    np.zeros((0, 4), dtype=np.float32),
+                    *(tile.boxes(*sizes[image]) for image, tile in tiles),
+                ]
+            ),
         )
-        positions = self._family.positions(tokens, self._image_token, [tile.grid for _, tile in tiles])
-        for array in (tokens, positions, visual.index, visual.image, visual.boxes):  # prompts share them
+        positions = self._family.positions(
+            tokens, self._image_token, [tile.grid for _, tile in tiles]
+        )
+        # prompts share them
+        for array in (tokens, positions, visual.index, visual.image, visual.boxes):
             array.flags.writeable = False
         return tokens, positions, visual
 
     def _adds(self, text: str) -> bool:
-        """Whether the tokenizer adds special tokens of its own to a prompt: `ProcessorMixin.apply_chat_template` has this rule."""
+        """Whether the tokenizer adds special tokens of its own to a prompt:
+        `ProcessorMixin.apply_chat_template` has this rule."""
         begin = self._tokenizer.bos_token
-        return bool(self._tokenizer.init_kwargs.get("add_special_tokens", True)) and not (begin and text.startswith(begin))
+        return bool(self._tokenizer.init_kwargs.get("add_special_tokens", True)) and not (
+            begin and text.startswith(begin)
+        )
 
     def _render(self, content: list[dict[str, str]]) -> str:
-        """The text of a prompt. Raises DataError where the template refuses the question, ModelError where it finds no end."""
+        """The text of a prompt. Raises DataError where the template refuses the question,
+        ModelError where it finds no end."""
         try:
             return renderer.render(self._template, content, self._tokenizer.special_tokens_map)
         except renderer.TemplateBoundError as error:
             raise self._unusable(error) from error
         except renderer.TemplateError as error:
             text = content[-1].get("text", "")
-            raise DataError(f"the chat template refuses the question {text[:80]!r}: {error}") from error
+            raise DataError(
+                f"the chat template refuses the question {text[:80]!r}: {error}"
+            ) from error
 
     def _probe(self, template: str) -> str:
         """The generation prompt of a template. Raises ModelError where it cannot be rendered."""
         try:
-            return renderer.render(template, [{"type": "text", "text": "?"}], self._tokenizer.special_tokens_map)
+            return renderer.render(
+                template, [{"type": "text", "text": "?"}], self._tokenizer.special_tokens_map
+            )
         except renderer.TemplateError as error:
             raise self._unusable(error) from error
 
     def _check_template(self) -> None:
         """Raises ModelError where the template leaves images out, as one for text alone does."""
-        text, image = self._render([{"type": "image"}, {"type": "text", "text": "?"}]), self._family.placeholder
+        text, image = (
+            self._render([{"type": "image"}, {"type": "text", "text": "?"}]),
+            self._family.placeholder,
+        )
         if text.count(image) != 1:
             raise ModelError(
-                f"{self._model}: the chat template writes '{image}' {text.count(image)} times for one image; "
-                "put the template for images into chat_template.jinja, and remove the others"
+                f"{self._model}: the chat template writes '{image}' {text.count(image)} times for"
+                " one image; put the template for images into chat_template.jinja, and remove the"
+                " others"
             )
 
     def _unusable(self, error: Exception) -> ModelError:
         return ModelError(f"{self._model}: the chat template cannot be rendered: {error}")
 
-    def _lay_out(self, images: Sequence[Image.Image], sizes: dict[str, Any]) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+    def _lay_out(
+        self, images: Sequence[Image.Image], sizes: dict[str, Any]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         if not images:
             return {}, []
         try:
             return self._family.lay_out(self._processor, images, sizes, self._config)
         except MemoryError:
             raise
-        except Exception as error:  # whatever a processor does: ValueError, ZeroDivisionError, OverflowError
+        except (
+            Exception
+        ) as error:  # whatever a processor does: ValueError, ZeroDivisionError, OverflowError
             raise _not_encodable([image.size for image in images], error) from error
 
     def _key(self, images: Sequence[Image.Image], settings: bytes) -> str:
@@ -291,7 +386,10 @@ class PromptEncoder:
     def _token(self, model: Path, token: str) -> int:
         number = self._tokenizer.get_vocab().get(token)
         if number is None:
-            raise ModelError(f"{model}: the tokenizer has no token '{token}', which {self._config['model_type']} needs")
+            raise ModelError(
+                f"{model}: the tokenizer has no token '{token}', which {self._config['model_type']}"
+                " needs"
+            )
         return int(number)
 
     def _stops(self, model: Path) -> tuple[int, ...]:
@@ -301,7 +399,10 @@ class PromptEncoder:
         named = consistency.stop_ids(path, held, self._rows)
         stops = tuple(dict.fromkeys([*named, *([] if own is None else [int(own)])]))
         if not stops:
-            raise ModelError(f"{model}: neither generation_config.json nor the tokenizer names an end-of-turn token")
+            raise ModelError(
+                f"{model}: neither generation_config.json nor the tokenizer names an end-of-turn"
+                " token"
+            )
         return stops
 
 
@@ -312,7 +413,9 @@ def content(question: str, images: int) -> list[dict[str, str]]:
         return [{"type": "image"}] * images + [{"type": "text", "text": question}]
     if len(rest) > images:
         markers = plural(len(rest), f"'{IMAGE_MARKER}' marker")
-        raise DataError(f"the question has {markers} for {plural(images, 'image')}: {question[:80]!r}")
+        raise DataError(
+            f"the question has {markers} for {plural(images, 'image')}: {question[:80]!r}"
+        )
     parts = [{"type": "text", "text": first}]
     for number, text in enumerate(rest, start=1):
         standing = 1 + (images - len(rest) if number == len(rest) else 0)
@@ -326,7 +429,9 @@ def read_config(model: Path) -> dict[str, Any]:
         raise ModelError(f"model folder not found: {model}")
     for names in NEEDED:
         if not any((model / name).is_file() for name in names):
-            raise ModelError(f"{model} is not a complete model folder: {' or '.join(names)} is missing")
+            raise ModelError(
+                f"{model} is not a complete model folder: {' or '.join(names)} is missing"
+            )
     check_links(model)
     config = read_json(model / "config.json")
     if not config.get("model_type"):
@@ -340,11 +445,17 @@ def _load(model: Path) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(model, backend="pil", local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False
+        )
+        processor = AutoImageProcessor.from_pretrained(
+            model, backend="pil", local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         # For broken files transformers raises OSError, ValueError, KeyError, TypeError, Exception.
-        raise ModelError(f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}") from error
+        raise ModelError(
+            f"{model}: tokenizer or image processor cannot be loaded: {one_line(error)}"
+        ) from error
     return tokenizer, processor
 
 

@@ -1,7 +1,9 @@
-"""Prompts of a model without a family file: its own processor in transformers makes tokens and arrays.
+"""Prompts of a model without a family file: its own processor in transformers makes tokens and
+arrays.
 
-Nothing is known of such a model but what its files say, so images keep the sizes that its processor gives them, and every visual token
-is said to look at its whole image. Where a prompt needs more than tokens that count up and image arrays, it is refused.
+Nothing is known of such a model but what its files say, so images keep the sizes that its processor
+gives them, and every visual token is said to look at its whole image. Where a prompt needs more
+than tokens that count up and image arrays, it is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ PIXELS = ("max_pixels", "min_pixels", "teacher_max_pixels", "teacher_min_pixels"
 
 
 def open_encoder(model: Path, **pixels: int | None) -> PromptEncoder:
-    """The encoder of a model folder's prompts, its family's where there is one; `pixels` as `PromptEncoder` takes them.
+    """The encoder of a model folder's prompts, its family's where there is one; `pixels` as
+    `PromptEncoder` takes them.
 
     Raises ModelError.
     """
@@ -43,7 +46,8 @@ def open_encoder(model: Path, **pixels: int | None) -> PromptEncoder:
 
 
 def without_family(model: Path) -> str:
-    """The type of a model that transformers knows and no family of `opd` does; else empty. Raises ModelError."""
+    """The type of a model that transformers knows and no family of `opd` does; else empty. Raises
+    ModelError."""
     kind = str(read_config(model)["model_type"])
     return kind if kind not in families.model_types() and _known(kind) else ""
 
@@ -54,7 +58,8 @@ def _checked(encoder: PromptEncoder) -> PromptEncoder:
 
 
 def needs_torchvision(model: Path) -> str:
-    """The name of the model's own processor in transformers where it has a part that needs torchvision; else empty.
+    """The name of the model's own processor in transformers where it has a part that needs
+    torchvision; else empty.
 
     Training needs none of it, but whoever serves an export with `AutoProcessor` does.
     """
@@ -70,45 +75,77 @@ class ProcessorEncoder(PromptEncoder):
     """Encodes prompts with the model's own processor; see `PromptEncoder`."""
 
     def __init__(self, model: Path, **pixels: int | None) -> None:
-        """Loads the processor from a folder; nothing is downloaded. Raises ModelError, also where `pixels` bounds an image's size."""
+        """Loads the processor from a folder; nothing is downloaded. Raises ModelError, also where
+        `pixels` bounds an image's size."""
         self._model, self._config = Path(model), read_config(Path(model))
         kind = self._config["model_type"]
         if "mrope_section" in json.dumps(self._config):
-            raise ModelError(f"{model}: models of type '{kind}' have positions of several axes, for which they need a file in opd/families")
+            raise ModelError(
+                f"{model}: models of type '{kind}' have positions of several axes, for which they"
+                " need a file in opd/families"
+            )
         image = self._config.get("image_token_id", self._config.get("image_token_index"))
         if not isinstance(image, int):
-            raise ModelError(f"{model / 'config.json'}: no image_token_id, so nobody can tell where images stand")
+            raise ModelError(
+                f"{model / 'config.json'}: no image_token_id, so nobody can tell where images stand"
+            )
         renderer.start()
         self._processor = _load(self._model)
         self._tokenizer, self._image_token = self._processor.tokenizer, image
-        self._template = templates.trained(templates.chosen(self._model, self._tokenizer), self._probe)
+        self._template = templates.trained(
+            templates.chosen(self._model, self._tokenizer), self._probe
+        )
         self.stop = self._stops(self._model)
         named = _special(self._processor) | _special(self._tokenizer)
-        numbers = {image, *(int(self._tokenizer.convert_tokens_to_ids(token)) for token in named if token in self._tokenizer.get_vocab())}
+        numbers = {
+            image,
+            *(
+                int(self._tokenizer.convert_tokens_to_ids(token))
+                for token in named
+                if token in self._tokenizer.get_vocab()
+            ),
+        }
         self.banned = tuple(sorted(numbers - set(self.stop)))
-        self._reserved = {str(self._tokenizer.convert_ids_to_tokens(number)) for number in self.banned}
+        self._reserved = {
+            str(self._tokenizer.convert_ids_to_tokens(number)) for number in self.banned
+        }
         self._check_bounds(pixels)
         self._made = json.dumps(self._processor.to_dict(), sort_keys=True, default=str).encode()
 
     def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
-        """See `PromptEncoder`; both policies look at images of one size. Raises ModelError where a prompt needs more than we know."""
+        """See `PromptEncoder`; both policies look at images of one size. Raises ModelError where a
+        prompt needs more than we know."""
         parts = content(question, len(images))
         for token in self._reserved:
             if any(token in part.get("text", "") for part in parts):
-                raise DataError(f"the question {question[:80]!r} contains a reserved token such as '{token}'; remove it")
+                raise DataError(
+                    f"the question {question[:80]!r} contains a reserved token such as '{token}';"
+                    " remove it"
+                )
         found = self._process(parts, images)
         tokens = found.pop("input_ids")[0].astype(np.int32)
         found.pop("attention_mask", None)
         for name, value in found.items():
             if value.dtype == object or value.shape[:2] == (1, len(tokens)):
-                shape = "arrays of unequal sizes" if value.dtype == object else "a value for every token"
-                raise ModelError(f"{self._model}: its processor gives {shape} as {name}, for which it needs a file in opd/families")
+                shape = (
+                    "arrays of unequal sizes"
+                    if value.dtype == object
+                    else "a value for every token"
+                )
+                raise ModelError(
+                    f"{self._model}: its processor gives {shape} as {name}, for which it needs a"
+                    " file in opd/families"
+                )
         index = np.flatnonzero(tokens == self._image_token).astype(np.int32)
         if bool(len(index)) != bool(images):
             written = plural(len(index), "image token")
-            raise ModelError(f"{self._model}: its processor writes {written} for {plural(len(images), 'image')}")
+            raise ModelError(
+                f"{self._model}: its processor writes {written} for {plural(len(images), 'image')}"
+            )
         owner = self._owners(index, images)
-        sizes = np.array([(0, 0, image.width, image.height) for image in images], np.float32).reshape(-1, 4)
+        sizes = np.array(
+            [(0, 0, image.width, image.height) for image in images], np.float32
+        ).reshape(-1, 4)
         return Prompt(
             tokens=tokens,
             positions=counted(tokens),
@@ -124,47 +161,74 @@ class ProcessorEncoder(PromptEncoder):
         """See `PromptEncoder`."""
         return MAX_PIXELS
 
-    def length(self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student") -> int:
+    def length(
+        self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student"
+    ) -> int:
         """See `PromptEncoder`; nothing but the processor can tell, so blank images are encoded."""
         return len(self.encode([new("RGB", size) for size in images], question, policy))
 
     def _check_bounds(self, pixels: Mapping[str, int | None]) -> None:
-        """Raises ModelError where `pixels` asks for more than the processor does anyway: it cannot be told to."""
+        """Raises ModelError where `pixels` asks for more than the processor does anyway: it cannot
+        be told to."""
         for name in PIXELS:
             if (bound := pixels.get(name)) is None:
                 continue
             if "max" in name:
                 arrays = self._process([{"type": "image"}], [new("RGB", LARGE)]).values()
-                seen = sum(array.size for array in arrays if np.issubdtype(array.dtype, np.floating)) // 3
+                seen = (
+                    sum(array.size for array in arrays if np.issubdtype(array.dtype, np.floating))
+                    // 3
+                )
                 if seen <= bound:
                     continue
             kind = self._config["model_type"]
-            raise ModelError(f"model.{name}: models of type '{kind}' have no file that says how to bound their images; leave it at 0")
+            raise ModelError(
+                f"model.{name}: models of type '{kind}' have no file that says how to bound their"
+                " images; leave it at 0"
+            )
 
-    def _process(self, parts: Sequence[Mapping[str, str]], images: Sequence[Image]) -> dict[str, Any]:
-        """What the processor makes of one user turn, as numpy arrays: `apply_chat_template`, its template rendered with bounds."""
-        text = self._render([{**part, "image": "<Image>"} if part["type"] == "image" else dict(part) for part in parts])
+    def _process(
+        self, parts: Sequence[Mapping[str, str]], images: Sequence[Image]
+    ) -> dict[str, Any]:
+        """What the processor makes of one user turn, as numpy arrays: `apply_chat_template`, its
+        template rendered with bounds."""
+        text = self._render(
+            [
+                {**part, "image": "<Image>"} if part["type"] == "image" else dict(part)
+                for part in parts
+            ]
+        )
         options = {} if self._adds(text) else {"add_special_tokens": False}
         try:
-            made = self._processor(text=[text], images=[list(images)] if images else None, return_tensors="np", **options)
+            made = self._processor(
+                text=[text],
+                images=[list(images)] if images else None,
+                return_tensors="np",
+                **options,
+            )
         except MemoryError:
             raise
         except Exception as error:  # whatever a processor does
             given = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise DataError(
-                f"images of {given} pixels and {parts[-1].get('text', '')[:80]!r} cannot be encoded: {one_line(error)}"
+                f"images of {given} pixels and {parts[-1].get('text', '')[:80]!r} cannot be"
+                f" encoded: {one_line(error)}"
             ) from error
         return {name: np.asarray(value) for name, value in made.items()}
 
     def _owners(self, index: IntArray, images: Sequence[Image]) -> IntArray:
-        """The image of each visual token: a run of them each, or as many as each image has alone."""
+        """The image of each visual token: a run of them each, or as many as each image has
+        alone."""
         run = np.cumsum(np.diff(index, prepend=index[:1]) > 1, dtype=np.int32)
         if len(images) < 2 or run[-1] + 1 == len(images):
             return run if len(images) > 1 else np.zeros_like(run)
         alone = [self._process([{"type": "image"}], [image])["input_ids"] for image in images]
         counts = [int((tokens == self._image_token).sum()) for tokens in alone]
         if sum(counts) != len(index):
-            raise DataError(f"{self._model}: its processor lays {len(images)} images out in another way than one; give one image a row")
+            raise DataError(
+                f"{self._model}: its processor lays {len(images)} images out in another way than"
+                " one; give one image a row"
+            )
         return np.repeat(np.arange(len(images), dtype=np.int32), counts)
 
 
@@ -179,9 +243,12 @@ def _load(model: Path) -> Any:
     from transformers import AutoProcessor
 
     reasons = []
-    for choice in ({"backend": "pil"}, {}):  # by pillow, the same on every machine; some have parts that know torchvision alone
+    # by pillow, the same on every machine; some have parts that know torchvision alone
+    for choice in ({"backend": "pil"}, {}):
         try:
-            processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False, **choice)
+            processor = AutoProcessor.from_pretrained(
+                model, local_files_only=True, trust_remote_code=False, **choice
+            )
             break
         except Exception as error:
             # Transformers raises ImportError, OSError, ValueError, KeyError, TypeError, Exception.
@@ -192,20 +259,31 @@ def _load(model: Path) -> Any:
         if "torchvision" in said:
             why = "needs torchvision, which is not installed"
         elif "trust_remote_code" in said:
-            why = "needs Python code of its own files, which is never run; name a model whose processor transformers has"
+            why = (
+                "needs Python code of its own files, which is never run; name a model whose"
+                " processor transformers has"
+            )
         raise ModelError(f"{model}: its own processor {why}") from reasons[-1]
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
         raise ModelError(
-            f"{model}: its files name no processor of images and text; processor_config.json or preprocessor_config.json is needed"
+            f"{model}: its files name no processor of images and text; processor_config.json or"
+            " preprocessor_config.json is needed"
         )
     return processor
 
 
 def _special(holder: Any) -> set[str]:
-    """Tokens that a processor or tokenizer keeps for images and videos, such as its `image_token`."""
+    """Tokens that a processor or tokenizer keeps for images and videos, such as its
+    `image_token`."""
     marks = ("image", "video", "boi", "eoi")
-    names = [name for name in dir(type(holder)) + list(vars(holder)) if name.endswith("token") and any(mark in name for mark in marks)]
+    names = [
+        name
+        for name in dir(type(holder)) + list(vars(holder))
+        if name.endswith("token") and any(mark in name for mark in marks)
+    ]
     values = [getattr(holder, name, None) for name in names] + [
-        value for name, value in getattr(holder, "special_tokens_map", {}).items() if any(mark in name for mark in marks)
+        value
+        for name, value in getattr(holder, "special_tokens_map", {}).items()
+        if any(mark in name for mark in marks)
     ]
     return {str(value) for value in values if isinstance(value, str) or hasattr(value, "content")}

@@ -1,10 +1,11 @@
-"""Renders chat templates in a process of its own, with bounds: `render_child.py PATH SECONDS MEMORY`.
+"""Renders chat templates in a process of its own, with bounds: `render_child.py PATH SECONDS
+MEMORY`.
 
 A template comes from a model folder, and its language has loops, recursion and `*`. The sandbox of
 transformers keeps a template from files and from Python's inside, not from time and memory. PATH:
 the list of import folders, as JSON; SECONDS of processor time a template; MEMORY in bytes. Each
-line of the input is a request, each line of the output its answer, both JSON; see `opd.prompts.renderer`,
-which starts this file. Nobody imports it.
+line of the input is a request, each line of the output its answer, both JSON; see
+`opd.prompts.renderer`, which starts this file. Nobody imports it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import time
 from typing import Any
 
 UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that a terminal or a scheduler sends to the whole group: the parent finishes its step, which may need a prompt."""
+"""Signals that a terminal or a scheduler sends to the whole group: the parent finishes its step,
+which may need a prompt."""
 
 CHARACTERS = 2**20
 """Length of a text, beyond eight times the length of the request."""

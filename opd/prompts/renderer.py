@@ -45,12 +45,17 @@ def start() -> None:
         _process()
 
 
-def render(template: str, content: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+def render(
+    template: str, content: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> str:
     """The prompt of one user's turn by `template`; `variables`: the tokenizer's special tokens.
 
     Raises TemplateError, and TemplateBoundError where the template comes to a bound.
     """
-    request = json.dumps({"template": template, "content": content, "variables": variables}).encode() + b"\n"
+    request = (
+        json.dumps({"template": template, "content": content, "variables": variables}).encode()
+        + b"\n"
+    )
     with _lock:
         answer = _ask(request)
     if "bound" in answer:

@@ -29,11 +29,14 @@ class Batches:
     skipped: Skipped
 
     def encode(self, step: int) -> Batch:
-        """This process's share of a step's rows. A row that cannot be read, or is too long, is left out."""
+        """This process's share of a step's rows. A row that cannot be read, or is too long, is left
+        out."""
         seed, prompts = self.recipe.run.seed, self.recipe.rollout.prompts
         rows = randomness.batch(seed, step, prompts, len(self.examples))
         places = range(self.backend.rank, len(rows), self.backend.size)
-        pairs = [pair for place in places if (pair := self._encoded(int(rows[place]), place)) is not None]
+        pairs = [
+            pair for place in places if (pair := self._encoded(int(rows[place]), place)) is not None
+        ]
         return Batch(tuple(pairs), len(places) - len(pairs))
 
     def lack_prompts(self, batch: Batch) -> bool:
@@ -41,19 +44,25 @@ class Batches:
         return bool(self.backend.total(np.array([float(not batch.pairs)]))[0])
 
     def none_usable(self) -> str:
-        """Why no row of the data can be used, of a sample where the data are large; empty where one can."""
+        """Why no row of the data can be used, of a sample where the data are large; empty where one
+        can."""
         count = min(len(self.examples), preflight.SAMPLE)
         if any(self._encoded(index * len(self.examples) // count, 0) for index in range(count)):
             return ""
         few = len(self.examples) > preflight.SAMPLE
-        none = f"none of {preflight.SAMPLE} rows spread over the data" if few else "none in the data"
+        none = (
+            f"none of {preflight.SAMPLE} rows spread over the data" if few else "none in the data"
+        )
         return f"{none} ({self.skipped.why()})"
 
     def _encoded(self, row: int, place: int) -> Pair | None:
-        """A row as both policies see it, without its answer: the method has no labels. None where it cannot be used."""
+        """A row as both policies see it, without its answer: the method has no labels. None where
+        it cannot be used."""
         example = replace(self.examples[row], answer=None)
         try:
-            prompts = usable.encode(self.encoder, example, self.recipe.view, self.recipe.data.max_prompt_tokens)
+            prompts = usable.encode(
+                self.encoder, example, self.recipe.view, self.recipe.data.max_prompt_tokens
+            )
         except Unusable as error:
             self.skipped.add(example, error)
             return None

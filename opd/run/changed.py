@@ -14,7 +14,8 @@ from opd.run.recipe import Recipe, validate
 
 @dataclass(frozen=True)
 class Changed:
-    """Places where the run's inputs are now, the number of steps to end at, and whether other inputs than the run's are accepted."""
+    """Places where the run's inputs are now, the number of steps to end at, and whether other
+    inputs than the run's are accepted."""
 
     data: str | None = None
     measured: str | None = None
@@ -23,7 +24,8 @@ class Changed:
     accept: bool = False
 
     def applied(self, recipe: Recipe, folder: RunFolder) -> tuple[Recipe, list[str]]:
-        """The recipe with the changes, and a line for what they change in the run. Raises UserError."""
+        """The recipe with the changes, and a line for what they change in the run. Raises
+        UserError."""
         values = recipe.model_dump()
         places = {"data": self.data, "measure": self.measured, "model": self.model}
         for section, path in places.items():
@@ -44,24 +46,43 @@ class Changed:
         steps, before = self.steps or 0, recipe.run.steps
         done = max([step for step, _ in folder.checkpoints()], default=0)
         if steps < done:
-            raise FolderError(f"run '{folder.path}' has done {plural(done, 'step')}: --steps {steps} would be fewer; give {done} or more")
+            raise FolderError(
+                f"run '{folder.path}' has done {plural(done, 'step')}: --steps {steps} would be"
+                f" fewer; give {done} or more"
+            )
         line = f"run.steps is {steps} from now on, not {before}"
         if recipe.optimizer.schedule == "constant" or done <= recipe.optimizer.warmup_steps:
             return line
-        then, now = (learning_rate(recipe.optimizer, step, end) for step, end in ((done, before), (min(done + 1, steps), steps)))
+        then, now = (
+            learning_rate(recipe.optimizer, step, end)
+            for step, end in ((done, before), (min(done + 1, steps), steps))
+        )
         return (
-            f"{line}: optimizer.schedule = {recipe.optimizer.schedule} ends there too, so the learning rate, {then:.2g} at step {done}, "
-            f"goes on at {now:.2g}, and the result is not that of a run begun with {plural(steps, 'step')}"
+            f"{line}: optimizer.schedule = {recipe.optimizer.schedule} ends there too, so the"
+            f" learning rate, {then:.2g} at step {done}, goes on at {now:.2g}, and the result is"
+            f" not that of a run begun with {plural(steps, 'step')}"
         )
 
     def _check_places(self, recipe: Recipe, folder: RunFolder) -> None:
-        """Raises UserError where something of the run's is no longer where it was, and nobody says where it is."""
+        """Raises UserError where something of the run's is no longer where it was, and nobody says
+        where it is."""
         for path, given, option in (
             (recipe.data.path, self.data, "--data FILE"),
             (recipe.measure.path, self.measured, "--set measure.path=FILE"),
         ):
             if path not in ("", "tiny") and given is None and not os.path.exists(path):
-                raise DataError(f"data file not found: {path}, of run '{folder.path}'; where it was moved, give {option}")
+                raise DataError(
+                    f"data file not found: {path}, of run '{folder.path}'; where it was moved, give"
+                    f" {option}"
+                )
         path = recipe.model.path
-        if path != "tiny" and self.model is None and not os.path.isdir(path) and not hub.is_id(path):
-            raise ModelError(f"model '{path}' of run '{folder.path}': no such folder; where it was moved, give --model FOLDER")
+        if (
+            path != "tiny"
+            and self.model is None
+            and not os.path.isdir(path)
+            and not hub.is_id(path)
+        ):
+            raise ModelError(
+                f"model '{path}' of run '{folder.path}': no such folder; where it was moved, give"
+                " --model FOLDER"
+            )

@@ -16,8 +16,9 @@ STATE = "state.json"
 
 @dataclass
 class State:
-    """Where a run stands: the last `step` that is done, `seconds` of all its parts, how many steps were `taken`, and the reasons for
-    which the last ones were not (`idle`: one a step, empty after a step that was taken)."""
+    """Where a run stands: the last `step` that is done, `seconds` of all its parts, how many steps
+    were `taken`, and the reasons for which the last ones were not (`idle`: one a step, empty after
+    a step that was taken)."""
 
     step: int = 0
     seconds: float = 0.0
@@ -35,7 +36,8 @@ class State:
 
 @dataclass(frozen=True)
 class Saver:
-    """Writes the checkpoints of a run: every `every` steps (0: the last alone), and keeps the newest `keep`."""
+    """Writes the checkpoints of a run: every `every` steps (0: the last alone), and keeps the
+    newest `keep`."""
 
     folder: RunFolder
     backend: Backend
@@ -55,7 +57,8 @@ class Saver:
         return bool(checkpoints) and checkpoints[-1][0] >= state.step
 
     def save(self, state: State) -> None:
-        """Writes a checkpoint; nothing before the first step that was taken, when there is nothing to save."""
+        """Writes a checkpoint; nothing before the first step that was taken, when there is nothing
+        to save."""
         if not state.taken:
             return
         state.seconds = time.monotonic() - self.started
@@ -68,7 +71,8 @@ class Saver:
 
 
 def restore(folder: RunFolder, backend: Backend) -> State:
-    """Loads the last checkpoint, and drops the records of later steps; the beginning where there is none. Raises FolderError."""
+    """Loads the last checkpoint, and drops the records of later steps; the beginning where there is
+    none. Raises FolderError."""
     state, checkpoints = State(), folder.checkpoints()
     if checkpoints:
         done, path = checkpoints[-1]
@@ -78,10 +82,13 @@ def restore(folder: RunFolder, backend: Backend) -> State:
             found = RunFolder(path).read(STATE)
             state = State(done, float(found["seconds"]), int(found["taken"]), list(found["idle"]))
         except (OSError, ValueError, KeyError, TypeError, FolderError) as error:
-            raise FolderError(f"checkpoint '{path}' is damaged: {error}; remove it to {earlier}") from error
+            raise FolderError(
+                f"checkpoint '{path}' is damaged: {error}; remove it to {earlier}"
+            ) from error
     for name in (records.METRICS, records.ROLLOUTS, records.ACCURACY):
         rows = records.read(folder, name)
         folder.rewrite(name, [row for row in rows if row["step"] <= state.step])
-    if (folder.path / records.SKIPPED).exists():  # a row behind a half-written one would be on its line
+    # a row behind a half-written one would be on its line
+    if (folder.path / records.SKIPPED).exists():
         folder.rewrite(records.SKIPPED, records.read(folder, records.SKIPPED))
     return state

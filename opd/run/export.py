@@ -24,12 +24,19 @@ Kind: TypeAlias = Literal["model", "adapter"]
 
 
 def export(
-    run: Path, kind: Kind, out: Path, quantize: int | None, backend: str | None, progress: Progress, step: int | None = None
+    run: Path,
+    kind: Kind,
+    out: Path,
+    quantize: int | None,
+    backend: str | None,
+    progress: Progress,
+    step: int | None = None,
 ) -> dict[str, Any]:
     """Writes the student of the run in `run` into the empty folder `out`; says what was exported.
 
-    A finished run gives what it left behind; an unfinished one its newest checkpoint, on its own backend or another one; with `step` the
-    checkpoint of that step. `quantize`: bits per weight, by MLX. Raises UserError before anything is written.
+    A finished run gives what it left behind; an unfinished one its newest checkpoint, on its own
+    backend or another one; with `step` the checkpoint of that step. `quantize`: bits per weight, by
+    MLX. Raises UserError before anything is written.
     """
     checkpoint = checkpoint_of(run)
     if checkpoint and step is None:
@@ -40,14 +47,22 @@ def export(
     check_empty(out)
     own: Kind = recipe.model.result
     if kind == "adapter" and own == "model":
-        raise RecipeError(f"run '{run}' trained all weights, so it has no adapter; export it with --as model")
+        raise RecipeError(
+            f"run '{run}' trained all weights, so it has no adapter; export it with --as model"
+        )
     if kind == "adapter" and quantize:
-        raise RecipeError("--quantize is for --as model: an adapter has no weights that could be quantised")
+        raise RecipeError(
+            "--quantize is for --as model: an adapter has no weights that could be quantised"
+        )
     write = backends.quantizer() if quantize else None
     result = folder.path / own
     step, source, what = _chosen(folder, recipe, step)
     finished = source == result
-    opened = None if finished and kind == own else _open(recipe, run, source, finished, _backend(run, backend), progress)
+    opened = (
+        None
+        if finished and kind == own
+        else _open(recipe, run, source, finished, _backend(run, backend), progress)
+    )
     progress.note(what)
 
     def produce(target: Path) -> None:
@@ -63,19 +78,25 @@ def export(
         if write is None:
             produce(target)
         else:
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.whole") as whole:
+            with tempfile.TemporaryDirectory(
+                dir=target.parent, prefix=f"{target.name}.whole"
+            ) as whole:
                 produce(Path(whole))
                 write(Path(whole), target, quantize or 0)
         recipes.leave(recipe, target, step)
 
     RunFolder(out.parent).fill(out.absolute(), fill)
     if kind == "model" and not quantize and (name := needs_torchvision(out)):
-        progress.note(f"to load its processor, {name}, transformers needs torchvision beside it: pip install torchvision")
+        progress.note(
+            f"to load its processor, {name}, transformers needs torchvision beside it: pip install"
+            " torchvision"
+        )
     return {"run": str(run), "out": str(out), "as": kind, "step": step, "quantize": quantize}
 
 
 def as_model(path: str, backend: str, progress: Progress) -> None:
-    """Lets the checkpoint in `path` be a model: writes its student, model or adapter, into it, once. Nothing for any other folder."""
+    """Lets the checkpoint in `path` be a model: writes its student, model or adapter, into it,
+    once. Nothing for any other folder."""
     checkpoint = checkpoint_of(Path(path))
     if checkpoint is None:
         return
@@ -88,7 +109,8 @@ def as_model(path: str, backend: str, progress: Progress) -> None:
         return
     if not os.access(source, os.W_OK):
         raise FolderError(
-            f"checkpoint '{path}' cannot be written, and its {result.name} would stand in it; export it: opd export {path} --out FOLDER"
+            f"checkpoint '{path}' cannot be written, and its {result.name} would stand in it;"
+            f" export it: opd export {path} --out FOLDER"
         )
     student, encoder = _open(recipe, run, source, False, backend, progress)
 
@@ -101,28 +123,50 @@ def as_model(path: str, backend: str, progress: Progress) -> None:
 
 
 def _chosen(folder: RunFolder, recipe: Recipe, step: int | None) -> tuple[int, Path, str]:
-    """The step that is exported, its folder, and what is told of it. Raises FolderError where there is none."""
+    """The step that is exported, its folder, and what is told of it. Raises FolderError where there
+    is none."""
     result, run, steps = folder.path / recipe.model.result, folder.path, recipe.run.steps
     there = dict(folder.checkpoints())
     if result.is_dir():
         there[recipes.step_of(result, steps)] = result
     if not there:
-        raise FolderError(f"run '{run}' has neither {result.name}/ nor a checkpoint yet; go on with it: opd train --resume {run}")
+        raise FolderError(
+            f"run '{run}' has neither {result.name}/ nor a checkpoint yet; go on with it: opd train"
+            f" --resume {run}"
+        )
     if step is None:
         step = max(there)
-        if step < steps or there[step] != result:  # the last checkpoint stands before the result does
+        # the last checkpoint stands before the result does
+        if step < steps or there[step] != result:
             what = "its checkpoint" if there[step] != result else f"{result.name}/"
-            return step, there[step], f"run '{run}' is not finished: exporting {what} of step {step}, of {steps}"
+            return (
+                step,
+                there[step],
+                f"run '{run}' is not finished: exporting {what} of step {step}, of {steps}",
+            )
     elif step not in there:
         listed = ", ".join(str(one) for one in sorted(there))
-        raise FolderError(f"run '{run}' has no checkpoint of step {step}; it has those of: {listed}")
+        raise FolderError(
+            f"run '{run}' has no checkpoint of step {step}; it has those of: {listed}"
+        )
     source = there[step]
-    return step, source, f"exporting {source}" if source == result else f"exporting the checkpoint of step {step}"
+    return (
+        step,
+        source,
+        f"exporting {source}" if source == result else f"exporting the checkpoint of step {step}",
+    )
 
 
-def _open(recipe: Recipe, run: Path, source: Path, finished: bool, name: str, progress: Progress) -> tuple[Backend, PromptEncoder]:
-    """The backend that holds the student: a checkpoint's, or, of a finished run, the base's weights with the adapter added."""
-    model = recipe.model.model_copy(update={"path": str(run), "revision": "", "tune": "full"}) if finished else recipe.model
+def _open(
+    recipe: Recipe, run: Path, source: Path, finished: bool, name: str, progress: Progress
+) -> tuple[Backend, PromptEncoder]:
+    """The backend that holds the student: a checkpoint's, or, of a finished run, the base's weights
+    with the adapter added."""
+    model = (
+        recipe.model.model_copy(update={"path": str(run), "revision": "", "tune": "full"})
+        if finished
+        else recipe.model
+    )
     with progress.pause():  # a base may have to be downloaded
         encoder, options = open_encoder(model.folder(weights=False)), model.options()
     backend = backends.load(name, options)

@@ -14,7 +14,8 @@ WHOLE_BYTES = 64 * 2**20
 """Files up to this size are hashed whole."""
 
 BLOCK_BYTES, BLOCKS = 4096, 2048
-"""Of a larger file, so many blocks are hashed, spread evenly; and the beginning, where weights have their index."""
+"""Of a larger file, so many blocks are hashed, spread evenly; and the beginning, where weights have
+their index."""
 
 HEAD_BYTES = 2**20
 
@@ -23,7 +24,8 @@ PATTERNS = (*hub.SMALL, hub.WEIGHTS)
 
 
 def of_model(options: ModelOptions) -> dict[str, str]:
-    """The fingerprint of every file of a model, by name, and of those of an adapter on the model. Raises ModelError."""
+    """The fingerprint of every file of a model, by name, and of those of an adapter on the model.
+    Raises ModelError."""
     found = _of_folder(options.path)
     if options.adapter is not None:
         found |= {f"adapter/{name}": value for name, value in _of_folder(options.adapter).items()}
@@ -31,7 +33,8 @@ def of_model(options: ModelOptions) -> dict[str, str]:
 
 
 def of_file(path: Path) -> str:
-    """The fingerprint of a file: of its size, and of its content, of which large files give evenly spread parts."""
+    """The fingerprint of a file: of its size, and of its content, of which large files give evenly
+    spread parts."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -48,7 +51,13 @@ def of_file(path: Path) -> str:
 def _of_folder(folder: Path) -> dict[str, str]:
     try:
         places = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]
-        files = [path for path in places if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)]
+        files = [
+            path
+            for path in places
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)
+        ]
         return {path.relative_to(folder).as_posix(): of_file(path) for path in sorted(files)}
     except OSError as error:
-        raise ModelError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
+        raise ModelError(
+            f"{error.filename or folder} cannot be read: {error.strerror or error}"
+        ) from error

@@ -1,6 +1,7 @@
 """The run folder: everything a run writes, each file whole or not at all.
 
-config.toml, metrics.jsonl, rollouts.jsonl, answers.jsonl, accuracy.jsonl, summary.json, model/ or adapter/, checkpoints/step-000040/
+config.toml, metrics.jsonl, rollouts.jsonl, answers.jsonl, accuracy.jsonl, summary.json, model/ or
+adapter/, checkpoints/step-000040/
 """
 
 from __future__ import annotations
@@ -37,33 +38,42 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path, force: bool = False) -> None:
-        """Raises FolderError where a run cannot start in `path`: unwritable, or it holds a run (without `force`, or while that one is
-        being trained), or something else."""
+        """Raises FolderError where a run cannot start in `path`: unwritable, or it holds a run
+        (without `force`, or while that one is being trained), or something else."""
         _check_name(path, path / DEEPEST, *([f"{path}~1"] if force else []))
         there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if path.exists() and not path.is_dir():
             raise FolderError(f"run folder '{path}' is a file; name another with --out")
         if not there.is_dir() or not os.access(there, os.W_OK):
-            raise FolderError(f"run folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with --out")
+            raise FolderError(
+                f"run folder '{path}' cannot be written: {there} is {_obstacle(there)}; name"
+                " another with --out"
+            )
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         if not (path / CONFIG).is_file():
             raise FolderError(f"run folder '{path}' exists and is no run; name another with --out")
         if not force:
             raise FolderError(
-                f"run folder '{path}' holds a run; continue it with --resume, replace it with --force, or name another with --out"
+                f"run folder '{path}' holds a run; continue it with --resume, replace it with"
+                " --force, or name another with --out"
             )
         lock.check(path)
 
     @staticmethod
     def create(path: Path, config: str, force: bool = False) -> RunFolder:
-        """Starts a run folder, locked. With `force`, a run that is there already is kept as NAME~1, NAME~2, ...
+        """Starts a run folder, locked. With `force`, a run that is there already is kept as NAME~1,
+        NAME~2, ...
 
         Raises FolderError where it is taken or cannot be written.
         """
         RunFolder.check(path, force)
         aside = _free(path) if (path / CONFIG).is_file() else None
-        made = [folder for folder in (path, *path.absolute().parents) if folder == path or not folder.exists()]
+        made = [
+            folder
+            for folder in (path, *path.absolute().parents)
+            if folder == path or not folder.exists()
+        ]
         held: lock.RunLock | None = None
         try:
             if aside:
@@ -72,7 +82,9 @@ class RunFolder:
             held = lock.take(path)
             if (path / CONFIG).exists():
                 held.release()
-                raise FolderError(f"another process has begun a run in '{path}'; name another with --out")
+                raise FolderError(
+                    f"another process has begun a run in '{path}'; name another with --out"
+                )
             _write(path / CONFIG, config)
         except OSError as error:
             if held:
@@ -82,7 +94,9 @@ class RunFolder:
                     folder.rmdir()
             if aside and aside.exists():
                 aside.rename(path)
-            raise FolderError(f"run folder '{path}' cannot be written: {error.strerror}; name another with --out") from error
+            raise FolderError(
+                f"run folder '{path}' cannot be written: {error.strerror}; name another with --out"
+            ) from error
         return RunFolder(path, held)
 
     @staticmethod
@@ -93,7 +107,11 @@ class RunFolder:
         if checkpoint:
             raise FolderError(f"'{path}' is a checkpoint of run '{checkpoint[0]}'; name the run")
         if not (path / CONFIG).is_file():
-            raise FolderError(f"'{path}' is no run folder: it has no {CONFIG}" if path.exists() else f"run folder '{path}' not found")
+            raise FolderError(
+                f"'{path}' is no run folder: it has no {CONFIG}"
+                if path.exists()
+                else f"run folder '{path}' not found"
+            )
         return RunFolder(path)
 
     @property
@@ -102,7 +120,8 @@ class RunFolder:
         return self.path / "model"
 
     def locked(self) -> RunFolder:
-        """This folder, locked while this process trains here. Raises FolderError where another one does.
+        """This folder, locked while this process trains here. Raises FolderError where another one
+        does.
 
         Of several processes that train one run together, the first holds the lock.
         """
@@ -120,11 +139,15 @@ class RunFolder:
                 file.write(dumps(row) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The objects of a .jsonl file; a last line that a killed run left unfinished is passed over. Raises FolderError."""
+        """The objects of a .jsonl file; a last line that a killed run left unfinished is passed
+        over. Raises FolderError."""
         return [row for _, row in self.numbered(name)]
 
-    def numbered(self, name: str, remedy: str = "remove that line to go on") -> list[tuple[int, dict[str, Any]]]:
-        """The `rows`, each with the number of its line, counted from 1; `remedy`: what an error says to do."""
+    def numbered(
+        self, name: str, remedy: str = "remove that line to go on"
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """The `rows`, each with the number of its line, counted from 1; `remedy`: what an error
+        says to do."""
         path = self.path / name
         try:
             lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -136,7 +159,9 @@ class RunFolder:
                 try:
                     rows.append((number, _object(line)))
                 except (ValueError, RecursionError) as error:
-                    raise FolderError(f"'{path}' is damaged at line {number}: {one_line(error)}; {remedy}") from error
+                    raise FolderError(
+                        f"'{path}' is damaged at line {number}: {one_line(error)}; {remedy}"
+                    ) from error
         return rows
 
     def rewrite(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -152,17 +177,21 @@ class RunFolder:
         self._replace(name, dumps(value, indent=2) + "\n")
 
     def read(self, name: str) -> dict[str, Any]:
-        """The object of a .json file. Raises OSError or ValueError where it is missing or damaged."""
+        """The object of a .json file. Raises OSError or ValueError where it is missing or
+        damaged."""
         return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
 
     def fill(self, path: Path, fill: Callable[[Path], None], shared: bool = False) -> None:
         """Lets `fill` write a folder under a temporary name, then puts it in place of `path`.
 
-        `shared`: processes without the lock may write the same folder at once; the first one's stays.
+        `shared`: processes without the lock may write the same folder at once; the first one's
+        stays.
         """
         if not self.writes:
             return
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+        temporary = path.with_name(
+            f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial"
+        )
         with _guarded(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -195,7 +224,10 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and folders of all whole checkpoints, oldest first."""
-        found = [(re.fullmatch(r"step-(\d{6,})", path.name), path) for path in (self.path / "checkpoints").glob("step-*")]
+        found = [
+            (re.fullmatch(r"step-(\d{6,})", path.name), path)
+            for path in (self.path / "checkpoints").glob("step-*")
+        ]
         return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -215,7 +247,10 @@ def check_empty(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         raise FolderError(f"folder '{path}' is not empty; name another with --out")
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise FolderError(f"folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with --out")
+        raise FolderError(
+            f"folder '{path}' cannot be written: {there} is {_obstacle(there)}; name another with"
+            " --out"
+        )
 
 
 def _check_name(*paths: Path | str) -> None:
@@ -273,6 +308,11 @@ class _guarded:  # noqa: N801  used like a function
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         if isinstance(error, OSError):
-            raise RunError(f"'{self.path}' cannot be written: {error.strerror or error}; what was saved before stays") from error
+            raise RunError(
+                f"'{self.path}' cannot be written: {error.strerror or error}; what was saved before"
+                " stays"
+            ) from error

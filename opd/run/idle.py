@@ -12,7 +12,10 @@ IDLE_STEPS = 5
 
 ADVICE = {
     GRADIENT: "lower optimizer.learning_rate, or set model.dtype=float32",
-    OUTPUTS: "look for NaN in the model's weights, lower optimizer.learning_rate, or set model.dtype=float32",
+    OUTPUTS: (
+        "look for NaN in the model's weights, lower optimizer.learning_rate, or set"
+        " model.dtype=float32"
+    ),
     WEIGHTS: "give rows a weight above 0",
     NO_PROMPT: "mend or remove such rows, or raise rollout.prompts",
 }
@@ -20,8 +23,9 @@ ADVICE = {
 
 
 def ended(step: int, idle: Sequence[str]) -> str:
-    """Why the last steps up to `step` were not taken (`idle`: the reason of each), and what to do."""
-    ((most, _), *others) = Counter(idle).most_common()
+    """Why the last steps up to `step` were not taken (`idle`: the reason of each), and what to
+    do."""
+    (most, _), *others = Counter(idle).most_common()
     steps = f"step {step} was" if len(idle) == 1 else f"steps {step - len(idle) + 1} to {step} were"
     advice = f"; {ADVICE[most]}" if most in ADVICE else ""
     return f"{steps} not taken: {most}{', most often' if others else ''}{advice}"

@@ -1,8 +1,8 @@
 """The recipe that a model was trained with, for what is done with the model next.
 
-A run's model is measured, shown and planned as the run did it, and trained on as the run trained it: other images, another dtype or
-other parameters that train would give numbers that compare with nothing. An option of the command line, and what a recipe that is named
-says, come first.
+A run's model is measured, shown and planned as the run did it, and trained on as the run trained
+it: other images, another dtype or other parameters that train would give numbers that compare with
+nothing. An option of the command line, and what a recipe that is named says, come first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Sections = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from: a run or an export in words, the recipe's values, and the backend, where it is known."""
+    """Where a model comes from: a run or an export in words, the recipe's values, and the backend,
+    where it is known."""
 
     name: str
     values: Sections
@@ -39,7 +40,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe; the line that says what nobody named; and the backend that the numbers of a model's run are of, where it has one."""
+    """A recipe; the line that says what nobody named; and the backend that the numbers of a model's
+    run are of, where it has one."""
 
     recipe: Recipe
     line: str = ""
@@ -55,9 +57,10 @@ def resolve(
 ) -> Resolved:
     """The recipe of a preset or file `source`, or of none, with overrides.
 
-    What neither says is the model's run's, where it has one, else a preset's. `training`: all of the run's but data and seed; else its
-    measured data too, which must be there if they are used (`with_data`). `backend` is the one that is asked for; where none is, the
-    run's own measures again. Raises UserError.
+    What neither says is the model's run's, where it has one, else a preset's. `training`: all of
+    the run's but data and seed; else its measured data too, which must be there if they are used
+    (`with_data`). `backend` is the one that is asked for; where none is, the run's own measures
+    again. Raises UserError.
     """
     if source in PRESETS:
         return Resolved(recipes.load(source, overrides), backend=backend or "auto")
@@ -71,8 +74,11 @@ def resolve(
         return Resolved(recipes.load(source or preset, overrides), line, backend or "auto")
     own_data = found.values["data"].get("path", "tiny") != "tiny"
     if training and own_data and not _says(given, "data", "path") and is_tiny(path):
-        raise recipes.no_data(path)  # scenes of the embedded model are not what its run was trained on
-    recipe = recipes.validate(recipes.over(_taken(found, given, training), given), source or found.name)
+        # scenes of the embedded model are not what its run was trained on
+        raise recipes.no_data(path)
+    recipe = recipes.validate(
+        recipes.over(_taken(found, given, training), given), source or found.name
+    )
     if with_data:
         _check_data(recipe, given, found)
     own = found.backend if not training and backend is None and _runs_here(found.backend) else None
@@ -80,7 +86,8 @@ def resolve(
 
 
 def origin(model: str) -> Origin | None:
-    """Where a model comes from: of a run's folder, what the run left or one of its checkpoints, and of an export. None where nothing says.
+    """Where a model comes from: of a run's folder, what the run left or one of its checkpoints, and
+    of an export. None where nothing says.
 
     Raises UserError where the run's config.toml is damaged.
     """
@@ -98,12 +105,21 @@ def origin(model: str) -> Origin | None:
         run = path.parent
     if os.path.isfile(run / CONFIG) and not os.path.isfile(run / "config.json"):
         inputs.recorded(RunFolder(run))  # damage is told
-        recipe, made_with = recipes.reread(run / CONFIG), recipes.read(str(run / CONFIG)).get("made_with", {})
-        step = checkpoint[1] if checkpoint else recipes.step_of(run / recipe.model.result, recipe.run.steps)
+        recipe, made_with = (
+            recipes.reread(run / CONFIG),
+            recipes.read(str(run / CONFIG)).get("made_with", {}),
+        )
+        step = (
+            checkpoint[1]
+            if checkpoint
+            else recipes.step_of(run / recipe.model.result, recipe.run.steps)
+        )
         if step != recipe.run.steps:
             stale = f"; its step {step} of {recipe.run.steps}"
         backend = made_with.get("backend") if isinstance(made_with, dict) else None
-        return Origin(f"run '{run}'", recipe.model_dump(mode="json"), str(backend) if backend else None, stale)
+        return Origin(
+            f"run '{run}'", recipe.model_dump(mode="json"), str(backend) if backend else None, stale
+        )
     if os.path.isfile(path / recipes.BESIDE):
         values = recipes.read(str(path / recipes.BESIDE))
         values.pop("made_with", None)
@@ -130,8 +146,15 @@ def _taken(found: Origin, given: Mapping[str, Any], training: bool) -> Sections:
 
 def _check_data(recipe: Recipe, given: Mapping[str, Any], found: Origin) -> None:
     """Raises DataError where the run's data are no longer where they were."""
-    for section, path, option in (("data", recipe.data.path, "--data FILE"), ("measure", recipe.measure.path, "--set measure.path=FILE")):
-        if path not in ("", "tiny") and not _says(given, section, "path") and not os.path.exists(path):
+    for section, path, option in (
+        ("data", recipe.data.path, "--data FILE"),
+        ("measure", recipe.measure.path, "--set measure.path=FILE"),
+    ):
+        if (
+            path not in ("", "tiny")
+            and not _says(given, section, "path")
+            and not os.path.exists(path)
+        ):
             raise DataError(f"data file not found: {path}, of {found.name}; give {option}")
 
 
@@ -149,7 +172,10 @@ def _line(found: Origin, recipe: Recipe, training: bool, backend: str | None) ->
     parts += [f"view {recipe.view.kind}", *pixels]
     if not training:
         measured = measure.path or recipe.data.path
-        parts += [f"{plural(measure.count, 'row')} of {'its fresh scenes' if measured == 'tiny' else measured}"]
+        parts += [
+            f"{plural(measure.count, 'row')} of"
+            f" {'its fresh scenes' if measured == 'tiny' else measured}"
+        ]
         parts += [f"backend {backend}"] if backend else []
     what = "the recipe, but data and seed," if training else "the recipe"
     return f"{what} of {found.name}{found.stale}: {', '.join(parts)}"

@@ -1,7 +1,7 @@
 """A lock on a run folder, held while a process trains there.
 
-The lock is the system's, on an open file: the system takes the lock back when the process ends, also by
-kill -9 or when the machine goes down. The file's content only says who holds the lock.
+The lock is the system's, on an open file: the system takes the lock back when the process ends,
+also by kill -9 or when the machine goes down. The file's content only says who holds the lock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ RANKS = ("RANK", "MLX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 class RunLock:
-    """The lock of one run folder, until `release`, the end of this object, or the end of the process.
+    """The lock of one run folder, until `release`, the end of this object, or the end of the
+    process.
 
     `works` is False where the file system has no locks; nobody is refused then.
     """
@@ -39,13 +40,16 @@ class RunLock:
 
 
 def take(folder: Path) -> RunLock:
-    """Locks a run folder for this process. Raises FolderError where another process holds the lock."""
+    """Locks a run folder for this process. Raises FolderError where another process holds the
+    lock."""
     path = folder.absolute() / FILE
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise FolderError(f"run folder '{folder}' cannot be written: {error.strerror}") from error
+            raise FolderError(
+                f"run folder '{folder}' cannot be written: {error.strerror}"
+            ) from error
         works = _lock(file, folder)
         if _names(path, file):
             break
@@ -53,7 +57,9 @@ def take(folder: Path) -> RunLock:
     with suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, f"{json.dumps({'pid': os.getpid(), 'host': socket.gethostname()})}\n".encode())
+        os.write(
+            file, f"{json.dumps({'pid': os.getpid(), 'host': socket.gethostname()})}\n".encode()
+        )
     return RunLock(path, file, works)
 
 
@@ -68,7 +74,8 @@ def check(folder: Path) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first, or the only, process of a run; known before any backend is loaded."""
+    """Whether this is the first, or the only, process of a run; known before any backend is
+    loaded."""
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
@@ -84,13 +91,15 @@ def _lock(file: int, folder: Path) -> bool:
             return False
         os.close(file)
         raise FolderError(
-            f"run folder '{folder}' is being trained by another process{_holder(folder)}; wait for its end, or stop it"
+            f"run folder '{folder}' is being trained by another process{_holder(folder)}; wait for"
+            " its end, or stop it"
         ) from None
     return True
 
 
 def _release(path: Path, file: int) -> None:
-    # The name goes before the lock: whoever has opened the file meanwhile finds that the name has gone.
+    # The name goes before the lock: whoever has opened the file meanwhile finds that the name has
+    # gone.
     if _names(path, file):
         with suppress(OSError):
             path.unlink()

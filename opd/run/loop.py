@@ -1,4 +1,5 @@
-"""The loop of a run: it takes the steps that are left, has monitors hear of them, measures in between and saves."""
+"""The loop of a run: it takes the steps that are left, has monitors hear of them, measures in
+between and saves."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Loop:
     def run(self, state: State, before: Sequence[Answered], steps: int) -> None:
         """Takes the steps after `state.step`, up to `steps`. `before`: the answers before training.
 
-        Raises Stopped when asked to, RunError where the run cannot go on; the last step that was taken is then saved.
+        Raises Stopped when asked to, RunError where the run cannot go on; the last step that was
+        taken is then saved.
         """
         first = state.step + 1
         for step, batch in enumerate(prefetch(self.batches.encode, range(first, steps + 1)), first):
@@ -53,7 +55,10 @@ class Loop:
             if self.progress.stopping or self.saver.due(step):
                 self.saver.save(state)
             if self.progress.stopping:
-                raise Stopped(f"stopped after step {step}; go on with: opd train --resume {self.saver.folder.path}")
+                raise Stopped(
+                    f"stopped after step {step}; go on with: opd train --resume"
+                    f" {self.saver.folder.path}"
+                )
 
     def _end(self, state: State, why: str) -> NoReturn:
         """Ends the run, whose last step is saved where anything was learnt."""

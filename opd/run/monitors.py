@@ -1,4 +1,5 @@
-"""Who hears what a run does: the run folder, the progress bar, and whoever else has these three functions."""
+"""Who hears what a run does: the run folder, the progress bar, and whoever else has these three
+functions."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Writes metrics, accuracies, summary, the rows that could not be used, and the completions of every `every`-th step's first
-    group (0: of none)."""
+    """Writes metrics, accuracies, summary, the rows that could not be used, and the completions of
+    every `every`-th step's first group (0: of none)."""
 
     folder: RunFolder
     encoder: Encoder
@@ -90,7 +91,11 @@ class Recorded:
 
 def completions(result: StepResult, encoder: Encoder) -> list[dict[str, Any]]:
     """The first group's completions with their statistics, token by token."""
-    pair, group, statistics = result.rollout.pairs[0], result.rollout.completions[0], result.statistics[0]
+    pair, group, statistics = (
+        result.rollout.pairs[0],
+        result.rollout.completions[0],
+        result.statistics[0],
+    )
     return [
         {
             "step": result.metrics["step"],
@@ -99,7 +104,9 @@ def completions(result: StepResult, encoder: Encoder) -> list[dict[str, Any]]:
             "finished": completion.finished,
             "tokens": completion.tokens.tolist(),
             "sampler_logprobs": _rounded(completion.logprobs),
-            **{name: _rounded(values) for name, values in asdict(row).items() if values is not None},
+            **{
+                name: _rounded(values) for name, values in asdict(row).items() if values is not None
+            },
         }
         for completion, row in zip(group, statistics, strict=True)
     ]

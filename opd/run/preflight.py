@@ -32,13 +32,15 @@ SAMPLE = 64
 """Rows of large data that are looked at, evenly spread."""
 
 FEW = 16
-"""The same where a model's own processor has to encode blank images to tell the length of a prompt."""
+"""The same where a model's own processor has to encode blank images to tell the length of a
+prompt."""
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What was seen of the rows: `long` holds those above the limit with the tokens of their longer prompt, `faulty` all others that
-    cannot be used; `looked` rows of `rows` were looked at. `advice` says what would keep the long ones."""
+    """What was seen of the rows: `long` holds those above the limit with the tokens of their longer
+    prompt, `faulty` all others that cannot be used; `looked` rows of `rows` were looked at.
+    `advice` says what would keep the long ones."""
 
     limit: int
     rows: int
@@ -53,44 +55,66 @@ class Looked:
         return self.looked - len(self.long) - len(self.faulty)
 
     def said(self) -> list[str]:
-        """One line for the rows above the limit, and one for the others that cannot be used; none where there are none."""
+        """One line for the rows above the limit, and one for the others that cannot be used; none
+        where there are none."""
         lines = []
         if self.long:
             verb = "is" if len(self.long) == 1 else "are"
             middle = median(tokens for _, tokens in self.long)
             lines.append(
-                f"{self._of(len(self.long))} {verb} above data.max_prompt_tokens = {self.limit} (median {middle:,.0f}); {self.advice}"
+                f"{self._of(len(self.long))} {verb} above data.max_prompt_tokens = {self.limit}"
+                f" (median {middle:,.0f}); {self.advice}"
             )
         if self.faulty:
             first, error = self.faulty[0]
-            why = f"{reasons(error.kind for _, error in self.faulty)}; the first is " if len(self.faulty) > 1 else ""
-            lines.append(f"{self._of(len(self.faulty))} cannot be used: {why}{name(first)}: {error}")
+            why = (
+                f"{reasons(error.kind for _, error in self.faulty)}; the first is "
+                if len(self.faulty) > 1
+                else ""
+            )
+            lines.append(
+                f"{self._of(len(self.faulty))} cannot be used: {why}{name(first)}: {error}"
+            )
         return lines
 
     def _of(self, count: int) -> str:
         """A number of rows as a share."""
         share = "" if count == self.looked else f" ({count / self.looked:.1%})"
-        return f"{count:,} of {plural(self.looked, 'row')}{share}" + ("" if self.looked == self.rows else f", of {self.rows:,} in all,")
+        return f"{count:,} of {plural(self.looked, 'row')}{share}" + (
+            "" if self.looked == self.rows else f", of {self.rows:,} in all,"
+        )
 
 
-def check(recipe: Recipe, encoder: Encoder, examples: Sequence[Example], progress: Progress) -> None:
-    """Tells how many rows cannot be used, and what would keep them. Raises DataError where nothing could be learnt from any row."""
+def check(
+    recipe: Recipe, encoder: Encoder, examples: Sequence[Example], progress: Progress
+) -> None:
+    """Tells how many rows cannot be used, and what would keep them. Raises DataError where nothing
+    could be learnt from any row."""
     for line in refuse(recipe, encoder, examples).said():
         progress.note(line)
 
 
-def refuse(recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: int | None = None) -> Looked:
-    """What was seen of the rows. Raises DataError where nothing could be learnt from any of them; see `look`."""
+def refuse(
+    recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: int | None = None
+) -> Looked:
+    """What was seen of the rows. Raises DataError where nothing could be learnt from any of them;
+    see `look`."""
     if examples and not any(example.weight > 0 for example in examples):
-        raise DataError(f"every row of {recipe.data.path} has weight 0, so nothing would be learnt; give rows a weight above 0")
+        raise DataError(
+            f"every row of {recipe.data.path} has weight 0, so nothing would be learnt; give rows a"
+            " weight above 0"
+        )
     found = look(recipe, encoder, examples, read)
     if found.looked and not found.usable and len(examples) != read:
         raise DataError("; ".join(found.said()))
     return found
 
 
-def look(recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: int | None = None) -> Looked:
-    """Looks at a sample of the rows; at more of them where not one of the sample can be used, until one can.
+def look(
+    recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: int | None = None
+) -> Looked:
+    """Looks at a sample of the rows; at more of them where not one of the sample can be used, until
+    one can.
 
     Where `read` is given, `examples` are at most so many that were read of the data.
     """
@@ -100,7 +124,11 @@ def look(recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: in
     limit, known = recipe.data.max_prompt_tokens, cache(image_size)
 
     def size(source: Path | Image, max_pixels: int) -> tuple[int, int]:
-        return known(source, max_pixels) if isinstance(source, Path) else image_size(source, max_pixels)
+        return (
+            known(source, max_pixels)
+            if isinstance(source, Path)
+            else image_size(source, max_pixels)
+        )
 
     looked = 0
     long: list[tuple[Example, int]] = []
@@ -122,7 +150,9 @@ def look(recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: in
     return Looked(limit, total, looked, tuple(long), tuple(faulty), advice)
 
 
-def _advice(recipe: Recipe, encoder: Encoder, long: Sequence[tuple[Example, int]], size: Size) -> str:
+def _advice(
+    recipe: Recipe, encoder: Encoder, long: Sequence[tuple[Example, int]], size: Size
+) -> str:
     """What would keep rows that are above the limit: smaller images where those are the cause."""
     most = max(tokens for _, tokens in long)
     raised = f"set data.max_prompt_tokens={most}"
@@ -130,11 +160,18 @@ def _advice(recipe: Recipe, encoder: Encoder, long: Sequence[tuple[Example, int]
     if not kept:
         return f"{raised}, or shorten the questions"
     settings = " and ".join(f"model.{key}={value}" for key, value in bounds.items())
-    return f"set {settings}" if kept == len(long) else f"set {settings} to keep {kept:,} of them, or {raised} to keep all"
+    return (
+        f"set {settings}"
+        if kept == len(long)
+        else f"set {settings} to keep {kept:,} of them, or {raised} to keep all"
+    )
 
 
-def _smaller(recipe: Recipe, encoder: Encoder, long: Sequence[Example], size: Size) -> tuple[int, dict[str, int]]:
-    """The largest bounds on images with which all rows are within the limit that smaller images can bring there, and their number."""
+def _smaller(
+    recipe: Recipe, encoder: Encoder, long: Sequence[Example], size: Size
+) -> tuple[int, dict[str, int]]:
+    """The largest bounds on images with which all rows are within the limit that smaller images can
+    bring there, and their number."""
     if not isinstance(encoder, PromptEncoder) or isinstance(encoder, ProcessorEncoder):
         return 0, {}
     now, limit = recipe.model.pixels(), recipe.data.max_prompt_tokens
@@ -146,13 +183,20 @@ def _smaller(recipe: Recipe, encoder: Encoder, long: Sequence[Example], size: Si
 
     def within(bound: int, examples: Sequence[Example]) -> list[Example]:
         other = encoder.bounded(**{**now, **dict.fromkeys(keys, bound)})
-        return [example for example in examples if max(lengths(other, example, recipe.view, size)) <= limit]
+        return [
+            example
+            for example in examples
+            if max(lengths(other, example, recipe.view, size)) <= limit
+        ]
 
     low = max(1, now["min_pixels"] or 1, now["teacher_min_pixels"] or 1)
     high = max(encoder.max_pixels("student"), encoder.max_pixels("teacher"))
     try:
         kept = within(low, long)
-    except (ModelError, Unusable):  # a family without such a bound; or none that its processor takes
+    except (
+        ModelError,
+        Unusable,
+    ):  # a family without such a bound; or none that its processor takes
         return 0, {}
     if not kept:
         return 0, {}
@@ -166,8 +210,14 @@ def _smaller(recipe: Recipe, encoder: Encoder, long: Sequence[Example], size: Si
         decisive = [*decisive, *others[:SAMPLE]]
 
 
-def _largest(low: int, high: int, within: Callable[[int, Sequence[Example]], list[Example]], examples: Sequence[Example]) -> int:
-    """The largest bound to three digits, from `low` to below `high`, with which all examples are within the limit, as with `low`."""
+def _largest(
+    low: int,
+    high: int,
+    within: Callable[[int, Sequence[Example]], list[Example]],
+    examples: Sequence[Example],
+) -> int:
+    """The largest bound to three digits, from `low` to below `high`, with which all examples are
+    within the limit, as with `low`."""
 
     def fits(bound: int) -> bool:
         return len(within(bound, examples)) == len(examples)

@@ -32,11 +32,15 @@ class Probe:
     skipped: Skipped
 
     def before(self, done: int) -> list[Answered]:
-        """The answers before training; a run that goes on after step `done` reads the ones that were kept."""
+        """The answers before training; a run that goes on after step `done` reads the ones that
+        were kept."""
         if kept := records.before(self.folder):
             return kept
         if done and self.held_out:
-            self.progress.note(f"no answers of before training are kept: what is called before is measured after step {done}")
+            self.progress.note(
+                "no answers of before training are kept: what is called before is measured after"
+                f" step {done}"
+            )
         answered = self._answers("before")
         self._keep("before", answered)
         self._tell(0, answered)
@@ -57,7 +61,8 @@ class Probe:
         return answered
 
     def _answers(self, phase: str, before: Sequence[Answered] | None = None) -> list[Answered]:
-        """The student's answers now, only to the examples that were answered `before` where that is given."""
+        """The student's answers now, only to the examples that were answered `before` where that is
+        given."""
         if not self.held_out or (before is not None and not before):
             return []
         self.progress.begin(phase, 2 * len(self.held_out))
@@ -77,13 +82,17 @@ class Probe:
         if missing := len(rows) - len(answered):
             which = "measured before" if before is not None else "to be measured"
             left = "they are left out of every comparison" if answered else "nothing is measured"
-            self.progress.note(f"{missing} of {plural(len(rows), 'row')} {which} cannot be used; {left}")
+            self.progress.note(
+                f"{missing} of {plural(len(rows), 'row')} {which} cannot be used; {left}"
+            )
         return answered
 
     def _keep(self, when: str, answered: Sequence[Answered]) -> None:
         """Every answer before or after, to answers.jsonl."""
         if answered:
-            others = [row for row in records.read(self.folder, records.ANSWERS) if row["when"] != when]
+            others = [
+                row for row in records.read(self.folder, records.ANSWERS) if row["when"] != when
+            ]
             rows = [{"when": when, **asdict(one)} for one in answered]
             self.folder.rewrite(records.ANSWERS, [*others, *rows])
 

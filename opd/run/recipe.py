@@ -1,6 +1,7 @@
 """A recipe: every option of a run in one place, from a preset or a TOML file, with overrides.
 
-Each section is the options of one module, declared there with default, range and help; this module only puts them together.
+Each section is the options of one module, declared there with default, range and help; this module
+only puts them together.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ class RunOptions(Options):
 
     steps: int = Field(65, ge=1, description="Optimizer steps.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of data order and sampling.")
-    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last one.")
+    checkpoint_every: int = Field(
+        50, ge=0, description="Steps between checkpoints; 0: only the last one."
+    )
     keep: int = Field(2, ge=1, description="Checkpoints that are kept, newest first.")
-    rollouts_every: int = Field(10, ge=0, description="Steps between the completions written to rollouts.jsonl; 0: none.")
+    rollouts_every: int = Field(
+        10, ge=0, description="Steps between the completions written to rollouts.jsonl; 0: none."
+    )
 
 
 class Recipe(Options):
@@ -76,22 +81,29 @@ DATA = {".jsonl", ".json", ".parquet", ".csv", ".tsv"}
 
 
 def load(source: str = "tiny", overrides: Overrides = ()) -> Recipe:
-    """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError with one line.
+    """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError
+    with one line.
 
-    A file says what differs from a preset: the one it names at its top (`preset = "paper"`), else `preset` of its model.
+    A file says what differs from a preset: the one it names at its top (`preset = "paper"`), else
+    `preset` of its model.
     """
     values = given(source, overrides)
     if source not in PRESETS:
         section = values.get("model")
-        named = values.pop("preset", None) or preset(str(section.get("path", "tiny") if isinstance(section, dict) else "tiny"))
+        named = values.pop("preset", None) or preset(
+            str(section.get("path", "tiny") if isinstance(section, dict) else "tiny")
+        )
         if named not in PRESETS:
-            raise RecipeError(f"recipe '{source}': unknown preset {named!r}; {nearest(str(named), PRESETS)}")
+            raise RecipeError(
+                f"recipe '{source}': unknown preset {named!r}; {nearest(str(named), PRESETS)}"
+            )
         values = over(read(named), values)
     return validate(values, source)
 
 
 def given(source: str | None, overrides: Overrides = ()) -> dict[str, Any]:
-    """What a person says: the values of a file or preset, with the overrides. Raises RecipeError."""
+    """What a person says: the values of a file or preset, with the overrides. Raises
+    RecipeError."""
     values = read(source) if source else {}
     values.pop("made_with", None)  # of a run's config.toml
     if isinstance(overrides, Mapping):
@@ -102,14 +114,17 @@ def given(source: str | None, overrides: Overrides = ()) -> dict[str, Any]:
 
 
 def preset(model: str) -> str:
-    """The preset where none is named: `tiny` for the embedded model and what was made of it, `lora` for any other."""
+    """The preset where none is named: `tiny` for the embedded model and what was made of it, `lora`
+    for any other."""
     return "tiny" if is_tiny(model) else "lora"
 
 
 def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `above`, and those of `below` that it does not give."""
     shared = {name for name in below.keys() & above.keys() if isinstance(above[name], Mapping)}
-    both = {name: {**below[name], **above[name]} for name in shared if isinstance(below[name], Mapping)}
+    both = {
+        name: {**below[name], **above[name]} for name in shared if isinstance(below[name], Mapping)
+    }
     return {**below, **above, **both}
 
 
@@ -123,9 +138,13 @@ def read(source: str) -> dict[str, Any]:
         except ValueError as error:
             raise RecipeError(f"recipe: {error}") from error
         if (path / "config.toml").is_file():
-            raise RecipeError(f"'{source}' is a run folder, no recipe; a model is given with --model {source}")
+            raise RecipeError(
+                f"'{source}' is a run folder, no recipe; a model is given with --model {source}"
+            )
         if not path.is_file():
-            raise RecipeError(f"recipe '{source}': neither a file nor a preset; {nearest(source, PRESETS)}")
+            raise RecipeError(
+                f"recipe '{source}': neither a file nor a preset; {nearest(source, PRESETS)}"
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -134,19 +153,27 @@ def read(source: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         if Path(source).suffix in DATA:
-            raise RecipeError(f"'{source}' is no recipe (a TOML file); data is given with --data {source}") from error
+            raise RecipeError(
+                f"'{source}' is no recipe (a TOML file); data is given with --data {source}"
+            ) from error
         raise RecipeError(f"recipe '{source}' is not valid TOML: {error}") from error
 
 
 def assign(values: dict[str, Any], override: str) -> None:
-    """Applies one `section.key=value`; the value is read as TOML, and as a plain string where it is none."""
+    """Applies one `section.key=value`; the value is read as TOML, and as a plain string where it is
+    none."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
-        raise RecipeError(f"--set {override}: write it as section.key=value, such as --set run.steps=100")
+        raise RecipeError(
+            f"--set {override}: write it as section.key=value, such as --set run.steps=100"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # no TOML, a number of thousands of digits, or lists in lists without end
+    except (
+        ValueError,
+        RecursionError,
+    ):  # no TOML, a number of thousands of digits, or lists in lists without end
         value = text
     keys = values.setdefault(section, {})
     if not isinstance(keys, dict):
@@ -155,7 +182,8 @@ def assign(values: dict[str, Any], override: str) -> None:
 
 
 def validate(values: Mapping[str, Any], source: str) -> Recipe:
-    """The recipe of plain values. Raises RecipeError for the first unknown key or value out of range."""
+    """The recipe of plain values. Raises RecipeError for the first unknown key or value out of
+    range."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as failure:
@@ -166,31 +194,44 @@ def validate(values: Mapping[str, Any], source: str) -> Recipe:
             known = Recipe.model_fields
             if section:
                 known = known[section[0]].default.__class__.model_fields
-            raise RecipeError(f"recipe '{source}': unknown key {where}; {nearest(name, known)}") from failure
-        if error["type"] == "value_error":  # a check of several keys together, in its section's own words
+            raise RecipeError(
+                f"recipe '{source}': unknown key {where}; {nearest(name, known)}"
+            ) from failure
+        # a check of several keys together, in its section's own words
+        if error["type"] == "value_error":
             raise RecipeError(f"recipe '{source}': {where}: {error['ctx']['error']}") from failure
         given = error["input"] if not isinstance(error["input"], dict) else "this section"
-        raise RecipeError(f"recipe '{source}': {where} = {given!r}: {_plain(error['msg'])}") from failure
+        raise RecipeError(
+            f"recipe '{source}': {where} = {given!r}: {_plain(error['msg'])}"
+        ) from failure
 
 
 def write(recipe: Recipe, made_with: Mapping[str, Any]) -> str:
-    """The resolved recipe as TOML, with a [made_with] table of versions and the data's fingerprint."""
+    """The resolved recipe as TOML, with a [made_with] table of versions and the data's
+    fingerprint."""
     return tomli_w.dumps({**recipe.model_dump(mode="json"), "made_with": dict(made_with)})
 
 
 def without_paths(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The sections as plain values, without the keys that only say where something is."""
     dumped = recipe.model_dump(mode="json")
-    return {name: {key: value for key, value in section.items() if key not in PATHS.get(name, ())} for name, section in dumped.items()}
+    return {
+        name: {key: value for key, value in section.items() if key not in PATHS.get(name, ())}
+        for name, section in dumped.items()
+    }
 
 
 def no_data(model: str) -> RecipeError:
     """The error where nobody named the data of a model that the embedded scenes are not for."""
-    return RecipeError(f"model '{model}' has no data yet: give --data FILE (--data tiny takes the scenes of the embedded model, for a try)")
+    return RecipeError(
+        f"model '{model}' has no data yet: give --data FILE (--data tiny takes the scenes of the"
+        " embedded model, for a try)"
+    )
 
 
 def leave(recipe: Recipe, folder: Path, step: int) -> None:
-    """Writes the recipe of a result beside it, without paths, and the step that it is of: others measure and train it alike."""
+    """Writes the recipe of a result beside it, without paths, and the step that it is of: others
+    measure and train it alike."""
     content = {**without_paths(recipe), "made_with": {"step": step}}
     (folder / BESIDE).write_text(tomli_w.dumps(content), encoding="utf-8")
 
@@ -198,7 +239,9 @@ def leave(recipe: Recipe, folder: Path, step: int) -> None:
 def step_of(folder: Path, finished: int) -> int:
     """The step that a result is of; `finished` where an earlier version left none."""
     try:
-        return int(tomllib.loads((folder / BESIDE).read_text(encoding="utf-8"))["made_with"]["step"])
+        return int(
+            tomllib.loads((folder / BESIDE).read_text(encoding="utf-8"))["made_with"]["step"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return finished
 
@@ -219,10 +262,21 @@ def reference() -> str:
     lines = [REFERENCE]
     for name, section in Recipe.model_fields.items():
         options = type(section.default)
-        lines += [f"## [{name}]", "", (options.__doc__ or "").strip().splitlines()[0], "", "| key | default | |", "|---|---|---|"]
+        lines += [
+            f"## [{name}]",
+            "",
+            (options.__doc__ or "").strip().splitlines()[0],
+            "",
+            "| key | default | |",
+            "|---|---|---|",
+        ]
         for key, value in section.default.model_dump(mode="json").items():
             description = options.model_fields[key].description or ""
-            default = json.dumps(value) if isinstance(value, list) else tomli_w.dumps({key: value}).partition(" = ")[2].strip()
+            default = (
+                json.dumps(value)
+                if isinstance(value, list)
+                else tomli_w.dumps({key: value}).partition(" = ")[2].strip()
+            )
             lines.append(f"| `{key}` | `{default}` | {description} |")
         lines.append("")
     return "\n".join(lines)

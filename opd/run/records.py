@@ -1,4 +1,5 @@
-"""What a run has written about itself, read back and checked: people open these files, and cut or edit them.
+"""What a run has written about itself, read back and checked: people open these files, and cut or
+edit them.
 
 A run that goes on from a wrong record would compare with answers that nobody gave.
 """
@@ -37,15 +38,24 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 }
 """Types of the fields that are read again; only a row of answers has no others."""
 
-WORDS = {str: "a text", list: "a list", type(None): "null", bool: "true or false", int: "a whole number"}
+WORDS = {
+    str: "a text",
+    list: "a list",
+    type(None): "null",
+    bool: "true or false",
+    int: "a whole number",
+}
 
 
 def read(folder: RunFolder, name: str) -> list[dict[str, Any]]:
-    """The rows of a run's .jsonl file. Raises FolderError, which names file and line, where one is not what a run writes."""
+    """The rows of a run's .jsonl file. Raises FolderError, which names file and line, where one is
+    not what a run writes."""
     rows = []
     for number, row in folder.numbered(name, _remedy(name)):
         if fault := _fault(name, row):
-            raise FolderError(f"'{folder.path / name}' is damaged at line {number}: {fault}; {_remedy(name)}")
+            raise FolderError(
+                f"'{folder.path / name}' is damaged at line {number}: {fault}; {_remedy(name)}"
+            )
         rows.append(row)
     return rows
 
@@ -53,12 +63,16 @@ def read(folder: RunFolder, name: str) -> list[dict[str, Any]]:
 def before(folder: RunFolder) -> list[Answered]:
     """The answers before training; none where nobody has measured yet.
 
-    Raises FolderError where some are gone: measured again, the trained model's would take their place.
+    Raises FolderError where some are gone: measured again, the trained model's would take their
+    place.
     """
     rows = [row for row in read(folder, ANSWERS) if row["when"] == "before"]
     measured = next((row["rows"] for row in read(folder, ACCURACY) if row["step"] == 0), len(rows))
     if measured != len(rows):
-        held = f"it holds {len(rows)} answers of before training, and {ACCURACY} was made of {measured}"
+        held = (
+            f"it holds {len(rows)} answers of before training, and {ACCURACY} was made of"
+            f" {measured}"
+        )
         raise FolderError(f"'{folder.path / ANSWERS}' is damaged: {held}; {_remedy(ANSWERS)}")
     return [Answered(**{key: value for key, value in row.items() if key != "when"}) for row in rows]
 
@@ -77,7 +91,10 @@ def _fault(name: str, row: Mapping[str, Any]) -> str:
         if field not in row:
             return f"field '{field}' is missing"
         if type(row[field]) not in types:
-            return f"field '{field}' is {shown(row[field])}, not {' or '.join(WORDS[one] for one in types)}"
+            return (
+                f"field '{field}' is {shown(row[field])}, not"
+                f" {' or '.join(WORDS[one] for one in types)}"
+            )
     if name != ANSWERS:
         return ""
     if unknown := row.keys() - fields.keys():
@@ -86,12 +103,17 @@ def _fault(name: str, row: Mapping[str, Any]) -> str:
         return f'field \'when\' is {shown(row["when"])}, neither "before" nor "after"'
     if isinstance(row["answer"], list) and not all(isinstance(one, str) for one in row["answer"]):
         return f"field 'answer' is {shown(row['answer'])}, not a list of texts"
-    if any((row[field] is None) != (row["answer"] is None) for field in ("full_right", "crop_right")):
+    if any(
+        (row[field] is None) != (row["answer"] is None) for field in ("full_right", "crop_right")
+    ):
         return "'full_right' and 'crop_right' are null where 'answer' is, and only there"
     return ""
 
 
 def _remedy(name: str) -> str:
     if name in (ANSWERS, ACCURACY):
-        return "restore the file, or begin the run anew: what was measured before training cannot be measured again"
+        return (
+            "restore the file, or begin the run anew: what was measured before training cannot be"
+            " measured again"
+        )
     return "remove that line to go on"

@@ -1,4 +1,5 @@
-"""From a recipe to a trainer: opens data and model before anything is written, then makes the run folder."""
+"""From a recipe to a trainer: opens data and model before anything is written, then makes the run
+folder."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Session:
     held_out: Sequence[Example]
 
     def answer(self, progress: Progress) -> tuple[list[measure.Answered], Skipped]:
-        """Greedy answers to the held-out examples, on the full image and on the crop; and the examples that cannot be used.
+        """Greedy answers to the held-out examples, on the full image and on the crop; and the
+        examples that cannot be used.
 
         Raises DataError where not one of the examples can be.
         """
@@ -66,15 +68,24 @@ class Session:
             skipped,
         )
         if self.held_out and not answered:
-            raise DataError(f"none of {plural(len(self.held_out), 'row')} can be measured ({skipped.why()})")
+            raise DataError(
+                f"none of {plural(len(self.held_out), 'row')} can be measured ({skipped.why()})"
+            )
         if missing := len(self.held_out) - len(answered):
-            share = f"{missing} of {plural(len(self.held_out), 'row')} ({missing / len(self.held_out):.1%})"
+            share = (
+                f"{missing} of {plural(len(self.held_out), 'row')}"
+                f" ({missing / len(self.held_out):.1%})"
+            )
             progress.note(f"{share} cannot be used: {skipped.why()}")
         return answered, skipped
 
     def left_out(self, answered: Sequence[measure.Answered], skipped: Skipped) -> dict[str, Any]:
-        """The rows that were not answered, and why: those that could not be read, and those that could not be encoded."""
-        unread = [{"row": row, "reason": reason, "kind": Unusable(reason).kind} for row, reason in getattr(self.held_out, "skipped", ())]
+        """The rows that were not answered, and why: those that could not be read, and those that
+        could not be encoded."""
+        unread = [
+            {"row": row, "reason": reason, "kind": Unusable(reason).kind}
+            for row, reason in getattr(self.held_out, "skipped", ())
+        ]
         return {
             "rows_skipped": len(unread) + len(self.held_out) - len(answered),
             "skipped": [*unread, *skipped.records()],
@@ -83,7 +94,8 @@ class Session:
 
 @dataclass(frozen=True)
 class Opened:
-    """All that a session needs but the weights: what can be wrong with a recipe's inputs has been told."""
+    """All that a session needs but the weights: what can be wrong with a recipe's inputs has been
+    told."""
 
     recipe: Recipe
     name: str
@@ -108,7 +120,8 @@ class Opened:
 
 
 def open_session(recipe: Recipe, backend: str, progress: Progress, few: bool = False) -> Session:
-    """Opens the model's small files, then data, then weights, so that a mistake is told before anything slow. Raises UserError.
+    """Opens the model's small files, then data, then weights, so that a mistake is told before
+    anything slow. Raises UserError.
 
     With `few`, only the rows that are measured are read, and `examples` are those.
     """
@@ -129,8 +142,13 @@ def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = Fa
     measured = held_out(recipe, examples, progress)
     options = _fetch_weights(recipe, name, progress)
     if recipe.model.path == "tiny" != recipe.data.path:
-        progress.note("the embedded tiny model knows nothing but its own scenes; a model for your images is named with --model")
-    return Opened(recipe, name, encoder, options, measured if examples is None else examples, measured)
+        progress.note(
+            "the embedded tiny model knows nothing but its own scenes; a model for your images is"
+            " named with --model"
+        )
+    return Opened(
+        recipe, name, encoder, options, measured if examples is None else examples, measured
+    )
 
 
 def open_model(recipe: Recipe, backend: str, progress: Progress) -> Session:
@@ -140,8 +158,11 @@ def open_model(recipe: Recipe, backend: str, progress: Progress) -> Session:
     return Opened(recipe, name, encoder, _fetch_weights(recipe, name, progress), [], []).load()
 
 
-def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None) -> Trainer:
-    """A trainer in a new run folder `out`. Raises UserError before anything is written where the input is wrong."""
+def start(
+    recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None
+) -> Trainer:
+    """A trainer in a new run folder `out`. Raises UserError before anything is written where the
+    input is wrong."""
     RunFolder.check(out, force)
     opened = open_inputs(recipe, backend, progress or Quiet())
     preflight.check(opened.recipe, opened.encoder, opened.examples, progress or Quiet())
@@ -162,10 +183,17 @@ def start(recipe: Recipe, backend: str, out: Path, force: bool = False, progress
     return _trainer(session, folder, progress)
 
 
-def resume(path: Path, backend: str | None = None, progress: Progress | None = None, changed: Changed | None = None) -> Trainer:
-    """A trainer that goes on with the run in `path`, on its own backend or another one, with what is `changed` on purpose.
+def resume(
+    path: Path,
+    backend: str | None = None,
+    progress: Progress | None = None,
+    changed: Changed | None = None,
+) -> Trainer:
+    """A trainer that goes on with the run in `path`, on its own backend or another one, with what
+    is `changed` on purpose.
 
-    Raises UserError where the run's inputs are not what the run began with, or another process trains there.
+    Raises UserError where the run's inputs are not what the run began with, or another process
+    trains there.
     """
     progress, changed = progress or Quiet(), changed or Changed()
     folder = RunFolder.open(path).locked()
@@ -179,9 +207,13 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
         made_with = recipes.read(str(path / CONFIG)).get("made_with", {})
         opened = open_inputs(recipe, backend or made_with.get("backend", "auto"), progress)
         now = opened.inputs()
-        differences = inputs.changes(before, now, opened.recipe, folder, () if changed.steps is None else ("run.steps",))
+        differences = inputs.changes(
+            before, now, opened.recipe, folder, () if changed.steps is None else ("run.steps",)
+        )
         if differences and not changed.accept:
-            raise FolderError(f"{'; '.join(differences)}; restore it, or go on all the same with --accept-changes")
+            raise FolderError(
+                f"{'; '.join(differences)}; restore it, or go on all the same with --accept-changes"
+            )
         preflight.check(opened.recipe, opened.encoder, opened.examples, progress)
         trainer = _trainer(opened.load(), folder, progress)
         try:
@@ -189,15 +221,23 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
         except FolderError as error:
             if not differences:
                 raise
-            raise FolderError(f"the checkpoint of '{path}' does not fit what has changed: {'; '.join(differences)}; restore it") from error
+            raise FolderError(
+                f"the checkpoint of '{path}' does not fit what has changed:"
+                f" {'; '.join(differences)}; restore it"
+            ) from error
         for line in (*said, *(f"accepted: {difference}" for difference in differences)):
             progress.note(line)
         if trainer.backend.rank == 0:
-            _write_down(folder, on_disk, _anywhere(opened.recipe), {**made_with, "data": now["data"]})
+            _write_down(
+                folder, on_disk, _anywhere(opened.recipe), {**made_with, "data": now["data"]}
+            )
             history = before.get("history", [])
             if said or differences:
                 now_in_words = datetime.now(UTC).isoformat(timespec="seconds")
-                history = [*history, {"when": now_in_words, "step": done, "changes": [*said, *differences]}]
+                history = [
+                    *history,
+                    {"when": now_in_words, "step": done, "changes": [*said, *differences]},
+                ]
             folder.write(inputs.FILE, {**now, "history": history})
     except BaseException:
         folder.release()
@@ -205,10 +245,13 @@ def resume(path: Path, backend: str | None = None, progress: Progress | None = N
     return trainer
 
 
-def held_out(recipe: Recipe, examples: Sequence[Example] | None, progress: Progress | None = None) -> Sequence[Example]:
+def held_out(
+    recipe: Recipe, examples: Sequence[Example] | None, progress: Progress | None = None
+) -> Sequence[Example]:
     """The rows that are measured, at most measure.count: see `MeasureOptions.path`.
 
-    `examples` are all rows of data.path; where they are None, only the rows that are measured are read.
+    `examples` are all rows of data.path; where they are None, only the rows that are measured are
+    read.
     """
     options = recipe.measure
     if not options.count:
@@ -218,12 +261,15 @@ def held_out(recipe: Recipe, examples: Sequence[Example] | None, progress: Progr
 
         return Scenes("fresh", options.count)
     if examples is None or options.path:
-        return _open_rows(recipe, options.path or recipe.data.path, progress or Quiet(), options.count)
+        return _open_rows(
+            recipe, options.path or recipe.data.path, progress or Quiet(), options.count
+        )
     return spread(examples, options.count)
 
 
 def check_data_is_given(recipe: Recipe) -> None:
-    """Raises RecipeError where nobody named the data, and the model is not the one that the default data are for."""
+    """Raises RecipeError where nobody named the data, and the model is not the one that the default
+    data are for."""
     if "path" in recipe.data.model_fields_set or is_tiny(recipe.model.path):
         return
     raise recipes.no_data(recipe.model.path)
@@ -231,11 +277,14 @@ def check_data_is_given(recipe: Recipe) -> None:
 
 def _check_known(backend: str) -> None:
     """Raises BackendError where a backend is unknown or not installed."""
-    if backend != "auto":  # which one `auto` is takes seconds: frameworks are imported to see their devices
+    # which one `auto` is takes seconds: frameworks are imported to see their devices
+    if backend != "auto":
         backends.resolve(backend)
 
 
-def _open_small_files(recipe: Recipe, backend: str, progress: Progress) -> tuple[Recipe, str, Encoder]:
+def _open_small_files(
+    recipe: Recipe, backend: str, progress: Progress
+) -> tuple[Recipe, str, Encoder]:
     """The recipe with its model pinned, the backend's name, and the encoder. Raises UserError."""
     with progress.pause():  # a download shows its own bars
         folder = recipe.model.folder(weights=False)
@@ -253,10 +302,18 @@ def _fetch_weights(recipe: Recipe, name: str, progress: Progress) -> ModelOption
         return recipe.model.options(recipe.run.seed)
 
 
-def _open_rows(recipe: Recipe, path: str, progress: Progress, count: int | None = None) -> Sequence[Example]:
+def _open_rows(
+    recipe: Recipe, path: str, progress: Progress, count: int | None = None
+) -> Sequence[Example]:
     """All rows of a data file, or so many spread over it; what is wrong with the others is told."""
     options = recipe.data
-    examples = open_data(path, options.strict, progress=progress, max_image_pixels=options.max_image_pixels, count=count)
+    examples = open_data(
+        path,
+        options.strict,
+        progress=progress,
+        max_image_pixels=options.max_image_pixels,
+        count=count,
+    )
     if isinstance(examples, Dataset):
         examples.tell(progress)
     return examples
@@ -267,29 +324,45 @@ def _check_goes_on(folder: RunFolder, recipe: Recipe) -> None:
     result = recipe.model.result
     if (folder.path / result).is_dir() and not folder.checkpoints():
         raise FolderError(
-            f"run '{folder.path}' has {result}/, but no checkpoint to go on from; train its result on with: opd train --model {folder.path}"
+            f"run '{folder.path}' has {result}/, but no checkpoint to go on from; train its result"
+            f" on with: opd train --model {folder.path}"
         )
 
 
-def _write_down(folder: RunFolder, before: Recipe, now: Recipe, made_with: Mapping[str, Any]) -> None:
+def _write_down(
+    folder: RunFolder, before: Recipe, now: Recipe, made_with: Mapping[str, Any]
+) -> None:
     """The recipe that a run goes on with, where it is another one."""
     if now == before:
         return
     result = folder.path / before.model.result
-    if result.is_dir() and not (result / recipes.BESIDE).exists():  # of an earlier version, which left no step
+    # of an earlier version, which left no step
+    if result.is_dir() and not (result / recipes.BESIDE).exists():
         recipes.leave(before, result, before.run.steps)
     folder.write_config(recipes.write(now, made_with))
 
 
 def _tell_unlocked(folder: RunFolder, progress: Progress) -> None:
     if folder.lock and not folder.lock.works:
-        progress.note(f"the file system of '{folder.path}' has no locks: nothing keeps a second process from training there")
+        progress.note(
+            f"the file system of '{folder.path}' has no locks: nothing keeps a second process from"
+            " training there"
+        )
 
 
 def _pinned(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the commit of a Hugging Face id: a run that is resumed must find the model that it began with."""
-    commit = hub.commit(folder) if hub.is_id(recipe.model.path) and not Path(recipe.model.path).is_dir() else ""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})}) if commit else recipe
+    """The recipe with the commit of a Hugging Face id: a run that is resumed must find the model
+    that it began with."""
+    commit = (
+        hub.commit(folder)
+        if hub.is_id(recipe.model.path) and not Path(recipe.model.path).is_dir()
+        else ""
+    )
+    return (
+        recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
+        if commit
+        else recipe
+    )
 
 
 def _trainer(session: Session, folder: RunFolder, progress: Progress | None) -> Trainer:

@@ -1,4 +1,5 @@
-"""JSON that every reader takes: numbers that are not finite are null, and text that is no Unicode stays an escape."""
+"""JSON that every reader takes: numbers that are not finite are null, and text that is no Unicode
+stays an escape."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-STEERING = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e0fff]")
-"""What may steer a terminal that prints the file, and halves of surrogate pairs, which no file in UTF-8 can hold."""
+STEERING = re.compile(
+    "[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+"""What may steer a terminal that prints the file, and halves of surrogate pairs, which no file in
+UTF-8 can hold."""
 
 
 def dumps(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
-    r"""`value` as JSON on one line, or over several with `indent`. Reading it gives the same values, None for nan and infinity.
+    r"""`value` as JSON on one line, or over several with `indent`. Reading it gives the same
+    values, None for nan and infinity.
 
     Characters that steer a terminal are written as \uXXXX, with `ascii_only` all beyond ASCII.
     """
@@ -33,4 +38,8 @@ def finite(value: Any) -> Any:
 def _units(letter: str) -> list[int]:
     """The letter's one or two units of UTF-16."""
     code = ord(letter)
-    return [code] if code < 0x10000 else [0xD800 + ((code - 0x10000) >> 10), 0xDC00 + ((code - 0x10000) & 0x3FF)]
+    return (
+        [code]
+        if code < 0x10000
+        else [0xD800 + ((code - 0x10000) >> 10), 0xDC00 + ((code - 0x10000) & 0x3FF)]
+    )

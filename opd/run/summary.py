@@ -17,8 +17,8 @@ def summary(
     after: Sequence[Answered],
     held_out: int,
 ) -> dict[str, Any]:
-    """The `facts`, what the `steps` (rows of metrics.jsonl) did, and the answers before and after, compared on the rows that were
-    answered both times; `held_out` rows were to be measured."""
+    """The `facts`, what the `steps` (rows of metrics.jsonl) did, and the answers before and after,
+    compared on the rows that were answered both times; `held_out` rows were to be measured."""
     before, after = gap.paired(before, after)
     result = {
         **facts,

@@ -1,7 +1,7 @@
 """The conformance suite: what every backend must do, checked through the protocol alone.
 
-`check(make, pairs, stop, banned)` runs all checks on a backend that `make` loads anew each time, and returns an error and its bound
-for each. A backend of somebody else's is right when all pass.
+`check(make, pairs, stop, banned)` runs all checks on a backend that `make` loads anew each time,
+and returns an error and its bound for each. A backend of somebody else's is right when all pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from opd.types import Completion, FloatArray, Group, Prompt, Sampling, TokenStat
 Tensors = dict[str, NDArray[np.float32]]
 
 VALUE, GRADIENT, EXACT = 1e-5, 1e-4, 0.0
-"""Bounds of relative errors in float32: per-token values, gradients, and what must be equal to the bit."""
+"""Bounds of relative errors in float32: per-token values, gradients, and what must be equal to the
+bit."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Material:
-    """What the checks run on: pairs of student and teacher prompt, of unequal lengths, and the ids that matter."""
+    """What the checks run on: pairs of student and teacher prompt, of unequal lengths, and the ids
+    that matter."""
 
     make: Callable[[], Backend]
     pairs: Sequence[tuple[Prompt, Prompt]]
@@ -50,16 +52,25 @@ class Material:
     banned: tuple[int, ...]
     max_tokens: int = 5
 
-    def sample(self, backend: Backend, temperature: float = 1.0, seed: int = 0) -> list[list[Completion]]:
+    def sample(
+        self, backend: Backend, temperature: float = 1.0, seed: int = 0
+    ) -> list[list[Completion]]:
         """Three completions of each student prompt."""
         drawn = uniforms(seed, 1, range(len(self.pairs)), 3, self.max_tokens)
-        return backend.sample([student for student, _ in self.pairs], drawn, Sampling(temperature, self.stop, self.banned))
+        return backend.sample(
+            [student for student, _ in self.pairs],
+            drawn,
+            Sampling(temperature, self.stop, self.banned),
+        )
 
     def groups(self, backend: Backend) -> list[Group]:
-        """Groups of unequal numbers and lengths of completions, with unequal weights, their sampler's log-probabilities forged."""
+        """Groups of unequal numbers and lengths of completions, with unequal weights, their
+        sampler's log-probabilities forged."""
         rng = np.random.default_rng(0)
         made = []
-        for index, ((student, teacher), sampled) in enumerate(zip(self.pairs, self.sample(backend), strict=True)):
+        for index, ((student, teacher), sampled) in enumerate(
+            zip(self.pairs, self.sample(backend), strict=True)
+        ):
             completions = [
                 replace(
                     one,
@@ -68,34 +79,60 @@ class Material:
                 )
                 for place, one in enumerate(sampled[: 1 + index % 3])
             ]
-            forged = [replace(one, logprobs=one.logprobs + rng.normal(size=len(one)).astype(np.float32)) for one in completions]
+            forged = [
+                replace(one, logprobs=one.logprobs + rng.normal(size=len(one)).astype(np.float32))
+                for one in completions
+            ]
             weights = [rng.uniform(0.1, 1.0, size=len(one)).astype(np.float32) for one in forged]
             made.append(Group(student, teacher, tuple(forged), tuple(weights)))
         return made
 
 
 def relative_error(ours: Tensors, theirs: Tensors) -> float:
-    """Largest ||a - b|| / max(||b||, 1e-3 * global norm of b) over all tensors; infinite where names or shapes differ."""
-    if {name: value.shape for name, value in ours.items()} != {name: value.shape for name, value in theirs.items()}:
+    """Largest ||a - b|| / max(||b||, 1e-3 * global norm of b) over all tensors; infinite where
+    names or shapes differ."""
+    if {name: value.shape for name, value in ours.items()} != {
+        name: value.shape for name, value in theirs.items()
+    }:
         return np.inf
-    everything = float(np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in theirs.values())))
+    everything = float(
+        np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in theirs.values()))
+    )
     return max(
-        float(np.linalg.norm(ours[name].astype(np.float64) - value)) / max(float(np.linalg.norm(value)), 1e-3 * everything, 1e-30)
+        float(np.linalg.norm(ours[name].astype(np.float64) - value))
+        / max(float(np.linalg.norm(value)), 1e-3 * everything, 1e-30)
         for name, value in theirs.items()
     )
 
 
-def statistics_error(ours: Iterable[Sequence[TokenStatistics]], theirs: Iterable[Sequence[TokenStatistics]]) -> float:
+def statistics_error(
+    ours: Iterable[Sequence[TokenStatistics]], theirs: Iterable[Sequence[TokenStatistics]]
+) -> float:
     """Largest absolute difference, in units of max(1, |b|), of all statistics of all tokens."""
-    names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "ratio", "divergence")
-    pairs = [(a, b) for ours_row, theirs_row in zip(ours, theirs, strict=True) for a, b in zip(ours_row, theirs_row, strict=True)]
+    names = (
+        "student_logprobs",
+        "teacher_logprobs",
+        "student_entropy",
+        "teacher_entropy",
+        "ratio",
+        "divergence",
+    )
+    pairs = [
+        (a, b)
+        for ours_row, theirs_row in zip(ours, theirs, strict=True)
+        for a, b in zip(ours_row, theirs_row, strict=True)
+    ]
     return max(_difference(getattr(a, name), getattr(b, name)) for a, b in pairs for name in names)
 
 
 def check(
-    make: Callable[[], Backend], pairs: Sequence[tuple[Prompt, Prompt]], stop: tuple[int, ...], banned: tuple[int, ...]
+    make: Callable[[], Backend],
+    pairs: Sequence[tuple[Prompt, Prompt]],
+    stop: tuple[int, ...],
+    banned: tuple[int, ...],
 ) -> list[Result]:
-    """Runs every check. `pairs`: at least three, of unequal prompt lengths; `stop`, `banned`: as an encoder gives them."""
+    """Runs every check. `pairs`: at least three, of unequal prompt lengths; `stop`, `banned`: as an
+    encoder gives them."""
     material = Material(make, pairs, stop, banned)
     return [Result(name, run(material), bound) for name, run, bound in CHECKS]
 
@@ -118,14 +155,19 @@ def rows_equal_groups(material: Material) -> float:
 
 
 def split_groups_are_whole(material: Material) -> float:
-    """Completions of a group that run a few at a time have the statistics and gradient of all together."""
+    """Completions of a group that run a few at a time have the statistics and gradient of all
+    together."""
     backend, other = material.make(), material.make()
     groups = material.groups(backend)
-    whole = statistics_error(backend.accumulate(groups, OBJECTIVE), other.accumulate(groups, OBJECTIVE, split=1))
+    whole = statistics_error(
+        backend.accumulate(groups, OBJECTIVE), other.accumulate(groups, OBJECTIVE, split=1)
+    )
     gradient = relative_error(other.tensors("gradient"), backend.tensors("gradient"))
     backend.accumulate(groups, OBJECTIVE, split=2)  # on top of what is there
     twice = {name: 2 * value for name, value in other.tensors("gradient").items()}
-    return max(gradient, relative_error(backend.tensors("gradient"), twice), whole * GRADIENT / VALUE)
+    return max(
+        gradient, relative_error(backend.tensors("gradient"), twice), whole * GRADIENT / VALUE
+    )
 
 
 def calls_add_up(material: Material) -> float:
@@ -139,7 +181,8 @@ def calls_add_up(material: Material) -> float:
 
 
 def score_is_accumulate_without_gradient(material: Material) -> float:
-    """`score` gives the statistics of `accumulate` and adds no gradient; its first alternative is the most likely token."""
+    """`score` gives the statistics of `accumulate` and adds no gradient; its first alternative is
+    the most likely token."""
     backend = material.make()
     groups = material.groups(backend)
     scored = backend.score(groups, OBJECTIVE, top=2)
@@ -149,37 +192,60 @@ def score_is_accumulate_without_gradient(material: Material) -> float:
         for one in row:
             if one.student_top is None or one.teacher_top is None:
                 return np.inf
-            if (np.diff(one.student_top.logprobs) > 0).any() or (one.student_top.logprobs[:, 0] < one.student_logprobs - VALUE).any():
+            if (np.diff(one.student_top.logprobs) > 0).any() or (
+                one.student_top.logprobs[:, 0] < one.student_logprobs - VALUE
+            ).any():
                 return np.inf
     return statistics_error(scored, backend.accumulate(groups, OBJECTIVE))
 
 
 def on_policy_ratio_is_one(material: Material) -> float:
-    """What the sampler recorded is what the student says of the same tokens, where no token is banned."""
+    """What the sampler recorded is what the student says of the same tokens, where no token is
+    banned."""
     backend = material.make()
     free = replace(material, banned=())
     groups = [
-        Group(student, teacher, tuple(sampled), tuple(np.ones(len(one), np.float32) for one in sampled))
+        Group(
+            student,
+            teacher,
+            tuple(sampled),
+            tuple(np.ones(len(one), np.float32) for one in sampled),
+        )
         for (student, teacher), sampled in zip(material.pairs, free.sample(backend), strict=True)
     ]
-    ratios = [one.ratio - 1 for row in backend.score(groups, replace(OBJECTIVE, temperature=1.0)) for one in row]
+    ratios = [
+        one.ratio - 1
+        for row in backend.score(groups, replace(OBJECTIVE, temperature=1.0))
+        for one in row
+    ]
     return float(np.abs(np.concatenate(ratios)).max())
 
 
 def sampling_keeps_the_rules(material: Material) -> float:
-    """No banned token, a stop token only at the end, equal draws from equal uniforms, and prompts do not meet: 0 or infinity."""
+    """No banned token, a stop token only at the end, equal draws from equal uniforms, and prompts
+    do not meet: 0 or infinity."""
     backend = material.make()
     sampled, again = material.sample(backend), material.sample(backend)
     student, _ = material.pairs[-1]
     drawn = uniforms(0, 1, [len(material.pairs) - 1], 3, material.max_tokens)
-    alone = backend.sample([student], drawn, Sampling(1.0, material.stop, material.banned), policy="teacher")[0]
+    alone = backend.sample(
+        [student], drawn, Sampling(1.0, material.stop, material.banned), policy="teacher"
+    )[0]
     for one, other in zip([*chain(*sampled), *alone], [*chain(*again), *sampled[-1]], strict=True):
         stops = np.isin(one.tokens, material.stop)
         whole = stops[-1] if one.finished else len(one) == material.max_tokens
-        if stops[:-1].any() or not whole or np.isin(one.tokens, material.banned).any() or not np.array_equal(one.tokens, other.tokens):
+        if (
+            stops[:-1].any()
+            or not whole
+            or np.isin(one.tokens, material.banned).any()
+            or not np.array_equal(one.tokens, other.tokens)
+        ):
             return np.inf
     greedy, reseeded = material.sample(backend, 0.0), material.sample(backend, 0.0, seed=1)
-    same = all(np.array_equal(a.tokens, b.tokens) for a, b in zip(chain(*greedy), chain(*reseeded), strict=True))
+    same = all(
+        np.array_equal(a.tokens, b.tokens)
+        for a, b in zip(chain(*greedy), chain(*reseeded), strict=True)
+    )
     return 0.0 if same else np.inf
 
 
@@ -187,14 +253,24 @@ def the_gradient_is_the_losss_derivative(material: Material) -> float:
     """Along its own direction, the gradient predicts how the loss changes (central difference)."""
     backend = material.make()
     groups = material.groups(backend)
-    smooth = replace(OBJECTIVE, top_k=None, ratio_clip=None)  # what is a constant for the gradient would change the loss
+    # what is a constant for the gradient would change the loss
+    smooth = replace(OBJECTIVE, top_k=None, ratio_clip=None)
 
     def loss(statistics: Sequence[Sequence[TokenStatistics]]) -> float:
-        pairs = [(w, one) for group, row in zip(groups, statistics, strict=True) for w, one in zip(group.weights, row, strict=True)]
-        return float(sum((w.astype(np.float64) * one.ratio * one.divergence).sum() for w, one in pairs))
+        pairs = [
+            (w, one)
+            for group, row in zip(groups, statistics, strict=True)
+            for w, one in zip(group.weights, row, strict=True)
+        ]
+        return float(
+            sum((w.astype(np.float64) * one.ratio * one.divergence).sum() for w, one in pairs)
+        )
 
     value = loss(backend.accumulate(groups, smooth))
-    square = sum(float((gradient.astype(np.float64) ** 2).sum()) for gradient in backend.tensors("gradient").values())
+    square = sum(
+        float((gradient.astype(np.float64) ** 2).sum())
+        for gradient in backend.tensors("gradient").values()
+    )
     # With a huge epsilon AdamW's first step is plain descent by learning_rate / epsilon.
     epsilon, change = 1e6, 1e-2 * value
     moved = []
@@ -211,10 +287,17 @@ def weights_scale_the_gradient(material: Material) -> float:
     backend, other = material.make(), material.make()
     groups = material.groups(backend)
     backend.accumulate(groups, OBJECTIVE)
-    doubled = [replace(group, weights=tuple(2 * weights for weights in group.weights)) for group in groups]
-    silent = [replace(group, weights=tuple(0 * weights for weights in group.weights)) for group in groups]
+    doubled = [
+        replace(group, weights=tuple(2 * weights for weights in group.weights)) for group in groups
+    ]
+    silent = [
+        replace(group, weights=tuple(0 * weights for weights in group.weights)) for group in groups
+    ]
     other.accumulate([*doubled, *silent], OBJECTIVE)
-    return relative_error(other.tensors("gradient"), {name: 2 * value for name, value in backend.tensors("gradient").items()})
+    return relative_error(
+        other.tensors("gradient"),
+        {name: 2 * value for name, value in backend.tensors("gradient").items()},
+    )
 
 
 def a_step_is_adamw(material: Material) -> float:
@@ -223,12 +306,18 @@ def a_step_is_adamw(material: Material) -> float:
     groups = material.groups(backend)
     before = backend.tensors("student")
     expected = {name: value.astype(np.float64) for name, value in before.items()}
-    first: dict[str, NDArray[np.float64]] = {name: np.zeros_like(value) for name, value in expected.items()}
-    second: dict[str, NDArray[np.float64]] = {name: np.zeros_like(value) for name, value in expected.items()}
+    first: dict[str, NDArray[np.float64]] = {
+        name: np.zeros_like(value) for name, value in expected.items()
+    }
+    second: dict[str, NDArray[np.float64]] = {
+        name: np.zeros_like(value) for name, value in expected.items()
+    }
     clip = 0.0
     for step in (1, 2):
         backend.accumulate(groups, OBJECTIVE)
-        gradient = {name: value.astype(np.float64) for name, value in backend.tensors("gradient").items()}
+        gradient = {
+            name: value.astype(np.float64) for name, value in backend.tensors("gradient").items()
+        }
         norm = np.sqrt(sum((value**2).sum() for value in gradient.values()))
         clip = clip or float(norm) / 2
         # A large epsilon, so that gradients of rounding noise do not count.
@@ -239,11 +328,14 @@ def a_step_is_adamw(material: Material) -> float:
             g = gradient[name] * min(1.0, clip / norm)
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.99 * second[name] + 0.01 * g**2
-            moved = first[name] / (1 - 0.9**step) / (np.sqrt(second[name] / (1 - 0.99**step)) + 1e-4)
+            moved = (
+                first[name] / (1 - 0.9**step) / (np.sqrt(second[name] / (1 - 0.99**step)) + 1e-4)
+            )
             expected[name] = value - 1e-3 * (moved + 0.1 * value)
     after = backend.tensors("student")
     return relative_error(
-        {name: after[name] - before[name] for name in after}, {name: (expected[name] - before[name]).astype(np.float32) for name in after}
+        {name: after[name] - before[name] for name in after},
+        {name: (expected[name] - before[name]).astype(np.float32) for name in after},
     )
 
 
@@ -252,14 +344,23 @@ def a_step_that_is_not_finite_changes_nothing(material: Material) -> float:
     backend = material.make()
     groups = material.groups(backend)
     before = backend.tensors("student")
-    backend.accumulate([replace(group, weights=tuple(weights * np.nan for weights in group.weights)) for group in groups], OBJECTIVE)
-    if backend.apply(Update(1e-2)).taken or any(np.abs(value).max() > 0 for value in backend.tensors("gradient").values()):
+    backend.accumulate(
+        [
+            replace(group, weights=tuple(weights * np.nan for weights in group.weights))
+            for group in groups
+        ],
+        OBJECTIVE,
+    )
+    if backend.apply(Update(1e-2)).taken or any(
+        np.abs(value).max() > 0 for value in backend.tensors("gradient").values()
+    ):
         return np.inf
     return relative_error(backend.tensors("student"), before)
 
 
 def the_teacher_moves_by_its_rate(material: Material) -> float:
-    """The teacher stays while the student steps, then moves by the rate; rate 1 makes it the student."""
+    """The teacher stays while the student steps, then moves by the rate; rate 1 makes it the
+    student."""
     backend = material.make()
     groups = material.groups(backend)
     start = backend.tensors("teacher")
@@ -272,7 +373,10 @@ def the_teacher_moves_by_its_rate(material: Material) -> float:
     if relative_error(backend.tensors("teacher"), start) > 0 or relative_error(student, start) == 0:
         return np.inf
     backend.move_teacher(0.25)
-    moved = relative_error(backend.tensors("teacher"), {name: start[name] + 0.25 * (student[name] - start[name]) for name in start})
+    moved = relative_error(
+        backend.tensors("teacher"),
+        {name: start[name] + 0.25 * (student[name] - start[name]) for name in start},
+    )
     backend.move_teacher(1.0)
     return max(moved, relative_error(backend.tensors("teacher"), student))
 
@@ -320,4 +424,8 @@ CHECKS: tuple[tuple[str, Callable[[Material], float], float], ...] = (
 
 
 def _difference(a: FloatArray, b: FloatArray) -> float:
-    return float((np.abs(a - b) / np.maximum(1, np.abs(b))).max(initial=0.0)) if a.shape == b.shape else np.inf
+    return (
+        float((np.abs(a - b) / np.maximum(1, np.abs(b))).max(initial=0.0))
+        if a.shape == b.shape
+        else np.inf
+    )

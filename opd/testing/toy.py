@@ -1,8 +1,10 @@
-"""The backend protocol by example: a language model small enough to read, in numpy, with the reference objective.
+"""The backend protocol by example: a language model small enough to read, in numpy, with the
+reference objective.
 
-The next token's logits are `tokens[previous token] + image features @ vision`, where the image features are the mean of all pixels'
-patches. It learns, it is exact in float64, and a step takes milliseconds, so the loop's own tests run on it. `Together` runs several
-of them as the processes of one run, on threads.
+The next token's logits are `tokens[previous token] + image features @ vision`, where the image
+features are the mean of all pixels' patches. It learns, it is exact in float64, and a step takes
+milliseconds, so the loop's own tests run on it. `Together` runs several of them as the processes of
+one run, on threads.
 """
 
 from __future__ import annotations
@@ -43,21 +45,30 @@ Parameters = dict[str, Float64]
 
 
 class ToyEncoder:
-    """Encodes like `opd.prompts.encoder.PromptEncoder`: one image token, then a token for each letter of the question."""
+    """Encodes like `opd.prompts.encoder.PromptEncoder`: one image token, then a token for each
+    letter of the question."""
 
     stop = (STOP,)
     banned = (IMAGE,)
 
     def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
-        """A prompt of one visual token for each image and one token for each letter; pixels are its mean colours in 0..1."""
+        """A prompt of one visual token for each image and one token for each letter; pixels are its
+        mean colours in 0..1."""
         letters = [2 + ord(letter) % (VOCABULARY - 2) for letter in question]
         tokens = np.array([IMAGE] * len(images) + letters, np.int32)
-        colours = np.array([np.asarray(image, np.float32).reshape(-1, FEATURES).mean(0) / 255 for image in images], np.float32)
+        colours = np.array(
+            [np.asarray(image, np.float32).reshape(-1, FEATURES).mean(0) / 255 for image in images],
+            np.float32,
+        )
         place = np.arange(len(images), dtype=np.int32)
         boxes = np.array([[0, 0, *image.size] for image in images], np.float32)
         key = hashlib.sha256(colours.tobytes()).hexdigest()
         return Prompt(
-            tokens, np.arange(len(tokens), dtype=np.int32)[None], {"pixel_values": colours}, key, VisualTokens(place, place, boxes)
+            tokens,
+            np.arange(len(tokens), dtype=np.int32)[None],
+            {"pixel_values": colours},
+            key,
+            VisualTokens(place, place, boxes),
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -90,25 +101,36 @@ class ToyBackend:
         return values
 
     def sample(
-        self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
+        self,
+        prompts: Sequence[Prompt],
+        uniforms: FloatArray,
+        sampling: Sampling,
+        policy: Policy = "student",
     ) -> list[list[Completion]]:
         """See `Backend.sample`."""
         parameters = self.student if policy == "student" else self.teacher
         return [
-            [self._completion(parameters, prompt, row, sampling) for row in rows] for prompt, rows in zip(prompts, uniforms, strict=True)
+            [self._completion(parameters, prompt, row, sampling) for row in rows]
+            for prompt, rows in zip(prompts, uniforms, strict=True)
         ]
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
+    def accumulate(
+        self, groups: Sequence[Group], objective: Objective, split: int = 0
+    ) -> list[list[TokenStatistics]]:
         """See `Backend.accumulate`; a toy holds next to nothing, so there is nothing to split."""
         evaluations = self._evaluate(groups, objective)
         for group, row in zip(groups, evaluations, strict=True):
-            for completion, weights, evaluation in zip(group.completions, group.weights, row, strict=True):
+            for completion, weights, evaluation in zip(
+                group.completions, group.weights, row, strict=True
+            ):
                 outer = weights[:, None] * evaluation.gradient
                 np.add.at(self.gradient["tokens"], _previous(group.student, completion), outer)
                 self.gradient["vision"] += np.outer(_features(group.student), outer.sum(0))
         return [[_statistics(evaluation) for evaluation in row] for row in evaluations]
 
-    def score(self, groups: Sequence[Group], objective: Objective, top: int = 0) -> list[list[TokenStatistics]]:
+    def score(
+        self, groups: Sequence[Group], objective: Objective, top: int = 0
+    ) -> list[list[TokenStatistics]]:
         """See `Backend.score`."""
         evaluations = self._evaluate(groups, objective)
         if not top:
@@ -117,8 +139,12 @@ class ToyBackend:
             [
                 _statistics(
                     evaluation,
-                    self._alternatives(self.student, group.student, completion, objective.temperature, top),
-                    self._alternatives(self.teacher, group.teacher, completion, objective.temperature, top),
+                    self._alternatives(
+                        self.student, group.student, completion, objective.temperature, top
+                    ),
+                    self._alternatives(
+                        self.teacher, group.teacher, completion, objective.temperature, top
+                    ),
                 )
                 for completion, evaluation in zip(group.completions, row, strict=True)
             ]
@@ -131,14 +157,22 @@ class ToyBackend:
         norm = float(np.sqrt(sum((value**2).sum() for value in gradient.values())))
         if not np.isfinite(norm):
             return UpdateResult(norm, taken=False)
-        scale = 1.0 if update.gradient_clip is None or norm == 0 else min(1.0, update.gradient_clip / norm)
+        scale = (
+            1.0
+            if update.gradient_clip is None or norm == 0
+            else min(1.0, update.gradient_clip / norm)
+        )
         self.steps += 1
         b1, b2 = update.betas
         for name, value in self.student.items():
             g = scale * gradient[name]
             self.first[name] += (1 - b1) * (g - self.first[name])
             self.second[name] += (1 - b2) * (g**2 - self.second[name])
-            step = self.first[name] / (1 - b1**self.steps) / (np.sqrt(self.second[name] / (1 - b2**self.steps)) + update.epsilon)
+            step = (
+                self.first[name]
+                / (1 - b1**self.steps)
+                / (np.sqrt(self.second[name] / (1 - b2**self.steps)) + update.epsilon)
+            )
             value -= update.learning_rate * (step + update.weight_decay * value)
         return UpdateResult(norm, taken=True)
 
@@ -150,8 +184,17 @@ class ToyBackend:
     def save(self, folder: Path) -> None:
         """Writes `toy.npz`."""
         folder.mkdir(parents=True, exist_ok=True)
-        kinds = {"student": self.student, "teacher": self.teacher, "first": self.first, "second": self.second}
-        arrays: dict[str, Any] = {f"{kind}.{name}": value for kind, values in kinds.items() for name, value in values.items()}
+        kinds = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "first": self.first,
+            "second": self.second,
+        }
+        arrays: dict[str, Any] = {
+            f"{kind}.{name}": value
+            for kind, values in kinds.items()
+            for name, value in values.items()
+        }
         np.savez(folder / "toy.npz", **arrays, steps=np.array(self.steps))
 
     def load(self, folder: Path) -> None:
@@ -180,7 +223,9 @@ class ToyBackend:
     def _zeros(self) -> Parameters:
         return {name: np.zeros_like(value) for name, value in self.student.items()}
 
-    def _completion(self, parameters: Parameters, prompt: Prompt, uniforms: FloatArray, sampling: Sampling) -> Completion:
+    def _completion(
+        self, parameters: Parameters, prompt: Prompt, uniforms: FloatArray, sampling: Sampling
+    ) -> Completion:
         tokens: list[int] = []
         logprobs: list[float] = []
         last = int(prompt.tokens[-1])
@@ -192,12 +237,17 @@ class ToyBackend:
                 last = int(s.argmax())
             else:
                 cumulative = np.exp(s).cumsum()
-                last = min(VOCABULARY - 1, int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")))
+                last = min(
+                    VOCABULARY - 1,
+                    int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")),
+                )
             tokens.append(last)
             logprobs.append(float(s[last]))
             if last in sampling.stop:
                 break
-        return Completion(np.array(tokens, np.int32), np.array(logprobs, np.float32), last in sampling.stop)
+        return Completion(
+            np.array(tokens, np.int32), np.array(logprobs, np.float32), last in sampling.stop
+        )
 
     def _evaluate(self, groups: Sequence[Group], objective: Objective) -> list[list[Evaluation]]:
         return [
@@ -214,19 +264,35 @@ class ToyBackend:
             for group in groups
         ]
 
-    def _alternatives(self, parameters: Parameters, prompt: Prompt, completion: Completion, temperature: float, top: int) -> Alternatives:
+    def _alternatives(
+        self,
+        parameters: Parameters,
+        prompt: Prompt,
+        completion: Completion,
+        temperature: float,
+        top: int,
+    ) -> Alternatives:
         s = log_softmax(_logits(parameters, prompt, completion) / temperature)
         ids = np.argsort(-s, axis=-1)[:, :top]
         return Alternatives(ids.astype(np.int32), np.take_along_axis(s, ids, -1).astype(np.float32))
 
 
 class Together(ToyBackend):
-    """One of several toy processes that run on threads and meet at a barrier; `start` runs them all.
+    """One of several toy processes that run on threads and meet at a barrier; `start` runs them
+    all.
 
-    They meet in every `sample` and `accumulate` too, as processes that share a model's layers do: one call more or less breaks the run.
+    They meet in every `sample` and `accumulate` too, as processes that share a model's layers do:
+    one call more or less breaks the run.
     """
 
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, NDArray[np.float64]], seed: int = 0) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        barrier: threading.Barrier,
+        board: dict[int, NDArray[np.float64]],
+        seed: int = 0,
+    ) -> None:
         super().__init__(seed)
         self.rank, self.size = rank, size
         self._barrier, self._board = barrier, board
@@ -236,19 +302,28 @@ class Together(ToyBackend):
         self._board[self.rank] = values
         self._barrier.wait()
         if len({value.shape for value in self._board.values()}) > 1:
-            raise RuntimeError(f"the processes make different calls: {sorted((rank, value.shape) for rank, value in self._board.items())}")
+            raise RuntimeError(
+                "the processes make different calls:"
+                f" {sorted((rank, value.shape) for rank, value in self._board.items())}"
+            )
         result = np.sum([self._board[rank] for rank in range(self.size)], axis=0)
         self._barrier.wait()
         return np.asarray(result)
 
     def sample(
-        self, prompts: Sequence[Prompt], uniforms: FloatArray, sampling: Sampling, policy: Policy = "student"
+        self,
+        prompts: Sequence[Prompt],
+        uniforms: FloatArray,
+        sampling: Sampling,
+        policy: Policy = "student",
     ) -> list[list[Completion]]:
         """Samples, together with the others."""
         self.total(SAMPLE)
         return super().sample(prompts, uniforms, sampling, policy)
 
-    def accumulate(self, groups: Sequence[Group], objective: Objective, split: int = 0) -> list[list[TokenStatistics]]:
+    def accumulate(
+        self, groups: Sequence[Group], objective: Objective, split: int = 0
+    ) -> list[list[TokenStatistics]]:
         """Accumulates, together with the others."""
         self.total(ACCUMULATE)
         return super().accumulate(groups, objective, split)
@@ -263,7 +338,9 @@ class Together(ToyBackend):
         def guarded(rank: int) -> None:
             try:
                 run(Together(rank, size, barrier, board))
-            except BaseException as failure:  # a failed thread must not leave the others at the barrier
+            except (
+                BaseException
+            ) as failure:  # a failed thread must not leave the others at the barrier
                 failures.append(failure)
                 barrier.abort()
 
@@ -281,16 +358,22 @@ def _features(prompt: Prompt) -> Float64:
 
 
 def _previous(prompt: Prompt, completion: Completion) -> NDArray[np.int32]:
-    """The token before each completion token [T]; before the first one stands the last prompt token."""
+    """The token before each completion token [T]; before the first one stands the last prompt
+    token."""
     return np.concatenate([prompt.tokens[-1:], completion.tokens[:-1]])
 
 
 def _logits(parameters: Parameters, prompt: Prompt, completion: Completion) -> Float64:
-    return np.asarray(parameters["tokens"][_previous(prompt, completion)] + _features(prompt) @ parameters["vision"])
+    return np.asarray(
+        parameters["tokens"][_previous(prompt, completion)]
+        + _features(prompt) @ parameters["vision"]
+    )
 
 
 def _statistics(
-    evaluation: Evaluation, student_top: Alternatives | None = None, teacher_top: Alternatives | None = None
+    evaluation: Evaluation,
+    student_top: Alternatives | None = None,
+    teacher_top: Alternatives | None = None,
 ) -> TokenStatistics:
     return TokenStatistics(
         student_logprobs=evaluation.student_logprobs.astype(np.float32),

@@ -1,7 +1,8 @@
-"""Scenes with coloured tiles that show digits, made from a seed: no file, no network, no global random state.
+"""Scenes with coloured tiles that show digits, made from a seed: no file, no network, no global
+random state.
 
-A scene is a shaded, noisy background with muted clutter and tiles of distinct colours, each with one digit. The question asks for the
-digit of one colour, and the evidence box is that tile.
+A scene is a shaded, noisy background with muted clutter and tiles of distinct colours, each with
+one digit. The question asks for the digit of one colour, and the evidence box is that tile.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from PIL import Image, ImageChops, ImageDraw
 from opd.types import Box, Example
 
 Split: TypeAlias = Literal["pretrain", "train", "choice", "fresh"]
-"""What a scene may be used for: "choice" for any decision that is made, "fresh" for numbers that no decision was made on."""
+"""What a scene may be used for: "choice" for any decision that is made, "fresh" for numbers that no
+decision was made on."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -33,7 +35,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 TILE = 18
 """Side of a tile in pixels."""
 MARGIN = 6
-"""Free pixels between a tile and the border of the canvas, so that a crop with this margin is never cut."""
+"""Free pixels between a tile and the border of the canvas, so that a crop with this margin is never
+cut."""
 GAP = 2
 """Free pixels between two tiles, along one of the axes."""
 
@@ -66,7 +69,8 @@ TILE_LOW, TILE_HIGH = [-12, -12, -12, 0, -1, -1], [13, 13, 13, 40, 2, 2]
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a scene: its `colour` by name, the `digit` it shows, and its upper left corner `x`, `y` in pixels."""
+    """One tile of a scene: its `colour` by name, the `digit` it shows, and its upper left corner
+    `x`, `y` in pixels."""
 
     colour: str
     digit: int
@@ -81,7 +85,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn scene and all that is known of it; `target` is the tile that the question asks for."""
+    """A drawn scene and all that is known of it; `target` is the tile that the question asks
+    for."""
 
     image: Image.Image
     tiles: tuple[Tile, ...]
@@ -99,20 +104,29 @@ class Scene:
 
 
 class Scenes(Sequence[Example]):
-    """`count` examples of the task, each drawn when it is asked for; item i depends on nothing but the arguments and i.
+    """`count` examples of the task, each drawn when it is asked for; item i depends on nothing but
+    the arguments and i.
 
-    `tiles` (1 to 8) are placed on a canvas of `size` x `size` pixels. With `labelled` False no example has an answer, and all else is
-    the same. Scenes of different splits, and of different tiles or sizes, have nothing in common.
+    `tiles` (1 to 8) are placed on a canvas of `size` x `size` pixels. With `labelled` False no
+    example has an answer, and all else is the same. Scenes of different splits, and of different
+    tiles or sizes, have nothing in common.
     """
 
-    def __init__(self, split: str, count: int, tiles: int = 8, size: int = 128, labelled: bool = True) -> None:
+    def __init__(
+        self, split: str, count: int, tiles: int = 8, size: int = 128, labelled: bool = True
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, but must be one of {', '.join(SPLITS)}")
         if count < 0:
             raise ValueError(f"count is {count}, but must not be negative")
         if not 1 <= tiles <= len(COLOURS):
-            raise ValueError(f"tiles is {tiles}, but must be 1 to {len(COLOURS)}: no two tiles share a colour")
-        if 2 * tiles > max(2, ((size - 2 * MARGIN + GAP) // (TILE + GAP)) ** 2) or size < TILE + 2 * MARGIN:
+            raise ValueError(
+                f"tiles is {tiles}, but must be 1 to {len(COLOURS)}: no two tiles share a colour"
+            )
+        if (
+            2 * tiles > max(2, ((size - 2 * MARGIN + GAP) // (TILE + GAP)) ** 2)
+            or size < TILE + 2 * MARGIN
+        ):
             raise ValueError(f"size is {size}, which is too small for {tiles} tiles")
         self.split: Split = split
         self._length = count
@@ -147,7 +161,8 @@ class Scenes(Sequence[Example]):
         )
 
     def scene(self, index: int) -> Scene:
-        """The scene at `index`, with what an example does not tell: where all the other tiles are."""
+        """The scene at `index`, with what an example does not tell: where all the other tiles
+        are."""
         name = f"opd.tiny/{self.split}/{self.tiles}/{self.size}/{index}"
         key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
         return draw_scene(np.random.Generator(np.random.Philox(key=key)), self.tiles, self.size)
@@ -158,18 +173,26 @@ def draw_scene(random: np.random.Generator, tiles: int, size: int) -> Scene:
     names = random.permutation(list(COLOURS))[:tiles]
     digits = random.integers(0, 10, tiles)
     corners = place_tiles(random, tiles, size)
-    placed = tuple(Tile(str(name), int(digit), int(x), int(y)) for name, digit, (x, y) in zip(names, digits, corners, strict=True))
+    placed = tuple(
+        Tile(str(name), int(digit), int(x), int(y))
+        for name, digit, (x, y) in zip(names, digits, corners, strict=True)
+    )
     image = draw_background(random, size)
     canvas = ImageDraw.Draw(image)
     draw_clutter(random, canvas, size)
-    for tile, numbers in zip(placed, random.integers(TILE_LOW, TILE_HIGH, (tiles, len(TILE_LOW))).tolist(), strict=True):
+    for tile, numbers in zip(
+        placed, random.integers(TILE_LOW, TILE_HIGH, (tiles, len(TILE_LOW))).tolist(), strict=True
+    ):
         draw_tile(canvas, tile, numbers)
     noise = Image.fromarray(random.integers(0, 21, (size, size, 3), dtype=np.uint8))
-    return Scene(ImageChops.add(image, noise, offset=-10), placed, placed[int(random.integers(tiles))])
+    return Scene(
+        ImageChops.add(image, noise, offset=-10), placed, placed[int(random.integers(tiles))]
+    )
 
 
 def place_tiles(random: np.random.Generator, tiles: int, size: int) -> list[tuple[int, int]]:
-    """Upper left corners of tiles that do not touch; a placement that leaves no room for the next tile starts again."""
+    """Upper left corners of tiles that do not touch; a placement that leaves no room for the next
+    tile starts again."""
     pitch = TILE + GAP
     while True:
         corners: list[tuple[int, int]] = []
@@ -185,16 +208,23 @@ def draw_background(random: np.random.Generator, size: int) -> Image.Image:
     grey = random.integers(70, 190)
     light = random.integers(-35, 36, (2, 2, 1))
     corners = grey + light + random.integers(-14, 15, (2, 2, 3))
-    return Image.fromarray(corners.astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
+    return Image.fromarray(corners.astype(np.uint8)).resize(
+        (size, size), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5)
+    )
 
 
 def draw_clutter(random: np.random.Generator, canvas: ImageDraw.ImageDraw, size: int) -> None:
-    """Draw muted bars and blobs, in proportion to the canvas: about 24 on one of 128 x 128 pixels."""
+    """Draw muted bars and blobs, in proportion to the canvas: about 24 on one of 128 x 128
+    pixels."""
     shapes = max(4, size * size // 680)
     centres = random.integers(0, size, (shapes, 2)).tolist()
     halves = random.integers(1, 9, (shapes, 2)).tolist()
-    colours = np.clip(random.integers(50, 206, (shapes, 1)) + random.integers(-18, 19, (shapes, 3)), 0, 255).tolist()
-    for number, ((x, y), (width, height), colour) in enumerate(zip(centres, halves, colours, strict=True)):
+    colours = np.clip(
+        random.integers(50, 206, (shapes, 1)) + random.integers(-18, 19, (shapes, 3)), 0, 255
+    ).tolist()
+    for number, ((x, y), (width, height), colour) in enumerate(
+        zip(centres, halves, colours, strict=True)
+    ):
         outline = (x - width, y - height, x + width, y + height)
         if number % 2:
             canvas.ellipse(outline, fill=tuple(colour))
@@ -203,12 +233,17 @@ def draw_clutter(random: np.random.Generator, canvas: ImageDraw.ImageDraw, size:
 
 
 def draw_tile(canvas: ImageDraw.ImageDraw, tile: Tile, numbers: Sequence[int]) -> None:
-    """Draw a tile in a shade of its colour, and its digit off the centre by up to a pixel: light on dark, or dark on light.
+    """Draw a tile in a shade of its colour, and its digit off the centre by up to a pixel: light on
+    dark, or dark on light.
 
-    `numbers`: what is added to red, green and blue, the darkness or lightness of the ink, and the digit's offset.
+    `numbers`: what is added to red, green and blue, the darkness or lightness of the ink, and the
+    digit's offset.
     """
     *shade, ink, left, top = numbers
-    fill = tuple(min(255, max(0, value + change)) for value, change in zip(COLOURS[tile.colour], shade, strict=True))
+    fill = tuple(
+        min(255, max(0, value + change))
+        for value, change in zip(COLOURS[tile.colour], shade, strict=True)
+    )
     canvas.rectangle((tile.x, tile.y, tile.x + TILE - 1, tile.y + TILE - 1), fill=fill)
     bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
     ink += 0 if bright else 216

@@ -1,1 +1,2 @@
-"""An example becomes what each policy sees: the student the whole images, the teacher the evidence."""
+"""An example becomes what each policy sees: the student the whole images, the teacher the
+evidence."""

@@ -1,4 +1,5 @@
-"""An example's question as each policy is asked it: with the options of a choice, and with a marker for each image.
+"""An example's question as each policy is asked it: with the options of a choice, and with a marker
+for each image.
 
 The options are part of the question: student and teacher are asked the same.
 """
@@ -16,7 +17,8 @@ def student_question(example: Example) -> str:
 
 
 def teacher_question(example: Example, options: ViewOptions) -> str:
-    """The same for the teacher; a marker is repeated for all views of its image, so that they stand together in its place."""
+    """The same for the teacher; a marker is repeated for all views of its image, so that they stand
+    together in its place."""
     question = example.question if example.teacher_question is None else example.teacher_question
     first, *rest = with_choices(question, example.choices).split(IMAGE_MARKER)
     # All images that have no marker follow the last one, so it is repeated by the encoder.

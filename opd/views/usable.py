@@ -1,6 +1,7 @@
 """One row as the two policies see it, or the reason why it cannot be used.
 
-Training and measuring encode rows here alone, so that both skip the same rows, count them and name them.
+Training and measuring encode rows here alone, so that both skip the same rows, count them and name
+them.
 """
 
 from __future__ import annotations
@@ -30,17 +31,23 @@ class Unusable(DataError):
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
-        self.kind = kind or re.sub(r"(\.\.\.[\s,x:;]*)+", "... ", ITS_OWN.sub("...", reason)).strip(" .:;,") or reason
+        self.kind = (
+            kind
+            or re.sub(r"(\.\.\.[\s,x:;]*)+", "... ", ITS_OWN.sub("...", reason)).strip(" .:;,")
+            or reason
+        )
 
 
 class Skipped:
-    """The rows that could not be used: `reasons` by row, and `kinds` of reasons by row. A row is told once, and only the first few are.
+    """The rows that could not be used: `reasons` by row, and `kinds` of reasons by row. A row is
+    told once, and only the first few are.
 
     Safe for threads: rows are encoded ahead on another thread.
     """
 
     def __init__(self, progress: Progress, earlier: Iterable[Mapping[str, str]] = ()) -> None:
-        """`earlier`: those of an earlier part of the same run, as `records` gives them; they are not told again."""
+        """`earlier`: those of an earlier part of the same run, as `records` gives them; they are
+        not told again."""
         self.reasons: dict[str, str] = {}
         self.kinds: dict[str, str] = {}
         self._progress = progress
@@ -60,12 +67,17 @@ class Skipped:
         if new and count <= TOLD:
             self._progress.note(f"skipped {row}: {error}")
         elif new and count == TOLD + 1:
-            self._progress.note("more rows are skipped; they are counted, and no longer told one by one")
+            self._progress.note(
+                "more rows are skipped; they are counted, and no longer told one by one"
+            )
 
     def records(self) -> list[dict[str, str]]:
         """Every row with its reason, in the order in which they fell out."""
         with self._lock:
-            return [{"row": row, "reason": reason, "kind": self.kinds[row]} for row, reason in self.reasons.items()]
+            return [
+                {"row": row, "reason": reason, "kind": self.kinds[row]}
+                for row, reason in self.reasons.items()
+            ]
 
     def new(self) -> list[dict[str, str]]:
         """The `records` since the last call."""
@@ -80,7 +92,9 @@ class Skipped:
 
 def reasons(kinds: Iterable[str]) -> str:
     """Kinds of reasons in words, the most frequent first, each with the number of its rows."""
-    return ", ".join(f"{plural(count, 'row')}: {kind}" for kind, count in Counter(kinds).most_common())
+    return ", ".join(
+        f"{plural(count, 'row')}: {kind}" for kind, count in Counter(kinds).most_common()
+    )
 
 
 def encode_student(encoder: Encoder, example: Example) -> Prompt:
@@ -89,16 +103,21 @@ def encode_student(encoder: Encoder, example: Example) -> Prompt:
 
 
 def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
-    """The same prompt with the images swapped for the teacher's, and the question where the example gives another one."""
-    bound = getattr(encoder, "max_pixels", None)  # an encoder may say up to which size its images keep what a crop is enlarged to
+    """The same prompt with the images swapped for the teacher's, and the question where the example
+    gives another one."""
+    # an encoder may say up to which size its images keep what a crop is enlarged to
+    bound = getattr(encoder, "max_pixels", None)
     images = teacher_images(example, view, bound("teacher") if bound else MAX_PIXELS)
     return encoder.encode(images, teacher_question(example, view), "teacher")
 
 
-def encode(encoder: Encoder, example: Example, view: ViewOptions, limit: int | None = None) -> tuple[Prompt, Prompt]:
+def encode(
+    encoder: Encoder, example: Example, view: ViewOptions, limit: int | None = None
+) -> tuple[Prompt, Prompt]:
     """The student's and the teacher's prompt of a row, each of at most `limit` tokens.
 
-    Raises Unusable where the row has none, and other errors of `opd.errors` where no row could have one.
+    Raises Unusable where the row has none, and other errors of `opd.errors` where no row could have
+    one.
     """
     with _guarded(example):
         prompts = encode_student(encoder, example), encode_teacher(encoder, example, view)
@@ -108,8 +127,14 @@ def encode(encoder: Encoder, example: Example, view: ViewOptions, limit: int | N
     return prompts
 
 
-def lengths(encoder: Encoder, example: Example, view: ViewOptions, size_of: Callable[..., tuple[int, int]] = image_size) -> tuple[int, int]:
-    """Tokens of both prompts of a row, from the sizes of its images where the encoder can tell them so; raises as `encode` does."""
+def lengths(
+    encoder: Encoder,
+    example: Example,
+    view: ViewOptions,
+    size_of: Callable[..., tuple[int, int]] = image_size,
+) -> tuple[int, int]:
+    """Tokens of both prompts of a row, from the sizes of its images where the encoder can tell them
+    so; raises as `encode` does."""
     if not isinstance(encoder, SizedEncoder):
         student, teacher = encode(encoder, example, view)
         return len(student), len(teacher)
@@ -134,13 +159,20 @@ def _guarded(example: Example) -> Iterator[None]:
         raise Unusable(str(error)) from error
     except (OpdError, MemoryError):  # a machine without memory would lose every row, one by one
         raise
-    except Exception as error:  # whatever the libraries that read images and texts raise for one of them
-        raise Unusable(f"the row cannot be encoded: {one_line(error)}", "the row cannot be encoded") from error
+    except (
+        Exception
+    ) as error:  # whatever the libraries that read images and texts raise for one of them
+        raise Unusable(
+            f"the row cannot be encoded: {one_line(error)}", "the row cannot be encoded"
+        ) from error
 
 
 def too_long(tokens: int, limit: int) -> tuple[str, str]:
     """The reason of a prompt above the limit, and its kind."""
-    return f"prompt of {plural(tokens, 'token')}, above data.max_prompt_tokens = {limit}", f"above data.max_prompt_tokens = {limit}"
+    return (
+        f"prompt of {plural(tokens, 'token')}, above data.max_prompt_tokens = {limit}",
+        f"above data.max_prompt_tokens = {limit}",
+    )
 
 
 def name(example: Example) -> str:

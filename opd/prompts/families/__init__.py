@@ -1,4 +1,5 @@
-"""What differs between families of vision-language models when a prompt is encoded; one module per family.
+"""What differs between families of vision-language models when a prompt is encoded; one module per
+family.
 
 Legend: P prompt tokens. A family is found by the `model_type` of the model's config.json.
 """
@@ -45,25 +46,37 @@ class Family(Protocol):
     def banned(self) -> tuple[str, ...]:
         """Tokens that never appear in a completion."""
 
-    def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
-        """The image processor's own options that keep an image between so many pixels; None leaves the model's bound.
+    def sizes(
+        self, processor: Any, min_pixels: int | None, max_pixels: int | None
+    ) -> dict[str, Any]:
+        """The image processor's own options that keep an image between so many pixels; None leaves
+        the model's bound.
 
         Raises ModelError where the family has no such bound.
         """
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """The width * height to which the image processor brings larger images; `sizes` as the method of that name returns them."""
+        """The width * height to which the image processor brings larger images; `sizes` as the
+        method of that name returns them."""
 
-    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
-        """Raises ModelError where the image processor, whose settings stand in `file`, is not that of the model's tower.
+    def check(
+        self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path
+    ) -> None:
+        """Raises ModelError where the image processor, whose settings stand in `file`, is not that
+        of the model's tower.
 
         `settings`: processor_config.json; `config`: config.json with its defaults.
         """
 
     def lay_out(
-        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+        self,
+        processor: Any,
+        images: Sequence[Image],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
-        """The model's forward arguments for `images`, and how each stands in the prompt. Raises ValueError as the processor does."""
+        """The model's forward arguments for `images`, and how each stands in the prompt. Raises
+        ValueError as the processor does."""
 
     def layouts(
         self,
@@ -72,10 +85,14 @@ class Family(Protocol):
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """How images of these (width, height) stand in the prompt: the layouts of `lay_out`, without pixels."""
+        """How images of these (width, height) stand in the prompt: the layouts of `lay_out`,
+        without pixels."""
 
-    def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
-        """Rotary positions int32 [axes, P] of an expanded prompt, as the model's own code numbers them; `grids` of all tiles."""
+    def positions(
+        self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]
+    ) -> IntArray:
+        """Rotary positions int32 [axes, P] of an expanded prompt, as the model's own code numbers
+        them; `grids` of all tiles."""
 
 
 FAMILIES: tuple[Family, ...] = (QwenVL(), Gemma3(), Idefics3())
@@ -90,5 +107,7 @@ def family(model_type: str) -> Family:
     """The family of a `model_type`. Raises ModelError, which names the supported ones."""
     known = model_types()
     if model_type not in known:
-        raise ModelError(f"model_type '{model_type}' is not supported; supported: {', '.join(sorted(known))}")
+        raise ModelError(
+            f"model_type '{model_type}' is not supported; supported: {', '.join(sorted(known))}"
+        )
     return known[model_type]

@@ -1,4 +1,5 @@
-"""Gemma 3: every image is stretched to one square and becomes a fixed number of visual tokens, which see each other in both directions.
+"""Gemma 3: every image is stretched to one square and becomes a fixed number of visual tokens,
+which see each other in both directions.
 
 Pan and scan (crops of the same image beside it) is off, as in the published processors.
 Source: `Gemma3Processor` and `Gemma3ImageProcessor` of transformers 5.
@@ -41,36 +42,65 @@ class Gemma3:
         names = ("boi_token", "eoi_token", "image_token")
         return Gemma3(*(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True)))
 
-    def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
-        """There is nothing to bound: raises ModelError where a bound is asked for that does not hold anyway."""
+    def sizes(
+        self, processor: Any, min_pixels: int | None, max_pixels: int | None
+    ) -> dict[str, Any]:
+        """There is nothing to bound: raises ModelError where a bound is asked for that does not
+        hold anyway."""
         size, own = processor.size, self.most_pixels(processor, {})
-        if (min_pixels is not None and min_pixels > own) or (max_pixels is not None and max_pixels < own):
-            raise ModelError(f"gemma3 sees every image at {size['width']} x {size['height']} pixels; leave min_pixels and max_pixels at 0")
+        if (min_pixels is not None and min_pixels > own) or (
+            max_pixels is not None and max_pixels < own
+        ):
+            raise ModelError(
+                f"gemma3 sees every image at {size['width']} x {size['height']} pixels; leave"
+                " min_pixels and max_pixels at 0"
+            )
         return {}
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
         """See `Family`."""
         return int(processor.size["height"]) * int(processor.size["width"])
 
-    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
+    def check(
+        self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path
+    ) -> None:
         """The square is the tower's, and both count the same tokens."""
         vision, tokens = config["vision_config"], config["mm_tokens_per_image"]
         size = edges(processor.size)
         for side in ("height", "width"):
-            equal(file, f"size.{side}", size.get(side), "vision_config.image_size", vision["image_size"])
+            equal(
+                file,
+                f"size.{side}",
+                size.get(side),
+                "vision_config.image_size",
+                vision["image_size"],
+            )
         check_channels(file, processor, vision["num_channels"])
         check_switch(file, processor, "do_resize", True)
-        check_switch(file, processor, "do_pan_and_scan", False)  # it adds crops of the image, and a text, to a prompt
+        # it adds crops of the image, and a text, to a prompt
+        check_switch(file, processor, "do_pan_and_scan", False)
         if "image_seq_length" in settings:
-            equal(file.with_name("processor_config.json"), "image_seq_length", settings["image_seq_length"], "mm_tokens_per_image", tokens)
+            equal(
+                file.with_name("processor_config.json"),
+                "image_seq_length",
+                settings["image_seq_length"],
+                "mm_tokens_per_image",
+                tokens,
+            )
 
     def lay_out(
-        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+        self,
+        processor: Any,
+        images: Sequence[Image],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
         """Pixels [images, 3, H, W]; the line breaks around an image belong to its text."""
         found = processor(images=list(images), return_tensors="np", do_pan_and_scan=False, **sizes)
         sizes_given = [image.size for image in images]
-        return {"pixel_values": plain(found["pixel_values"])}, self.layouts(processor, sizes_given, sizes, config)
+        return {"pixel_values": plain(found["pixel_values"])}, self.layouts(
+            processor, sizes_given, sizes, config
+        )
 
     def layouts(
         self,
@@ -81,9 +111,13 @@ class Gemma3:
     ) -> list[Layout]:
         """See `Family`."""
         side = isqrt(int(config.get("mm_tokens_per_image", 256)))
-        layout = Layout(f"\n\n{self.placeholder}{self.image_token}{self.end}\n\n", (Tile((side, side)),))
+        layout = Layout(
+            f"\n\n{self.placeholder}{self.image_token}{self.end}\n\n", (Tile((side, side)),)
+        )
         return [layout] * len(images)
 
-    def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
+    def positions(
+        self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]
+    ) -> IntArray:
         """int32 [1, P]: one after the other."""
         return counted(tokens)

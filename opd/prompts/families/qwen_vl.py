@@ -1,7 +1,9 @@
-"""Qwen2.5-VL, Qwen3-VL and Qwen3.5: visual tokens in a grid of merged patches, three-axis rotary positions (mRoPE).
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5: visual tokens in a grid of merged patches, three-axis rotary
+positions (mRoPE).
 
-The processor stretches the whole image to multiples of patch size * merge size, so the grid tiles the image evenly.
-Source: `get_rope_index` of each model and `Qwen2VLImageProcessor` of transformers 5.
+The processor stretches the whole image to multiples of patch size * merge size, so the grid tiles
+the image evenly. Source: `get_rope_index` of each model and `Qwen2VLImageProcessor` of transformers
+5.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ class QwenVL:
 
     model_types = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
     image_token: str = "<|image_pad|>"
-    banned: tuple[str, ...] = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    banned: tuple[str, ...] = (
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    )
 
     @property
     def placeholder(self) -> str:
@@ -40,12 +47,19 @@ class QwenVL:
         tokens = tuple(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True))
         return QwenVL(tokens[2], tokens)
 
-    def sizes(self, processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
-        """Bounds on width * height after resizing; the processor calls them edges but compares areas."""
-        size = {"shortest_edge": processor.size["shortest_edge"], "longest_edge": processor.size["longest_edge"]}
+    def sizes(
+        self, processor: Any, min_pixels: int | None, max_pixels: int | None
+    ) -> dict[str, Any]:
+        """Bounds on width * height after resizing; the processor calls them edges but compares
+        areas."""
+        size = {
+            "shortest_edge": processor.size["shortest_edge"],
+            "longest_edge": processor.size["longest_edge"],
+        }
         if max_pixels is not None:
             size["longest_edge"] = max_pixels
-            # Only where the caller did not set it: a limit below the model's own minimum must still hold.
+            # Only where the caller did not set it: a limit below the model's own minimum must still
+            # hold.
             size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
         if min_pixels is not None:
             size["shortest_edge"] = min_pixels
@@ -56,26 +70,45 @@ class QwenVL:
         """See `Family`."""
         return int(sizes["size"]["longest_edge"])
 
-    def check(self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> None:
+    def check(
+        self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path
+    ) -> None:
         """Patches, merges and frames are the tower's, and the bounds on pixels are some."""
         vision = config["vision_config"]
-        for key, name in (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2):
+        for key, name in (
+            ("patch_size",) * 2,
+            ("merge_size", "spatial_merge_size"),
+            ("temporal_patch_size",) * 2,
+        ):
             equal(file, key, getattr(processor, key), f"vision_config.{name}", vision[name])
         check_channels(file, processor, vision["in_channels"])
         size = edges(processor.size)
         check_edge(file, "size.longest_edge", size.get("longest_edge"), 2**40)
-        check_edge(file, "size.shortest_edge", size.get("shortest_edge"), min(ENLARGED, size["longest_edge"]))
+        check_edge(
+            file,
+            "size.shortest_edge",
+            size.get("shortest_edge"),
+            min(ENLARGED, size["longest_edge"]),
+        )
 
     def lay_out(
-        self, processor: Any, images: Sequence[Image], sizes: Mapping[str, Any], config: Mapping[str, Any]
+        self,
+        processor: Any,
+        images: Sequence[Image],
+        sizes: Mapping[str, Any],
+        config: Mapping[str, Any],
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
-        """Patches of all images in one array, and their grids; merge_size by merge_size patches make a visual token."""
+        """Patches of all images in one array, and their grids; merge_size by merge_size patches
+        make a visual token."""
         if _is_plain(processor):
             found = _patches(processor, images, sizes["size"])
         else:
             found = processor(images=list(images), return_tensors="np", **sizes)
         merge = processor.merge_size
-        grids = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in found["image_grid_thw"]]
+        grids = [
+            (int(rows) // merge, int(columns) // merge)
+            for _, rows, columns in found["image_grid_thw"]
+        ]
         arrays = {name: plain(found[name]) for name in ("pixel_values", "image_grid_thw")}
         return arrays, [Layout(self.placeholder, (Tile(grid),)) for grid in grids]
 
@@ -95,8 +128,11 @@ class QwenVL:
             found.append(Layout(self.placeholder, (Tile((height // side, width // side)),)))
         return found
 
-    def positions(self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]) -> IntArray:
-        """int32 [3, P]: text counts up on all axes; an image stands at one time, and takes max(rows, columns) positions."""
+    def positions(
+        self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]
+    ) -> IntArray:
+        """int32 [3, P]: text counts up on all axes; an image stands at one time, and takes
+        max(rows, columns) positions."""
         parts: list[NDArray[np.int64]] = []
         place, end = 0, 0
         remaining = np.asarray(tokens) == image_token
@@ -114,7 +150,12 @@ class QwenVL:
 
 def _is_plain(processor: Any) -> bool:
     """Whether a processor does what `_patches` does, and nothing else."""
-    steps = (processor.do_resize, processor.do_rescale, processor.do_normalize, processor.do_convert_rgb)
+    steps = (
+        processor.do_resize,
+        processor.do_rescale,
+        processor.do_normalize,
+        processor.do_convert_rgb,
+    )
     return type(processor).__name__ == "Qwen2VLImageProcessorPil" and all(steps)
 
 
@@ -124,28 +165,40 @@ def _resized(processor: Any, image: tuple[int, int], size: Mapping[str, int]) ->
 
     width, height = image
     side = processor.patch_size * processor.merge_size
-    found: tuple[int, int] = smart_resize(height, width, side, size["shortest_edge"], size["longest_edge"])
+    found: tuple[int, int] = smart_resize(
+        height, width, side, size["shortest_edge"], size["longest_edge"]
+    )
     return found
 
 
-def _patches(processor: Any, images: Sequence[Image], size: Mapping[str, int]) -> dict[str, NDArray[np.generic]]:
+def _patches(
+    processor: Any, images: Sequence[Image], size: Mapping[str, int]
+) -> dict[str, NDArray[np.generic]]:
     """What the processor gives, to the bit, in a quarter of its time.
 
-    An eight-bit value has one of 256 results, so patches are cut from bytes and looked up; and every image stands in
-    `temporal_patch_size` frames, all alike.
+    An eight-bit value has one of 256 results, so patches are cut from bytes and looked up; and
+    every image stands in `temporal_patch_size` frames, all alike.
     """
     side, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
-    table = _table(float(processor.rescale_factor), tuple(processor.image_mean), tuple(processor.image_std))
+    table = _table(
+        float(processor.rescale_factor), tuple(processor.image_mean), tuple(processor.image_std)
+    )
     pixels, grids = [], []
     for image in images:
         height, width = _resized(processor, image.size, size)
         if (width, height) != image.size:
             image = image.resize((width, height), processor.resample)
         rows, columns = height // side, width // side
-        cut = np.asarray(image).reshape(rows // merge, merge, side, columns // merge, merge, side, -1).transpose(0, 3, 1, 4, 6, 2, 5)
+        cut = (
+            np.asarray(image)
+            .reshape(rows // merge, merge, side, columns // merge, merge, side, -1)
+            .transpose(0, 3, 1, 4, 6, 2, 5)
+        )
         values = np.empty((rows * columns, cut.shape[4], frames, side * side), np.float32)
         for channel, its in enumerate(table):
-            values[:, channel] = its.take(cut[..., channel, :, :].reshape(rows * columns, 1, side * side))
+            values[:, channel] = its.take(
+                cut[..., channel, :, :].reshape(rows * columns, 1, side * side)
+            )
         pixels.append(values.reshape(rows * columns, -1))
         grids.append([1, rows, columns])
     return {"pixel_values": np.concatenate(pixels), "image_grid_thw": np.array(grids)}
@@ -157,5 +210,7 @@ def _table(factor: float, mean: tuple[float, ...], deviation: tuple[float, ...])
     from transformers.image_transforms import normalize, rescale
 
     every = np.tile(np.arange(256, dtype=np.uint8), (len(mean), 1, 1))
-    found: FloatArray = normalize(rescale(every, factor), mean, deviation, input_data_format="channels_first")
+    found: FloatArray = normalize(
+        rescale(every, factor), mean, deviation, input_data_format="channels_first"
+    )
     return found[:, 0]
