@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +121,21 @@ def test_a_teacher_is_blamed_for_weights_of_its_own(loaded):
     with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
         backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0), "teacher")
     assert backend.sample([prompt], np.full((1, 1, 2), 0.5, np.float32), Sampling(1.0), "student")
+
+
+def test_logits_are_looked_at_where_a_gpu_checks_seldom(loaded):
+    """A rollout that ends between two checks is checked at its end."""
+    backend, prompt = loaded
+    change(backend, np.nan)
+    if hasattr(backend, "_model"):
+        model = backend._model
+        backend._model = replace(model, device=replace(model.device, steps_ahead=3))
+    else:
+        from tests.torch_cases import on_device
+
+        on_device(backend, check_every=8)
+    with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
+        backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0))
 
 
 def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
