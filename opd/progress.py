@@ -39,17 +39,17 @@ class Quiet:
     stopping = False
 
     def begin(self, phase: str, total: int, done: int = 0) -> None:
-        """See `Progress`."""
+        """Shows no phase."""
 
     def advance(self, units: int) -> None:
-        """See `Progress`."""
+        """Shows no bar."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """See `Progress`."""
+        """Shows no metrics."""
 
     def note(self, message: str) -> None:
-        """See `Progress`."""
+        """Shows no message."""
 
     def pause(self) -> AbstractContextManager[None]:
-        """See `Progress`."""
+        """Leaves the screen as it is."""
         return nullcontext()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.method.microbatch import completions_at_once, largest_count, microbatches, microbatches_of
-from opd.method.rollout import Pair, completions, drop_unusable, groups, padding_group, sample
+from opd.method.rollout import Pair, cut_at_stop, drop_unusable, groups, padding_group, sample
 from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.views import usable
@@ -47,11 +47,11 @@ def test_the_longest_completion_of_a_micro_batch_counts_for_all_in_it():
 def test_rows_are_cut_behind_their_first_stop_token():
     tokens = np.array([[5, 0, 7], [1, 2, 3], [0, 0, 9], [4, 4, 8]])
     logprobs = -np.arange(12, dtype=np.float32).reshape(4, 3)
-    found = completions(tokens, logprobs, 2, stop=(0, 8))
+    found = cut_at_stop(tokens, logprobs, 2, stop=(0, 8))
     assert [[one.tokens.tolist() for one in row] for row in found] == [[[5, 0], [1, 2, 3]], [[0], [4, 4, 8]]]
     assert [[one.logprobs.tolist() for one in row] for row in found] == [[[0, -1], [-3, -4, -5]], [[-6], [-9, -10, -11]]]
     assert [[one.finished for one in row] for row in found] == [[True, False], [True, True]]
-    assert {len(one) for row in completions(tokens, logprobs, 4, stop=()) for one in row} == {3}
+    assert {len(one) for row in cut_at_stop(tokens, logprobs, 4, stop=()) for one in row} == {3}
 
 
 def test_what_is_dropped_is_counted():

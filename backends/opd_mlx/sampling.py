@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.method.rollout import completions
+from opd.method.rollout import cut_at_stop
 from opd.types import Completion, FloatArray, IntArray, Prompt, Sampling
 from opd_mlx.batch import Batch, DecodeStep, Prefixes, lay_out_prefixes
 from opd_mlx.forward import PromptCache, concatenate_caches, decode, prefill, select_rows, warm
@@ -54,7 +54,7 @@ def sample(
     _, n, limit = uniforms.shape
     live = _begin(model, prompts, n, limit)
     mx.eval(head, model.module.parameters())
-    return completions(*_lockstep(model, head, live, uniforms, sampling), n, sampling.stop)
+    return cut_at_stop(*_lockstep(model, head, live, uniforms, sampling), n, sampling.stop)
 
 
 def read_prompts(model: Model, prompts: Sequence[Prompt]) -> PrefilledPrompts:

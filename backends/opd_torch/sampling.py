@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd.method.rollout import completions
+from opd.method.rollout import cut_at_stop
 from opd.types import Completion, FloatArray, Prompt, Sampling
 from opd_torch.batch import Batch, DecodeStep, Prefixes, lay_out_prefixes
 from opd_torch.forward import (
@@ -72,7 +72,7 @@ def sample(
     Raises FloatingPointError where logits are not finite.
     """
     tokens, logprobs = _lockstep(model, prompts, uniforms, sampling)
-    return completions(tokens, logprobs, uniforms.shape[1], sampling.stop)
+    return cut_at_stop(tokens, logprobs, uniforms.shape[1], sampling.stop)
 
 
 @dataclass

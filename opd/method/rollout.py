@@ -112,7 +112,7 @@ def sample(
     return result
 
 
-def completions(
+def cut_at_stop(
     tokens: NDArray[np.integer], logprobs: FloatArray, n: int, stop: Sequence[int]
 ) -> list[list[Completion]]:
     """Cuts what ran in lockstep, tokens and log-probabilities [B * n, steps], behind each row's

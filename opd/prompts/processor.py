@@ -113,7 +113,7 @@ class ProcessorEncoder(PromptEncoder):
         self._made = json.dumps(self._processor.to_dict(), sort_keys=True, default=str).encode()
 
     def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
-        """See `PromptEncoder`; both policies look at images of one size. Raises ModelError where a
+        """One user turn; both policies look at images of one size. Raises ModelError where a
         prompt needs more than we know."""
         parts = content(question, len(images))
         for token in self._reserved:
@@ -158,13 +158,13 @@ class ProcessorEncoder(PromptEncoder):
         """Nothing is known of the tower; `check` encodes an image."""
 
     def max_pixels(self, policy: Policy) -> int:
-        """See `PromptEncoder`."""
+        """The largest published bound: nothing is known of the processor's own."""
         return MAX_PIXELS
 
     def length(
         self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student"
     ) -> int:
-        """See `PromptEncoder`; nothing but the processor can tell, so blank images are encoded."""
+        """Tokens of a prompt. Nothing but the processor can tell, so blank images are encoded."""
         return len(self.encode([new("RGB", size) for size in images], question, policy))
 
     def _check_bounds(self, pixels: Mapping[str, int | None]) -> None:

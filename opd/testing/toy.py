@@ -107,7 +107,7 @@ class ToyBackend:
         sampling: Sampling,
         policy: Policy = "student",
     ) -> list[list[Completion]]:
-        """See `Backend.sample`."""
+        """Draws completions of each prompt, row by row, in float64."""
         parameters = self.student if policy == "student" else self.teacher
         return [
             [self._completion(parameters, prompt, row, sampling) for row in rows]
@@ -117,7 +117,8 @@ class ToyBackend:
     def accumulate(
         self, groups: Sequence[Group], objective: Objective, split: int = 0
     ) -> list[list[TokenStatistics]]:
-        """See `Backend.accumulate`; a toy holds next to nothing, so there is nothing to split."""
+        """Adds the gradient by `opd.objective`; a toy holds next to nothing, so `split` has nothing
+        to do."""
         evaluations = self._evaluate(groups, objective)
         for group, row in zip(groups, evaluations, strict=True):
             for completion, weights, evaluation in zip(
@@ -131,7 +132,7 @@ class ToyBackend:
     def score(
         self, groups: Sequence[Group], objective: Objective, top: int = 0
     ) -> list[list[TokenStatistics]]:
-        """See `Backend.score`."""
+        """The statistics alone; with `top`, both policies' likeliest ids."""
         evaluations = self._evaluate(groups, objective)
         if not top:
             return [[_statistics(evaluation) for evaluation in row] for row in evaluations]
@@ -152,7 +153,7 @@ class ToyBackend:
         ]
 
     def apply(self, update: Update) -> UpdateResult:
-        """See `Backend.apply`."""
+        """One AdamW step in float64 on the sum over all processes."""
         gradient, self.gradient = self._gathered(), self._zeros()
         norm = float(np.sqrt(sum((value**2).sum() for value in gradient.values())))
         if not np.isfinite(norm):
@@ -177,7 +178,7 @@ class ToyBackend:
         return UpdateResult(norm, taken=True)
 
     def move_teacher(self, rate: float) -> None:
-        """See `Backend.move_teacher`."""
+        """Moves the teacher's tables towards the student's."""
         for name, value in self.teacher.items():
             value += rate * (self.student[name] - value)
 
@@ -212,7 +213,7 @@ class ToyBackend:
         np.savez(folder / f"{kind}.npz", **arrays)
 
     def tensors(self, kind: Literal["student", "teacher", "gradient"]) -> dict[str, FloatArray]:
-        """See `Backend.tensors`."""
+        """Float32 copies of the tables."""
         values = {"student": self.student, "teacher": self.teacher, "gradient": self.gradient}[kind]
         return {name: value.astype(np.float32) for name, value in values.items()}
 

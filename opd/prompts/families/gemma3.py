@@ -25,7 +25,7 @@ from opd.types import IntArray
 
 @dataclass(frozen=True)
 class Gemma3:
-    """See `opd.prompts.families.Family`."""
+    """Every image is made one square of one size."""
 
     model_types = ("gemma3",)
     placeholder: str = "<start_of_image>"
@@ -58,7 +58,7 @@ class Gemma3:
         return {}
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """See `Family`."""
+        """The pixels of the square."""
         return int(processor.size["height"]) * int(processor.size["width"])
 
     def check(
@@ -109,7 +109,7 @@ class Gemma3:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """See `Family`."""
+        """The same tile for every image, between blank lines."""
         side = isqrt(int(config.get("mm_tokens_per_image", 256)))
         layout = Layout(
             f"\n\n{self.placeholder}{self.image_token}{self.end}\n\n", (Tile((side, side)),)

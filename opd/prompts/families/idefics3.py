@@ -24,8 +24,8 @@ from opd.types import IntArray
 
 @dataclass(frozen=True)
 class Idefics3:
-    """See `opd.prompts.families.Family`; `around` and `whole` stand about an image and before its
-    last tile."""
+    """Large images are cut into tiles, and the whole image follows them small. `around` and `whole`
+    stand about an image and before its last tile."""
 
     model_types = ("idefics3", "smolvlm")
     around: str = "<fake_token_around_image>"
@@ -70,7 +70,8 @@ class Idefics3:
         }
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """See `Family`."""
+        """The pixels of a square of the longest edge, to which images are brought before they are
+        cut."""
         return int({**processor.size, **sizes.get("size", {})}["longest_edge"]) ** 2
 
     def check(
@@ -125,7 +126,7 @@ class Idefics3:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """See `Family`."""
+        """The tiles of each image, as the processor cuts it."""
         side = _side(config)
         tiles = [
             processor.get_number_of_image_patches(height, width, dict(sizes))

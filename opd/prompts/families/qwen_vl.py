@@ -25,7 +25,7 @@ from opd.types import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class QwenVL:
-    """See `opd.prompts.families.Family`."""
+    """Images of any size, each one tile of packed patches."""
 
     model_types = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
     image_token: str = "<|image_pad|>"
@@ -67,7 +67,7 @@ class QwenVL:
         return {"size": size}
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """See `Family`."""
+        """The bound on an image's pixels, `longest_edge`, which counts pixels there."""
         return int(sizes["size"]["longest_edge"])
 
     def check(
@@ -119,7 +119,7 @@ class QwenVL:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """See `Family`."""
+        """One tile for each image: a token for each merged square of patches."""
         side = processor.patch_size * processor.merge_size
         found = []
         for width, height in images:
