@@ -87,12 +87,17 @@ class Planner(Protocol):
         """Names and shapes of all parameters of a model without adapters. Raises ModelError."""
 
     def footprint(
-        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
+        self,
+        options: ModelOptions,
+        config: Config,
+        largest: int,
+        lengths: tuple[int, int],
+        here: bool,
     ) -> Footprint:
-        """What the backend holds of rows behind prompts of `prompt` tokens.
+        """What the backend holds of a step.
 
-        `largest`: numbers of the largest parameter. `here`: on this machine, else on a GPU of the
-        kind that the backend runs on.
+        `lengths`: tokens of a prompt and of a completion. `largest`: numbers of the largest
+        parameter. `here`: on this machine, else on a GPU of the kind that the backend runs on.
         """
 
     def machine(self) -> Machine:

@@ -77,7 +77,7 @@ class Measured:
         one = Work(2, n, length, *seen, budget=0)
         self.work = replace(one, budget=one.group)  # two micro-batches of one group
         largest = max(map(prod, self.shape.shapes.values()))
-        self.rough = planner.footprint(self.options, config, largest, seen[0].before, here=True)
+        self.rough = planner.footprint(self.options, config, largest, (seen[0].before, length), here=True)
         return encoder
 
     def plan(self, checkpointed):

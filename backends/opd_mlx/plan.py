@@ -14,6 +14,7 @@ from opd.types import ModelOptions
 from opd_mlx.device import this_device
 from opd_mlx.families import family
 from opd_mlx.footprint import delta_bytes
+from opd_mlx.layers.gated_delta import CHUNK
 from opd_mlx.model.names import hugging_face
 from opd_mlx.objective import CHUNK_BYTES
 
@@ -38,19 +39,30 @@ class BackendPlanner:
         }
 
     def footprint(
-        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
+        self,
+        options: ModelOptions,
+        config: Config,
+        largest: int,
+        lengths: tuple[int, int],
+        here: bool,
     ) -> Footprint:
         """Of a row, in the type of computation: norms, sums, what products take."""
         full, half = options.adapters is None, options.dtype == "bfloat16"
         device, item, text = this_device(), 2 if half else 4, config["text_config"]
         row, recurrence = (3.0 * item, (1.55 + 0.25 * full) * item), (0.0, 0.0)
         if "linear_num_value_heads" in text:
-            segment = device.delta_segment
-            share = 1.0 if full else 0.85  # its own weights take no gradient
-            recurrence = (
-                share * delta_bytes(text, prompt, segment) / prompt,
-                share * delta_bytes(text, 1, segment),
+            # The rule is solved in whole chunks, or in one that is shorter; a long row holds none.
+            plain = delta_bytes(text, 1, segment=0)
+            solved = delta_bytes(text, 1, device.delta_segment) - plain
+            frozen = 1.0 if full else 0.65  # without gradients to convolution and norm
+            prompt, completion = (
+                frozen * plain + solved * (length <= device.delta_segment) * share
+                for length in lengths
+                for share in [
+                    -(-length // CHUNK) * CHUNK / length if length > CHUNK else length / CHUNK
+                ]
             )
+            recurrence = prompt, completion
         return Footprint(
             prompt=row,
             completion=row,

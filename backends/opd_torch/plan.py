@@ -33,7 +33,12 @@ class BackendPlanner:
         return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
     def footprint(
-        self, options: ModelOptions, config: Config, largest: int, prompt: int, here: bool
+        self,
+        options: ModelOptions,
+        config: Config,
+        largest: int,
+        lengths: tuple[int, int],
+        here: bool,
     ) -> Footprint:
         """Of a row: float32 norms, casts of what enters products; less where kernels are fused."""
         full, half = options.adapters is None, options.dtype == "bfloat16"

@@ -284,7 +284,7 @@ def _on(plan: Plan, options: ModelOptions, device: Device, backend: str) -> Plan
 
 def _rough(shape: Shape, options: ModelOptions, work: Work, device: Device, name: str) -> Footprint:
     largest = max(map(prod, shape.shapes.values()))
-    where = work.student.before, device.name == HERE
+    where = (work.student.before, work.tokens), device.name == HERE
     return backends.planner(name).footprint(options, shape.config, largest, *where)
 
 
