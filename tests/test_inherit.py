@@ -67,7 +67,9 @@ def test_a_run_is_measured_as_it_measured_itself(here, name):
     answers = [json.loads(line) for line in Path(name, "answers.jsonl").read_text().splitlines()]
     said = json.loads(opd("sample", "--model", name, "--json", "--count", 4).stdout)["answers"]
     whole = json.loads(opd("sample", "--model", name, "--json", "--count", after["rows"]).stdout)["answers"]
-    assert whole == [{key: value for key, value in row.items() if key != "when"} for row in answers if row["when"] == "after"]
+    kept = [{key: value for key, value in row.items() if key != "when"} for row in answers if row["when"] == "after"]
+    assert [{key: value for key, value in row.items() if key != "question"} for row in whole] == kept
+    assert all(row["question"] for row in whole)
     assert len(said) == 4
 
 

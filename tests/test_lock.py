@@ -21,7 +21,7 @@ from tests.test_train import FAST, opd
 HOLD = """
 import sys, time
 from pathlib import Path
-from opd import lock
+from opd.run import lock
 held = lock.take(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
