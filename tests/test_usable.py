@@ -188,7 +188,7 @@ def test_before_and_after_are_of_the_same_rows(tmp_path):
         """The second row cannot be read at all; the third vanishes in training; the first can be read only after it."""
 
         def encode(self, images, question, policy="student"):
-            self.questions = ("q0", "q1") if not one.taken else ("q1", "q2")
+            self.questions = ("q0", "q1") if not one.state.taken else ("q1", "q2")
             return super().encode(images, question, policy)
 
     one.encoder = Changing()

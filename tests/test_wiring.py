@@ -255,7 +255,7 @@ def teachers_see(run, *views):
 def _(opd, value):
     folder = MODEL
     if value != "tiny":
-        folder = opd.run.folder() / "copy"
+        folder = opd.folder() / "copy"
         shutil.copytree(MODEL, folder)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         settings["chat_template"] = settings["chat_template"].replace("{{- part.text -}}", "{{- 'Look: ' + part.text -}}")
@@ -271,7 +271,7 @@ def _(opd, value):
 @key("model.base", "", "copy")
 def _(opd, value):
     """Of an adapter, which is trained on with a rank and a scale of its own, or is added to what is trained whole."""
-    adapter, base = opd.run.folder() / "adapter", MODEL
+    adapter, base = opd.folder() / "adapter", MODEL
     adapter.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": str(MODEL), "r": 3, "lora_alpha": 6}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -279,7 +279,7 @@ def _(opd, value):
     shapes = {f"{layer}.lora_A.weight": (3, 96), f"{layer}.lora_B.weight": (96, 3)}
     save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, adapter / "adapter_model.safetensors")
     if value:
-        base = opd.run.folder() / "copy"
+        base = opd.folder() / "copy"
         shutil.copytree(MODEL, base)
     settings = {"model.base": str(base) if value else "", "model.rank": 32, "model.alpha": 64.0}
     for tune, expected in (("full", None), ("lora", AdapterOptions(3, 6.0))):
@@ -294,7 +294,7 @@ def _(opd, value):
     from huggingface_hub import constants
 
     commits = {"main": "a" * 40, "v1": "b" * 40}
-    cache = opd.run.folder()
+    cache = opd.folder()
     repository = cache / "models--org--tiny"
     for name, commit in commits.items():
         (repository / "refs").mkdir(parents=True, exist_ok=True)
@@ -1070,9 +1070,9 @@ def test_gap_and_sample_ask_as_training_measures(command, opd):
 
 def test_options_of_the_command_line_are_keys_of_the_recipe(opd):
     """And --set wins over them."""
-    out = opd.run.folder() / "run"
+    out = opd.folder() / "run"
     settings = {name: value for name, value in BASE.items() if name != "run.steps"}
-    model = opd.run.folder() / "copy"
+    model = opd.folder() / "copy"
     shutil.copytree(MODEL, model)
     shared = ["train", "tiny", "--backend", recorder.NAME, *opd.sets(settings), "--data", opd.twelve, "--model", model]
     run = opd(*shared, "--steps", 3, "--seed", 5, "--out", out, out=out)
@@ -1084,7 +1084,7 @@ def test_options_of_the_command_line_are_keys_of_the_recipe(opd):
     config = tomllib.loads((out / "config.toml").read_text())
     assert config["made_with"]["backend"] == recorder.NAME
     assert (config["run"]["steps"], config["run"]["seed"], config["data"]["path"]) == (3, 5, str(opd.twelve))
-    last = opd(*shared, "--steps", 3, "--set", "run.steps=1", "--out", opd.run.folder() / "run")
+    last = opd(*shared, "--steps", 3, "--set", "run.steps=1", "--out", opd.folder() / "run")
     assert len(last.updates) == 1
 
 
@@ -1100,7 +1100,7 @@ def test_an_export_asks_the_backend_for_its_kind(tune, kind, finished, opd):
         (run.out / "adapter/adapter_config.json").write_text(
             json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(MODEL), "r": 3, "lora_alpha": 6})
         )
-    target = opd.run.folder() / "exported"
+    target = opd.folder() / "exported"
     done = opd("export", run.out, "--as", kind, "--out", target)
     assert [(call.name, call.arguments.get("kind")) for call in done.calls] == [*([] if finished else [("load", None)]), ("export", kind)]
     if finished:
