@@ -65,7 +65,7 @@ def test_the_commands_of_opd(tmp_path, monkeypatch, cached):
         if "--check" not in arguments:
             arguments += ["--backend", "cpu"]
             if "--resume" not in arguments and arguments[0] != "export":
-                arguments += SHORT if arguments[0] == "train" else FEW
+                arguments += SHORT if arguments[0] == "train" or "--measure" in arguments else FEW
         if arguments[0] == "train" and ("--resume" not in arguments or "--steps" in arguments):
             arguments += ["--steps", "6" if "--resume" in arguments else "5"]
         result = CliRunner().invoke(main, arguments)
