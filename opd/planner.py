@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from opd.types import ModelOptions
 
@@ -21,45 +21,80 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """Shapes of all parameters by Hugging Face name, in Hugging Face's layout; a tied head is
 absent."""
 
-Row: TypeAlias = tuple[float, float]
-"""Bytes that a layer's backward holds of a row: for each number that a norm takes, and for each
-that leaves a linear layer, or enters one whose result is added to the row."""
+
+class Row(NamedTuple):
+    """Bytes that a layer's backward holds of a row.
+
+    They are given for each number of its `width`; of its `norms`; of what its feed-forward's
+    `wide` products give; of all `query` and `key` heads; of heads that are `turned` (normalised,
+    or rotated out of one product of queries, keys and values); of a `gate` on heads. In a layer
+    with a recurrence `recurrence` more are held, and `passing` pass by in its backward.
+    """
+
+    width: float
+    norms: float
+    wide: float
+    query: float
+    key: float
+    turned: float = 0.0
+    gate: float = 0.0
+    recurrence: float = 0.0
+    passing: float = 0.0
+
+
+class Lengths(NamedTuple):
+    """Rows of a micro-batch: of each prompt `before` tokens, `completions` of `tokens` each, and
+    `images` of `patches` each."""
+
+    prompts: int
+    before: int
+    completions: int
+    tokens: int
+    images: int
+    patches: int
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Roughly what a backend holds of a step, in bytes; the core counts the rest exactly.
+    """What a backend holds of a step, in bytes; the core counts the rest exactly.
 
-    `recurrence`: bytes of a prompt's token and of a completion's in a layer with a recurrence.
-    `copies`: in which layers each completion copies its prompt's keys and values. `score`: bytes of
-    a head's score of two rows, held where a call has at most `scores_most` bytes of them.
-    `stream`: bytes of a number between layers, all that is held where layers run again, which is
-    where activations are above `recompute_above`. `backward` and `forward`: shares of one layer's
-    activations that pass by in its backward, and in a forward without one.
-    `frozen`: bytes of a frozen weight; `cast` and `head_copy`: of a trained weight and of a head's
-    in the copies that products take, `cast_tables` where embeddings have such copies. `head`:
-    float32 arrays [rows, V] in the head stage, of a chunk and of a block, and the bytes of either
-    at most.
-    `apply`: bytes beside the gradient in the optimizer's step, at most. `keeps_tokens`: tokens of
-    prompts up to which a rollout's pass over them is kept for the gradient.
+    `estimate`: what the backend takes activations to be; above `recompute_above` layers run again,
+    and numbers between layers, of `stream` bytes, are all that is held. `backward`: the share of a
+    layer's activations that passes by in its backward; `forward`: in a forward without one, the
+    shares of its rows and of its recurrence. `copies`: in which layers each completion copies its
+    prompt's keys and values. `blocks`: whether tokens of an image see each other. `scores`: of a
+    head's score of two rows, held where a call has at most the second number of bytes; rows of a
+    block, which sees no later ones; and bytes that pass by at most. `frozen`: of a frozen weight;
+    `cast`: of a trained weight in the copies that products take, where layers are held and where
+    they run again, `cast_tables` where embeddings have such copies; `head_copy`: of a head's weight
+    in its copy. `head`: float32 arrays [rows, V] in the head stage, of a chunk and of a block, and
+    the bytes of either at most; `head_late`: those of a chunk that are left where a head's gradient
+    is made; 0: all. `sums`: of gradients that are added up at a time, beside the largest; None
+    where a layer's own are freed before. `cache_sums`: of a number in the sums of gradients to keys
+    and values that a prompt's pass gives; 0 where these stand in its graph, and have sums later.
+    `apply`: beside the gradient in the optimizer's step, at most. `keeps_tokens`: tokens of prompts
+    up to which a rollout's pass is kept for the gradient.
     """
 
+    estimate: Callable[[Lengths], int]
     prompt: Row
     completion: Row
     patch: Row
-    recurrence: tuple[float, float]
     copies: Literal["never", "windows", "always"]
-    score: int
-    scores_most: int
+    blocks: bool
+    scores: tuple[int, int, int, int]
     stream: int
     recompute_above: int
     backward: float
-    forward: float
+    forward: tuple[float, float]
     frozen: int
-    cast: int
+    cast: tuple[int, int]
     cast_tables: bool
     head_copy: int
     head: tuple[float, float, int, int]
+    head_late: int
+    sums: int | None
+    cache_sums: int
     apply: int
     keeps_tokens: int
 

@@ -38,6 +38,7 @@ BIG = {
     "qwen3_5": {"text": {**WIDE, "head_dim": 64, "layer_types": [LINEAR, LINEAR, LINEAR, "full_attention"] * 2, **DELTA}},
     "gemma3": {"text": {**WIDE, "head_dim": 64, "layer_types": ["sliding_attention", "full_attention"] * 4}},
     "qwen2_5_vl": {"text": WIDE},
+    "smolvlm": {"text": {**WIDE, "head_dim": 64}},
 }
 """More than 100 million parameters, which are most of what a step takes."""
 
@@ -130,10 +131,10 @@ class Measured:
         return 4 * sum(self.shape.trained(self.options).values()) + found, moved
 
 
-def agree(measured, plan, phase, alone=0.25, total=0.08):
-    """Within 8 % of all that is allocated, and within `alone` of what the phase itself allocates, part of which is rough."""
+def agree(measured, plan, phase, alone=0.1):
+    """Within 8 % of all that is allocated, and within `alone` of what the phase itself allocates."""
     held = sum(plan.held.values())
-    assert plan.phases[phase] == pytest.approx(held + measured, rel=total)
+    assert plan.phases[phase] == pytest.approx(held + measured, rel=0.08)
     assert plan.phases[phase] - held == pytest.approx(measured, rel=alone)
 
 
@@ -160,8 +161,8 @@ QUESTION = "What is on it? " * 4
 def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
     measured = Measured(backend_name, big, "?", (32, 32), (32, 32), n=2, length=6)
     assert sum(measured.shape.parameters.values()) > 8e7
-    agree(measured.rollout(), measured.plan(False), "rollout")
-    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.08)
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.2)
+    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
 
 
 def test_memory_of_an_optimizer_step(backend_name, big):
@@ -175,9 +176,11 @@ def test_memory_of_an_optimizer_step(backend_name, big):
 def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
     """Activations are most of it here."""
     measured = Measured(backend_name, middle, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters)
-    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.3)
+    # MLX decides by itself in what order it computes, torch does not.
+    alone = {"cpu": 0.08, "mlx": 0.2}[backend_name]
+    agree(measured.rollout(), measured.plan(False), "rollout", alone)
     for checkpointed in (False, True):
-        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate")
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -185,7 +188,7 @@ def test_memory_of_tables(backend_name, tied, tmp_path, monkeypatch):
     """A head's gradient takes in the rows that a tied embedding looked up; there is no second table, even for a moment."""
     folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=50_000, tied=tied)
     measured = Measured(backend_name, folder, "?", (32, 32), (32, 32), n=2, length=6)
-    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.08)
+    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
 
 
 def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
@@ -199,7 +202,7 @@ def test_memory_of_a_large_vocabulary(backend_name, tmp_path, adapters, monkeypa
     """Logits and the embedding's gradients are most of it here."""
     folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=60_000)
     measured = Measured(backend_name, folder, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters)
-    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate")
+    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate", alone=0.08)
 
 
 def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_name, middle, monkeypatch):
@@ -223,15 +226,13 @@ def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkey
     """MLX holds nothing of what the rule computes there, and computes a segment at a time again."""
     measured = Measured(backend_name, model("qwen3_5", MIDDLE["qwen3_5"], tmp_path), QUESTION, (320, 320), (32, 32), n=2, length=32)
     assert measured.work.student.before > 256
-    agree(measured.rollout(), measured.plan(False), "rollout")
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.15)
     for checkpointed in (False, True):
-        # The plan knows no segments: where layers run again, it leaves out what one of them takes.
-        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", 0.3, total=0.15)
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=0.15)
 
 
 @pytest.mark.parametrize("image", [(112, 96), (320, 320)], ids=["short", "long"])
-def test_layers_are_computed_again_above_the_backends_own_bound(backend_name, middle, image):
-    """The backend decides by its own estimate, which is not far from the plan's activations."""
+def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, image):
     measured = Measured(backend_name, middle, QUESTION, image, (32, 32), n=3, length=7)
     tokens = [[one.tokens for one in measured.group.completions]]
     if backend_name == "mlx":
@@ -250,7 +251,7 @@ def test_layers_are_computed_again_above_the_backends_own_bound(backend_name, mi
         batch = lay_out([measured.group.student], tokens, torch.device("cpu"))
     assert measured.rough.recompute_above == computes.device.checkpoint_above
     found = activation_bytes(computes, batch)
-    assert 0.4 * found < measured.plan(False).parts["activations"] < 2 * found
-    bound = replace(measured.rough, recompute_above=0)
-    assert memory(measured.shape, measured.options, measured.work, bound, 2**30).checkpointed
-    assert not measured.plan(None).checkpointed
+    assert measured.rough.estimate(measured.work.lengths) == found
+    for bound in (found, found - 1):
+        rough = replace(measured.rough, recompute_above=bound)
+        assert memory(measured.shape, measured.options, measured.work, rough, 2**30).checkpointed == (found > bound)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,31 +14,54 @@ from opd_mlx.model import Model, Parameters
 
 
 def activation_bytes(model: Model, batch: Batch) -> int:
-    """Bytes that a backward holds, roughly.
+    """Bytes that a backward holds, roughly."""
+    images = [
+        one
+        for prompt in batch.prefixes.sources
+        for one in model.family.patches(model.config, prompt)
+    ]
+    rows = *batch.prefixes.shape, *batch.shape[1:]
+    return estimate(model.config, model.dtype.size, model.device, rows, images)
 
-    They are what each layer's products keep, of text and of images, and scores where they are few.
+
+def estimate(
+    config: Mapping[str, Any],
+    itemsize: int,
+    device: Device,
+    rows: tuple[int, int, int, int],
+    images: Sequence[tuple[int, int]],
+) -> int:
+    """Bytes of what each layer's products keep, of text and of images, and scores where they are
+    few.
+
+    `rows`: prompts, tokens of each, completions of each, and tokens of each. `images`: images that
+    go through the tower together, and patches of each. `itemsize` bytes has a number in
+    computation.
     """
-    text = model.config["text_config"]
-    prompts, width = batch.prefixes.shape
-    count, length = batch.shape[1:]
+    text, vision = config["text_config"], config["vision_config"]
+    prompts, width, count, length = rows
     heads = text["num_attention_heads"]
+    vision_heads = vision.get("num_heads") or vision["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
     layers, deltas = text["num_hidden_layers"], _delta_layers(text)
     attends, tokens = layers - deltas, prompts * (width + count * length)
-    rows = layers * (6 * text["hidden_size"] + 3 * text["intermediate_size"])
-    rows += attends * 6 * heads * head
+    found = layers * (6 * text["hidden_size"] + 3 * text["intermediate_size"])
+    found += attends * 6 * heads * head
     scores = 4 * heads * prompts * (width * width + count * length * (width + length))
-    scores = min(scores, 2 * model.device.kept_score_bytes)
+    scores = min(scores, 2 * device.kept_score_bytes)
     states = 0
     if deltas:
-        segment = model.device.delta_segment
+        segment = device.delta_segment
         a_prompt = delta_bytes(text, width, segment) + count * delta_bytes(text, length, segment)
         states = deltas * prompts * a_prompt
-    images = sum(
-        model.family.vision_bytes(model.config, prompt, model.dtype.size, model.device)
-        for prompt in batch.prefixes.sources
+    a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
+    depth = vision.get("depth") or vision["num_hidden_layers"]
+    seen = sum(
+        itemsize * count * patches * a_patch
+        + min(4 * vision_heads * count * patches**2, device.kept_score_bytes)
+        for count, patches in images
     )
-    return int(model.dtype.size * tokens * rows + attends * scores + states + images)
+    return int(itemsize * tokens * found + attends * scores + states + depth * seen)
 
 
 def delta_bytes(text: Mapping[str, Any], length: int, segment: int) -> int:

@@ -9,11 +9,11 @@ from mlx.utils import tree_flatten
 
 from opd.errors import ModelError
 from opd.memory import host_memory
-from opd.planner import Config, Footprint, Machine, Shapes
+from opd.planner import Config, Footprint, Lengths, Machine, Row, Shapes
 from opd.types import ModelOptions
 from opd_mlx.device import this_device
 from opd_mlx.families import family
-from opd_mlx.footprint import delta_bytes
+from opd_mlx.footprint import delta_bytes, estimate
 from opd_mlx.layers.gated_delta import CHUNK
 from opd_mlx.model.names import hugging_face
 from opd_mlx.objective import CHUNK_BYTES
@@ -49,37 +49,54 @@ class BackendPlanner:
         """Of a row, in the type of computation: norms, sums, what products take."""
         full, half = options.adapters is None, options.dtype == "bfloat16"
         device, item, text = this_device(), 2 if half else 4, config["text_config"]
-        row, recurrence = (3.0 * item, (1.55 + 0.25 * full) * item), (0.0, 0.0)
-        if "linear_num_value_heads" in text:
-            # The rule is solved in whole chunks, or in one that is shorter; a long row holds none.
-            plain = delta_bytes(text, 1, segment=0)
+        gelu = "gelu" in str(text.get("hidden_activation") or text.get("hidden_act"))
+        gated = config["vision_config"]["hidden_act"] == "silu"
+
+        def row(length: int, query: int, key: int) -> Row:
+            wide = (4 + full + gelu) / 2
+            found = Row(2 * item, 2 * item, wide * item, query * item, key * item, gate=3.0 * item)
+            if "linear_num_value_heads" not in text:
+                return found
+            # The rule is solved in whole chunks, or in one that is shorter; a long row holds none,
+            # and its backward solves a segment at a time.
+            plain = float(delta_bytes(text, 1, segment=0))
             solved = delta_bytes(text, 1, device.delta_segment) - plain
-            frozen = 1.0 if full else 0.65  # without gradients to convolution and norm
-            prompt, completion = (
-                frozen * plain + solved * (length <= device.delta_segment) * share
-                for length in lengths
-                for share in [
-                    -(-length // CHUNK) * CHUNK / length if length > CHUNK else length / CHUNK
-                ]
-            )
-            recurrence = prompt, completion
+            chunks = -(-length // CHUNK) * CHUNK if length > CHUNK else length * length / CHUNK
+            solved *= chunks / length
+            plain *= 1.0 if full else 0.65  # without gradients to convolution and norm
+            if length > device.delta_segment:
+                passing = solved * device.delta_segment / length
+                return found._replace(recurrence=plain, passing=passing)
+            return found._replace(recurrence=plain + solved, passing=-0.4 * (plain + solved))
+
+        def wanted(rows: Lengths) -> int:
+            images = [(rows.images, rows.patches)] * rows.prompts
+            return estimate(config, item, device, rows[:4], images)
+
+        before, tokens = lengths
         return Footprint(
-            prompt=row,
-            completion=row,
-            patch=(3.0 * item, 2.2 * item),
-            recurrence=recurrence,
+            estimate=wanted,
+            prompt=row(before, 4, 5),
+            completion=row(tokens, 5, 3),
+            patch=Row(12.0 * item, 0.0, (2.5 if gated else 5.0) * item, 0.0, 0.0),
             copies="never",
-            score=4,
-            scores_most=device.kept_score_bytes,
+            blocks=family(config["model_type"]).image_blocks,
+            scores=(
+                *(4, device.kept_score_bytes, device.score_block_rows),
+                4 * device.score_block_bytes,
+            ),
             stream=item,
             recompute_above=device.checkpoint_above,
             backward=1.0,
-            forward=0.6,
+            forward=(0.6, 0.5),
             frozen=item,
-            cast=item * (half and full),
+            cast=(item * (half and full),) * 2,
             cast_tables=True,
             head_copy=4 * (half and not full),
             head=(3.0, 5.0, CHUNK_BYTES, device.head_block_bytes if here else CHUNK_BYTES),
+            head_late=2,
+            sums=device.gradient_bytes,
+            cache_sums=4,
             apply=3 * max(device.gradient_bytes, 4 * largest),
             keeps_tokens=0 if half else device.prefill_tokens,
         )

@@ -22,26 +22,33 @@ def activation_bytes(model: Model, batch: Batch) -> int:
 
 
 def prompt_bytes(model: Model, prompts: Sequence[Prompt], tokens: int) -> int:
-    """Bytes that a backward holds of the prompts' images and of `tokens` text tokens: what each
-    layer's products keep.
-    """
+    """Bytes that a backward holds of the prompts' images and of `tokens` text tokens."""
     assert model.family is not None
-    config, itemsize = model.module.config, model.dtype.itemsize
+    config = model.module.config
+    patches = sum(model.family.patches(config, prompt) for prompt in prompts)
+    return estimate(config, model.dtype.itemsize, model.device.fused, tokens, patches)
+
+
+def estimate(config: Any, itemsize: int, fused: bool, tokens: int, patches: int) -> int:
+    """Bytes of what each layer's products keep of `tokens` text tokens and of `patches`.
+
+    `config` is transformers'; `itemsize` bytes has a number in computation. Fused kernels keep
+    less.
+    """
     text, vision = config.text_config, config.vision_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = text.num_attention_heads * head
     deltas = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
     # How many rows of the hidden width, of the feed-forward's and of all heads a layer keeps: of
-    # the text, and of the tower. Fused kernels keep less.
+    # the text, and of the tower.
     wide, forward, attention, tower_wide, tower_forward = (
-        (8, 3, 4, 12, 2) if model.device.fused else (12, 4, 8, 16, 4)
+        (8, 3, 4, 12, 2) if fused else (12, 4, 8, 16, 4)
     )
     row = text.num_hidden_layers * (wide * text.hidden_size + forward * text.intermediate_size)
     row += (text.num_hidden_layers - deltas) * attention * heads
     per_token = itemsize * row + (deltas * delta_bytes(text, itemsize) if deltas else 0)
     per_patch = tower_wide * vision.hidden_size + tower_forward * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
-    patches = sum(model.family.patches(config, prompt) for prompt in prompts)
     return int(tokens * per_token + itemsize * depth * patches * per_patch)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
 
 from opd.errors import BackendError
 from opd.memory import host_memory
-from opd.planner import Config, Footprint, Machine, Shapes
+from opd.planner import Config, Footprint, Lengths, Machine, Row, Shapes
 from opd.types import ModelOptions
 from opd_torch.device import this_device
 from opd_torch.families import family
-from opd_torch.footprint import delta_bytes
+from opd_torch.footprint import delta_bytes, estimate
+from opd_torch.layers.gated_delta import CHUNK
 from opd_torch.objective import CHUNK_BYTES
 
 
@@ -26,8 +27,7 @@ class BackendPlanner:
 
     def parameters(self, config: Config) -> Shapes:
         """Shapes of an empty model of transformers."""
-        its = transformers.AutoConfig.for_model(**config)
-        its.vision_config.vision_use_head = False  # no forward reads it
+        its = _config(config)
         with torch.device("meta"):
             model = getattr(transformers, family(its.model_type).architecture)(its)
         return {name: tuple(value.shape) for name, value in model.named_parameters()}
@@ -41,33 +41,60 @@ class BackendPlanner:
         here: bool,
     ) -> Footprint:
         """Of a row: float32 norms, casts of what enters products; less where kernels are fused."""
-        full, half = options.adapters is None, options.dtype == "bfloat16"
-        item, text = 2 if half else 4, SimpleNamespace(**config["text_config"])
-        device = this_device("cpu")  # a GPU's record would need a GPU; these budgets are alike
-        if not half:
-            row = (12.0, 6.0) if full else (8.0, 5.5)
-        elif self._gpu:
-            row = (4.0, 2.75) if full else (4.0, 2.5)
+        full, half, gpu = options.adapters is None, options.dtype == "bfloat16", self._gpu
+        its = _config(config)
+        device, item, text = this_device("cpu"), 2 if half else 4, its.text_config
+        if gpu and half:
+            wide = 4.1 if full else 3.75
+            row = Row(0.0, 4.0, wide, 1.35 * wide, 1.35 * wide, gate=wide)
         else:
-            row = (13.0, 3.25) if full else (6.0, 3.0)
-        recurs = delta_bytes(text, item) if hasattr(text, "linear_num_value_heads") else 0
+            # Of a norm the row and what is normalised, of a product in half precision its input.
+            casts = 5 if half and full else 2
+            row = Row(
+                *(casts * item, 4.0 * (1 + full), 2.0 * item, 2.0 * item, 2.0 * item),
+                turned=4.0 + item * full,
+                gate=3.0 * item,
+            )
+
+        def with_rule(length: int) -> Row:
+            # The delta rule is solved in whole chunks, or in one that is shorter.
+            if not hasattr(text, "linear_num_value_heads"):
+                return row
+            heads, rule = text.linear_num_value_heads, delta_bytes(text, 0)
+            convolved, values = delta_bytes(text, item) - rule, heads * text.linear_value_head_dim
+            # Norm and gate take tokens as they are.
+            rule -= 24 * values
+            chunks = -(-length // CHUNK) * CHUNK / length if length > CHUNK else 1.0
+            held = convolved + 24 * values + chunks * rule - 24 * heads * max(0, CHUNK - length)
+            if not full:  # without gradients to convolution and norm
+                held -= convolved / 3 + 8 * values
+            return row._replace(recurrence=held, passing=-0.2 * held)
+
+        def wanted(rows: Lengths) -> int:
+            tokens = rows.before + rows.completions * rows.tokens
+            patches = rows.images * rows.patches
+            return estimate(its, item, gpu and half, rows.prompts * tokens, rows.prompts * patches)
+
         return Footprint(
-            prompt=row,
-            completion=row,
-            patch=(4.0 + 2 * item, item),
-            recurrence=(recurs, recurs),
-            copies="always" if self._gpu and not half else "windows",
-            score=0,
-            scores_most=0,
+            estimate=wanted,
+            prompt=with_rule(lengths[0]),
+            completion=with_rule(lengths[1]),
+            patch=Row(0.0, 4.0 + item, 2.0 * item, 2.0 * item, 2.0 * item, turned=item),
+            copies="always" if gpu and not half else "windows",
+            blocks=family(its.model_type).image_blocks,
+            scores=(0, 0, 0, 0),
             stream=4,
             recompute_above=device.checkpoint_above,
             backward=0.4,
-            forward=0.6,
+            forward=(0.6, 0.55),
             frozen=4 if full else item,
-            cast=item * (half and full),
+            cast=(item * (half and full), 0),
             cast_tables=False,
-            head_copy=(item * full + 4 * (not self._gpu)) * half,
-            head=(2.0, 1.2, CHUNK_BYTES, CHUNK_BYTES if self._gpu else device.head_block_bytes),
+            head_copy=(item * full + 4 * (not gpu)) * half,
+            head=(2.0, 1.2, CHUNK_BYTES, CHUNK_BYTES if gpu else device.head_block_bytes),
+            head_late=0,
+            sums=None,
+            cache_sums=0,
             apply=0,
             keeps_tokens=0 if half else device.prefill_tokens,
         )
@@ -89,6 +116,13 @@ class BackendPlanner:
             )
         about = torch.cuda.get_device_properties(device)
         return Machine(about.name, about.total_memory, 0.95, True, product)
+
+
+def _config(config: Config) -> Any:
+    """The configuration as transformers has it."""
+    its = transformers.AutoConfig.for_model(**config)
+    its.vision_config.vision_use_head = False  # no forward reads it
+    return its
 
 
 CUDA = BackendPlanner(gpu=True)

@@ -258,7 +258,7 @@ def view(
         for (many, rest), side in zip(cut, sides, strict=True)
     )
     pairs = pieces * (whole * prod(sides) ** 2 + (len(layers) - whole) * apart)
-    return View(pieces * prod(sides), pairs, len(prompt.visual.index), text + marks)
+    return View(pieces * prod(sides), pairs, len(prompt.visual.index), text + marks, pieces)
 
 
 def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,6 @@ from opd.types import ModelOptions
 PARTS = {"vision": "vision tower", "projector": "projector", "language": "language", "head": "head"}
 """Parts of a model by `opd.models.adapters.part`; embeddings, and heads tied to them, are
 language."""
-
-ADDS = ("down_proj", "fc2", "linear_fc2", "o_proj", "out_proj", "proj")
-"""Last words of linear layers whose result is added to the rows that entered the layer."""
 
 LAYER = re.compile(r"^(.*\.(?:layers|blocks)\.\d+)\.(.*)$")
 """A layer's name, and that of one of its parameters."""
@@ -46,27 +44,32 @@ def read_config(folder: Path) -> dict[str, Any]:
 class Layer:
     """A layer of a language model or of a vision tower, by its parameters' shapes.
 
-    Numbers of a row: `width`; `normed` by all of its norms; `inner`, as `opd.planner.Row` has them,
-    without those of a recurrence; `query` and `key` of all heads, 0 where rows run through one.
+    Numbers of a row: as `opd.planner.Row` has them; `last`: of the weights of its last product, 0
+    where a norm follows.
     """
 
     def __init__(self, shapes: Shapes) -> None:
         """`shapes` by the parameters' names in the layer."""
         norms = [s[0] for name, s in shapes.items() if "norm" in name and name.endswith("weight")]
         sizes = {name.split(".")[-2]: size for name, size in shapes.items() if len(size) == 2}
+        fed = [prod(s) for name, s in shapes.items() if name.startswith("mlp.") and len(s) == 2]
         self.linears = sizes
         self.width = max(norms)
-        self.normed = self.width * norms.count(self.width)
+        self.norms = self.width * norms.count(self.width)
+        self.wide = sum(fed[1:]) // self.width
+        self.last = fed[0] * (self.norms <= 2 * self.width)
         self.recurs = "in_proj_qkv" in sizes
-        mixing = ("in_proj", "out_proj") if self.recurs else ()
-        self.inner = sum(
-            s[word in ADDS] for word, s in sizes.items() if not word.startswith(mixing)
-        )
-        self.query, self.key = sizes.get("o_proj", (0, 0))[1], sizes.get("k_proj", (0, 0))[0]
+        mixed = next(sizes[word][1] for word in ("o_proj", "out_proj", "proj") if word in sizes)
+        self.query = 0 if self.recurs else mixed
+        self.key = sizes.get("k_proj", (self.query, 0))[0]
+        self.gate = max(0, sizes.get("q_proj", (0, 0))[0] - self.query)
+        normed = any(name.endswith("q_norm.weight") for name in shapes)
+        self.turned = 2 * self.width if "qkv" in sizes else (self.query + self.key) * normed
 
     def held(self, row: Row) -> float:
         """Bytes of a row in the layer's backward."""
-        return row[0] * self.normed + row[1] * self.inner
+        sizes = self.width, self.norms, self.wide, self.query, self.key, self.turned, self.gate
+        return float(sum(map(mul, row, sizes)) + row.recurrence * self.recurs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +147,12 @@ class Shape:
         return [text["sliding_window"] if "sliding" in kind else None for kind in kinds]
 
     @cached_property
+    def tower_heads(self) -> int:
+        """Heads of a layer of the tower."""
+        vision = self.config["vision_config"]
+        return int(vision.get("num_heads") or vision["num_attention_heads"])
+
+    @cached_property
     def states(self) -> int:
         """Numbers of the states of all layers with a recurrence."""
         names = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
@@ -173,11 +182,43 @@ class Shape:
             frozen = () if options.tune_vision else (PARTS["vision"], PARTS["projector"])
             return {name: 0 if name in frozen else n for name, n in self.parameters.items()}
         counts = dict.fromkeys(PARTS.values(), 0)
-        beside = {"vision": adapters.vision, "projector": adapters.projector}
-        for name, size in self.linears.items():
-            chosen = not adapters.targets or name.rpartition(".")[2] in adapters.targets
-            counts[PARTS[part(name)]] += adapters.rank * sum(size) * beside.get(part(name), chosen)
+        for name, size in self._adapted(options).items():
+            counts[PARTS[part(name)]] += adapters.rank * sum(size)
         return counts
+
+    def _adapted(self, options: ModelOptions) -> Shapes:
+        """Linear layers with an adapter."""
+        adapters = options.adapters
+        assert adapters is not None
+        every, beside = (
+            not adapters.targets,
+            {"vision": adapters.vision, "projector": adapters.projector},
+        )
+        return {
+            name: size
+            for name, size in self.linears.items()
+            if beside.get(part(name), every or name.rpartition(".")[2] in adapters.targets)
+        }
+
+    def narrow(self, options: ModelOptions) -> float:
+        """Numbers of a token's rows inside all adapters of a language layer, on average."""
+        if options.adapters is None:
+            return 0.0
+        many = sum(part(name) == "language" for name in self._adapted(options))
+        return options.adapters.rank * many / len(self.layers)
+
+    def sums(self, options: ModelOptions, most: int | None) -> int:
+        """Bytes of a layer's gradients that are added to their sums at a time: `most` and one
+        parameter's, or None, one parameter's."""
+        if options.adapters is None:
+            sizes = [[4 * prod(size) for size in one.linears.values()] for one in self.layers]
+        else:
+            rank, names = options.adapters.rank, options.adapters.targets
+            sizes = [
+                [4 * rank * sum(s) for word, s in one.linears.items() if not names or word in names]
+                for one in self.layers
+            ]
+        return max(min(sum(each), (most or 0) + max(each, default=0)) for each in sizes)
 
 
 def sees(options: ModelOptions) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from opd.plan.shape import Shape, item_of, sees
-from opd.planner import Footprint
+from opd.planner import Footprint, Lengths
 from opd.types import ModelOptions
 
 FORWARD, BACKWARD = 3, 5
@@ -28,12 +28,14 @@ step, and where the teacher moves."""
 
 class View(NamedTuple):
     """An image as a policy sees it: `patches`, which make `visual` of the prompt's `tokens`, and
-    pairs of patches that attend to each other in all layers of the tower together."""
+    pairs of patches that attend to each other in all layers of the tower together; cut into
+    `pieces` for the tower."""
 
     patches: int
     pairs: int
     visual: int
     tokens: int
+    pieces: int = 1
 
     @property
     def before(self) -> int:
@@ -95,6 +97,13 @@ class Work:
         return math.ceil(self.prompts / self.together)
 
     @property
+    def lengths(self) -> Lengths:
+        """Rows of a micro-batch that is differentiated."""
+        student, few = self.student, self.split or self.completions
+        rows = self.together, student.before, few, self.tokens
+        return Lengths(*rows, student.pieces, student.patches // student.pieces)
+
+    @property
     def sampled(self) -> int:
         """Groups that are sampled together."""
         return min(self.prompts, max(1, self.room // self.sample))
@@ -110,17 +119,6 @@ class Stage:
     passed: float = 0.0
 
 
-def rows(shape: Shape, rough: Footprint) -> tuple[float, float, float]:
-    """Bytes that a backward holds of a prompt's token, a completion's, and a patch, in all
-    layers."""
-    recurrent = [layer for layer in shape.layers if layer.recurs]
-    prompt, completion = (
-        sum(layer.held(row) for layer in shape.layers) + beside * len(recurrent)
-        for row, beside in zip((rough.prompt, rough.completion), rough.recurrence, strict=True)
-    )
-    return prompt, completion, sum(layer.held(rough.patch) for layer in shape.tower)
-
-
 def stages(
     shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, room: float
 ) -> dict[str, Stage]:
@@ -134,7 +132,14 @@ def stages(
     weights, width = shape.products, shape.tower[0].width
     visual = work.student.visual + work.teacher.visual
     look = seen or work.prompts * visual * shape.feature > room
-    a_token, a_new, a_patch = rows(shape, rough)
+    a_token, a_new, a_patch = (
+        sum(layer.held(row) for layer in layers)
+        for layers, row in (
+            (shape.layers, rough.prompt),
+            (shape.layers, rough.completion),
+            (shape.tower, rough.patch),
+        )
+    )
 
     def tower(view: View) -> tuple[float, float]:
         products = view.patches * weights["vision"] + view.visual * weights["projector"]

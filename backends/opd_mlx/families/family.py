@@ -32,6 +32,9 @@ class Family(Protocol):
     vision: tuple[str, ...]
     """Prefixes, in mlx-vlm's module, of what makes image features: the tower and its projector."""
 
+    image_blocks: bool = False
+    """Whether tokens of an image see each other in both directions."""
+
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
         """mlx-vlm's module, with random parameters that are not computed.
 
@@ -67,7 +70,5 @@ class Family(Protocol):
         transformers 5 writes some of it elsewhere.
         """
 
-    def vision_bytes(
-        self, config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device
-    ) -> int:
-        """Bytes that a backward through the vision tower holds for a prompt's images, roughly."""
+    def patches(self, config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
+        """Images of a prompt that go through the vision tower together, and patches of each."""

@@ -17,7 +17,7 @@ from opd.types import Prompt
 from opd_mlx.batch import Visibility
 from opd_mlx.device import Device
 from opd_mlx.families.family import Family
-from opd_mlx.families.siglip import encode, tower_bytes
+from opd_mlx.families.siglip import encode, patches
 from opd_mlx.layers.attention import NormedHeads, rotary_factors
 from opd_mlx.layers.layer import KeysValues, Layer
 from opd_mlx.vision import ImageBatch, visual_features
@@ -30,6 +30,7 @@ class Gemma3(Family):
     """Gemma 3 with images."""
 
     model_types = ("gemma3",)
+    image_blocks = True
     names: Mapping[str, str] = {
         "language_model.model.": "model.language_model.",
         "language_model.lm_head.": "lm_head.",
@@ -66,8 +67,8 @@ class Gemma3(Family):
     def layers(self, module: Any, config: Mapping[str, Any], device: Device) -> list[Layer]:
         text = config["text_config"]
         visibility = {
-            "sliding_attention": Visibility(text["sliding_window"], blocks=True),
-            "full_attention": Visibility(blocks=True),
+            "sliding_attention": Visibility(text["sliding_window"], self.image_blocks),
+            "full_attention": Visibility(blocks=self.image_blocks),
         }
         return [
             FourNorms(layer, text, visibility[kind], device, KINDS.index(kind))
@@ -116,10 +117,8 @@ class Gemma3(Family):
         return {**config, "text_config": text}
 
     @override
-    def vision_bytes(
-        self, config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device
-    ) -> int:
-        return tower_bytes(config, prompt, itemsize, device)
+    def patches(self, config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
+        return patches(config, prompt)
 
 
 class FourNorms(NormedHeads):

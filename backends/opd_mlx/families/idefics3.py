@@ -18,7 +18,7 @@ from opd.types import Prompt
 from opd_mlx.batch import Visibility
 from opd_mlx.device import Device
 from opd_mlx.families.family import Family
-from opd_mlx.families.siglip import encode, tower_bytes
+from opd_mlx.families.siglip import encode, patches
 from opd_mlx.layers.attention import AttentionLayer, rotary_factors
 from opd_mlx.layers.layer import KeysValues, Layer
 from opd_mlx.vision import ImageBatch, visual_features
@@ -112,10 +112,8 @@ class Idefics3(Family):
         return dict(config)
 
     @override
-    def vision_bytes(
-        self, config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device
-    ) -> int:
-        return tower_bytes(config, prompt, itemsize, device)
+    def patches(self, config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
+        return patches(config, prompt)
 
 
 def _positions(real: NDArray[np.bool_], side: int) -> NDArray[np.int32]:

@@ -78,18 +78,9 @@ class QwenVL(Family):
         return dict(config)
 
     @override
-    def vision_bytes(
-        self, config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device
-    ) -> int:
-        # What each block's products keep, and scores where they are few.
-        vision = config["vision_config"]
-        grid = prompt.images.get("image_grid_thw", np.zeros((0, 3)))
-        a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
-        a_block = 0
-        for patches in grid.prod(-1).tolist():
-            scores = 4 * vision["num_heads"] * patches**2
-            a_block += itemsize * patches * a_patch + min(scores, device.kept_score_bytes)
-        return int(vision["depth"] * a_block)
+    def patches(self, config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
+        grid = prompt.images.get("image_grid_thw", np.zeros((0, 3), int))
+        return [(1, patches) for patches in grid.prod(-1).tolist()]
 
 
 class Qwen3VL(QwenVL):

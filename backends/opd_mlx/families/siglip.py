@@ -60,19 +60,11 @@ def encode(
     return out
 
 
-def tower_bytes(config: Mapping[str, Any], prompt: Prompt, itemsize: int, device: Device) -> int:
-    """Bytes that a backward through the tower holds for a prompt's images.
-
-    They are what products keep, and scores where they are few.
-    """
-    vision = config["vision_config"]
+def patches(config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
+    """Images of a prompt, which go through the tower together, and patches of each."""
     pixels = prompt.images.get("pixel_values", np.zeros((0, 0, 0, 0)))
     count, _, height, width = pixels.shape
-    patches = height * width // vision["patch_size"] ** 2
-    a_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
-    scores = 4 * vision["num_attention_heads"] * count * patches**2
-    scores = min(scores, device.kept_score_bytes)
-    return int(vision["num_hidden_layers"] * (itemsize * count * patches * a_patch + scores))
+    return [(count, height * width // config["vision_config"]["patch_size"] ** 2)]
 
 
 def _attention(attention: Any, hidden: mx.array, keys: mx.array | None, device: Device) -> mx.array:

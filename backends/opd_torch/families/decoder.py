@@ -17,6 +17,8 @@ class Decoder:
     projections' own.
     """
 
+    image_blocks = False
+
     attention: type[AttentionLayer] = AttentionLayer
 
     def text(self, module: Any) -> Any:

@@ -28,6 +28,10 @@ class Family(Protocol):
     def architecture(self) -> str:
         """The class in transformers."""
 
+    @property
+    def image_blocks(self) -> bool:
+        """Whether tokens of an image see each other in both directions."""
+
     def text(self, module: Any) -> Any:
         """The language trunk: it has `embed_tokens`, `layers`, `norm` and `rotary_emb`."""
 

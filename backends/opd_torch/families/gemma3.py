@@ -28,6 +28,7 @@ class Gemma3(Decoder):
 
     model_types = ("gemma3",)
     architecture = "Gemma3ForConditionalGeneration"
+    image_blocks = True
 
     def layers(self, module: Any) -> list[Layer]:
         """Attention within the window, where there is one, to tokens before, and to the whole of a
@@ -37,7 +38,9 @@ class Gemma3(Decoder):
         rotary = [sorted(set(kinds)).index(kind) for kind in kinds]
         layers = zip(self.text(module).layers, rotary, strict=True)
         return [
-            FourNorms(layer, Visibility(layer.self_attn.sliding_window, blocks=True), number)
+            FourNorms(
+                layer, Visibility(layer.self_attn.sliding_window, blocks=self.image_blocks), number
+            )
             for layer, number in layers
         ]
 
