@@ -133,7 +133,7 @@ def of_mlx(path: Path, group: Group) -> tuple[dict[str, Callable[[], tuple[float
     from mlx_vlm.utils import load_model
 
     import opd_mlx
-    from tests.mlx_cases import channels_second, hugging_face, stock_logits
+    from tests.support.mlx_cases import channels_second, hugging_face, stock_logits
 
     ours = opd_mlx.load(ModelOptions(path))
     keys = mx.random.split(mx.random.key(7), len(ours._teacher))

@@ -36,8 +36,8 @@ from opd import registry as backends
 from opd.backend import Backend
 from opd.objective import Objective
 from opd.types import AdapterOptions, Group, ModelOptions, Update
-from tests import prompt_cases, random_models, torch_cases
-from tests.adapter_cases import under_peft
+from tests.support import prompt_cases, random_models, torch_cases
+from tests.support.adapter_cases import under_peft
 
 RESULTS = Path(__file__).parent / "results"
 JSD = Objective(alpha=0.5, top_k=20)

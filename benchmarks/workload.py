@@ -190,7 +190,7 @@ def on_device(backend: TorchBackend, **settings: Any) -> None:
 
 def folder(path: Path, vocabulary: int = 0, **sizes: int) -> Path:
     """A random Qwen3-VL in a folder, as both backends and every peer read it; `vocabulary` rows where the tokenizer has fewer."""
-    from tests import random_models
+    from tests.support import random_models
 
     random_models.qwen3_vl(path, **sizes)
     if vocabulary:

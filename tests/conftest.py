@@ -73,6 +73,6 @@ def examples():
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
     """A random Qwen3-VL of real architecture, in Hugging Face layout."""
-    from tests.random_models import qwen3_vl
+    from tests.support.random_models import qwen3_vl
 
     return qwen3_vl(tmp_path_factory.mktemp("random"))

@@ -13,8 +13,8 @@ from opd.paths import expanded, stem
 from opd.run import recipe as recipes
 from opd.run.folder import RunFolder, check_empty
 from opd.tiny import MODEL
-from tests.test_mistakes import GOOD, refused
-from tests.test_train import opd
+from tests.cli.test_mistakes import GOOD, refused
+from tests.cli.test_train import opd
 
 LONG = "n" * 300
 FEW = ["--set", "measure.count=2", "--set", "rollout.prompts=2", "--set", "rollout.completions=2"]

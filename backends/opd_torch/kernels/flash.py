@@ -3,7 +3,8 @@ give the logarithms of sums.
 
 All four, and their arguments, are those of torch 2.13: `_scaled_dot_product_flash_attention`
 and its backward on CUDA, and both with the ending `_for_cpu` on a CPU. Another torch may change
-them without notice; then `tests/test_joined.py` fails on a CPU and `tests/test_cuda.py` on CUDA.
+them without notice; then test_joined.py in `tests/backends/torch/` fails on a CPU, and test_cuda.py
+on CUDA.
 
 Legend: X rows of a padded layout of T queries and S keys each, H query heads, G key-value heads, d
 head width.

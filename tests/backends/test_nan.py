@@ -1,0 +1,159 @@
+"""Weights and logits that are no numbers: one clear error, on both backends, and nothing that looks trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+from opd import registry as backends
+from opd.errors import ModelError, RunError
+from opd.tiny import MODEL
+from opd.types import ModelOptions, Sampling
+from opd_cli import main
+from tests.support.random_models import FAMILIES, qwen3_vl
+
+FEW = ["--set", "data.path=tiny", "--set", "measure.count=2", "--set", "rollout.prompts=2", "--set", "rollout.completions=2"]
+
+
+def broken(folder, part, value=np.nan, make=qwen3_vl):
+    """A model with one value of the first tensor whose name has `part` replaced; and that name."""
+    make(folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if part in name)
+    tensors[name] = tensors[name].copy()
+    tensors[name].reshape(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return name
+
+
+PLACES = [("embed_tokens", np.nan), ("layers.1.mlp.down_proj", np.inf), ("visual", -np.inf), ("norm.weight", np.nan)]
+
+
+@pytest.mark.parametrize(("part", "value", "tune"), [(*place, tune) for place, tune in zip(PLACES, ["full", "lora"] * 2, strict=True)])
+def test_weights_that_are_no_numbers(backend_name, part, value, tune, tmp_path):
+    """The tensor is named before the run folder is made, wherever it stands, trained or frozen."""
+    name = broken(tmp_path / "model", part, value)
+    given = ["--model", tmp_path / "model", "--backend", backend_name, "--set", f"model.tune={tune}", *FEW]
+    result = CliRunner().invoke(main, [str(one) for one in ("train", "tiny", "--out", tmp_path / "run", *given)])
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    assert result.stdout == ""
+    assert f"model: weights hold NaN or infinity, in tensor {name}; " in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_other_families(backend_name, kind, tmp_path):
+    name = broken(tmp_path / "model", "layers.0.mlp", make=FAMILIES[kind])
+    with pytest.raises(ModelError, match="weights hold NaN") as caught:
+        backends.load(backend_name, ModelOptions(tmp_path / "model"))
+    assert name.split("model.")[-1] in str(caught.value)
+
+
+def test_large_weights_are_numbers(backend_name, tmp_path):
+    """A sum that is infinite says nothing of its parts."""
+    broken(tmp_path / "model", "layers.0.mlp.down_proj", 3e38)
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    name = next(name for name in tensors if "layers.0.mlp.down_proj" in name)
+    tensors[name] = np.full_like(tensors[name], 3e38)
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    assert backends.load(backend_name, ModelOptions(tmp_path / "model"))
+
+
+@pytest.fixture
+def loaded(backend_name):
+    from opd.prompts.encoder import PromptEncoder
+    from opd.tiny import Scenes
+    from opd.views.crop import student_images
+
+    scene = Scenes("train", 1)[0]
+    prompt = PromptEncoder(MODEL).encode(student_images(scene), scene.question)
+    return backends.load(backend_name, ModelOptions(MODEL)), prompt
+
+
+def change(backend, value, policy="student"):
+    """Sets the last layer's norm of the student, or of the teacher."""
+    if hasattr(backend, "_model"):
+        import mlx.core as mx
+
+        held = getattr(backend, f"_{policy}")
+        name = next(name for name in held if name.endswith("model.norm.weight"))
+        held[name] = mx.full(held[name].shape, value)
+        return
+    import torch
+
+    held = getattr(backend, f"_{policy}").parameters
+    with torch.no_grad():
+        next(tensor for name, tensor in held.items() if name.endswith("language_model.norm.weight")).fill_(value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "in tensor model.language_model.norm.weight"), (3e38, "although the weights are")])
+def test_training_that_makes_them_so(loaded, temperature, value, said):
+    """The step is named, and the tensor where it is one."""
+    backend, prompt = loaded
+    change(backend, value)
+    backend._optimizer.step = 7
+    with pytest.raises(RunError, match="after step 7 ") as caught:
+        backend.sample([prompt, prompt], np.full((2, 2, 5), 0.5, np.float32), Sampling(temperature))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_before_training(loaded):
+    backend, prompt = loaded
+    change(backend, np.nan)
+    with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
+        backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0), "student")
+    # The teacher is as it was.
+    assert backend.sample([prompt], np.full((1, 1, 2), 0.5, np.float32), Sampling(1.0), "teacher")
+
+
+def test_a_teacher_is_blamed_for_weights_of_its_own(loaded):
+    """A teacher may go wrong alone, and the student's weights say nothing about it."""
+    backend, prompt = loaded
+    change(backend, np.nan, "teacher")
+    with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
+        backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0), "teacher")
+    assert backend.sample([prompt], np.full((1, 1, 2), 0.5, np.float32), Sampling(1.0), "student")
+
+
+def test_logits_are_looked_at_where_a_gpu_checks_seldom(loaded):
+    """A rollout that ends between two checks is checked at its end."""
+    backend, prompt = loaded
+    change(backend, np.nan)
+    if hasattr(backend, "_model"):
+        model = backend._model
+        backend._model = replace(model, device=replace(model.device, steps_ahead=3))
+    else:
+        from tests.support.torch_cases import on_device
+
+        on_device(backend, check_every=8)
+    with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
+        backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0))
+
+
+def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
+    """Exit code 1 and one line; there is no model."""
+    real = backends.load
+
+    def load(name, options):
+        backend = real(name, options)
+        move = backend.move_teacher
+        monkeypatch.setattr(backend, "move_teacher", lambda rate: (move(rate), change(backend, np.nan)))
+        return backend
+
+    monkeypatch.setattr(backends, "load", load)
+    arguments = ["train", "tiny", "--backend", backend_name, "--steps", "3", "--out", str(tmp_path / "run"), "--json", *FEW]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1, result.output + repr(result.exception)
+    assert result.stdout == ""
+    assert "after step 1 weights hold NaN or infinity" in result.stderr
+    assert not (tmp_path / "run/model").exists()
+    assert not (tmp_path / "run/summary.json").exists()
+    assert all("NaN" not in json.dumps(json.loads(line)) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())

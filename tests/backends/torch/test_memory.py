@@ -1,0 +1,108 @@
+"""What the torch backend's head stage allocates: a few chunk buffers, whatever the number of rows; and prompt rows never meet it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.profiler import ProfilerActivity, profile
+
+from opd.objective import Objective
+from opd.types import Sampling
+from opd_torch import gradient
+from opd_torch import sampling as sampling_module
+from opd_torch.device import this_device
+from opd_torch.objective import default_chunk, divergence_head
+from tests.support.random_models import qwen3_vl
+from tests.support.torch_cases import make_case
+
+V, D, CHUNK = 20_000, 8, 32
+
+
+def peak_bytes(run):
+    """Largest sum of bytes that the allocator held during `run`, temporaries inside operators included."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(sizes).max())
+
+
+def chunk_buffers(count, objective, gradient=True, rows=CHUNK):
+    """Peak of the head stage over `count` rows in units of one float32 array [CHUNK, V], results not counted."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(count, D, generator=generator) for _ in range(2))
+    heads = [torch.randn(V, D, generator=generator) for _ in range(2)]
+    tokens = torch.randint(V, (count,), generator=generator)
+    values = torch.rand(count)
+    peak = peak_bytes(
+        lambda: divergence_head(
+            student,
+            heads[0],
+            teacher,
+            heads[1],
+            tokens,
+            -values,
+            values,
+            objective,
+            chunk=CHUNK,
+            block_bytes=4 * V * rows,
+            gradient=gradient,
+        )
+    )
+    results = 4 * (V * D + count * D if gradient else 0)
+    return (peak - results) / (4 * CHUNK * V)
+
+
+@pytest.mark.parametrize(
+    ("objective", "most"),
+    [
+        (Objective(alpha=0.5, top_k=None), 4),
+        (Objective(alpha=0.0, top_k=None), 4),
+        (Objective(alpha=1.0, top_k=None, temperature=0.7), 4),
+        (Objective(alpha=0.5, top_k=100), 3.2),
+        (Objective(form="sampled"), 3.2),
+    ],
+)
+@pytest.mark.parametrize("rows", [CHUNK, 4])
+def test_head_stage(objective, most, rows):
+    """Logits of both policies, and of the rows of a block one or two arrays more; a GPU's block is the chunk."""
+    once, twice = (chunk_buffers(count * CHUNK, objective, rows=rows) for count in (2, 4))
+    assert 2 < once <= 2 + (most - 2) * rows / CHUNK + 0.02
+    assert twice <= once + 0.02
+
+
+def test_head_stage_without_gradient():
+    assert chunk_buffers(2 * CHUNK, Objective(top_k=100), gradient=False, rows=13) <= 3.2
+
+
+def test_a_cpu_s_block_is_a_mebibyte():
+    """Of a chunk of 32 rows with 80 kB each, 13 at a time."""
+    rows = this_device("cpu").head_block_bytes // (4 * V)
+    assert rows == 13
+    assert 2.4 < chunk_buffers(CHUNK, Objective(top_k=100), rows=rows) < 2.6
+
+
+def test_a_chunk_is_64_mib():
+    assert default_chunk(151_936) * 151_936 * 4 <= 64 * 2**20 < (default_chunk(151_936) + 1) * 151_936 * 4
+    assert default_chunk(10**7) == 16
+
+
+def test_only_completion_rows_meet_the_head(tmp_path, monkeypatch):
+    case = make_case(tmp_path, qwen3_vl(tmp_path / "model"))
+    backend = case.backend("float32")
+    rows = []
+    kernel, draw = gradient.divergence_head, sampling_module.draw
+    monkeypatch.setattr(
+        gradient, "divergence_head", lambda hidden, *rest, **options: rows.append(len(hidden)) or kernel(hidden, *rest, **options)
+    )
+    monkeypatch.setattr(sampling_module, "draw", lambda hidden, *rest: rows.append(len(hidden)) or draw(hidden, *rest))
+    used = []
+    backend._student.module.lm_head.register_forward_hook(lambda *_: used.append(1))
+    backend.accumulate(case.groups, Objective(top_k=20))
+    backend.sample([group.student for group in case.groups], np.full((5, 2, 3), 0.5, np.float32), Sampling())
+    assert rows == [sum(group.tokens for group in case.groups)] + [5 * 2] * 3
+    assert not used

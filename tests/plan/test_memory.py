@@ -1,0 +1,257 @@
+"""The memory of `opd plan` against what both backends allocate, for models of every family."""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from opd import registry as backends
+from opd.objective import Objective
+from opd.plan import view
+from opd.plan.memory import memory
+from opd.plan.shape import Shape, read_config
+from opd.plan.work import Work
+from opd.prompts.encoder import PromptEncoder
+from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
+from tests.support import random_models
+
+LINEAR = random_models.LINEAR
+TOWER = {"hidden_size": 128, "intermediate_size": 512}
+TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
+MIDDLE = {
+    "qwen2_5_vl": {"text": {**TEXT, "num_attention_heads": 8}, "vision": TOWER},
+    "qwen3_5": {"text": {**TEXT, **DELTA, "head_dim": 64, "layer_types": [LINEAR, LINEAR, "full_attention"] * 2}, "vision": TOWER},
+    "gemma3": {"text": {**TEXT, "head_dim": 64, "layer_types": ["sliding_attention", "full_attention"] * 3}, "vision": TOWER},
+    "smolvlm": {"text": {**TEXT, "head_dim": 64}, "vision": TOWER},
+}
+"""Six million parameters; activations of rows of some length are most of what a step takes."""
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8}
+BIG = {
+    "qwen3_5": {"text": {**WIDE, "head_dim": 64, "layer_types": [LINEAR, LINEAR, LINEAR, "full_attention"] * 2, **DELTA}},
+    "gemma3": {"text": {**WIDE, "head_dim": 64, "layer_types": ["sliding_attention", "full_attention"] * 4}},
+    "qwen2_5_vl": {"text": WIDE},
+    "smolvlm": {"text": {**WIDE, "head_dim": 64}},
+}
+"""More than 100 million parameters, which are most of what a step takes."""
+
+QWEN3_VL = {"hidden": 1024, "layers": 8, "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp": 3072, "vision_hidden": 256, "vision_mlp": 1024}
+SMALLER = {**QWEN3_VL, "hidden": 256, "layers": 6, "heads": 4, "kv_heads": 2, "mlp": 768, "vision_hidden": 128, "vision_mlp": 512}
+
+
+class Measured:
+    """One group on a backend of random weights, what it allocates, and the plan of the same."""
+
+    def __init__(self, name, folder, question, image, crop, n, length, adapters=None, dtype="float32"):
+        encoder = self.planned(name, folder, question, image, crop, n, length, adapters, dtype)
+        # Apart from the tested one, so that nothing a call left behind is counted.
+        self.backend = backends.load(name, self.options)
+        self.module = importlib.import_module("opd_mlx.backend" if name == "mlx" else "opd_torch.backend")
+        self.backend.move_teacher(0.5)
+        rng = np.random.default_rng(0)
+        completion = [Completion(rng.integers(0, 250, length).astype(np.int32), np.full(length, -5, np.float32), False) for _ in range(n)]
+        weights = tuple(np.full(length, 0.01, np.float32) for _ in range(n))
+
+        def prompt(size, question):
+            return encoder.encode([Image.fromarray(rng.integers(0, 255, (*size[::-1], 3)).astype(np.uint8))], question)
+
+        self.group = Group(prompt(image, question), prompt(crop, question), tuple(completion), weights)
+        self.short = prompt((16, 16), "?")
+        self.uniforms = np.full((1, n, length), 0.5, np.float32)
+
+    def planned(self, name, folder, question, image, crop, n, length, adapters, dtype):
+        """The plan's own numbers, and the encoder."""
+        self.name = name
+        config, planner = read_config(folder), backends.planner(name)
+        self.shape = Shape(config, planner.parameters(config))
+        self.options = ModelOptions(folder, dtype, adapters is None, adapters)
+        encoder = PromptEncoder(folder)
+        text = len(encoder.encode([], question))
+        seen = [view(encoder, self.shape, size, text) for size in (image, crop)]
+        one = Work(2, n, length, *seen, budget=0)
+        self.work = replace(one, budget=one.group)  # two micro-batches of one group
+        largest = max(map(prod, self.shape.shapes.values()))
+        self.rough = planner.footprint(self.options, config, largest, (seen[0].before, length), here=True)
+        return encoder
+
+    def plan(self, checkpointed):
+        return memory(self.shape, self.options, self.work, self.rough, 2**30, checkpointed)
+
+    def peak(self, run):
+        """Largest number of bytes allocated in a call above those before it."""
+        if self.name == "mlx":
+            import mlx.core as mx
+
+            mx.set_cache_limit(0)
+            mx.eval(mx.zeros(1) + 1)
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            run()
+            return mx.get_peak_memory() - before
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max(initial=0))
+
+    def rollout(self):
+        return self.peak(lambda: self.backend.sample([self.group.student], self.uniforms, Sampling()))
+
+    def accumulate(self, monkeypatch, checkpointed):
+        """Above what is held: the second micro-batch, and the gradient of the first."""
+        bound = 0 if checkpointed else 2**60
+        if self.name == "mlx":
+            model = self.backend._model
+            monkeypatch.setattr(self.backend, "_model", replace(model, device=replace(model.device, checkpoint_above=bound)))
+        else:
+            from tests.support.torch_cases import on_device
+
+            on_device(self.backend, checkpoint_above=bound)
+        self.backend._gradient = {}
+        # Whatever the first micro-batch was, its gradient is as large; so it is a short one.
+        first = Group(self.short, self.short, self.group.completions[:1], self.group.weights[:1])
+        self.backend.accumulate([first], Objective(top_k=100))
+        gradient = 4 * sum(self.shape.trained(self.options).values())
+        return gradient + self.peak(lambda: self.backend.accumulate([self.group], Objective(top_k=100)))
+
+    def apply(self):
+        """Above what is held: the second step, since the first makes the moments."""
+        for _ in range(2):
+            self.backend.accumulate([self.group], Objective(top_k=100))
+            found = self.peak(lambda: self.backend.apply(Update(1e-3, weight_decay=0.1, gradient_clip=1e-3)))
+        moved = self.peak(lambda: self.backend.move_teacher(0.5))
+        return 4 * sum(self.shape.trained(self.options).values()) + found, moved
+
+
+def agree(measured, plan, phase, alone=0.1):
+    """Within 8 % of all that is allocated, and within `alone` of what the phase itself allocates."""
+    held = sum(plan.held.values())
+    assert plan.phases[phase] == pytest.approx(held + measured, rel=0.08)
+    assert plan.phases[phase] - held == pytest.approx(measured, rel=alone)
+
+
+def model(family, sizes, folder):
+    if family == "qwen3_vl":
+        return random_models.qwen3_vl(folder, **sizes)
+    pytest.importorskip("torch")
+    return random_models.FAMILIES[family](folder, more=sizes)
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", *MIDDLE])
+def middle(request, tmp_path_factory):
+    return model(request.param, {"qwen3_vl": SMALLER, **MIDDLE}[request.param], tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", *BIG])
+def big(request, tmp_path_factory):
+    return model(request.param, {"qwen3_vl": QWEN3_VL, **BIG}[request.param], tmp_path_factory.mktemp(request.param))
+
+
+QUESTION = "What is on it? " * 4
+
+
+def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
+    measured = Measured(backend_name, big, "?", (32, 32), (32, 32), n=2, length=6)
+    assert sum(measured.shape.parameters.values()) > 8e7
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.2)
+    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
+
+
+def test_memory_of_an_optimizer_step(backend_name, big):
+    measured = Measured(backend_name, big, "?", (32, 32), (32, 32), n=2, length=6)
+    applied, moved = measured.apply()
+    agree(applied, measured.plan(True), "apply", alone=0.08)
+    assert moved < 0.1 * applied
+
+
+@pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
+def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
+    """Activations are most of it here."""
+    measured = Measured(backend_name, middle, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters)
+    # MLX decides by itself in what order it computes, torch does not.
+    alone = {"cpu": 0.08, "mlx": 0.2}[backend_name]
+    agree(measured.rollout(), measured.plan(False), "rollout", alone)
+    for checkpointed in (False, True):
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=alone)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_of_tables(backend_name, tied, tmp_path, monkeypatch):
+    """A head's gradient takes in the rows that a tied embedding looked up; there is no second table, even for a moment."""
+    folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=50_000, tied=tied)
+    measured = Measured(backend_name, folder, "?", (32, 32), (32, 32), n=2, length=6)
+    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
+
+
+def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
+    measured = Measured(backend_name, middle, QUESTION, (96, 96), (32, 32), n=2, length=32, dtype="bfloat16")
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.3)
+    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate")
+
+
+@pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
+def test_memory_of_a_large_vocabulary(backend_name, tmp_path, adapters, monkeypatch):
+    """Logits and the embedding's gradients are most of it here."""
+    folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=60_000)
+    measured = Measured(backend_name, folder, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters)
+    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate", alone=0.08)
+
+
+def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_name, middle, monkeypatch):
+    """Nothing is planned for it."""
+    measured = Measured(backend_name, middle, QUESTION, (32, 32), (32, 32), n=1, length=2)
+    backend = measured.backend
+    backend.sample([measured.group.student, measured.short], np.full((2, 1, 2), 0.5, np.float32), Sampling())
+    if backend_name == "mlx":
+        kept = weakref.ref(backend._prefill.pending)
+        holder, teacher = importlib.import_module("opd_mlx.gradient"), "_teacher_hidden"
+    else:
+        kept = weakref.ref(backend._prefill.cache[0][0])
+        holder, teacher = importlib.import_module("opd_torch.gradient"), "_hidden"
+    run, seen = getattr(holder, teacher), []
+    monkeypatch.setattr(holder, teacher, lambda *rest: seen.append(kept()) or run(*rest))
+    backend.accumulate([measured.group], Objective(top_k=100))
+    assert seen == [None]
+
+
+def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkeypatch):
+    """MLX holds nothing of what the rule computes there, and computes a segment at a time again."""
+    measured = Measured(backend_name, model("qwen3_5", MIDDLE["qwen3_5"], tmp_path), QUESTION, (320, 320), (32, 32), n=2, length=32)
+    assert measured.work.student.before > 256
+    agree(measured.rollout(), measured.plan(False), "rollout", alone=0.15)
+    for checkpointed in (False, True):
+        agree(measured.accumulate(monkeypatch, checkpointed), measured.plan(checkpointed), "accumulate", alone=0.15)
+
+
+@pytest.mark.parametrize("image", [(112, 96), (320, 320)], ids=["short", "long"])
+def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, image):
+    measured = Measured(backend_name, middle, QUESTION, image, (32, 32), n=3, length=7)
+    tokens = [[one.tokens for one in measured.group.completions]]
+    if backend_name == "mlx":
+        from opd_mlx.batch import lay_out
+        from opd_mlx.footprint import activation_bytes
+
+        computes = measured.backend._model
+        batch = lay_out([measured.group.student], tokens)
+    else:
+        import torch
+
+        from opd_torch.batch import lay_out
+        from opd_torch.footprint import activation_bytes
+
+        computes = measured.backend._student
+        batch = lay_out([measured.group.student], tokens, torch.device("cpu"))
+    assert measured.rough.recompute_above == computes.device.checkpoint_above
+    found = activation_bytes(computes, batch)
+    assert measured.rough.estimate(measured.work.lengths) == found
+    for bound in (found, found - 1):
+        rough = replace(measured.rough, recompute_above=bound)
+        assert memory(measured.shape, measured.options, measured.work, rough, 2**30).checkpointed == (found > bound)
