@@ -18,6 +18,29 @@ from opd.types import Encoder, Example
 from opd.views.usable import Skipped
 
 
+def answers(
+    recipe: Recipe,
+    backend: Backend,
+    encoder: Encoder,
+    held_out: Sequence[Example],
+    progress: Progress,
+    skipped: Skipped,
+) -> list[Answered]:
+    """The student's answers to the held-out examples, measured as the recipe says; rows that cannot
+    be used are handed to `skipped`."""
+    return gap.greedy_answers(
+        backend,
+        encoder,
+        held_out,
+        recipe.view,
+        recipe.measure.max_tokens,
+        recipe.rollout.sample_tokens,
+        progress.advance,
+        recipe.data.max_prompt_tokens,
+        skipped,
+    )
+
+
 @dataclass(frozen=True)
 class Probe:
     """Has the student answer the held-out examples, keeps the answers, and tells the monitors."""
@@ -66,16 +89,8 @@ class Probe:
         if not self.held_out or (before is not None and not before):
             return []
         self.progress.begin(phase, 2 * len(self.held_out))
-        answered = gap.greedy_answers(
-            self.backend,
-            self.encoder,
-            self.held_out,
-            self.recipe.view,
-            self.recipe.measure.max_tokens,
-            self.recipe.rollout.sample_tokens,
-            self.progress.advance,
-            self.recipe.data.max_prompt_tokens,
-            self.skipped,
+        answered = answers(
+            self.recipe, self.backend, self.encoder, self.held_out, self.progress, self.skipped
         )
         rows = {one.row for one in before} if before is not None else set(range(len(self.held_out)))
         answered = [one for one in answered if one.row in rows]

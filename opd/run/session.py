@@ -27,6 +27,7 @@ from opd.run import recipe as recipes
 from opd.run.changed import Changed
 from opd.run.export import as_model
 from opd.run.folder import RunFolder
+from opd.run.probe import answers
 from opd.run.recipe import Recipe
 from opd.run.trainer import Trainer
 from opd.types import Encoder, Example, ModelOptions
@@ -55,17 +56,9 @@ class Session:
         Raises DataError where not one of the examples can be.
         """
         progress.begin("measure", 2 * len(self.held_out))
-        options, skipped = self.recipe.measure, Skipped(progress)
-        answered = measure.greedy_answers(
-            self.backend,
-            self.encoder,
-            self.held_out,
-            self.recipe.view,
-            options.max_tokens,
-            self.recipe.rollout.sample_tokens,
-            progress.advance,
-            self.recipe.data.max_prompt_tokens,
-            skipped,
+        skipped = Skipped(progress)
+        answered = answers(
+            self.recipe, self.backend, self.encoder, self.held_out, progress, skipped
         )
         if self.held_out and not answered:
             raise DataError(

@@ -23,21 +23,12 @@ from opd.prompts.encoder import PromptEncoder
 from opd.randomness import uniforms
 from opd.testing.conformance import GRADIENT, VALUE, Result, check
 from opd.tiny import MODEL, Scenes
-from opd.types import Completion, Group, ModelOptions, Prompt, Sampling, Update
+from opd.types import STATISTICS, Completion, Group, ModelOptions, Prompt, Sampling, Update
 from opd.views import usable
 from opd.views.crop import ViewOptions
 
 PATH = Path(__file__).parent / "fixtures.npz"
 SCENES, COMPLETIONS, MAX_TOKENS, STEPS = 4, 3, 10, 10
-
-STATISTICS = (
-    "student_logprobs",
-    "teacher_logprobs",
-    "student_entropy",
-    "teacher_entropy",
-    "ratio",
-    "divergence",
-)
 
 Numbers = dict[str, NDArray[Any]]
 
