@@ -72,3 +72,15 @@ def stem(name: str) -> str:
     """A folder's name after a file's: without the ending, and short enough to be followed by -2 or
     ~1."""
     return Path(name).stem.encode("utf-8", "ignore")[:STEM].decode("utf-8", "ignore") or "run"
+
+
+def check_file(path: Path) -> None:
+    """Raises OSError for a pipe or a device: reading one may wait, or go on, for ever."""
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content. Raises OSError, for a pipe or a device too."""
+    check_file(path)
+    return path.read_bytes()

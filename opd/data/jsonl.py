@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from opd.data import foreign
 from opd.data.fields import cut, kind
 from opd.errors import DataError
+from opd.paths import read_file
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def read_lines(path: Path) -> Lines:
     if not path.exists():
         raise DataError(f"data file not found: {path}")
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     foreign.check_file(path, content)
@@ -91,7 +93,6 @@ def _entries(path: Path, text: str, rows: list[tuple[int, str]]) -> list[tuple[i
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise DataError(f"field '{cut(twice)}' stands twice in the row")
     return row

@@ -24,6 +24,7 @@ from uuid import uuid4
 
 from opd.data.images import check_size, measured, opened, short
 from opd.errors import DataError
+from opd.paths import read_file
 
 VERSION = 1
 POOL_PIXELS = 1 << 27
@@ -218,7 +219,7 @@ def places(data: Path) -> tuple[Path, Path]:
 def _load(path: Path) -> dict[str, Any]:
     """The entries of a store; none where it is missing or damaged."""
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path))
         if found["version"] == VERSION and isinstance(found["pictures"], dict):
             return dict(found["pictures"])
     return {}

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from opd import randomness
+from opd import paths, randomness
 from opd.errors import ModelError, RecipeError, nearest, shown
 from opd.models import hub, names
 from opd.models.files import INDEX, SINGLE, check_links, read_json
@@ -265,7 +265,7 @@ def read(folder: Path, model_type: str = "") -> Adapter:
     Raises ModelError."""
     options, file = options_of(folder), folder / WEIGHTS
     try:
-        stored = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
+        stored = deserialize(paths.read_file(file))  # type: ignore[no-untyped-call]
         tensors = {
             names.today(model_type, name.removeprefix(PREFIX)): _float32(**tensor)
             for name, tensor in stored

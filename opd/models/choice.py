@@ -16,7 +16,7 @@ from opd.errors import ModelError, RecipeError
 from opd.models import adapters, hub
 from opd.models.find import checkpoint_of
 from opd.options import Options
-from opd.paths import PathText, expanded
+from opd.paths import PathText, expanded, read_file
 from opd.types import AdapterOptions, ModelOptions
 
 QUANTISED = re.compile(r"(-unsloth)?-(bnb-[48]bit|awq|gptq(-int[48])?|fp8)$", re.IGNORECASE)
@@ -303,7 +303,7 @@ def _section(run: Path) -> dict[str, Any]:
 def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """A file's values; none where it is missing or broken, which is told where it is needed."""
     try:
-        values = parse(file.read_text(encoding="utf-8"))
+        values = parse(read_file(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

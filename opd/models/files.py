@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from opd.errors import ModelError, UserError, no_weights, one_line, shortened
+from opd.paths import check_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -183,6 +184,7 @@ def _header(folder: Path, file: str) -> dict[str, StoredTensor]:
     """The tensors that one file's header describes."""
     path = folder / file
     try:
+        check_file(path)
         with path.open("rb") as opened:
             size = path.stat().st_size
             length = int.from_bytes(opened.read(8), "little")

@@ -15,6 +15,7 @@ from typing import Any
 
 from opd.errors import ModelError, one_line
 from opd.models.files import read_json
+from opd.paths import read_file
 
 OFF = "{%- set enable_thinking = false %}"
 OPEN, CLOSE = "<think>", "</think>\n\n"
@@ -94,7 +95,7 @@ def rewrite(folder: Path, template: str, render: Render) -> None:
     """
     own, others = folder / JINJA, sorted((folder / OTHERS).glob("*.jinja"))
     for file in others:
-        text = file.read_text(encoding="utf-8")
+        text = read_file(file).decode("utf-8")
         _replace(file, text, template if file.stem == "default" else trained(text, render))
     read = False
     for name in JSON:

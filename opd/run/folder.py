@@ -18,7 +18,7 @@ from typing import Any
 
 from opd.errors import FolderError, RunError, one_line
 from opd.models.find import CONFIG, checkpoint_of
-from opd.paths import unusable
+from opd.paths import read_file, unusable
 from opd.run import lock
 from opd.run.strict_json import dumps
 
@@ -150,7 +150,7 @@ class RunFolder:
         says to do."""
         path = self.path / name
         try:
-            lines = path.read_bytes().split(b"\n") if path.exists() else []
+            lines = read_file(path).split(b"\n") if path.exists() else []
         except OSError as error:
             raise FolderError(f"'{path}' cannot be read: {error.strerror or error}") from error
         rows = []
@@ -179,7 +179,7 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any]:
         """The object of a .json file. Raises OSError or ValueError where it is missing or
         damaged."""
-        return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+        return dict(json.loads(read_file(self.path / name)))
 
     def fill(self, path: Path, fill: Callable[[Path], None], shared: bool = False) -> None:
         """Lets `fill` write a folder under a temporary name, then puts it in place of `path`.

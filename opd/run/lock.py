@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import FolderError
+from opd.paths import read_file
 
 FILE = ".lock"
 
@@ -108,7 +109,7 @@ def _release(path: Path, file: int) -> None:
 
 def _holder(folder: Path) -> str:
     try:
-        found: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found: Any = json.loads(read_file(folder / FILE))
         return f" (pid {int(found['pid'])} on {str(found['host'])[:100]})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

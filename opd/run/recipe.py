@@ -24,7 +24,7 @@ from opd.method.schedules import OptimizerOptions, TeacherOptions
 from opd.models.choice import ModelChoice, is_tiny
 from opd.objective import ObjectiveOptions
 from opd.options import Options
-from opd.paths import expanded
+from opd.paths import expanded, read_file
 from opd.views.crop import ViewOptions
 
 PRESETS = ("tiny", "paper", "lora")
@@ -239,9 +239,7 @@ def leave(recipe: Recipe, folder: Path, step: int) -> None:
 def step_of(folder: Path, finished: int) -> int:
     """The step that a result is of; `finished` where an earlier version left none."""
     try:
-        return int(
-            tomllib.loads((folder / BESIDE).read_text(encoding="utf-8"))["made_with"]["step"]
-        )
+        return int(tomllib.loads(read_file(folder / BESIDE).decode("utf-8"))["made_with"]["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return finished
 

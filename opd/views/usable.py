@@ -16,7 +16,13 @@ from opd.data.images import image_size
 from opd.errors import DataError, OpdError, one_line, plural
 from opd.progress import Progress
 from opd.types import MAX_PIXELS, Encoder, Example, Prompt, SizedEncoder
-from opd.views.crop import ViewOptions, student_images, teacher_images, teacher_sizes
+from opd.views.crop import (
+    ViewOptions,
+    student_images,
+    teacher_images,
+    teacher_sizes,
+    views_per_image,
+)
 from opd.views.questions import student_question, teacher_question
 
 TOLD = 5
@@ -119,6 +125,9 @@ def encode(
     Raises Unusable where the row has none, and other errors of `opd.errors` where no row could have
     one.
     """
+    views = sum(views_per_image(example, view))
+    if limit and views > limit:  # a view takes a token or more: no need to cut any
+        raise Unusable(f"{views:,} views, {above(limit)}", above(limit))
     with _guarded(example):
         prompts = encode_student(encoder, example), encode_teacher(encoder, example, view)
     longest = max(map(len, prompts))
@@ -169,10 +178,12 @@ def _guarded(example: Example) -> Iterator[None]:
 
 def too_long(tokens: int, limit: int) -> tuple[str, str]:
     """The reason of a prompt above the limit, and its kind."""
-    return (
-        f"prompt of {plural(tokens, 'token')}, above data.max_prompt_tokens = {limit}",
-        f"above data.max_prompt_tokens = {limit}",
-    )
+    return f"prompt of {plural(tokens, 'token')}, {above(limit)}", above(limit)
+
+
+def above(limit: int) -> str:
+    """The kind of reason of every row above the limit."""
+    return f"above data.max_prompt_tokens = {limit}"
 
 
 def name(example: Example) -> str:

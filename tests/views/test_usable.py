@@ -19,6 +19,7 @@ from opd.prompts.encoder import PromptEncoder
 from opd.run.folder import RunFolder
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.tiny import MODEL
+from opd.types import Box
 from opd.views import usable
 from opd.views.crop import ViewOptions
 from opd.views.usable import Skipped, Unusable
@@ -220,6 +221,15 @@ def test_the_limit_holds_for_what_is_measured():
     assert [one.row for one in found] == [row for row, one in enumerate(coloured(12)) if len(one.question) + 1 <= 7]
     assert skipped.why() == f"{12 - len(found)} rows: above data.max_prompt_tokens = 7"
     assert 0 < len(found) < 12
+
+
+def test_a_row_of_more_views_than_a_prompt_has_tokens_is_not_cut(monkeypatch):
+    many = replace(coloured(1)[0], boxes=tuple(Box(8, 4, 40, 28) for _ in range(9)))
+    monkeypatch.setattr(usable, "teacher_images", lambda *_: pytest.fail("the views are cut"))
+    with pytest.raises(Unusable) as said:
+        usable.encode(ToyEncoder(), many, ViewOptions(boxes="each"), limit=8)
+    assert str(said.value) == "9 views, above data.max_prompt_tokens = 8"
+    assert said.value.kind == "above data.max_prompt_tokens = 8"
 
 
 def test_rows_fall_out_on_another_thread(monkeypatch):
