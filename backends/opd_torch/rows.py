@@ -76,7 +76,9 @@ def freeze_vision(module: Any, where: str) -> None:
     """Trains the language model and the head alone. Raises ModelError where no name tells what the
     language model is.
     """
-    language = {name for name, _ in module.named_parameters() if adapters.part(name) == "language"}
+    language = {
+        name for name, _ in module.named_parameters() if adapters.part_of_model(name) == "language"
+    }
     if not language:
         raise _refused(where, "no name says what its language model is; set model.vision=true")
     for name, parameter in module.named_parameters():

@@ -93,7 +93,7 @@ class Adapter:
     tensors: Mapping[str, FloatArray]
 
 
-def part(layer: str) -> Literal["language", "vision", "projector", "head"]:
+def part_of_model(layer: str) -> Literal["language", "vision", "projector", "head"]:
     """The part of the model that a layer belongs to, by its Hugging Face name."""
     for name, marks in PARTS.items():
         if any(mark in f".{layer}." for mark in marks):
@@ -101,7 +101,7 @@ def part(layer: str) -> Literal["language", "vision", "projector", "head"]:
     return "head"
 
 
-def initial(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Tensors:
+def initial_adapters(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Tensors:
     """What the adapters of student and teacher start from: those of `options.adapter`, else fresh
     ones.
 
@@ -131,13 +131,15 @@ def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Te
 
 def _chosen(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> list[str]:
     """The layers that get an adapter."""
-    language = {name: name.rpartition(".")[2] for name in layers if part(name) == "language"}
+    language = {
+        name: name.rpartition(".")[2] for name in layers if part_of_model(name) == "language"
+    }
     check_targets(options.targets, set(language.values()))
     wanted = {"vision": options.vision, "projector": options.projector}
     chosen = {
         name for name, word in language.items() if not options.targets or word in options.targets
     }
-    return [name for name in layers if wanted.get(part(name)) or name in chosen]
+    return [name for name in layers if wanted.get(part_of_model(name)) or name in chosen]
 
 
 def check_targets(targets: Iterable[str], known: Collection[str]) -> None:
@@ -151,11 +153,11 @@ def check_targets(targets: Iterable[str], known: Collection[str]) -> None:
             )
 
 
-def fit(
+def check_fits(
     tensors: Mapping[str, FloatArray], layers: Mapping[str, tuple[int, int]], folder: Path
 ) -> None:
     """Raises ModelError where an adapter's tensors do not fit the model's layers."""
-    for name in pairs(tensors):
+    for name in adapted_layers(tensors):
         if name == "lm_head":
             raise ModelError(
                 f"{folder}: this adapter changes the head, lm_head; adapters on heads are not"
@@ -177,14 +179,16 @@ def fit(
             )
 
 
-def pairs(tensors: Mapping[str, Any]) -> list[str]:
+def adapted_layers(tensors: Mapping[str, Any]) -> list[str]:
     """The layers that have an adapter among `tensors`."""
     return [name.removesuffix(A) for name in tensors if name.endswith(A)]
 
 
-def changes(tensors: Mapping[str, FloatArray], scale: float) -> Iterator[tuple[str, FloatArray]]:
+def merged_updates(
+    tensors: Mapping[str, FloatArray], scale: float
+) -> Iterator[tuple[str, FloatArray]]:
     """The weight's name and scale * B A [out, in], float32, of every layer that has an adapter."""
-    for name in pairs(tensors):
+    for name in adapted_layers(tensors):
         yield f"{name}.weight", np.float32(scale) * (tensors[f"{name}{B}"] @ tensors[f"{name}{A}"])
 
 
@@ -212,7 +216,7 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
-def base(folder: Path) -> str:
+def base_model(folder: Path) -> str:
     """The model that an adapter was trained on, as its file names it. Raises ModelError."""
     found = _config(folder).get("base_model_name_or_path")
     if not isinstance(found, str) or not found:
@@ -267,12 +271,12 @@ def read(folder: Path, model_type: str = "") -> Adapter:
     try:
         stored = deserialize(paths.read_file(file))  # type: ignore[no-untyped-call]
         tensors = {
-            names.today(model_type, name.removeprefix(PREFIX)): _float32(**tensor)
+            names.current_name(model_type, name.removeprefix(PREFIX)): _float32(**tensor)
             for name, tensor in stored
         }
     except (OSError, SafetensorError, KeyError) as error:
         raise ModelError(f"{file}: cannot be read as an adapter's tensors ({error})") from error
-    layers = pairs(tensors)
+    layers = adapted_layers(tensors)
     expected = {f"{name}{side}" for name in layers for side in (A, B)}
     if not layers or tensors.keys() != expected:
         # A tensor whose partner is missing is named by what is missing.
@@ -299,10 +303,10 @@ def read(folder: Path, model_type: str = "") -> Adapter:
 
 def fitting(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Adapter:
     """The adapter that `options.adapter` names, which must fit the model's `layers`, as in
-    `initial`. Raises ModelError."""
+    `initial_adapters`. Raises ModelError."""
     assert options.adapter is not None
     adapter = read(options.adapter, model_type(options.path))
-    fit(adapter.tensors, layers, options.adapter)
+    check_fits(adapter.tensors, layers, options.adapter)
     return adapter
 
 
@@ -330,7 +334,7 @@ def write_config(
         "fan_in_fan_out": False,
         # Whole names: a last word alone would also meet layers of the vision tower in some
         # families.
-        "target_modules": sorted(pairs(tensors)),
+        "target_modules": sorted(adapted_layers(tensors)),
         **PLAIN,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

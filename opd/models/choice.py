@@ -238,7 +238,7 @@ class ModelChoice(Options):
 
     def _base(self, adapter: Path, weights: bool, behind: tuple[Path, ...]) -> Path:
         """The folder of the model that an adapter was trained on, or of `base`."""
-        name = self.base or adapters.base(adapter)
+        name = self.base or adapters.base_model(adapter)
         if not os.path.isdir(name) and Path(name).parts[-3:] == ("opd", "tiny", "model"):
             name = "tiny"  # of another installation
         told = f"model '{self.path}' is an adapter, and its base"

@@ -103,7 +103,7 @@ def complete(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         # transformers would take the settings of MLX's quantisation for some of its own.
-        return dict(AutoConfig.for_model(**weight_formats.without(config)).to_dict())
+        return dict(AutoConfig.for_model(**weight_formats.without_quantisation(config)).to_dict())
     except Exception as error:  # transformers raises its own, TypeError, KeyError and ValueError
         raise ModelError(f"{file} cannot be used: {one_line(error)}") from error
 
@@ -210,7 +210,7 @@ def stop_ids(file: Path, held: Any, rows: int | None) -> list[int]:
     return ids
 
 
-def equal(file: Path, key: str, held: Any, config_key: str, wanted: Any) -> None:
+def check_equal(file: Path, key: str, held: Any, config_key: str, wanted: Any) -> None:
     """Raises ModelError where a processor's setting is not the one that the vision tower needs."""
     if held != wanted or isinstance(held, bool):
         raise ModelError(

@@ -18,7 +18,7 @@ SMALL = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 
 WEIGHTS = "*.safetensors"
 
-LEFT = ("*/*", "consolidated*")
+NOT_FETCHED = ("*/*", "consolidated*")
 """Not fetched: other formats in folders of a repository, and a second copy of the weights in their
 makers' own names."""
 
@@ -54,7 +54,7 @@ def fetch(name: str, revision: str = "", weights: bool = True) -> Path:
                 name,
                 revision=revision or None,
                 allow_patterns=patterns,
-                ignore_patterns=[*LEFT],
+                ignore_patterns=[*NOT_FETCHED],
                 tqdm_class=Bars,
             )
         )

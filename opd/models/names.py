@@ -59,7 +59,7 @@ UNREAD = re.compile(
 """Tensors that no forward of a language model reads."""
 
 
-def today(model_type: str, name: str) -> str:
+def current_name(model_type: str, name: str) -> str:
     """What transformers calls a tensor of a file today; a name of today stays."""
     for start, new in OLDER.get(model_type, {}).items():
         if name.startswith(start):
@@ -86,7 +86,7 @@ def used(model_type: str, stored: Collection[str], folder: Path) -> dict[str, st
     for name in stored:
         if is_left_out(model_type, name):
             continue
-        new = today(model_type, name)
+        new = current_name(model_type, name)
         if new in found:
             raise ModelError(
                 f"{folder}: the weights hold {found[new]} and {name}, which are two names of one"

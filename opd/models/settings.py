@@ -321,13 +321,13 @@ def defaults(configuration: Any) -> dict[str, Any]:
     return plain
 
 
-def known(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def without_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`config` without keys that transformers' classes do not know, so that no other code reads
     them."""
     kept = {}
     for key, value in config.items():
         if key in ("text_config", "vision_config") and isinstance(value, Mapping):
-            kept[key] = known(value, defaults[key])
+            kept[key] = without_unknown(value, defaults[key])
         elif key in defaults or key in ("model_type", "layer_types"):
             kept[key] = value
     return kept

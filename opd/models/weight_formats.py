@@ -128,7 +128,7 @@ def check(
     )
 
 
-def without(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without the keys that say how weights are quantised."""
     plain = {key: value for key, value in config.items() if key not in SETTINGS}
     return {

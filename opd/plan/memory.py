@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from operator import itemgetter
 
-from opd.models.adapters import part
+from opd.models.adapters import part_of_model
 from opd.plan.shape import Layer, Shape, item_of, sees
 from opd.plan.work import View, Work
 from opd.planner import Footprint, Row
@@ -216,7 +216,9 @@ def _held(
     shape: Shape, options: ModelOptions, work: Work, rough: Footprint, room: float
 ) -> dict[str, int]:
     trained, full = sum(shape.trained(options).values()), options.adapters is None
-    language = (prod(size) for name, size in shape.linears.items() if part(name) == "language")
+    language = (
+        prod(size) for name, size in shape.linears.items() if part_of_model(name) == "language"
+    )
     packed = sum(language) * options.four_bit
     plain = sum(shape.parameters.values()) - packed - trained * full
     visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)

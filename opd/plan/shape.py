@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import ModelError
-from opd.models.adapters import check_targets, part
+from opd.models.adapters import check_targets, part_of_model
 from opd.models.consistency import check_sizes, complete
 from opd.models.files import read_json
 from opd.planner import Config, Row, Shapes
@@ -19,7 +19,7 @@ from opd.prompts.families import family
 from opd.types import ModelOptions
 
 PARTS = {"vision": "vision tower", "projector": "projector", "language": "language", "head": "head"}
-"""Parts of a model by `opd.models.adapters.part`; embeddings, and heads tied to them, are
+"""Parts of a model by `opd.models.adapters.part_of_model`; embeddings, and heads tied to them, are
 language."""
 
 LAYER = re.compile(r"^(.*\.(?:layers|blocks)\.\d+)\.(.*)$")
@@ -84,7 +84,7 @@ class Shape:
         """The shapes by part, a key of PARTS."""
         found: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in PARTS}
         for tensor, shape in self.shapes.items():
-            found[part(tensor)][tensor] = shape
+            found[part_of_model(tensor)][tensor] = shape
         return found
 
     @cached_property
@@ -117,7 +117,7 @@ class Shape:
         found = {
             name.removesuffix(".weight"): self.shapes[name] for name in names if ".weight" in name
         }
-        return {name: size for name, size in found.items() if part(name) != "head"}
+        return {name: size for name, size in found.items() if part_of_model(name) != "head"}
 
     @cached_property
     def products(self) -> dict[str, int]:
@@ -172,7 +172,11 @@ class Shape:
     def check(self, options: ModelOptions) -> None:
         """Raises RecipeError for a target of adapters that no layer has."""
         if options.adapters and not options.adapter:
-            names = {name.rpartition(".")[2] for name in self.linears if part(name) == "language"}
+            names = {
+                name.rpartition(".")[2]
+                for name in self.linears
+                if part_of_model(name) == "language"
+            }
             check_targets(options.adapters.targets, names)
 
     def trained(self, options: ModelOptions) -> dict[str, int]:
@@ -183,7 +187,7 @@ class Shape:
             return {name: 0 if name in frozen else n for name, n in self.parameters.items()}
         counts = dict.fromkeys(PARTS.values(), 0)
         for name, size in self._adapted(options).items():
-            counts[PARTS[part(name)]] += adapters.rank * sum(size)
+            counts[PARTS[part_of_model(name)]] += adapters.rank * sum(size)
         return counts
 
     def _adapted(self, options: ModelOptions) -> Shapes:
@@ -197,14 +201,14 @@ class Shape:
         return {
             name: size
             for name, size in self.linears.items()
-            if beside.get(part(name), every or name.rpartition(".")[2] in adapters.targets)
+            if beside.get(part_of_model(name), every or name.rpartition(".")[2] in adapters.targets)
         }
 
     def narrow(self, options: ModelOptions) -> float:
         """Numbers of a token's rows inside all adapters of a language layer, on average."""
         if options.adapters is None:
             return 0.0
-        many = sum(part(name) == "language" for name in self._adapted(options))
+        many = sum(part_of_model(name) == "language" for name in self._adapted(options))
         return options.adapters.rank * many / len(self.layers)
 
     def sums(self, options: ModelOptions, most: int | None) -> int:

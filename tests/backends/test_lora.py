@@ -36,7 +36,7 @@ def case(tmp_path_factory):
 
 def fresh(seed=0, layers=None, **options):
     model = ModelOptions(None, adapters=AdapterOptions(seed=seed, **options))
-    return adapters.initial(model, layers or {**language_layers(), **VISION, "lm_head": (350, 48)})
+    return adapters.initial_adapters(model, layers or {**language_layers(), **VISION, "lm_head": (350, 48)})
 
 
 def test_fresh_adapters_are_pefts():

@@ -59,7 +59,7 @@ class PeftCase:
 def test_by_default_every_linear_layer_has_one(case, backend_name):
     backend = backends.load(backend_name, case.options(adapter=None, adapters=AdapterOptions(rank=2)))
     layers = all_linear(case.folder)
-    assert set(adapters.pairs(backend.tensors("student"))) == set(layers)
+    assert set(adapters.adapted_layers(backend.tensors("student"))) == set(layers)
     if "qwen3_5" in str(case.folder):
         words = {name.rpartition(".")[2] for name in layers if ".linear_attn." in name}
         assert words == {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}

@@ -388,4 +388,4 @@ def test_names_are_todays_in_every_random_model(models):
         folder, _, _ = models(family)
         kind = configuration(folder).model_type
         model = {name for name, _ in stock_model(folder).named_parameters()}
-        assert model == {names.today(kind, name) for name in load_file(folder / "model.safetensors")}
+        assert model == {names.current_name(kind, name) for name in load_file(folder / "model.safetensors")}

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from opd import registry as backends
 from opd.errors import RecipeError
 from opd.memory import feature_bytes
-from opd.models.adapters import part
+from opd.models.adapters import part_of_model
 from opd.plan import Assumed, devices, everywhere, on, plan, view
 from opd.plan.measure import VERBS, measure
 from opd.plan.shape import PARTS, Shape, read_config
@@ -173,7 +173,7 @@ def test_parameters_are_those_of_the_model(name, backend_name, tmp_path):
     assert found.shapes == {tensor: tuple(parameter.shape) for tensor, parameter in model.named_parameters()}
     counts = dict.fromkeys(PARTS.values(), 0)
     for tensor, parameter in model.named_parameters():
-        counts[PARTS[part(tensor)]] += parameter.numel()
+        counts[PARTS[part_of_model(tensor)]] += parameter.numel()
     assert found.parameters == counts
     assert sum(found.trained(ModelOptions(tmp_path, tune_vision=False)).values()) == counts["language"] + counts["head"]
 
@@ -181,7 +181,7 @@ def test_parameters_are_those_of_the_model(name, backend_name, tmp_path):
 def test_adapters_have_the_parameters_that_backends_train(family, backend_name):
     pytest.importorskip("peft" if backend_name == "cpu" else "mlx_lm")
     found = shape_of(read_config(family), backend_name)
-    language = {name.rpartition(".")[2] for name in found.linears if part(name) == "language"}
+    language = {name.rpartition(".")[2] for name in found.linears if part_of_model(name) == "language"}
     every, named = (ModelOptions(family, adapters=AdapterOptions(targets=targets)) for targets in ((), tuple(language)))
     assert found.trained(every) == found.trained(named)
     for targets in (("q_proj", "down_proj"), tuple(sorted(language))):

@@ -101,7 +101,7 @@ def remade(folder: Path, out: Path, settings: Mapping[str, Any]) -> tuple[Path, 
     config._attn_implementation = "sdpa"
     model = transformers.AutoModelForImageTextToText.from_config(config).double().eval()
     kind, rng = config.model_type, np.random.default_rng(1)
-    before = {names.today(kind, name): value for name, value in load_file(folder / "model.safetensors").items()}
+    before = {names.current_name(kind, name): value for name, value in load_file(folder / "model.safetensors").items()}
     weights = {}
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

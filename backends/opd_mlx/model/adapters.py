@@ -48,10 +48,12 @@ def add_adapters(
 
     assert options.adapters is not None
     rank, scale = options.adapters.rank, options.adapters.scale
-    values = adapters.initial(options, {name: shape for name, (_, shape) in layers.items()})
+    values = adapters.initial_adapters(
+        options, {name: shape for name, (_, shape) in layers.items()}
+    )
     modules = dict(module.named_modules())
     wrapped, parameters, names = [], {}, {}
-    for name in adapters.pairs(values):
+    for name in adapters.adapted_layers(values):
         path = layers[name][0]
         wrapped.append((path, LoRALinear.from_base(modules[path], r=rank, scale=scale)))
         for ours, theirs in SIDES.items():
@@ -79,7 +81,7 @@ def merge(
 ) -> dict[str, mx.array]:
     """`tensors` by Hugging Face name, with scale * B A of the `adapter` added in float32."""
     merged = dict(tensors)
-    for name, change in adapters.changes(adapter, scale):
+    for name, change in adapters.merged_updates(adapter, scale):
         added = mx.array(np.ascontiguousarray(change))
         merged[name] = merged[name].astype(mx.float32) + added
     return merged

@@ -49,7 +49,7 @@ def write_model(model: Model, options: ModelOptions, parameters: Parameters, fol
     inert.copy_files(model.folder, folder)
     config = read_json(folder / "config.json")
     if weight_formats.settings(config):
-        plain = json.dumps(weight_formats.without(config), indent=2) + "\n"
+        plain = json.dumps(weight_formats.without_quantisation(config), indent=2) + "\n"
         (folder / "config.json").write_text(plain, encoding="utf-8")
     stored = stored_tensors(model.folder, model.family)
     kind = model.config["model_type"]

@@ -188,11 +188,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     try:
         # transformers would take the settings of MLX's quantisation for its own.
-        found = AutoConfig.for_model(**weight_formats.without(config))
+        found = AutoConfig.for_model(**weight_formats.without_quantisation(config))
         completed, plain = found.to_dict(), settings.defaults(found)
         settings.check(completed, plain, config, path, "mlx", "cpu")
         # mlx-vlm's own classes read keys that transformers does not know.
-        known, quantised = settings.known(completed, plain), weight_formats.mlx_settings(config)
+        known, quantised = (
+            settings.without_unknown(completed, plain),
+            weight_formats.mlx_settings(config),
+        )
         return {**known, "quantization": quantised}
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"{path} cannot be used: {one_line(error)}") from error
@@ -249,7 +252,9 @@ def _adapters_trained(
     module.update(tree_unflatten(list(frozen.items())))
     linear = linear_layers(module, model.names)
     if options.four_bit:
-        language = {path for k, (path, _) in linear.items() if adapters.part(k) == "language"}
+        language = {
+            path for k, (path, _) in linear.items() if adapters.part_of_model(k) == "language"
+        }
         four_bits(module, language)
     parameters, trained = add_adapters(module, options, linear)
     model = replace(
@@ -259,7 +264,9 @@ def _adapters_trained(
         names={**model.names, **trained},
         frozen_head=frozen[model.head_name],
     )
-    visible = any(adapters.part(name) in ("vision", "projector") for name in trained.values())
+    visible = any(
+        adapters.part_of_model(name) in ("vision", "projector") for name in trained.values()
+    )
     return (model if visible else _with_feature_cache(model)), parameters
 
 

@@ -29,11 +29,11 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     assert options.adapters is not None
-    values = adapters.initial(options, linear_layers(model))
+    values = adapters.initial_adapters(options, linear_layers(model))
     config = LoraConfig(
         r=options.adapters.rank,
         lora_alpha=options.adapters.alpha,
-        target_modules=adapters.pairs(values),
+        target_modules=adapters.adapted_layers(values),
         lora_dropout=0.0,
         bias="none",
     )
@@ -55,5 +55,5 @@ def merge(model: Any, tensors: Mapping[str, FloatArray], scale: float) -> None:
     """Adds scale * B A to the weights of a model without adapter layers."""
     weights: dict[str, Tensor] = dict(model.named_parameters())
     with torch.no_grad():
-        for name, change in adapters.changes(tensors, scale):
+        for name, change in adapters.merged_updates(tensors, scale):
             weights[name].add_(torch.from_numpy(change).to(weights[name].device))

@@ -68,7 +68,7 @@ def write_model(module: Any, family: Family | None, source: Path, folder: Path) 
                     tensors[name] = file.get_tensor(name)
         write_tensors(folder / "model.safetensors", tensors)
     if weight_formats.settings(config):  # the source's weights are packed, these are plain
-        text = json.dumps(weight_formats.without(config), indent=2) + "\n"
+        text = json.dumps(weight_formats.without_quantisation(config), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 

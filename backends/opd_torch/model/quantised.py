@@ -43,7 +43,7 @@ def four_bits(layers: Iterable[str], dtype: torch.dtype, device: torch.device) -
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=[
             "lm_head",
-            *(name for name in layers if adapters.part(name) != "language"),
+            *(name for name in layers if adapters.part_of_model(name) != "language"),
         ],
     )
     return {"quantization_config": config, "device_map": {"": device}}

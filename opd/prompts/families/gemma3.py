@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from opd.errors import ModelError
-from opd.models.consistency import check_channels, check_switch, edges, equal
+from opd.models.consistency import check_channels, check_equal, check_switch, edges
 from opd.prompts.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
 
@@ -68,7 +68,7 @@ class Gemma3:
         vision, tokens = config["vision_config"], config["mm_tokens_per_image"]
         size = edges(processor.size)
         for side in ("height", "width"):
-            equal(
+            check_equal(
                 file,
                 f"size.{side}",
                 size.get(side),
@@ -80,7 +80,7 @@ class Gemma3:
         # it adds crops of the image, and a text, to a prompt
         check_switch(file, processor, "do_pan_and_scan", False)
         if "image_seq_length" in settings:
-            equal(
+            check_equal(
                 file.with_name("processor_config.json"),
                 "image_seq_length",
                 settings["image_seq_length"],

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from opd.errors import ModelError
-from opd.models.consistency import check_channels, check_edge, check_switch, edges, equal
+from opd.models.consistency import check_channels, check_edge, check_equal, check_switch, edges
 from opd.prompts.families.layout import Layout, Tile, counted, plain, token
 from opd.types import IntArray
 
@@ -79,7 +79,7 @@ class Idefics3:
     ) -> None:
         """Tiles are as large as the tower's images, and both count the same tokens."""
         vision, tile = config["vision_config"], edges(processor.max_image_size).get("longest_edge")
-        equal(
+        check_equal(
             file,
             "max_image_size.longest_edge",
             tile,
@@ -92,7 +92,7 @@ class Idefics3:
         if "image_seq_len" in settings:
             tokens = (vision["image_size"] // vision["patch_size"] // config["scale_factor"]) ** 2
             name = "(vision_config.image_size / patch_size / scale_factor)^2"
-            equal(
+            check_equal(
                 file.with_name("processor_config.json"),
                 "image_seq_len",
                 settings["image_seq_len"],

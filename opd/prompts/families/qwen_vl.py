@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from opd.models.consistency import ENLARGED, check_channels, check_edge, edges, equal
+from opd.models.consistency import ENLARGED, check_channels, check_edge, check_equal, edges
 from opd.prompts.families.layout import Layout, Tile, plain, token
 from opd.types import FloatArray, IntArray
 
@@ -80,7 +80,7 @@ class QwenVL:
             ("merge_size", "spatial_merge_size"),
             ("temporal_patch_size",) * 2,
         ):
-            equal(file, key, getattr(processor, key), f"vision_config.{name}", vision[name])
+            check_equal(file, key, getattr(processor, key), f"vision_config.{name}", vision[name])
         check_channels(file, processor, vision["in_channels"])
         size = edges(processor.size)
         check_edge(file, "size.longest_edge", size.get("longest_edge"), 2**40)

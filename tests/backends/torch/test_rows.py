@@ -218,7 +218,7 @@ def test_adapters_go_to_the_language_model(case, tmp_path):
     """Trained adapters, and the model with them merged, are what peft and transformers make of them."""
     options = ModelOptions(case.folder, "float64", False, adapters=AdapterOptions(rank=3, alpha=9.0))
     backend = opd_torch.load_cpu(options)
-    layers = set(adapters.pairs(backend.tensors("student")))
+    layers = set(adapters.adapted_layers(backend.tensors("student")))
     assert len(layers) == 3 * 7
     assert all(name.startswith("model.language_model.layers.") for name in layers)
     for _ in range(2):
