@@ -51,10 +51,10 @@ else:
         "opd.run.recipe": "Recipe",
         "opd.types": "Box Completion Encoder Example Group Prompt Sampling TokenStatistics Update",
     }
-    """The module of every public name, as the imports above say it to type checkers."""
+    """Public names by their module; the imports above say the same to type checkers."""
 
     def __getattr__(name: str) -> Any:
-        """A public name, imported now."""
+        """Imports a public name on first use."""
         for module, names in MODULES.items():
             if name in names.split():
                 value = globals()[name] = getattr(import_module(module), name)

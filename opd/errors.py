@@ -22,8 +22,8 @@ from typing import Any
 
 
 class OpdError(Exception):
-    """Base of all errors that `opd` raises for a person to read: one line that says what, where,
-    and what to do."""
+    """Base of all errors that `opd` raises for a person to read. The message is one line that says
+    what is wrong, where, and what to do."""
 
 
 class UserError(OpdError):
@@ -47,7 +47,7 @@ class BackendError(UserError):
 
 
 class FolderError(UserError):
-    """A run folder is taken, missing, no run, or cannot be written."""
+    """A run folder is taken, is missing, does not hold a run, or cannot be written."""
 
 
 class Stopped(OpdError):
@@ -65,21 +65,22 @@ class OutOfMemory(RunError):
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory:
-    """The error where a framework says that it cannot allocate."""
+    """The OutOfMemory for `error`, with which a framework says that it cannot allocate."""
     advice = "lower model.max_pixels or rollout.max_tokens, or see what takes it: opd plan"
     return OutOfMemory(f"out of memory: {one_line(error)}; {advice}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause naming the known name nearest to a misspelt one, or listing all that are known."""
+    """A clause for a message about the misspelt `name`: the nearest known name, or a list of all
+    known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
 
 
 def one_line(error: BaseException) -> str:
-    """An error of other people's code in one line: the first, and the next where the first
-    announces one."""
+    """The message of another library's error in one line of at most 300 characters: the first line,
+    and the second too if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -88,22 +89,22 @@ def one_line(error: BaseException) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """A number of things in words: 1 row, 1,200 rows."""
+    """`count` and `noun`, which takes an s unless `count` is 1: 1 row, 1,200 rows."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def shortened(text: str, most: int) -> str:
-    """A text for a message, of at most so many characters."""
+    """`text` for a message, cut to at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def shown(value: Any) -> str:
-    """A value for a message, as JSON."""
+    """`value` for a message, as JSON of at most 80 characters."""
     return shortened(json.dumps(value, default=str), 80)
 
 
 def no_weights(folder: Path, part: str) -> ModelError:
-    """The error where `part` of a folder's weights is missing."""
+    """The ModelError for a model folder in which `part` of the weights is missing."""
     pickled = next(iter(sorted(folder.glob("*.bin"))), None)
     if pickled:
         return ModelError(
@@ -116,7 +117,7 @@ def no_weights(folder: Path, part: str) -> ModelError:
 
 
 def holds_nan(folder: Path, tensor: str) -> ModelError:
-    """The error where a folder's weights are no numbers."""
+    """The ModelError for a model folder in which `tensor` holds NaN or infinity."""
     return ModelError(
         f"{folder}: weights hold NaN or infinity, in tensor {tensor}; fetch or save this model"
         " again"
@@ -124,8 +125,11 @@ def holds_nan(folder: Path, tensor: str) -> ModelError:
 
 
 def not_finite(folder: Path, tensor: str | None, steps: int) -> OpdError:
-    """The error where logits are not finite, after so many optimizer steps; `tensor` holds NaN or
-    infinity itself."""
+    """The error for logits that are not finite after `steps` optimizer steps of the model in
+    `folder`.
+
+    `tensor`: the weight that holds NaN or infinity; None if all weights are finite.
+    """
     if tensor and not steps:
         return holds_nan(folder, tensor)
     if tensor:

@@ -1,5 +1,5 @@
-"""Bookkeeping of groups for backends: which completions are computed, in which slices, and whose
-statistics the results are.
+"""Bookkeeping of groups for backends: drops empty completions, cuts groups into slices, and assigns
+statistics to completions.
 
 Legend: n completions of a group, T tokens of a completion, M tokens of all completions.
 """
@@ -16,8 +16,8 @@ from opd.types import Alternatives, FloatArray, Group, TokenStatistics
 
 
 def drop_empty(groups: Sequence[Group]) -> list[Group]:
-    """The groups with only those completions that have tokens; groups without any such are left
-    out."""
+    """The groups without completions of zero tokens; a group left without completions is dropped
+    too."""
     return [
         _only(group, [len(completion) > 0 for completion in group.completions])
         for group in groups
@@ -26,21 +26,15 @@ def drop_empty(groups: Sequence[Group]) -> list[Group]:
 
 
 def slices(groups: Sequence[Group], completions: int) -> list[list[Group]]:
-    """Cuts all groups into slices of at most `completions` completions of each; 0 makes one slice.
+    """Cuts all groups into slices of at most `completions` completions of each group; 0 makes one
+    slice.
 
-    Every slice holds every group, though a group with few completions may have none in the last
-    slices.
+    Every slice holds every group; the last slices hold groups with few completions as empty groups.
     """
     most = max(len(group.completions) for group in groups)
     size = completions or most
     return [
-        [
-            _only(
-                group, [start <= member < start + size for member in range(len(group.completions))]
-            )
-            for group in groups
-        ]
-        for start in range(0, most, size)
+        [_members(group, start, start + size) for group in groups] for start in range(0, most, size)
     ]
 
 
@@ -51,8 +45,8 @@ def restore_empty(
 
     Completions without tokens get records of empty arrays.
     """
-    computed, none = chain.from_iterable(statistics), np.zeros(0, np.float32)
-    empty = TokenStatistics(none, none, none, none, none, none)
+    computed, nothing = chain.from_iterable(statistics), np.zeros(0, np.float32)
+    empty = TokenStatistics(nothing, nothing, nothing, nothing, nothing, nothing)
     return [
         [next(computed) if len(completion) else empty for completion in group.completions]
         for group in groups
@@ -67,8 +61,8 @@ def records(
 ) -> list[list[TokenStatistics]]:
     """Cuts `statistics` [M, 6], columns as in `STATISTICS`, into one record for every completion.
 
-    Rows are in order of group, completion and token. The alternatives of either policy, [M, top],
-    are cut alike.
+    Rows are in order of group, completion and token. `student_top` and `teacher_top`, whose arrays
+    are [M, top], are cut in the same way.
     """
     start = 0
     cut: list[list[TokenStatistics]] = []
@@ -85,7 +79,15 @@ def records(
     return cut
 
 
+def _members(group: Group, start: int, stop: int) -> Group:
+    """The group with completions `start` to `stop` - 1 alone."""
+    return replace(
+        group, completions=group.completions[start:stop], weights=group.weights[start:stop]
+    )
+
+
 def _only(group: Group, chosen: Sequence[bool]) -> Group:
+    """The group with those completions alone for which `chosen` [n] is true."""
     return replace(
         group,
         completions=tuple(compress(group.completions, chosen)),

@@ -1,28 +1,22 @@
-"""Token ids against the embedding: beyond the table, torch raises and MLX reads whatever stands
-there."""
+"""Checks that token ids have a row in the embedding: for an id beyond the table, torch raises an
+error of its own, and MLX reads foreign memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from opd.errors import ModelError
-from opd.types import Group, Prompt
+from opd.types import Completion, Group, Prompt
 
 
 def check_ids(prompts: Sequence[Prompt], groups: Sequence[Group], rows: int) -> None:
-    """Raises ModelError for a token of a prompt or completion that is none of an embedding's
-    `rows`."""
-    every = [
-        *(prompt.tokens for prompt in prompts),
-        *(policy.tokens for group in groups for policy in (group.student, group.teacher)),
-        *(
-            completion.tokens
-            for group in groups
-            for completion in group.completions
-            if len(completion.tokens)
-        ),
-    ]
-    for tokens in every:
+    """Raises ModelError if a prompt or completion has a token id outside of 0..`rows` - 1, where
+    `rows` counts the rows of the embedding."""
+    sequences: list[Prompt | Completion] = [*prompts]
+    for group in groups:
+        sequences += [group.student, group.teacher, *group.completions]
+    for sequence in sequences:
+        tokens = sequence.tokens
         wrong = tokens[(tokens < 0) | (tokens >= rows)]
         if len(wrong):
             raise ModelError(

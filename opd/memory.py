@@ -1,4 +1,4 @@
-"""Bounds of memory that depend on the machine."""
+"""Memory budgets that depend on the machine."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import os
 from pathlib import Path
 
 FEATURES_SHARE, FEATURES_MOST = 32, 2**30
+"""The feature cache takes a 32nd of the device's memory, and at most 1 GiB."""
 
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where Linux says what a container may use."""
+"""Files in which Linux says how many bytes of memory a container may use."""
 
 
 def feature_bytes(memory: float) -> int:
-    """Bytes of image features that a frozen vision tower's results take at most, kept from step to
-    step, on a device of `memory` bytes.
+    """Largest size in bytes of the feature cache of a frozen vision tower, on a device of `memory`
+    bytes.
 
-    A thirty-second of the memory, and no more than 1 GiB. Beyond it features are computed again.
+    The cache keeps image features from step to step. Features that do not fit are recomputed.
     """
     return int(min(FEATURES_MOST, memory // FEATURES_SHARE))
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine, or of this container where it may use less."""
+    """Bytes of memory that this process may use: the machine's, or the container's where it is
+    less."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in LIMITS:
         try:

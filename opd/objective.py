@@ -10,16 +10,17 @@ vocabulary:
 
 1. support: the `top_k` largest student entries; t is gathered at the same ids; the ids are
    constants for the gradient;
-2. tail: one more bucket with the rest of the mass, or, without it, both sides renormalised over
-   the support;
-3. divergence with M = (1 - alpha) S + alpha T:  (1 - alpha) KL(S || M) + alpha KL(T || M),
-   where alpha = 0 is KL(T || S) and alpha = 1 is KL(S || T) (the formula's own limit is 0);
-4. times the importance ratio min(exp(clip(s[token] - sampler, -20, 20)), ratio_clip), a constant
-   for the gradient.
+2. tail: one more bucket holds the rest of the mass; without a tail both sides are renormalised
+   over the support;
+3. divergence with M = (1 - alpha) S + alpha T:  (1 - alpha) KL(S || M) + alpha KL(T || M);
+   by convention alpha = 0 is KL(T || S) and alpha = 1 is KL(S || T), where the formula's limit
+   is 0;
+4. the divergence is multiplied by the importance ratio
+   min(exp(clip(s[token] - sampler, -20, 20)), ratio_clip), a constant for the gradient.
 
 Source: Vision-OPD (arXiv 2605.18740), sections 3.2 and 3.3; generalised Jensen-Shannon: GKD (arXiv
-2306.13649), eq. 1. The backends hold kernels of the same function; this module is what they are
-tested against.
+2306.13649), eq. 1. The backends hold kernels of the same function and are tested against this
+module.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from opd.options import Options
 Float64 = NDArray[np.float64]
 
 LOG_RATIO_BOUND = 20.0
-"""The importance ratio's logarithm is clipped to plus and minus this before exp."""
+"""The logarithm of the importance ratio is clipped to [-20, 20] before exp."""
 
 LEAST_TAIL = 1e-7
-"""What is outside of the support is taken for at least so probable, so that its logarithm stays
-finite."""
+"""Lower bound of the tail's probability, so that the logarithm stays finite."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised at every completion token.
+    """The function that is minimised at every completion token.
 
-    `alpha` in 0..1: weight of the teacher in the mixture. `top_k`: size of the support, None for
-    the full vocabulary. `tail`: one bucket for the mass outside the support. `ratio_clip`: upper
-    bound of the importance ratio, None for no correction. `temperature` > 0: of both policies.
+    `alpha` in 0..1: weight of the teacher in the mixture. `top_k` >= 1: size of the support; None:
+    the full vocabulary. `tail`: adds one bucket for the mass outside the support. `ratio_clip` > 0:
+    upper bound of the importance ratio; None: the ratio is 1. `temperature` > 0 divides the logits
+    of both policies.
     `form`: "divergence" is the full divergence; "sampled" is the policy-gradient form of the
     reverse KL, `stop_gradient(s[token] - t[token]) * s[token]`, which reads the sampled token alone
     (alpha, top_k and tail unused).
@@ -63,13 +64,13 @@ class Objective:
     form: Literal["divergence", "sampled"] = "divergence"
 
     def support(self, vocabulary: int) -> int | None:
-        """Entries of the support, or None where it is the full vocabulary (then there is no
-        tail)."""
+        """Number of entries in the support; None if the support is the full vocabulary, which
+        leaves no tail."""
         return None if self.top_k is None or self.top_k >= vocabulary else self.top_k
 
 
 class ObjectiveOptions(Options):
-    """The divergence; see `opd.objective`."""
+    """The objective section of a recipe."""
 
     form: Literal["divergence", "sampled"] = Field(
         "divergence", description="The full divergence, or its form on the sampled token alone."
@@ -109,10 +110,10 @@ class ObjectiveOptions(Options):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The reference's whole result, float64: [N] arrays and `gradient` [N, V] of ratio * divergence
-    to the raw student logits.
+    """The full result of the reference, float64: [N] arrays in nats, and `gradient` [N, V], the
+    derivative of ratio * divergence with respect to the raw student logits.
 
-    In the sampled form the gradient is that of the surrogate, whose value is not the divergence.
+    In the sampled form `gradient` is the surrogate's, whose value is not the divergence.
     """
 
     student_logprobs: Float64
@@ -131,11 +132,11 @@ def reference(
     sampler_logprobs: ArrayLike,
     objective: Objective,
 ) -> tuple[Float64, Float64]:
-    """Value [N] (importance ratio times divergence, nats) and its gradient [N, V] to the raw
-    student logits, in float64.
+    """The value [N] (importance ratio times divergence, nats) and the value's gradient [N, V] with
+    respect to the raw student logits, in float64.
 
-    `student_logits`, `teacher_logits` [N, V] raw; `tokens` [N] ids; `sampler_logprobs` [N] as
-    recorded by the sampler.
+    `student_logits`, `teacher_logits` [N, V]: raw. `tokens` [N]: ids. `sampler_logprobs` [N]: nats,
+    as the sampler recorded them.
     """
     result = evaluate(student_logits, teacher_logits, tokens, sampler_logprobs, objective)
     return result.ratio * result.divergence, result.gradient
@@ -148,8 +149,8 @@ def evaluate(
     sampler_logprobs: ArrayLike,
     objective: Objective,
 ) -> Evaluation:
-    """Everything `reference` knows: statistics of every token, divergence and gradient; arguments
-    as there."""
+    """Statistics of every token, divergence and gradient; the arguments are those of
+    `reference`."""
     ids = np.asarray(tokens, dtype=np.int64)
     rows = np.arange(len(ids))
     s = log_softmax(np.asarray(student_logits, dtype=np.float64) / objective.temperature)
@@ -181,8 +182,8 @@ def evaluate(
 def importance_ratio(
     student_logprobs: Float64, sampler_logprobs: Float64, clip: float | None
 ) -> Float64:
-    """Ratio [N] of the student's to the sampler's probability of each token, bounded above by
-    `clip`; 1 without a clip."""
+    """Ratio [N] of the student's to the sampler's probability of each token, at most `clip`; if
+    `clip` is None, every ratio is 1."""
     if clip is None:
         return np.ones_like(student_logprobs)
     log_ratio = np.clip(student_logprobs - sampler_logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -207,7 +208,7 @@ def _divergence(s: Float64, t: Float64, objective: Objective) -> tuple[Float64, 
         divergence, inner = _between(
             _with_tail(s_k, s_rest), _with_tail(t_k, t_rest), objective.alpha
         )
-        # d tail / d s_i = -p_i / tail, and 0 where the bound holds the tail still.
+        # d log(tail) / d s_i = -p_i / tail, and 0 where LEAST_TAIL bounds the tail.
         slope = np.where(s_rest > LEAST_TAIL, -1.0 / np.maximum(s_rest, LEAST_TAIL), 0.0)
         at_support = inner[:, :k] + inner[:, k:] * slope * np.exp(s_k)
     else:
@@ -232,8 +233,8 @@ def _with_tail(logprobs: Float64, rest: Float64) -> Float64:
 
 
 def _between(s: Float64, t: Float64, alpha: float) -> tuple[Float64, Float64]:
-    """Generalised Jensen-Shannon divergence [N] of two log-distributions [N, K], and its derivative
-    to s."""
+    """Generalised Jensen-Shannon divergence [N] of two log-distributions [N, K], and the derivative
+    [N, K] with respect to s."""
     p, q = np.exp(s), np.exp(t)
     if alpha == 0.0:
         return (q * (t - s)).sum(-1), -q

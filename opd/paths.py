@@ -1,5 +1,4 @@
-"""Paths as people write them: `~` is a home folder, and a path that no file system holds is told in
-one line."""
+"""Paths as people write them: expands `~`, and says in one line why no file can have a path."""
 
 from __future__ import annotations
 
@@ -14,12 +13,13 @@ SHOWN = 40
 """Characters of an over-long name that a message shows."""
 
 STEM = 120
-"""Bytes of a data file's name that the default run folder is named with; a name holds 255."""
+"""The default run folder is named after the data file, by at most this many bytes of the file's
+name; file systems allow 255."""
 
 
 def expanded(text: str) -> str:
-    """The path with `~` and `~user` replaced. Raises ValueError where no file can have such a
-    path."""
+    """`text` with `~` and `~user` replaced by home folders. Raises ValueError if no file can have
+    this path."""
     path = os.path.expanduser(text) if text.startswith("~") else text
     fault = unusable(path)
     if fault:
@@ -28,28 +28,28 @@ def expanded(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expanded)]
-"""A path among the options of a recipe."""
+"""The type of a recipe option that holds a path; `expanded` validates it."""
 
 
 def unusable(path: str | Path) -> str:
-    """Why no file can have this path; empty where one can."""
+    """The reason why no file can have this path, for a message; empty if a file can."""
     text = str(path)
     shown = repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
     try:
-        there = Path(text).absolute()
+        existing = Path(text).absolute()
         missing = []
-        os.stat(there)
+        os.stat(existing)
     except FileNotFoundError:
-        while not os.path.exists(there):
-            missing.append(there.name)
-            there = there.parent
+        while not os.path.exists(existing):
+            missing.append(existing.name)
+            existing = existing.parent
     except OSError as error:
         return _fault(error, shown, text)
     except ValueError:  # a NUL character, or half of a surrogate pair
         return f"the path {shown} holds characters that no file name holds"
-    for name in missing:  # the system looks at no name behind the first that is missing
+    for name in missing:  # os.stat stops at the first missing name, so each name is tried alone
         try:
-            os.stat(there / name)
+            os.stat(existing / name)
         except OSError as error:
             fault = _fault(error, shown, text)
             if fault:
@@ -69,8 +69,8 @@ def _fault(error: OSError, shown: str, text: str) -> str:
 
 
 def stem(name: str) -> str:
-    """A folder's name after a file's: without the ending, and short enough to be followed by -2 or
-    ~1."""
+    """A folder name made from a file's name: without the suffix, and cut to STEM bytes, so that -2
+    or ~1 can follow."""
     return Path(name).stem.encode("utf-8", "ignore")[:STEM].decode("utf-8", "ignore") or "run"
 
 

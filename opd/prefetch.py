@@ -12,13 +12,14 @@ Result = TypeVar("Result")
 
 
 def prefetch(make: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
-    """`make` of each argument, in order. Each is made on another thread while the one before it is
-    used; an error is raised in its turn."""
+    """Yields `make(argument)` for each argument, in order. Another thread makes the next result
+    while the caller uses the current one. An error of `make` is raised where its result would have
+    been yielded."""
     with ThreadPoolExecutor(1) as thread:
         waiting: Future[Result] | None = None
         for argument in arguments:
-            made, waiting = waiting, thread.submit(make, argument)
-            if made is not None:
-                yield made.result()
+            ready, waiting = waiting, thread.submit(make, argument)
+            if ready is not None:
+                yield ready.result()
         if waiting is not None:
             yield waiting.result()

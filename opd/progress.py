@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and how it is asked to stop."""
+"""The protocol by which a run reports progress, and by which it is asked to stop."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """What a run tells while it goes on. `opd_cli` shows it; `Quiet` does not."""
+    """Receives what a run reports. `opd_cli` shows a progress bar; `Quiet` shows nothing."""
 
     def begin(self, phase: str, total: int, done: int = 0) -> None:
-        """A phase begins, or goes on where `done` of its units are done.
+        """A phase of `total` units begins; `done` of them are done already where a run resumes.
 
         "read" counts rows, "train" steps, and "before", "measure", "after" prompts.
         """
 
     def advance(self, units: int) -> None:
-        """So many units of the phase are done."""
+        """`units` more units of the current phase are done."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """A step is done."""
+        """A training step is done; `metrics` is the step's line of metrics.jsonl."""
 
     def note(self, message: str) -> None:
-        """Something a person should know."""
+        """Tells a person `message`, one line."""
 
     def pause(self) -> AbstractContextManager[None]:
-        """Leaves the screen to somebody else's bars while the block runs."""
+        """Frees the screen for another library's progress bars while the block runs."""
 
     @property
     def stopping(self) -> bool:
-        """True once a person asked to stop."""
+        """True once a person has asked the run to stop."""
 
 
 class Quiet:

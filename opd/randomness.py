@@ -16,7 +16,7 @@ from opd.types import FloatArray
 
 
 class Purpose(IntEnum):
-    """Second half of the generator's key: streams of different purposes never meet."""
+    """Second half of the generator's key: streams of different purposes never overlap."""
 
     ROLLOUT = 1
     ORDER = 2
@@ -37,11 +37,11 @@ def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
 def uniforms(
     seed: int, step: int, places: Sequence[int], completions: int, max_tokens: int
 ) -> FloatArray:
-    """Uniforms float32 [B, n, max_tokens] in [0, 1): one a token, keyed by seed, step, place,
-    completion and position.
+    """Uniform random numbers float32 [B, n, max_tokens] in [0, 1), one for each token, keyed by
+    seed, step, place, completion and position.
 
     `places` [B]: index of each prompt in the step's whole batch, over all processes. A row that
-    stands twice in a step has two places, so the row gets different completions.
+    occurs twice in a step has two places, so the row gets different completions.
     """
     drawn = np.empty((len(places), completions, max_tokens), dtype=np.float32)
     for row, place in enumerate(places):
@@ -53,8 +53,8 @@ def uniforms(
 
 
 def batch(seed: int, step: int, prompts: int, examples: int) -> NDArray[np.int64]:
-    """Indices [prompts] of the examples of step 1, 2, ...: every epoch is a permutation of all
-    examples, and batches cross epochs."""
+    """Indices [prompts] of the examples that step `step` (from 1) trains on, each in
+    0..`examples` - 1. Every epoch is a permutation of all examples; a batch may cross epochs."""
     places = np.arange((step - 1) * prompts, step * prompts)
     epochs, offsets = np.divmod(places, examples)
     indices = np.empty(prompts, dtype=np.int64)

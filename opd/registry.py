@@ -1,4 +1,4 @@
-"""Backends by name: the built-in ones, and those that other distributions offer."""
+"""Backends by name: those built in, and those that other distributions register as entry points."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from opd.types import ModelOptions
 
 @dataclass(frozen=True)
 class Entry:
-    """A built-in backend: `target` is called with the model options, `state` says whether it can
-    run here; `package` must be importable, and `extra` installs it. `planner` is what it offers for
-    plans (`opd.planner.Planner`). With `families_alone` it trains no other models than its
-    families'."""
+    """A built-in backend; `target`, `state` and `planner` are "module:name".
+
+    `target` maps ModelOptions to a Backend. `state` returns a State: whether the backend can run on
+    this machine. `planner` is an `opd.planner.Planner`. `package` must be importable, and the extra
+    `extra` of this distribution installs it. `families_alone`: the backend trains only models of
+    families that it has a file for.
+    """
 
     target: str
     state: str
@@ -45,19 +48,20 @@ BUILT_IN = {
 }
 
 PLANNERS = "opd.planners"
-"""Entry point group in which other distributions offer the planners of their backends, by the same
-names."""
+"""Entry point group in which other distributions register a Planner under the name of its
+backend."""
 
 QUANTIZE = "opd_mlx:quantize"
-"""Called with a model's folder, a folder to write, and bits per weight."""
+"""The function that writes a quantised model; called with the model's folder, the folder to write,
+and bits per weight."""
 
 GROUP = "opd.backends"
-"""Entry point group in which other distributions offer backends: a callable from ModelOptions to a
-Backend."""
+"""Entry point group in which other distributions register backends: a callable from ModelOptions to
+a Backend."""
 
 
 def names() -> list[str]:
-    """Names of all backends, built in first, whether or not they can run here."""
+    """Names of all backends, those built in first, whether or not they can run on this machine."""
     return [
         *BUILT_IN,
         *(entry.name for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN),
@@ -65,8 +69,8 @@ def names() -> list[str]:
 
 
 def automatic() -> str:
-    """The backend of this machine: mlx on Apple silicon, else cuda where there is a GPU, else cpu,
-    else mlx."""
+    """The name of this machine's backend: mlx on Apple silicon; elsewhere cuda if there is a GPU,
+    else cpu, else mlx. Raises BackendError if none is installed."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     for name in ("mlx", "cuda", "cpu") if apple else ("cuda", "cpu", "mlx"):
         if find_spec(BUILT_IN[name].package) and state(name).ready:
@@ -78,8 +82,8 @@ def automatic() -> str:
 
 
 def resolve(name: str) -> str:
-    """The name of an installed backend; `auto` picks this machine's. Raises BackendError where it
-    is unknown or not installed."""
+    """The name of an installed backend; `auto` becomes this machine's backend. Raises BackendError
+    if the backend is unknown or not installed."""
     chosen = automatic() if name == "auto" else name
     if chosen not in names():
         raise BackendError(f"unknown backend '{chosen}'; known: {', '.join(['auto', *names()])}")
@@ -93,24 +97,23 @@ def resolve(name: str) -> str:
 
 
 def state(name: str) -> State:
-    """What a known backend is on this machine, in its own words; nothing of a model is loaded."""
+    """Whether a backend can run on this machine, as the backend says it; loads no model."""
     try:
         resolve(name)
     except BackendError as error:
         return State(False, "", str(error))
     if name not in BUILT_IN:
         return State(True, "")
-    found: State = _function(BUILT_IN[name].state)()
-    return found
+    return cast("Callable[[], State]", _function(BUILT_IN[name].state))()
 
 
 def families_alone(name: str) -> bool:
-    """Whether a backend trains no model but those of the families that it has a file for."""
+    """Whether a backend trains only models of families that it has a file for."""
     return name in BUILT_IN and BUILT_IN[name].families_alone
 
 
 def no_family(name: str, model_type: str) -> BackendError:
-    """The error where such a backend is asked for a model of another type."""
+    """The BackendError for a backend with `families_alone` and a model of another type."""
     others = " or ".join(other for other in BUILT_IN if not families_alone(other))
     return BackendError(
         f"the {name} backend has no file for models of type '{model_type}'; train it with --backend"
@@ -123,15 +126,15 @@ def load(name: str, options: ModelOptions) -> Backend:
     ModelError."""
     chosen = resolve(name)
     if chosen in BUILT_IN:
-        found = _function(BUILT_IN[chosen].target)
+        target = _function(BUILT_IN[chosen].target)
     else:
-        found = next(entry for entry in entry_points(group=GROUP) if entry.name == chosen).load()
-    return cast("Callable[[ModelOptions], Backend]", found)(options)
+        target = next(entry for entry in entry_points(group=GROUP) if entry.name == chosen).load()
+    return cast("Callable[[ModelOptions], Backend]", target)(options)
 
 
 def planner(name: str) -> Planner:
-    """What a backend offers for plans (`auto` picks one). Raises BackendError where it is not
-    installed, or offers nothing."""
+    """The Planner of a backend (`auto` picks one). Raises BackendError if the backend is not
+    installed or has no planner."""
     chosen = resolve(name)
     if chosen in BUILT_IN:
         return cast("Planner", _function(BUILT_IN[chosen].planner))
@@ -144,13 +147,12 @@ def planner(name: str) -> Planner:
 
 
 def quantizer() -> Callable[[Path, Path, int], None]:
-    """Writes a quantised copy of a model folder, in the layout of mlx-community. Raises
-    BackendError where MLX is not installed."""
+    """The function that writes a quantised copy of a model folder, in the layout of mlx-community;
+    arguments as for QUANTIZE. Raises BackendError if MLX is not installed."""
     resolve("mlx")
     return cast("Callable[[Path, Path, int], None]", _function(QUANTIZE))
 
 
 def _function(target: str) -> Callable[..., Any]:
     module, name = target.split(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found
+    return cast("Callable[..., Any]", getattr(importlib.import_module(module), name))

@@ -21,17 +21,16 @@ ImageSource: TypeAlias = Path | Image
 Policy: TypeAlias = Literal["student", "teacher"]
 
 MAX_IMAGE_PIXELS = 178_956_970
-"""Default of `data.max_image_pixels`: pictures of more pixels are refused, as Pillow refuses them
-by itself."""
-
+"""Default of `data.max_image_pixels`: images with more pixels are refused. Pillow's own limit is
+the same."""
 
 IMAGE_MARKER = "<image>"
-"""Where an image stands in a question, in the formats that say so (Vision-OPD-6K, ms-swift,
+"""Marks the place of an image in a question, in formats that say it (Vision-OPD-6K, ms-swift,
 LLaVA)."""
 
 MAX_PIXELS = 1 << 24
-"""Pixels above which no crop is enlarged where nothing is known of the image processor: the largest
-published bound, 16.8 million."""
+"""Pixels up to which a crop may be enlarged if the encoder does not say its own bound: the largest
+bound of a published image processor, 16.8 million."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Box:
 class Example:
     """One row of data: what the student sees, and where the evidence is.
 
-    Evidence is either `boxes`, from which the teacher's crop is cut, or `teacher_images`, given as
-    they are.
-    `answer` serves measuring only; training never reads it: one reference answer, or several of
-    which any is right. `choices` are put into the prompt where the question does not hold them
+    Evidence is either `boxes`, from which the teacher's crop is cut, or `teacher_images`, which the
+    teacher sees as they are.
+    `answer`: one reference answer, or several, of which any is correct; measuring reads it,
+    training does not. `choices` are added to the prompt if the question does not list them
     (`opd.views.questions`).
-    `max_image_pixels`: larger pictures are refused when they are opened.
+    `max_image_pixels`: images with more pixels are refused when they are opened.
     """
 
     id: str
@@ -73,10 +72,11 @@ class Example:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Where a prompt's visual tokens stand and what they look at.
+    """The visual tokens of a prompt: the place of each in the prompt, and the part of an image that
+    it covers.
 
-    `index` [S]: position in the prompt's tokens. `image` [S]: which image. `boxes` [S, 4]: left,
-    top, right, bottom in pixels of that image as it was given to the encoder.
+    `index` [S]: position in the prompt's tokens. `image` [S]: index of the image. `boxes` [S, 4]:
+    left, top, right, bottom in pixels of the image that the encoder was given.
     """
 
     index: IntArray
@@ -89,10 +89,10 @@ class Prompt:
     """An encoded prompt, ready for any backend.
 
     `tokens` [P]; `positions` [axes, P], the rotary positions (3 axes for mRoPE families);
-    completion token t stands at `start + t` on every axis. `images` holds the model's own forward
-    arguments by name (`pixel_values`, `image_grid_thw`). `key` is a hash of image content and
-    processor settings: equal keys mean equal vision features.
-    Prompts of one question share arrays, which are read-only.
+    completion token t has the position `start + t` on every axis. `images` holds the arguments of
+    the model's forward by name (`pixel_values`, `image_grid_thw`). `key` is a hash of image content
+    and processor settings: equal keys mean equal vision features.
+    Prompts of one question share arrays, so the arrays are read-only.
     """
 
     tokens: IntArray
@@ -103,13 +103,13 @@ class Prompt:
 
     @property
     def start(self) -> int:
-        """Position of the first completion token: largest prompt position + 1, which is not P where
-        images compress positions."""
+        """Position of the first completion token: the largest prompt position + 1. It is less than
+        P where an image takes fewer positions than tokens."""
         return int(self.positions.max()) + 1
 
     def row_positions(self, length: int) -> IntArray:
-        """Rotary positions [axes, length] of a completion's rows: the last prompt token's, then
-        those of the completion's tokens."""
+        """Rotary positions [axes, length] of the rows that predict a completion's tokens: the last
+        prompt token, then all but the last completion token."""
         positions = np.empty((len(self.positions), length), np.int32)
         positions[:, :1] = self.positions[:, -1:]
         positions[:, 1:] = np.arange(self.start, self.start + length - 1)
@@ -121,11 +121,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled completion: `tokens` [T] with the end-of-turn token if it was reached (`finished`),
-    and `logprobs` [T].
+    """A sampled completion: `tokens` [T] and `logprobs` [T]; `finished` if the last token is an
+    end-of-turn token.
 
-    `logprobs` are natural logarithms under the very distribution each token was drawn from,
-    temperature and banned tokens included; at temperature 0 (greedy) they are of temperature 1.
+    `logprobs` are natural logarithms under the distribution that each token was drawn from,
+    including temperature and banned tokens; at temperature 0 (greedy) those of temperature 1.
     """
 
     tokens: IntArray
@@ -138,12 +138,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Group:
-    """The unit of work: one student prompt, one teacher prompt, and the n completions that both are
-    read along.
+    """The unit of work: one student prompt, one teacher prompt, and n completions, which both
+    policies score.
 
-    `weights` holds one float32 [T] array per completion; the step's loss is the plain sum of weight
-    * ratio * divergence over all groups, so weights are normalised before they get here, and 0
-    removes a token.
+    `weights` holds one float32 [T] array per completion. The step's loss is the plain sum of weight
+    * ratio * divergence over all groups: weights are already normalised, and weight 0 removes a
+    token.
     """
 
     student: Prompt
@@ -153,14 +153,14 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Completion tokens of the group."""
+        """Number of completion tokens in the group."""
         return sum(len(completion) for completion in self.completions)
 
 
 @dataclass(frozen=True)
 class Alternatives:
-    """The most likely next tokens of one policy at each position: `tokens` and `logprobs`, both [T,
-    top], best first."""
+    """The most likely next tokens of one policy at each position: `tokens` and `logprobs` (nats),
+    both [T, top], most likely first."""
 
     tokens: IntArray
     logprobs: FloatArray
@@ -168,10 +168,11 @@ class Alternatives:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What is known of each token of one completion; every array is float32 [T], in nats.
+    """Statistics of each token of one completion; every array is float32 [T], in nats (`ratio` has
+    no unit).
 
-    Log-probabilities and entropies are of the tempered distributions over the full vocabulary.
-    `divergence` is the objective's value before weight and importance ratio.
+    Log-probabilities and entropies belong to the tempered distributions over the full vocabulary.
+    `divergence` is the objective's value before the weight and the importance ratio.
     """
 
     student_logprobs: FloatArray
@@ -190,8 +191,8 @@ STATISTICS = tuple(field.name for field in fields(TokenStatistics) if field.defa
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: `temperature` (0 is greedy), `stop` ids that end a completion, `banned`
-    ids that never appear."""
+    """How tokens are drawn: `temperature` >= 0 (0 is greedy), `stop` ids that end a completion,
+    `banned` ids that are never drawn."""
 
     temperature: float = 1.0
     stop: tuple[int, ...] = ()
@@ -212,8 +213,8 @@ class Update:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """`gradient_norm` before clipping; `taken` is False where it was not finite and nothing was
-    changed."""
+    """The result of one optimizer step: `gradient_norm` before clipping; `taken` is False if the
+    norm was not finite, and then the step changed nothing."""
 
     gradient_norm: float
     taken: bool
@@ -221,9 +222,12 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Adapters of `rank` on the language model's linear layers, on every one or on `targets` (by
-    the last word of a name); and on every linear layer of vision tower and projector where those
-    are asked for."""
+    """Low-rank adapters, and the linear layers that get one.
+
+    `rank` >= 1. `alpha`: the product B A is multiplied by alpha / rank. `targets`: last words of
+    the names of the language model's layers; empty: every linear layer. `vision`, `projector`: also
+    every linear layer of that part. `seed` draws the initial values.
+    """
 
     rank: int = 32
     alpha: float = 64.0
@@ -234,18 +238,18 @@ class AdapterOptions:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of the product B A."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a backend loads a model: `path` is a folder in Hugging Face layout.
+    """How a backend loads a model. `path` is a folder in Hugging Face layout.
 
-    With `adapters` only those are trained, over the model's frozen weights, which stand in 4 bits
-    where `four_bit`; without, all parameters are, the vision tower's where `tune_vision`. `adapter`
-    is a folder in PEFT's format: what the adapters start from, or what is added to the weights
-    where there are none. See `opd.models.adapters`.
+    With `adapters`, only adapters are trained and the model's weights are frozen, in 4 bits if
+    `four_bit`. Without, all parameters are trained, those of the vision tower only if
+    `tune_vision`. `adapter` is a folder in PEFT's format (`opd.models.adapters`): with `adapters`
+    training starts from it, without it is merged into the weights.
     """
 
     path: Path
@@ -257,38 +261,38 @@ class ModelOptions:
 
 
 class Encoder(Protocol):
-    """Turns images and a question into a Prompt, and tokens back into text;
-    `opd.prompts.encoder.PromptEncoder` is the real one."""
+    """Turns images and a question into a Prompt, and token ids back into text. Training uses
+    `opd.prompts.encoder.PromptEncoder`."""
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """Ids that end a completion."""
+        """Token ids that end a completion."""
 
     @property
     def banned(self) -> tuple[int, ...]:
-        """Ids that never appear in a completion."""
+        """Token ids that never appear in a completion."""
 
     def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
-        """One user turn, ready for the model's answer; the two policies may look at images of
-        different sizes."""
+        """The prompt of one user turn, up to where the model's answer begins. Images may be resized
+        to other bounds for the teacher than for the student."""
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion, without special tokens."""
 
     def save(self, folder: Path) -> None:
-        """Writes into an exported folder what turns a conversation into the prompt that was
-        trained."""
+        """Writes tokenizer, chat template and image processor into the folder of an exported model,
+        so that other programs build the prompt that was trained."""
 
 
 @runtime_checkable
 class SizedEncoder(Encoder, Protocol):
-    """An encoder that tells the length of a prompt from the sizes of its images, so that none is
-    decoded."""
+    """An encoder that computes the length of a prompt from image sizes, without decoding images."""
 
     def length(
         self, sizes: Sequence[tuple[int, int]], question: str, policy: Policy = "student"
     ) -> int:
-        """Tokens of the prompt of a question with images of `sizes` (width, height)."""
+        """Number of tokens in the prompt of `question` with images of `sizes` (width, height) in
+        pixels."""
 
     def max_pixels(self, policy: Policy) -> int:
-        """Pixels above which an image of this policy is made smaller."""
+        """Largest number of pixels of an image of this policy; larger images are scaled down."""

@@ -1,3 +1,3 @@
-"""The version of all packages of the distribution; pyproject.toml says the same."""
+"""The version of the distribution, as in pyproject.toml."""
 
 __version__ = "0.1.0"
