@@ -1,2 +1,2 @@
-"""Which weights a run starts from, and what of them is trained; the files of a model folder, and
-what in them is checked."""
+"""Finds the model that a run starts from, says which parameters train, and reads and checks the
+files of a model folder."""

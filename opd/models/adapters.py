@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): where they go, what they start from, and their files
-in PEFT's format.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): the layers that get one, initial values, and files in
+PEFT's format.
 
 A linear layer W [out, in] becomes W + scale * B A with A [r, in], B [out, r] and scale = alpha / r.
-Tensors are named after the layer, as Hugging Face names it: `<layer>.lora_A.weight` and
-`<layer>.lora_B.weight`; PEFT's files put PREFIX before these names.
+Tensors are named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, with the Hugging Face name of
+the layer; PEFT's files put PREFIX before these names.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PARTS = {
     "vision": (".visual.", ".vision_tower.", ".vision_model."),
     "language": (".language_model.", ".text_model."),
 }
-"""What a layer's name holds, by the part of a model that it belongs to; the first that fits. The
-head belongs to none."""
+"""Parts of a model, and the texts of which one occurs in the names of the part's layers; the first
+part that matches applies. The head matches none."""
 
 PLAIN = {
     "use_dora": False,
@@ -46,47 +46,46 @@ PLAIN = {
     "alpha_pattern": {},
     "modules_to_save": None,
 }
-"""Settings of PEFT that change what an adapter computes, at the values that this product
-computes."""
+"""Settings of PEFT that change what an adapter computes, with the only values that are computed
+here."""
 
 READ = ("peft_type", "r", "lora_alpha", "base_model_name_or_path", "revision", "init_lora_weights")
-"""Settings of PEFT that are read here."""
+"""Settings of PEFT that this module reads."""
 
 SAME_FUNCTION = (
-    *(
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "inference_mode",
-        "runtime_config",
-        "lora_dropout",
-    ),
-    # Which layers have an adapter, which the tensors themselves say.
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    # Read only while an adapter begins, by a kind of `init_lora_weights`, or under a setting that
-    # is refused.
-    *(
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "megatron_core",
-        "qalora_group_size",
-        "ensure_weight_tying",
-    ),
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "runtime_config",
+    "lora_dropout",
+    # They name the layers with an adapter, as the tensors do.
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    # PEFT reads them only to initialise an adapter, or together with a setting that is refused.
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
 )
-"""Settings of PEFT that do not change what an adapter computes over the base, whatever they are."""
+"""Settings of PEFT that do not change what an adapter adds to the base model, whatever their
+value."""
 
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Kinds of `init_lora_weights` that leave the base as it is; the others take a part out of the
-base's weights."""
+"""Values of `init_lora_weights` that leave the base model's weights as they are; others subtract
+the initial adapter from them."""
 
 Tensors: TypeAlias = dict[str, FloatArray]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was read: `tensors` by name, float32."""
+    """An adapter: `rank` >= 1, `alpha` (not 0), and `tensors` float32 by name, without PREFIX."""
 
     rank: int
     alpha: float
@@ -94,7 +93,7 @@ class Adapter:
 
 
 def part_of_model(layer: str) -> Literal["language", "vision", "projector", "head"]:
-    """The part of the model that a layer belongs to, by its Hugging Face name."""
+    """The part of the model that `layer`, a Hugging Face name, belongs to."""
     for name, marks in PARTS.items():
         if any(mark in f".{layer}." for mark in marks):
             return name  # type: ignore[return-value]
@@ -102,11 +101,11 @@ def part_of_model(layer: str) -> Literal["language", "vision", "projector", "hea
 
 
 def initial_adapters(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Tensors:
-    """What the adapters of student and teacher start from: those of `options.adapter`, else fresh
-    ones.
+    """Initial tensors of the adapters of student and teacher: those stored in `options.adapter`,
+    else new ones.
 
     `layers`: (out, in) of every linear layer of the model, by Hugging Face name. Raises RecipeError
-    for a target that no layer has, and ModelError where `options.adapter` does not fit the model.
+    for a target that matches no layer, ModelError if `options.adapter` does not fit the model.
     """
     assert options.adapters is not None
     if options.adapter is None:
@@ -115,8 +114,8 @@ def initial_adapters(options: ModelOptions, layers: Mapping[str, tuple[int, int]
 
 
 def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Tensors:
-    """A uniform in +-1/sqrt(in), as PEFT draws it, from the seed and the tensor's name; B zero, so
-    that nothing changes at first."""
+    """New adapters: A is uniform in +-1/sqrt(in) as in PEFT, drawn from the seed and the tensor's
+    name; B is zero, so that the model computes the same at first."""
     tensors: Tensors = {}
     for name in _chosen(options, layers):
         out, width = layers[name]
@@ -130,7 +129,7 @@ def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Te
 
 
 def _chosen(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> list[str]:
-    """The layers that get an adapter."""
+    """Names of the layers that get an adapter. Raises RecipeError as `check_targets` does."""
     language = {
         name: name.rpartition(".")[2] for name in layers if part_of_model(name) == "language"
     }
@@ -143,8 +142,8 @@ def _chosen(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> l
 
 
 def check_targets(targets: Iterable[str], known: Collection[str]) -> None:
-    """Raises RecipeError for a target that is none of the `known` last words of the language
-    model's linear layers."""
+    """Raises RecipeError for a target that is not in `known`, the last words of the names of the
+    language model's linear layers."""
     for target in targets:
         if target not in known:
             raise RecipeError(
@@ -156,7 +155,8 @@ def check_targets(targets: Iterable[str], known: Collection[str]) -> None:
 def check_fits(
     tensors: Mapping[str, FloatArray], layers: Mapping[str, tuple[int, int]], folder: Path
 ) -> None:
-    """Raises ModelError where an adapter's tensors do not fit the model's layers."""
+    """Raises ModelError if the `tensors` of the adapter in `folder` do not fit `layers`, (out, in)
+    by name."""
     for name in adapted_layers(tensors):
         if name == "lm_head":
             raise ModelError(
@@ -180,21 +180,22 @@ def check_fits(
 
 
 def adapted_layers(tensors: Mapping[str, Any]) -> list[str]:
-    """The layers that have an adapter among `tensors`."""
+    """Names of the layers whose adapters are in `tensors`."""
     return [name.removesuffix(A) for name in tensors if name.endswith(A)]
 
 
 def merged_updates(
     tensors: Mapping[str, FloatArray], scale: float
 ) -> Iterator[tuple[str, FloatArray]]:
-    """The weight's name and scale * B A [out, in], float32, of every layer that has an adapter."""
+    """Yields the weight's name and the update scale * B A [out, in], float32, of every layer with
+    an adapter."""
     for name in adapted_layers(tensors):
         yield f"{name}.weight", np.float32(scale) * (tensors[f"{name}{B}"] @ tensors[f"{name}{A}"])
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter in PEFT's format, and no model beside it; a model's
-    config.json alone is none."""
+    """Whether a folder holds an adapter in PEFT's format but not a model. A config.json beside the
+    adapter does not make it a model; weights do."""
     is_model = (folder / "config.json").is_file()
     return (folder / CONFIG).is_file() and not (
         is_model and (_has_weights(folder) or not (folder / WEIGHTS).is_file())
@@ -202,8 +203,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_alone(folder: Path) -> None:
-    """Raises ModelError where a folder holds both a model and an adapter: transformers would load
-    the adapter over its own base."""
+    """Raises ModelError if a folder holds both a model and an adapter, since transformers would
+    load the adapter over the base that the adapter names."""
     if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and _has_weights(folder):
         raise ModelError(
             f"{folder} holds a model and an adapter; put {CONFIG} and {WEIGHTS} into a folder of"
@@ -212,28 +213,30 @@ def check_alone(folder: Path) -> None:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether a folder holds a model's weights."""
+    """Whether a folder holds the weights of a model."""
     return any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def base_model(folder: Path) -> str:
-    """The model that an adapter was trained on, as its file names it. Raises ModelError."""
-    found = _config(folder).get("base_model_name_or_path")
-    if not isinstance(found, str) or not found:
+    """Folder or Hugging Face id of the model that an adapter was trained on, as adapter_config.json
+    says it. Raises ModelError."""
+    name = _config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
         raise ModelError(f"{folder / CONFIG}: names no base_model_name_or_path")
-    return found
+    return name
 
 
 def revision(folder: Path) -> str:
-    """The commit of the base that an adapter was trained on; empty where it is a folder. Raises
-    ModelError."""
+    """The commit of the base model that an adapter was trained on; empty if the base was a folder.
+    Raises ModelError."""
     return str(_config(folder).get("revision") or "")
 
 
 def options_of(folder: Path) -> AdapterOptions:
-    """Rank and alpha of an adapter on disk; its layers are those of its tensors.
+    """Rank and alpha of the adapter in `folder`; the stored tensors say which layers have one.
 
-    Raises ModelError, also for every setting that is not known to leave plain LoRA as it is.
+    Raises ModelError if the file cannot be used, or holds a setting that may change what plain LoRA
+    computes.
     """
     config = _config(folder)
     for name, value in config.items():
@@ -265,7 +268,7 @@ def options_of(folder: Path) -> AdapterOptions:
 
 
 def read(folder: Path, model_type: str = "") -> Adapter:
-    """An adapter in PEFT's format, its tensors by the names of today of a model of `model_type`.
+    """Reads an adapter in PEFT's format; tensors get the current names of a model of `model_type`.
     Raises ModelError."""
     options, file = options_of(folder), folder / WEIGHTS
     try:
@@ -279,7 +282,7 @@ def read(folder: Path, model_type: str = "") -> Adapter:
     layers = adapted_layers(tensors)
     expected = {f"{name}{side}" for name in layers for side in (A, B)}
     if not layers or tensors.keys() != expected:
-        # A tensor whose partner is missing is named by what is missing.
+        # If one of A and B is missing, the message names the missing tensor.
         wrong, missing = sorted(tensors.keys() - expected), sorted(expected - tensors.keys())
         first = (
             f"it holds {wrong[0]}"
@@ -302,8 +305,8 @@ def read(folder: Path, model_type: str = "") -> Adapter:
 
 
 def fitting(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Adapter:
-    """The adapter that `options.adapter` names, which must fit the model's `layers`, as in
-    `initial_adapters`. Raises ModelError."""
+    """Reads the adapter that `options.adapter` names. Raises ModelError if it does not fit the
+    model's `layers`, as in `initial_adapters`."""
     assert options.adapter is not None
     adapter = read(options.adapter, model_type(options.path))
     check_fits(adapter.tensors, layers, options.adapter)
@@ -311,15 +314,15 @@ def fitting(options: ModelOptions, layers: Mapping[str, tuple[int, int]]) -> Ada
 
 
 def model_type(folder: Path) -> str:
-    """The `model_type` of a model folder; empty where config.json has none. Raises ModelError."""
+    """The `model_type` of a model folder; empty if config.json has none. Raises ModelError."""
     return str(read_json(Path(folder) / "config.json").get("model_type", ""))
 
 
 def write_config(
     folder: Path, options: AdapterOptions, tensors: Mapping[str, Any], model: Path
 ) -> None:
-    """Writes PEFT's description of an adapter on the model in `model`, beside the tensors, which
-    the backend writes."""
+    """Writes adapter_config.json of an adapter on the model in `model` into `folder`. The backend
+    writes the `tensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -332,7 +335,7 @@ def write_config(
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "fan_in_fan_out": False,
-        # Whole names: a last word alone would also meet layers of the vision tower in some
+        # Full names: a last word alone would also match layers of the vision tower in some
         # families.
         "target_modules": sorted(adapted_layers(tensors)),
         **PLAIN,
@@ -341,7 +344,7 @@ def write_config(
 
 
 def _float32(dtype: str, shape: list[int], data: bytes) -> FloatArray:
-    if dtype == "BF16":  # the upper half of a float32, which numpy has no name for
+    if dtype == "BF16":  # the upper half of a float32; numpy has no such type
         values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
         values = np.frombuffer(
@@ -351,6 +354,7 @@ def _float32(dtype: str, shape: list[int], data: bytes) -> FloatArray:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a LoRA adapter. Raises ModelError."""
     check_links(folder)
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":

@@ -1,4 +1,4 @@
-"""Which model, and what of it trains."""
+"""The model section of a recipe: which model, and which parameters of it are trained."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from opd.paths import PathText, expanded, read_file
 from opd.types import AdapterOptions, ModelOptions
 
 QUANTISED = re.compile(r"(-unsloth)?-(bnb-[48]bit|awq|gptq(-int[48])?|fp8)$", re.IGNORECASE)
-"""How names of published checkpoints end that hold quantised weights."""
+"""Matches the end of a Hugging Face id whose checkpoint holds quantised weights."""
 
 
 class ModelChoice(Options):
-    """The model section of a recipe."""
+    """The keys of the recipe's model section."""
 
     path: PathText = Field(
         "tiny",
@@ -54,8 +54,7 @@ class ModelChoice(Options):
         "float32", description="Computation's type; what trains is kept in float32 anyway."
     )
     vision: bool = Field(
-        # So that a recipe that trains all of a model adapts the usual part of it once `tune` alone
-        # is set.
+        # Setting `tune` alone in a recipe of full training adapts the language model, as is usual.
         default_factory=lambda given: given.get("tune", "full") == "full",
         description=(
             "Train the vision tower too, or adapters on its linear layers; where it is not set,"
@@ -111,28 +110,30 @@ class ModelChoice(Options):
         return self
 
     def pixels(self) -> dict[str, int | None]:
-        """The bounds on images as `PromptEncoder` takes them."""
+        """The bounds on image size as keyword arguments of `PromptEncoder`, in pixels; None: the
+        model's own bound."""
         names = ("max_pixels", "min_pixels", "teacher_max_pixels", "teacher_min_pixels")
         return {name: getattr(self, name) or None for name in names}
 
     def folder(self, weights: bool = True) -> Path:
-        """The model's folder; of an adapter, that of its base. Raises ModelError where there is
-        none.
+        """The folder of the model, or of the base model if `path` names an adapter.
 
-        Fetched where it is a Hugging Face id; without `weights` its small files do.
+        A Hugging Face id is downloaded; without `weights` only the small files are. Raises
+        ModelError if the model is missing or cannot be used, RecipeError if `base` or `revision`
+        does not go with `path`.
         """
-        return self._found(weights)[0]
+        return self._resolved(weights)[0]
 
     @property
     def result(self) -> Literal["model", "adapter"]:
-        """What a run leaves behind, in a folder of this name: the model, or the adapter where only
-        that was trained."""
+        """The kind of result, which is also the name of its folder in the run folder: "adapter" if
+        only adapters are trained."""
         return "model" if self.tune == "full" else "adapter"
 
     def options(self, seed: int = 0, weights: bool = True) -> ModelOptions:
-        """What a backend is given; `seed` draws fresh adapters, `weights` as in `folder`. Raises
-        ModelError."""
-        folder, adapter = self._found(weights)
+        """The options with which a backend loads the model; `seed` draws new adapters, `weights` as
+        in `folder`. Raises ModelError and RecipeError as `folder` does."""
+        folder, adapter = self._resolved(weights)
         if self.tune == "full":
             return ModelOptions(folder, self.dtype, self.vision, adapter=adapter)
         chosen = AdapterOptions(
@@ -142,19 +143,19 @@ class ModelChoice(Options):
             folder,
             self.dtype,
             False,
-            # An adapter that is trained on keeps its own rank, scale and layers.
+            # Training that continues an adapter keeps the adapter's rank, scale and layers.
             chosen if adapter is None else adapters.options_of(adapter),
             adapter,
             self.tune == "qlora",
         )
 
-    def _found(
-        self, weights: bool = True, is_base: bool = False, behind: tuple[Path, ...] = ()
+    def _resolved(
+        self, weights: bool = True, is_base: bool = False, visited: tuple[Path, ...] = ()
     ) -> tuple[Path, Path | None]:
-        """The model's folder, and that of an adapter on it where `path` names one, which the base
-        of another must not be.
+        """The folder of the model, and the folder of the adapter if `path` names one.
 
-        `behind`: checkpoints that led here, of which none comes twice.
+        `is_base`: `path` is the base of an adapter, so an adapter raises ModelError. `visited`:
+        checkpoints whose base led here; a checkpoint among them raises ModelError.
         """
         if self.path == "tiny" and not self.base:
             from opd.tiny import MODEL
@@ -182,7 +183,7 @@ class ModelChoice(Options):
             )
         checkpoint = checkpoint_of(path)
         if checkpoint:
-            return self._of_checkpoint(checkpoint[0], path, weights, is_base, behind)
+            return self._of_checkpoint(checkpoint[0], path, weights, is_base, visited)
         if (path / "config.toml").is_file() and not (path / "config.json").is_file():
             results = [path / name for name in ("model", "adapter") if (path / name).is_dir()]
             if not results:
@@ -197,7 +198,7 @@ class ModelChoice(Options):
                     f"'{self.path}' is an adapter itself; export it, and name the export with --set"
                     " model.base=..."
                 )
-            return self._base(path, weights, behind), path
+            return self._base(path, weights, visited), path
         if self.base:
             raise RecipeError(
                 f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base"
@@ -207,19 +208,22 @@ class ModelChoice(Options):
         return path, None
 
     def _of_checkpoint(
-        self, run: Path, path: Path, weights: bool, is_base: bool, behind: tuple[Path, ...]
+        self, run: Path, path: Path, weights: bool, is_base: bool, visited: tuple[Path, ...]
     ) -> tuple[Path, Path | None]:
-        """A checkpoint's student, as a folder in the checkpoint; until `opd.run.export.as_model`
-        makes that, the run's own base."""
-        if path.resolve() in behind:
+        """The student of the checkpoint in `path`: its exported model/ or adapter/.
+
+        Before `opd.run.export.as_model` has exported it, `weights` raises ModelError; without
+        `weights` the result is the first model of the run, whose small files are the same.
+        """
+        if path.resolve() in visited:
             raise ModelError(
                 f"model '{self.path}' is a checkpoint that names itself as its base; name the run's"
                 " first model"
             )
-        behind = (*behind, path.resolve())
+        visited = (*visited, path.resolve())
         for result in (path / "model", path / "adapter"):
             if result.is_dir():
-                return ModelChoice(path=str(result))._found(weights, is_base, behind)
+                return ModelChoice(path=str(result))._resolved(weights, is_base, visited)
         if weights:
             raise ModelError(
                 f"model '{self.path}' is a checkpoint; export it first: opd export {path} --out"
@@ -228,19 +232,18 @@ class ModelChoice(Options):
         section = _section(run)
         first = {name: str(section.get(name, "")) for name in ("path", "revision")}
         try:
-            return ModelChoice(path=first["path"] or "tiny", revision=first["revision"])._found(
-                weights, is_base, behind
-            )
+            choice = ModelChoice(path=first["path"] or "tiny", revision=first["revision"])
+            return choice._resolved(weights, is_base, visited)
         except ValidationError as error:
             raise ModelError(
                 f"{run / 'config.toml'}: model.path is no path or name: {error.errors()[0]['msg']}"
             ) from error
 
-    def _base(self, adapter: Path, weights: bool, behind: tuple[Path, ...]) -> Path:
-        """The folder of the model that an adapter was trained on, or of `base`."""
+    def _base(self, adapter: Path, weights: bool, visited: tuple[Path, ...]) -> Path:
+        """The folder of an adapter's base model: `base`, or the one that the adapter names."""
         name = self.base or adapters.base_model(adapter)
         if not os.path.isdir(name) and Path(name).parts[-3:] == ("opd", "tiny", "model"):
-            name = "tiny"  # of another installation
+            name = "tiny"  # the embedded model of another installation
         told = f"model '{self.path}' is an adapter, and its base"
         if not self.base and not os.path.isdir(name) and QUANTISED.search(name):
             raise ModelError(
@@ -251,7 +254,7 @@ class ModelChoice(Options):
             choice = ModelChoice(
                 path=name, revision="" if self.base else adapters.revision(adapter)
             )
-            return choice._found(weights, is_base=True, behind=behind)[0]
+            return choice._resolved(weights, is_base=True, visited=visited)[0]
         except ValidationError as error:
             raise ModelError(f"{told} is no path or name: {error.errors()[0]['msg']}") from error
         except ModelError as error:
@@ -263,11 +266,11 @@ class ModelChoice(Options):
             raise ModelError(f"{told} is not here: {error}{hint}") from error
 
 
-def is_tiny(path: str, behind: frozenset[Path] = frozenset()) -> bool:
-    """Whether a model is the embedded one, or was made of it: by a run, an adapter or an export.
-    False where there is nothing.
+def is_tiny(path: str, visited: frozenset[Path] = frozenset()) -> bool:
+    """Whether `path` names the embedded model, or a run, adapter or export that began with it.
+    False if `path` does not exist.
 
-    `behind`: folders that led here, of which none comes twice.
+    `visited`: folders that led here, so that a circle of names ends.
     """
     from opd.tiny import MODEL
 
@@ -275,33 +278,34 @@ def is_tiny(path: str, behind: frozenset[Path] = frozenset()) -> bool:
         return True
     try:
         folder = Path(expanded(path))
-    except ValueError:  # told where the model is opened
+    except ValueError:  # opening the model raises the error
         return False
     checkpoint = checkpoint_of(folder)
     folder = checkpoint[0] if checkpoint else folder
     place = folder.resolve()
-    if place in behind:
+    if place in visited:
         return False
-    behind |= {place}
+    visited |= {place}
     if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
-        return is_tiny(str(_section(folder).get("path", "tiny")), behind)
+        return is_tiny(str(_section(folder).get("path", "tiny")), visited)
     if (folder / "adapter_config.json").is_file():
         name = str(
             _read(folder / "adapter_config.json", json.loads).get("base_model_name_or_path", "")
         )
-        return Path(name).parts[-3:] == MODEL.parts[-3:] or is_tiny(name, behind)
-    embedded, found = (_read(place / "config.json", json.loads) for place in (MODEL, folder))
-    return all(found.get(key) == value for key, value in embedded.items())
+        return Path(name).parts[-3:] == MODEL.parts[-3:] or is_tiny(name, visited)
+    embedded, config = (_read(place / "config.json", json.loads) for place in (MODEL, folder))
+    return all(config.get(key) == value for key, value in embedded.items())
 
 
 def _section(run: Path) -> dict[str, Any]:
-    """The model section of a run's recipe; empty where there is none."""
+    """The model section of a run's recipe; empty if the recipe has none or cannot be read."""
     section = _read(run / "config.toml", tomllib.loads).get("model")
     return section if isinstance(section, dict) else {}
 
 
 def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """A file's values; none where it is missing or broken, which is told where it is needed."""
+    """The values of a file; empty if the file is missing or broken. The code that needs the file
+    raises the error."""
     try:
         values = parse(read_file(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""Whether the parts of a model folder belong together: config, weights, tokenizer and image
-processor.
+"""Checks that config.json, weights, tokenizer and image processor of a model folder belong to one
+model.
 
-Each part may be right alone and of another model. A mistake is told in one line, with its file and
-key, before anything is allocated or written.
+Each file may be valid and yet belong to another model. Every check raises a ModelError of one line
+that names file and key, before anything is allocated or written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ SIZES = {
     ),
     2**8: ("num_channels", "in_channels"),
 }
-"""Sizes in a config.json by their largest value; no published model comes near."""
+"""Keys of config.json that hold sizes, by the largest value that is accepted; published models stay
+far below."""
 
 TOKENS = {
     "image_token_id": "image_token",
@@ -56,7 +57,8 @@ TOKENS = {
     "boi_token_index": "boi_token",
     "eoi_token_index": "eoi_token",
 }
-"""Ids in a config.json, and what the tokens are called in a tokenizer."""
+"""Keys of config.json that hold a token id, and the attribute of a tokenizer that holds the
+token."""
 
 SWITCHES = (
     "do_resize",
@@ -67,14 +69,17 @@ SWITCHES = (
     "do_image_splitting",
     "do_pan_and_scan",
 )
-"""Steps of an image processor; the text "false" would count as true."""
+"""Settings of an image processor that turn a step on or off. The text "false" would count as true,
+so they must be booleans."""
 
 ENLARGED = 2**24
-"""Pixels to which a processor may enlarge an image; more fill the memory with nothing."""
+"""Largest accepted lower bound on an image's pixels. A larger one would fill the memory with
+enlarged images."""
 
 
 def check_sizes(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises ModelError where a config.json holds numbers that no model has."""
+    """Raises ModelError if config.json holds a number that no model has: beyond 2^53, not finite,
+    or a size outside of SIZES."""
     for name, value in _numbers(config, ""):
         if abs(value) > 2**53 or not math.isfinite(value):
             raise ModelError(
@@ -98,21 +103,23 @@ def check_sizes(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def complete(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with the defaults of transformers. Raises ModelError."""
+    """`config` completed by the defaults of transformers. Raises ModelError if transformers refuses
+    it."""
     from transformers import AutoConfig
 
     try:
-        # transformers would take the settings of MLX's quantisation for some of its own.
+        # transformers would read MLX's quantisation settings as settings of transformers.
         return dict(AutoConfig.for_model(**weight_formats.without_quantisation(config)).to_dict())
-    except Exception as error:  # transformers raises its own, TypeError, KeyError and ValueError
+    except Exception as error:  # transformers raises TypeError, KeyError, ValueError and others
         raise ModelError(f"{file} cannot be used: {one_line(error)}") from error
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> int | None:
-    """The rows of the embedding, which the headers of the weights give; None where no weights are
-    here yet.
+    """Checks layers and embedding in the headers of the weights against `config`, a completed
+    config.json.
 
-    Raises ModelError where they are not those of the (completed) config.
+    Returns the number of rows of the embedding; None if the folder holds no weights yet, or no
+    embedding. Raises ModelError if the weights belong to another model than `config`.
     """
     if not any(folder.glob("*.safetensors")):
         return None
@@ -136,11 +143,12 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> int | None:
 
 
 def _check_table(folder: Path, name: str, tensor: StoredTensor, text: Mapping[str, Any]) -> None:
+    """Raises ModelError if the shape of the embedding is not [vocab_size, hidden_size]."""
     rows, width = tensor.shape
-    for key, there in (("vocab_size", rows), ("hidden_size", width)):
+    for key, stored in (("vocab_size", rows), ("hidden_size", width)):
         stated = text.get(key)
         packed = key == "hidden_size" and not tensor.dtype.startswith(("F", "BF"))
-        if isinstance(stated, int) and stated != there and not packed:
+        if isinstance(stated, int) and stated != stored and not packed:
             raise ModelError(
                 f"{folder / 'config.json'}: {key} is {stated:,}, but {name} in {tensor.file} is"
                 f" {rows:,} x {width:,}; the two files are of two models"
@@ -148,9 +156,10 @@ def _check_table(folder: Path, name: str, tensor: StoredTensor, text: Mapping[st
 
 
 def check_tokens(folder: Path, tokenizer: Any, rows: int) -> None:
-    """Raises ModelError where the tokenizer has tokens behind the `rows` of the embedding.
+    """Raises ModelError if the tokenizer has a token with an id of at least `rows`, the number of
+    rows of the embedding.
 
-    A padding token may be there: no prompt is padded.
+    The padding token may have such an id, since prompts are never padded.
     """
     beyond = sorted(
         (number, token) for token, number in tokenizer.get_vocab().items() if number >= rows
@@ -173,10 +182,11 @@ def check_ids(
     image: tuple[str, int],
     tokenizer: Any,
 ) -> None:
-    """Raises ModelError where ids of config.json are not the tokenizer's; `image`: the image token
-    and its id.
+    """Raises ModelError if a token id in config.json is not the tokenizer's id of the same token.
 
-    The (completed) config's image id places the features; the others only where they are `stated`.
+    `stated`: config.json as written; `config`: completed by defaults. `image`: the image token and
+    its id. The image token's id is checked in `config`, since it places the image features; the
+    other ids only where they are stated.
     """
     vocabulary = tokenizer.get_vocab()
     for key, name in TOKENS.items():
@@ -197,8 +207,10 @@ def check_ids(
 
 
 def stop_ids(file: Path, held: Any, rows: int | None) -> list[int]:
-    """The ids under `eos_token_id` in a file; none where there is none. Raises ModelError for what
-    is no id."""
+    """The ids that `held`, a file's `eos_token_id`, lists: an id, a list of ids, or None.
+
+    Raises ModelError for a value that is not an id, or is not below `rows`.
+    """
     ids = [] if held is None else held if isinstance(held, list) else [held]
     for number in ids:
         if type(number) is not int or not 0 <= number < (rows or 2**31):
@@ -211,7 +223,8 @@ def stop_ids(file: Path, held: Any, rows: int | None) -> list[int]:
 
 
 def check_equal(file: Path, key: str, held: Any, config_key: str, wanted: Any) -> None:
-    """Raises ModelError where a processor's setting is not the one that the vision tower needs."""
+    """Raises ModelError if `held`, the processor's setting `key`, is not the value `wanted`, which
+    the vision tower has in config.json under `config_key`."""
     if held != wanted or isinstance(held, bool):
         raise ModelError(
             f"{file}: {key} is {_short(held)}, but {config_key} in config.json is {_short(wanted)};"
@@ -220,8 +233,9 @@ def check_equal(file: Path, key: str, held: Any, config_key: str, wanted: Any) -
 
 
 def check_channels(file: Path, processor: Any, channels: Any) -> None:
-    """Raises ModelError where a mean and deviation of pixels are not one number for each channel,
-    or a switch is no switch."""
+    """Raises ModelError if the processor's mean and standard deviation are not one number for each
+    of `channels`, if rescale_factor is not positive, or if a setting of SWITCHES is not a
+    boolean."""
     for name in SWITCHES:
         held = getattr(processor, name, None)
         if not isinstance(held, bool | None):
@@ -250,7 +264,7 @@ def check_channels(file: Path, processor: Any, channels: Any) -> None:
 
 
 def check_switch(file: Path, processor: Any, name: str, wanted: bool) -> None:
-    """Raises ModelError where a step of a processor is not as the tower, or the prompt, needs
+    """Raises ModelError if the processor's switch `name` is not `wanted`, as tower or prompt need
     it."""
     if bool(getattr(processor, name, wanted)) is not wanted:
         raise ModelError(
@@ -260,7 +274,7 @@ def check_switch(file: Path, processor: Any, name: str, wanted: bool) -> None:
 
 
 def edges(size: Any) -> dict[str, Any]:
-    """A processor's size by name; none where it is something else."""
+    """A processor's `size` as a dictionary of edges; empty if `size` is anything else."""
     try:
         return dict(size)
     except (TypeError, ValueError):
@@ -268,8 +282,7 @@ def edges(size: Any) -> dict[str, Any]:
 
 
 def check_edge(file: Path, key: str, held: Any, largest: int) -> None:
-    """Raises ModelError where a processor's size is no number of at least 1, or would fill the
-    memory."""
+    """Raises ModelError if `held`, an edge in pixels, is not a whole number in 1..`largest`."""
     if type(held) is not int or not 1 <= held <= largest:
         raise ModelError(
             f"{file}: {key} is {_short(held)}, not a whole number between 1 and {largest:,}"
@@ -277,7 +290,8 @@ def check_edge(file: Path, key: str, held: Any, largest: int) -> None:
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """Every number in nested JSON, and the place; the depth is bounded by `read_json`."""
+    """Yields dotted key and value of every number in nested JSON, whose depth `read_json`
+    bounds."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
     pairs: Iterable[tuple[Any, Any]] = (

@@ -1,7 +1,8 @@
-"""A model folder's files, read with bounds.
+"""Reads the files of a model folder with bounds.
 
-A folder may come from anybody: nothing in it may lead outside, hang, or fill the memory. Neither
-torch nor mlx is imported: a header of safetensors is JSON behind eight bytes.
+A folder may come from anybody, so no file in it may lead outside of the folder, hang the process or
+fill the memory. Headers of safetensors are read without torch or mlx: a header is JSON after eight
+bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from opd.paths import check_file
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 JSON_BYTES = 64 * 2**20
-"""The largest JSON file that is read; the largest index of a published model has about 10 MiB."""
+"""Largest JSON file that is read; the largest index of a published model has about 10 MiB."""
 
 HEADER_BYTES = 100 * 2**20
-"""The largest header of a safetensors file, which is the format's own bound."""
+"""Largest header of a safetensors file that is read; the format allows no more."""
 
 DEPTH = 32
-"""Objects and lists within one another; published files have at most 8, and their readers
-recurse."""
+"""Largest depth of nested objects and lists. Published files have at most 8 levels; the libraries
+that read them recurse."""
 
 WIDTHS = {
     "BOOL": 1,
@@ -41,12 +42,13 @@ WIDTHS = {
     "I64": 8,
     "F64": 8,
 }
-"""Bytes of an element, by the names of safetensors; formats of 8 bits and less are not listed."""
+"""Bytes of an element by the data type's name in safetensors; 8-bit floats and smaller types are
+not listed."""
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a header: precision by safetensors' name ("F32", "BF16"), shape, and file
-    name."""
+    """A tensor as a header describes it: `dtype` by its name in safetensors ("F32", "BF16"), shape,
+    and the name of the file that holds it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,8 +56,8 @@ class StoredTensor(NamedTuple):
 
 
 def read_json(path: Path, error: type[UserError] = ModelError) -> dict[str, Any]:
-    """The object in a JSON file of at most JSON_BYTES and DEPTH. Raises `error` in one line."""
-    if not path.is_file():  # a pipe or a device would never end
+    """The object in a JSON file of at most JSON_BYTES and DEPTH. Raises `error`, of one line."""
+    if not path.is_file():  # reading a pipe or a device would never end
         raise error(f"{path} is missing" if not path.exists() else f"{path} is not a file")
     try:
         size = path.stat().st_size
@@ -69,18 +71,17 @@ def read_json(path: Path, error: type[UserError] = ModelError) -> dict[str, Any]
 
 
 def parse_json(content: bytes, name: str, error: type[UserError] = ModelError) -> dict[str, Any]:
-    """The object that `content` holds in JSON; `name` tells in the error whose content it is."""
+    """The object that `content` holds in JSON, nested at most DEPTH levels. Raises `error`, whose
+    message begins with `name`."""
     try:
-        found = json.loads(content.decode("utf-8"))
+        parsed = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise error(f"{name} is nested deeper than {DEPTH} levels") from None
-    except (
-        ValueError
-    ) as reason:  # of the syntax, of the encoding, and of numbers with thousands of digits
+    except ValueError as reason:  # wrong syntax or encoding, or a number of thousands of digits
         raise error(f"{name} is not JSON: {one_line(reason)}") from reason
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise error(f"{name} does not hold a JSON object")
-    level: list[Any] = [found]
+    level: list[Any] = [parsed]
     for _ in range(DEPTH):
         level = [
             inner
@@ -89,15 +90,15 @@ def parse_json(content: bytes, name: str, error: type[UserError] = ModelError) -
             if isinstance(inner, dict | list)
         ]
         if not level:
-            return found
+            return parsed
     raise error(f"{name} is nested deeper than {DEPTH} levels")
 
 
 def check_links(folder: Path) -> None:
-    """Raises ModelError where a link in a model folder leads outside of the folder.
+    """Raises ModelError if a symbolic link in a model folder leads outside of the folder.
 
-    An export would copy the file at the other end. A snapshot in a Hugging Face cache may link to
-    the blobs of the same model.
+    An export would copy the target of the link. A snapshot in a Hugging Face cache may link to the
+    blobs of the same model.
     """
     home = folder.resolve()
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
@@ -119,18 +120,19 @@ def check_links(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold a model's weights, as transformers chooses them.
+    """Names of the safetensors files that hold a model's weights, chosen as transformers chooses
+    them.
 
-    Raises ModelError where one is missing, or leads outside of the folder.
+    Raises ModelError if a file is missing or lies outside of the folder.
     """
     return sorted(set(_owners(folder).values())) if _indexed(folder) else [_checked(folder, SINGLE)]
 
 
 def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor in a model folder's weights, by name, from the headers alone.
+    """Every tensor of a model folder's weights, by name, read from the headers alone.
 
-    Raises ModelError where weights are missing, cut off or no safetensors, and where the index
-    names a file outside of the folder, or a tensor that its file does not hold.
+    Raises ModelError if a file is missing, truncated or not safetensors, or if the index names a
+    file outside of the folder, or a tensor that the named file does not hold.
     """
     owners = _owners(folder) if _indexed(folder) else {}
     tensors: dict[str, StoredTensor] = {}
@@ -152,7 +154,8 @@ def _indexed(folder: Path) -> bool:
 
 
 def _owners(folder: Path) -> dict[str, str]:
-    """The file of each tensor by the index, each checked to be a file in the folder."""
+    """The name of the file that holds each tensor, as the index says it. Raises ModelError if one
+    is not a file in the folder."""
     path = folder / INDEX
     owners = read_json(path).get("weight_map")
     if not isinstance(owners, dict) or not owners:
@@ -169,7 +172,7 @@ def _owners(folder: Path) -> dict[str, str]:
 
 
 def _checked(folder: Path, file: str) -> str:
-    """`file`, which is a name in the folder and exists."""
+    """Returns `file`, a name. Raises ModelError if it is not a file in the folder."""
     if Path(file).name != file or "\\" in file or "\0" in file:
         raise ModelError(
             f"{folder / INDEX}: weight_map names {shortened(repr(file), 120)}, outside of the model"
@@ -181,7 +184,7 @@ def _checked(folder: Path, file: str) -> str:
 
 
 def _header(folder: Path, file: str) -> dict[str, StoredTensor]:
-    """The tensors that one file's header describes."""
+    """The tensors that the header of one file describes, by name."""
     path = folder / file
     try:
         check_file(path)
@@ -202,8 +205,9 @@ def _header(folder: Path, file: str) -> dict[str, StoredTensor]:
     return {name: _stored(path, name, value, size - 8 - length) for name, value in content.items()}
 
 
-def _stored(path: Path, name: str, value: Any, room: int) -> StoredTensor:
-    """One entry of a header, whose bytes lie within the `room` behind it."""
+def _stored(path: Path, name: str, value: Any, data_bytes: int) -> StoredTensor:
+    """The entry `value` of a header; `data_bytes`: bytes of the file after the header. Raises
+    ModelError if the entry is malformed or does not lie within these bytes."""
     fields: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if (
@@ -217,10 +221,10 @@ def _stored(path: Path, name: str, value: Any, room: int) -> StoredTensor:
             f" {shortened(name, 120)}"
         )
     begin, end = offsets
-    if not begin <= end <= room:
+    if not begin <= end <= data_bytes:
         raise ModelError(
-            f"{path} is cut off: {shortened(name, 120)} ends at byte {end:,} of {room:,}; download"
-            " it again"
+            f"{path} is cut off: {shortened(name, 120)} ends at byte {end:,} of {data_bytes:,};"
+            " download it again"
         )
     if dtype in WIDTHS and end - begin != WIDTHS[dtype] * math.prod(shape):
         raise ModelError(
@@ -231,4 +235,5 @@ def _stored(path: Path, name: str, value: Any, room: int) -> StoredTensor:
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether `value` is a list of whole numbers of at least 0."""
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)

@@ -1,4 +1,4 @@
-"""Where a model is: in a folder, a run, or one of a run's checkpoints."""
+"""Recognises run folders and the checkpoints in them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 CONFIG = "config.toml"
-"""The file by which a folder is a run's."""
+"""A folder that holds this file is a run folder."""
 
 
 def checkpoint_of(path: Path) -> tuple[Path, int] | None:
-    """The run and the step of a checkpoint's folder; None for any other folder."""
+    """The run folder and the step of a checkpoint's folder; None for any other folder."""
     place = path.absolute()
     match = re.fullmatch(r"step-(\d{6,})", place.name)
     run = place.parent.parent

@@ -1,7 +1,7 @@
-"""Models by Hugging Face id, through huggingface_hub: its cache, token (`hf auth login`),
-HF_ENDPOINT and HF_HUB_OFFLINE as its users know.
+"""Downloads models by Hugging Face id. huggingface_hub does the work, so its cache, token (`hf auth
+login`), HF_ENDPOINT and HF_HUB_OFFLINE apply.
 
-Only configuration, tokenizer, templates and safetensors are fetched: nothing that could hold code.
+Only configuration, tokenizer, templates and safetensors are downloaded: none of them can hold code.
 """
 
 from __future__ import annotations
@@ -14,35 +14,34 @@ from opd.errors import ModelError, one_line
 from opd.models.files import read_json
 
 SMALL = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
-"""Configuration, tokenizer, chat template and image processor."""
+"""Patterns of the small files: configuration, tokenizer, chat template and image processor."""
 
 WEIGHTS = "*.safetensors"
 
 NOT_FETCHED = ("*/*", "consolidated*")
-"""Not fetched: other formats in folders of a repository, and a second copy of the weights in their
-makers' own names."""
+"""Patterns of files that are not downloaded: other formats in subfolders, and a second copy of the
+weights under the names of their makers."""
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
 def is_id(name: str) -> bool:
-    """Whether a name that is no folder can be a Hugging Face id: org/name."""
+    """Whether `name` has the form of a Hugging Face id: org/name."""
     return ID.fullmatch(name) is not None
 
 
 def fetch(name: str, revision: str = "", weights: bool = True) -> Path:
-    """The folder of a model in the cache, downloaded where it is not there; its own name is the
-    commit.
+    """The folder of a model in the cache, whose name is the commit; downloads what is missing.
 
     `revision`: a branch, tag or commit; empty: the default branch. Without `weights` only the small
-    files, which tell whether the weights are worth their download. Raises ModelError in one line:
-    not found, gated, not in the cache and offline, out of reach.
+    files are downloaded, which can be checked before the weights are. Raises ModelError, of one
+    line, if the model is not found, gated, out of reach, or offline and not in the cache.
     """
     from huggingface_hub import constants, is_offline_mode, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bars(tqdm):
-        """Its own bars, in a terminal alone."""
+        """The progress bars of huggingface_hub, shown only in a terminal."""
 
         def __init__(self, *values: Any, **options: Any) -> None:
             super().__init__(*values, **{"disable": None, **options})  # type: ignore[no-untyped-call]
@@ -58,7 +57,7 @@ def fetch(name: str, revision: str = "", weights: bool = True) -> Path:
                 tqdm_class=Bars,
             )
         )
-    except Exception as error:  # its own errors, its HTTP library's, and those of the disk
+    except Exception as error:  # errors of huggingface_hub, of its HTTP library and of the disk
         raise ModelError(f"model '{name}': {_reason(error, name, revision)}") from error
     if weights and not any(folder.glob(WEIGHTS)):
         if is_offline_mode():
@@ -74,13 +73,13 @@ def fetch(name: str, revision: str = "", weights: bool = True) -> Path:
 
 
 def name(folder: Path) -> str:
-    """The id of a folder that `fetch` gave; empty for any other folder."""
-    found = folder.parent.parent.name.split("--")
-    return "/".join(found[1:]) if commit(folder) and found[0] == "models" else ""
+    """The Hugging Face id of a folder that `fetch` returned; empty for any other folder."""
+    kind, *parts = folder.parent.parent.name.split("--")
+    return "/".join(parts) if commit(folder) and kind == "models" else ""
 
 
 def commit(folder: Path) -> str:
-    """The commit of a folder that `fetch` gave; empty for any other folder."""
+    """The commit of a folder that `fetch` returned; empty for any other folder."""
     return (
         folder.name
         if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
@@ -89,12 +88,12 @@ def commit(folder: Path) -> str:
 
 
 def refuse_remote_code(folder: Path, name: str) -> None:
-    """Raises ModelError where a model's classes are Python files of its repository alone: those are
-    never run."""
+    """Raises ModelError if transformers lacks the model's class and the repository brings it as
+    Python files, which are never run."""
     try:
         config = read_json(folder / "config.json")
     except ModelError:
-        return  # told where the file is needed
+        return  # the code that needs the file raises the error
     if not config.get("auto_map"):
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -107,7 +106,7 @@ def refuse_remote_code(folder: Path, name: str) -> None:
 
 
 def _reason(error: Exception, name: str, revision: str) -> str:
-    """What went wrong and what to do."""
+    """The end of a message: why the download failed, and what to do."""
     from huggingface_hub import constants, errors, is_offline_mode
 
     place = constants.ENDPOINT

@@ -1,8 +1,9 @@
-"""What of a model folder is handed on: data files alone, and nothing in them that names code.
+"""Copies a model folder without anything that could run code.
 
 A folder may come from anybody. Libraries run Python that a folder brings (`auto_map` in
-transformers, `model_file` in mlx-vlm and mlx-lm), fetch kernels that a configuration names, or
-follow it to other files. So they are given an inert copy, and an export holds no other files.
+transformers, `model_file` in mlx-vlm and mlx-lm), download kernels that a configuration names, or
+load other files that it names. So libraries and exports get an inert copy: data files only, without
+the keys that name code.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DATA = (
     "NOTICE",
     "NOTICE.txt",
 )
-"""Files of a model folder that are handed on beside its weights; no other files are."""
+"""Patterns of the files that are copied beside the weights; no other files are."""
 
 LEFT_OUT = (
     "*.safetensors.index.json",
@@ -39,14 +40,14 @@ LEFT_OUT = (
     "adapter_config.json",
     "offload_index.json",
 )
-"""Files among these that say where weights stand, which is written anew; and those by which a
-library would load other weights."""
+"""Exceptions from DATA: indexes of weights, which the writer of weights writes anew, and files that
+make a library load other weights."""
 
 RESULT = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-"""Files of a run's result beside these: its weights, and what an adapter is."""
+"""Patterns of the files that a run's result has beside DATA: weights and adapter_config.json."""
 
 LARGE = ("tokenizer.json", "vocab.json")
-"""Files whose readers take tables alone."""
+"""Large files that are copied unread: the code that loads them reads tables only."""
 
 CODE = (
     "auto_map",
@@ -65,29 +66,29 @@ CODE = (
     "auto_mapping",
     "megatron_core",
 )
-"""Keys, at any depth of a configuration, whose values name Python to run, kernels to fetch, or
+"""Keys, at any depth of a configuration, whose values name Python to run, kernels to download, or
 other files to load."""
 
 
 def is_data(name: str) -> bool:
-    """Whether a file of this name is handed on."""
+    """Whether a file of this name is copied beside the weights."""
     return any(fnmatch(name, pattern) for pattern in DATA) and not any(
         fnmatch(name, pattern) for pattern in LEFT_OUT
     )
 
 
 def without_code(value: Any) -> Any:
-    """A configuration without the keys in CODE."""
+    """`value`, parsed JSON, without the keys in CODE at any depth."""
     if isinstance(value, dict):
         return {key: without_code(inner) for key, inner in value.items() if key not in CODE}
     return [without_code(inner) for inner in value] if isinstance(value, list) else value
 
 
 def copy_files(source: Path, folder: Path, names: Collection[str] | None = None) -> None:
-    """Copies the data files of a model folder, without its weights, or those of `names`, into
-    `folder`. Raises ModelError where one cannot be read.
+    """Copies the data files of the model folder `source`, without weights, into `folder`; with
+    `names`, those files only. Raises ModelError if a file cannot be read.
 
-    Copies have the permissions of new files.
+    The copies have the permissions of new files.
     """
     for file in sorted(source.iterdir()):
         if (
@@ -109,7 +110,8 @@ def copy_files(source: Path, folder: Path, names: Collection[str] | None = None)
 
 
 def copy_result(source: Path, folder: Path) -> None:
-    """Copies a model or an adapter that a run left behind, weights included."""
+    """Copies the model or adapter that a run has exported, including weights. Raises ModelError if
+    a file cannot be read."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_files(source, folder)
     for file in sorted(source.iterdir()):
@@ -124,10 +126,10 @@ def copy_result(source: Path, folder: Path) -> None:
 
 @contextmanager
 def inert(source: Path) -> Iterator[Path]:
-    """A folder with the data files of a model folder, and its weights as links; it is gone when the
-    context ends.
+    """A temporary folder with copies of the data files of `source` and links to the weights;
+    removed when the context ends.
 
-    Raises ModelError where weights are missing, or a file cannot be read.
+    Raises ModelError if weights are missing or a file cannot be read.
     """
     weights = model_files.weight_files(source)
     with tempfile.TemporaryDirectory() as root:

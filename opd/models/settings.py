@@ -1,10 +1,10 @@
-"""The settings of config.json that each family's forward reads, per backend; any other that changes
-the function is refused.
+"""The settings of config.json that each family's forward computes, per backend; any other setting
+that changes the logits raises ModelError.
 
-transformers' own configuration class of the family says what there is, and what the defaults are. A
-setting is computed as transformers computes it if TABLE says so for its value; it is harmless if
-HARMLESS names it; else it must be at its default. A key that the class does not know changes
-nothing in transformers, so nothing here; it is told where it looks like a setting of a forward.
+The configuration class of transformers lists the settings of a family and their defaults. A setting
+is accepted if TABLE holds its value for the backend, if HARMLESS names it, or if it is at the
+default. A key that the class does not know changes nothing in transformers, and changes nothing
+here; a warning is logged if the key looks like a setting of a forward.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, TypeAlias
 from opd.errors import ModelError, shown
 
 Values: TypeAlias = "tuple[Any, ...] | None"
-"""Values that are computed as transformers computes them; None: all that transformers takes."""
+"""Values that a backend computes as transformers does; None: every value that transformers
+accepts."""
 
 
 class Setting(NamedTuple):
-    """The values that each backend computes."""
+    """The values of one setting that each backend computes."""
 
     torch: Values
     mlx: Values
@@ -33,94 +34,86 @@ SILU, TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
 
 def only(*values: Any) -> Setting:
-    """On both backends these values alone."""
+    """A setting of which both backends compute these values alone."""
     return Setting(values, values)
 
 
 def mlx_only(*values: Any) -> Setting:
-    """On torch all; on MLX these values alone."""
+    """A setting of which torch computes every value, and MLX these values alone."""
     return Setting(None, values)
 
 
 HARMLESS = {
-    # What a model is called, was made with, or hands out.
-    *(
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "id2label",
-        "label2id",
-        "problem_type",
-    ),
-    *(
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "use_cache",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-    ),
-    # Of training and of first weights.
-    *("initializer_range", "attention_dropout", "pretraining_tp"),
-    # Bounds that no forward looks at, once positions that change with the length are refused.
-    *("max_position_embeddings", "max_window_layers", "_sliding_window_pattern"),
-    # Ids that prompts are made with, and what is read of videos alone.
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "_pad_token_id",
-        "image_token_id",
-        "image_token_index",
-        "video_token_id",
-    ),
-    *(
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "boi_token_index",
-        "eoi_token_index",
-        "tokens_per_second",
-    ),
-    # The pooling head of a tower, of which no forward here reads anything.
+    # The model's name and origin, and the form of its outputs.
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "use_cache",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    # Settings of training and of initial weights.
+    "initializer_range",
+    "attention_dropout",
+    "pretraining_tp",
+    # Bounds that no forward reads; rotary types that depend on the length are refused (ROPE).
+    "max_position_embeddings",
+    "max_window_layers",
+    "_sliding_window_pattern",
+    # Token ids, which prompts hold already, and settings of videos.
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "_pad_token_id",
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+    "tokens_per_second",
+    # The pooling head of a vision tower, which no forward here computes.
     "vision_use_head",
 }
-"""Names of settings, at any level, that change no logits of a prompt with images."""
+"""Names of settings, at any level, that do not change the logits of a prompt with images."""
 
 INNER_HARMLESS = ("text_config.tie_word_embeddings", "vision_config.tie_word_embeddings")
-"""Whether head and embedding are one says the outermost setting, as in transformers."""
+"""Settings that are overridden: the outermost `tie_word_embeddings` decides, as in transformers."""
 
 ROPE = {
-    # With `dynamic` and `longrope` a token's angles depend on the length of the row, which prompt
-    # and completions do not share.
+    # With `dynamic` and `longrope` a token's angles depend on the length of the row, but one
+    # prompt serves completions of different lengths.
     "rope_type": Setting(("default", "linear", "yarn", "llama3"), ("default",)),
     **dict.fromkeys(
         (
-            *(
-                "type",
-                "rope_theta",
-                "factor",
-                "original_max_position_embeddings",
-                "attention_factor",
-                "beta_fast",
-                "beta_slow",
-                "mscale",
-            ),
-            *(
-                "mscale_all_dim",
-                "truncate",
-                "low_freq_factor",
-                "high_freq_factor",
-                "short_factor",
-                "long_factor",
-            ),
+            "type",
+            "rope_theta",
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+            "low_freq_factor",
+            "high_freq_factor",
+            "short_factor",
+            "long_factor",
         ),
         ANY,
     ),
     "partial_rotary_factor": only(None, 1.0),
 }
-"""Of rotary positions. Those after the type are read by some types alone."""
+"""Settings of rotary positions. Those after `rope_type` are read by some types alone."""
 
 MROPE = ROPE | {"mrope_section": ANY, "mrope_interleaved": ANY}
 
@@ -134,23 +127,28 @@ def _sizes(place: str, *names: str) -> dict[str, Setting]:
 
 
 _TEXT = _sizes(
-    *(
-        "text_config",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
+    "text_config",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
     "rms_norm_eps",
 )
 
 _QWEN_VISION = {
     **_sizes(
-        "vision_config", "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size"
+        "vision_config",
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "patch_size",
+        "spatial_merge_size",
+        "temporal_patch_size",
+        "out_hidden_size",
     ),
-    **_sizes("vision_config", "spatial_merge_size", "temporal_patch_size", "out_hidden_size"),
     "vision_config.rope_parameters.rope_theta": mlx_only(10000.0),
 }
 
@@ -161,8 +159,10 @@ _SIGLIP = {
         "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
+        "image_size",
+        "patch_size",
+        "layer_norm_eps",
     ),
-    **_sizes("vision_config", "image_size", "patch_size", "layer_norm_eps"),
     "vision_config.hidden_act": mlx_only(*TANH),
 }
 
@@ -211,9 +211,13 @@ TABLE: Mapping[str, Mapping[str, Setting]] = {
         "text_config.attention_bias": ANY,
         "text_config.layer_types": ANY,
         **_sizes(
-            "text_config", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"
+            "text_config",
+            "linear_conv_kernel_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
         ),
-        **_sizes("text_config", "linear_num_key_heads", "linear_num_value_heads"),
         **_at("text_config.rope_parameters", MROPE | {"partial_rotary_factor": ANY}),
         **_QWEN_VISION,
         "vision_config.hidden_act": mlx_only(*TANH),
@@ -243,17 +247,18 @@ TABLE: Mapping[str, Mapping[str, Setting]] = {
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
 }
-"""By model_type, and by dotted key of config.json as transformers completes it."""
+"""The computed settings, by model_type and by dotted key of a completed config.json."""
 
 REACHES_IN = ("is_causal", "attention_chunk_size", "per_layer_config")
-"""Keys that are in no class, and that transformers looks for all the same: at None they are not
-there."""
+"""Keys that transformers reads although no configuration class declares them; None is the same as
+absent."""
 
 LOOKS_READ = re.compile(
-    r"softcap|qk_norm|qk_layer_norm|_bias$|sliding_window$|layer_types|rope|rotary|hidden_act|experts|multiplier|logit_scale|_eps$"
+    r"softcap|qk_norm|qk_layer_norm|_bias$|sliding_window$|layer_types|rope|rotary|hidden_act"
+    r"|experts|multiplier|logit_scale|_eps$"
     r"|query_pre_attn|residual|use_final_norm|norm_type|deepstack|parallel"
 )
-"""Names of settings, in the field's models, that change a forward which reads them."""
+"""Matches names of settings that change the forward of some published model."""
 
 
 def check(
@@ -264,12 +269,11 @@ def check(
     backend: str,
     other: str = "",
 ) -> None:
-    """Raises ModelError, in one line, where `backend` ("torch" or "mlx") does not compute what a
-    config.json says.
+    """Raises ModelError if `backend` ("torch" or "mlx") does not compute a setting of config.json.
 
     `config`: the file as transformers completes it; `defaults`: an untouched configuration of the
-    same classes; `written`: the file itself. `other` is the name under which a person chooses the
-    other backend.
+    same classes; `written`: the file itself. `other`: the name of the other backend on the command
+    line, for the message.
     """
     kind = str(config["model_type"])
     table, plain = TABLE[kind], dict(_flat(defaults))
@@ -312,8 +316,8 @@ def check(
 
 
 def defaults(configuration: Any) -> dict[str, Any]:
-    """What a configuration of transformers says where nothing is set, with parts of the classes
-    that `configuration` has."""
+    """The default values of a configuration of transformers, whose sections have the same classes
+    as those of `configuration`."""
     plain: dict[str, Any] = type(configuration)().to_dict()
     for name in ("text_config", "vision_config"):
         part = getattr(configuration, name)
@@ -322,19 +326,20 @@ def defaults(configuration: Any) -> dict[str, Any]:
 
 
 def without_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without keys that transformers' classes do not know, so that no other code reads
-    them."""
-    kept = {}
+    """`config` without the keys that the classes of transformers do not know, so that another
+    library does not read them."""
+    known = {}
     for key, value in config.items():
         if key in ("text_config", "vision_config") and isinstance(value, Mapping):
-            kept[key] = without_unknown(value, defaults[key])
+            known[key] = without_unknown(value, defaults[key])
         elif key in defaults or key in ("model_type", "layer_types"):
-            kept[key] = value
-    return kept
+            known[key] = value
+    return known
 
 
 def _check_together(config: Mapping[str, Any], written: Mapping[str, Any], file: Path) -> None:
-    """Raises ModelError where settings contradict each other, or differ by layer."""
+    """Raises ModelError if settings contradict each other, or if a key that has to be one number
+    holds several."""
     text, vision = config["text_config"], config["vision_config"]
     for place in ("", "text_config.", "vision_config."):
         inner = written.get(place[:-1], {}) if place else written
@@ -373,8 +378,8 @@ def _check_together(config: Mapping[str, Any], written: Mapping[str, Any], file:
         raise ModelError(
             f"{file}: {_named(section, written)} = {shown(sections)} is not three numbers"
         )
-    # Sections that are interleaved say which angles are of height and width; all others are of
-    # time.
+    # Interleaved sections (other families) need not add up: angles in neither the height nor the
+    # width section belong to time.
     if sections is not None and config["model_type"] == "qwen2_5_vl" and sum(sections) != half:
         raise ModelError(
             f"{file}: {_named(section, written)} = {shown(sections)} does not add up to {half}"
@@ -405,7 +410,8 @@ def _values(setting: Setting | None, backend: str) -> Values:
 
 
 def _flat(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no dictionary, by dotted key; maps of labels are one value."""
+    """Yields dotted key and value of every setting; other dictionaries, such as maps of labels, are
+    one value."""
     for key, value in config.items():
         if isinstance(value, Mapping) and key in (
             "text_config",
@@ -420,7 +426,7 @@ def _flat(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equality in which lists are tuples, and truth is no number."""
+    """Whether two values are equal, where a list equals a tuple but True does not equal 1."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
@@ -429,8 +435,8 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _named(key: str, written: Mapping[str, Any]) -> str:
-    """The key by the name that a person finds in the file: older files say rope_scaling, and some
-    keep all of the text at the top."""
+    """The name of a key in the file as written: older files say rope_scaling, and some hold the
+    text settings at the top level."""
     place, _, name = key.rpartition(".")
     parts = place.split(".")
     if "rope_parameters" in parts:

@@ -1,8 +1,8 @@
-"""Whether a checkpoint's weights are quantised, by the headers of its files and by config.json;
-which must agree.
+"""Detects quantised weights of a checkpoint, from the headers of the safetensors files and from
+config.json.
 
-The MLX backend reads MLX's own format; no other is read. A setting that a conversion left behind
-over plain weights is ignored, in a line.
+The MLX backend reads MLX's own format; every other format raises ModelError. If config.json says
+that weights are quantised and they are plain, as some conversions leave it, a warning is logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opd.models import names
 from opd.models.files import StoredTensor
 
 PLAIN = {"F64", "F32", "F16", "BF16"}
-"""Precisions of weights that are not quantised, as safetensors names them."""
+"""Data types of weights that are not quantised, as safetensors names them."""
 
 SETTINGS = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json, at the top or in `text_config`, that say how weights are quantised."""
@@ -38,23 +38,23 @@ ENDS: Mapping[str, str] = {
     ".W_q": "hqq",
     ".scales": "mlx",
 }
-"""Ends of tensors' names that no plain checkpoint has, and the formats that write them."""
+"""Suffixes of tensor names that only quantised checkpoints have, and the formats that write
+them."""
 
 
 PARTS = ("text_config", "vision_config")
-"""Parts of config.json that may say so too."""
+"""Sections of config.json that may hold the keys of SETTINGS too."""
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What config.json says of quantisation, by dotted key."""
+    """The quantisation settings of config.json, by dotted key."""
     return {
         key: value for key, value in _stated(config).items() if isinstance(value, dict) and value
     }
 
 
 def check_settings(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises ModelError where a config.json says how weights are quantised, but not as an object:
-    no library can read that."""
+    """Raises ModelError if config.json has a quantisation setting that is not an object."""
     for key, value in _stated(config).items():
         if value is not None and not isinstance(value, dict):
             raise ModelError(
@@ -64,16 +64,17 @@ def check_settings(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def mlx_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """How MLX quantised the weights of a config.json, or None where it says nothing of MLX's."""
+    """The settings with which MLX quantised the weights, such as `group_size` and `bits`; None if
+    config.json has none of MLX."""
     for key in ("quantization", "quantization_config"):
-        found = config.get(key)
+        stated = config.get(key)
         if (
-            isinstance(found, dict)
-            and "group_size" in found
-            and "bits" in found
-            and "quant_method" not in found
+            isinstance(stated, dict)
+            and "group_size" in stated
+            and "bits" in stated
+            and "quant_method" not in stated
         ):
-            return found
+            return stated
     return None
 
 
@@ -83,17 +84,17 @@ def check(
     folder: Path,
     reads_mlx: bool = False,
 ) -> None:
-    """Raises ModelError where weights are quantised, in one line that names the format; MLX's is
-    let through if `reads_mlx`.
+    """Raises ModelError if the `stored` weights are quantised; the message names the format. MLX's
+    format is accepted if `reads_mlx`.
 
-    Logs one line where config.json says that they are, and they are plain.
+    Logs a warning if config.json says that weights are quantised and they are plain.
     """
     check_settings(folder / "config.json", config)
     kind = str(config.get("model_type"))
     weights = {
         name: tensor.dtype for name, tensor in stored.items() if not names.is_left_out(kind, name)
     }
-    packed = next((name for name in sorted(weights) if _end(name)), None)
+    packed = next((name for name in sorted(weights) if _format(name)), None)
     odd = next((name for name in sorted(weights) if weights[name] not in PLAIN), None)
     said = settings(config)
     if packed is None and odd is None:
@@ -117,7 +118,7 @@ def check(
     if said:
         method = _method(next(iter(said.values())))
     elif packed:
-        method = _end(packed) or ""
+        method = _format(packed) or ""
     else:
         assert odd is not None
         method = f"{'fp8' if weights[odd].startswith('F8') else weights[odd]}, without scales"
@@ -129,7 +130,7 @@ def check(
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without the keys that say how weights are quantised."""
+    """A copy of a config.json without the keys of SETTINGS."""
     plain = {key: value for key, value in config.items() if key not in SETTINGS}
     return {
         key: (
@@ -142,7 +143,7 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All that config.json holds under the keys of SETTINGS, by dotted key."""
+    """The values of config.json under the keys of SETTINGS, by dotted key."""
     places = {"": config} | {
         f"{name}.": value for name in PARTS if isinstance(value := config.get(name), dict)
     }
@@ -152,7 +153,7 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method(said: Mapping[str, Any]) -> str:
-    """The format by its usual name."""
+    """The usual name of the format that quantisation settings describe."""
     method = str(
         said.get("quant_method")
         or ("mlx" if "group_size" in said and "bits" in said else "an unknown format")
@@ -164,7 +165,8 @@ def _method(said: Mapping[str, Any]) -> str:
     )
 
 
-def _end(name: str) -> str | None:
+def _format(name: str) -> str | None:
+    """The format that writes tensors of this name; None for a plain tensor."""
     return next(
         (method for end, method in ENDS.items() if name.endswith(end)),
         "bitsandbytes" if ".quant_state." in name else None,

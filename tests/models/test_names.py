@@ -18,7 +18,7 @@ from opd import registry as backends
 from opd.errors import ModelError
 from opd.models import adapters
 from opd.models.choice import ModelChoice
-from opd.models.names import is_left_out, today
+from opd.models.names import current_name, is_left_out
 from opd.prompts.processor import open_encoder
 from opd.types import AdapterOptions, ModelOptions
 from tests.support import random_models
@@ -60,7 +60,7 @@ def models(tmp_path_factory):
     def model(family):
         if family not in made:
             folder = random_models.raise_norms((random_models.FAMILIES | {"llava": random_models.llava})[family](root / family))
-            weights = {today(family, name): value for name, value in load_file(folder / "model.safetensors").items()}
+            weights = {current_name(family, name): value for name, value in load_file(folder / "model.safetensors").items()}
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
             made[family] = folder, group_of(folder)
         return made[family]
