@@ -1,2 +1,2 @@
-"""Images and a question become a `Prompt`: the model's own chat template, tokenizer and image
-processor."""
+"""Turns images and a question into a `Prompt`, with the model's own chat template, tokenizer and
+image processor."""

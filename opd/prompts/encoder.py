@@ -1,7 +1,7 @@
-"""Prompts: images and a question become tokens, positions and arrays, once, for every backend.
+"""Encodes prompts: turns images and a question into tokens, positions and image arrays.
 
-Only a tokenizer and a PIL image processor are loaded (no torch, no torchvision): the arrays are
-numpy and feed any backend.
+The arrays are numpy and serve every backend. The encoder loads a tokenizer and a PIL image
+processor, neither torch nor torchvision.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ NEEDED = (
     ("tokenizer.json", "vocab.json"),
     ("preprocessor_config.json", "processor_config.json"),
 )
-"""Files of a model folder without which no prompt can be encoded, with the names that each may
+"""Files of a model folder that encoding needs; each entry lists the names that the file may
 have."""
 
 TEXTS = 4096
-"""Rendered questions, and tokenized texts, that are kept."""
+"""Entries in the caches of rendered questions and of tokenized texts."""
 
 LAYOUTS = 256
-"""Prompts whose tokens and positions are kept, and images whose visual tokens' boxes are: a few
-hundred kilobytes each at most."""
+"""Entries in the cache of tokens, positions and visual tokens; an entry takes at most a few hundred
+kilobytes."""
 
 TOKENIZER = (
     "tokenizer.json",
@@ -52,17 +52,17 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files of a model folder that make its tokenizer and chat template."""
+"""Files of a model folder that define tokenizer and chat template."""
 
 
 class PromptEncoder:
-    """Encodes prompts as the model's own processor does. `stop`: ids that end a completion;
-    `banned`: ids that never appear in one."""
+    """Encodes prompts as the model's own processor does. `stop`: token ids that end a completion;
+    `banned`: token ids that never appear in a completion."""
 
     stop: tuple[int, ...]
     banned: tuple[int, ...]
     _rows: int | None = None
-    """Rows of the embedding, where `check` has seen them."""
+    """Number of rows of the embedding; `check` sets it."""
 
     def __init__(
         self,
@@ -73,11 +73,12 @@ class PromptEncoder:
         teacher_min_pixels: int | None = None,
     ) -> None:
         """Loads tokenizer, chat template and image processor from a folder in Hugging Face layout;
-        nothing is downloaded.
+        downloads nothing.
 
-        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None leaves
-        the model's own. The teacher's follow the student's where they are None.
-        Raises ModelError with one line that says what is missing.
+        `max_pixels`, `min_pixels`: bounds on an image's width * height after resizing; None keeps
+        the model's own bound. `teacher_max_pixels`, `teacher_min_pixels`: the same for the teacher;
+        None takes the student's bound.
+        Raises ModelError, of one line that says what is missing.
         """
         model = Path(model)
         self._config = read_config(model)
@@ -89,12 +90,12 @@ class PromptEncoder:
         self._template = templates.trained(templates.chosen(model, self._tokenizer), self._probe)
         self._check_template()
         self._bound(max_pixels, min_pixels, teacher_max_pixels, teacher_min_pixels)
-        # Student and teacher are asked the same, and so are all epochs.
-        self._asked = lru_cache(TEXTS)(
+        # Student and teacher get the same question, in every epoch.
+        self._rendered = lru_cache(TEXTS)(
             lambda question, images: self._render(content(question, images))
         )
         self._ids = lru_cache(TEXTS)(self._tokenized)
-        self._placed = lru_cache(LAYOUTS)(self._place)
+        self._expanded = lru_cache(LAYOUTS)(self._expand)
         self._image_token = self._token(model, self._family.image_token)
         self.banned = tuple(self._token(model, token) for token in self._family.banned)
         self.stop = self._stops(model)
@@ -102,42 +103,43 @@ class PromptEncoder:
     def encode(
         self, images: Sequence[Image.Image], question: str, policy: Policy = "student"
     ) -> Prompt:
-        """One user turn, thinking off: the images, then the question; or the images where `<image>`
-        stands in the question.
+        """The prompt of one user turn, with thinking off.
 
-        `images` are upright and RGB (see `opd.views.crop`). With more images than markers, the rest
-        follow the last marked one.
-        Raises DataError where the question and the images do not fit together, or an image is too
-        narrow to encode.
+        `images` are upright and RGB (see `opd.views.crop`). They come before the question, or take
+        the places of `<image>` in it; if there are more images than markers, the rest follow the
+        image of the last marker.
+        Raises DataError if the question has more markers than images or contains a reserved token,
+        or if an image is too narrow to encode.
         """
         arrays, layouts = self._lay_out(images, self._sizes[policy])
-        text = self._written(question, layouts)
+        text = self._text(question, layouts)
         tiles = tuple(
             (number, tile) for number, layout in enumerate(layouts) for tile in layout.tiles
         )
-        tokens, positions, visual = self._placed(text, tiles, tuple(image.size for image in images))
+        sizes = tuple(image.size for image in images)
+        tokens, positions, visual = self._expanded(text, tiles, sizes)
         return Prompt(tokens, positions, arrays, self._key(images, self._settings[policy]), visual)
 
     def length(
         self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student"
     ) -> int:
-        """Tokens of the prompt that `encode` gives for images of these (width, height), from their
-        sizes alone. Raises DataError."""
+        """Number of tokens in the prompt that `encode` makes, from the (width, height) of the
+        images alone. Raises DataError."""
         try:
             layouts = self._family.layouts(
                 self._processor, images, self._sizes[policy], self._config
             )
         except MemoryError:
             raise
-        except Exception as error:  # whatever a processor does
+        except Exception as error:  # processors raise errors of many classes
             raise _not_encodable(images, error) from error
         tiles = [tile for layout in layouts for tile in layout.tiles]
-        return len(self._ids(self._written(question, layouts))) + sum(
-            tile.tokens - 1 for tile in tiles
-        )
+        text = self._text(question, layouts)
+        # In the text one image token stands for all visual tokens of a tile.
+        return len(self._ids(text)) + sum(tile.tokens - 1 for tile in tiles)
 
     def bounded(self, **pixels: int | None) -> PromptEncoder:
-        """The same encoder with other bounds on images, which are given as to the class. Raises
+        """The same encoder with other bounds on images; `pixels` as for `PromptEncoder`. Raises
         ModelError."""
         other = copy.copy(self)
         other._bound(**pixels)
@@ -150,7 +152,8 @@ class PromptEncoder:
         teacher_max_pixels: int | None = None,
         teacher_min_pixels: int | None = None,
     ) -> None:
-        """Sets the bounds on images."""
+        """Sets the bounds on image size, in pixels. Raises ModelError if the image processor has no
+        usable bounds."""
         teacher = teacher_min_pixels or min_pixels, teacher_max_pixels or max_pixels
         try:
             self._sizes = {
@@ -171,21 +174,20 @@ class PromptEncoder:
             for policy, sizes in self._sizes.items()
         }
 
-    def _written(self, question: str, layouts: Sequence[Layout]) -> str:
-        """The prompt's text, with one image token for each tile. Raises DataError where the
-        question holds one too."""
-        before, *parts = self._asked(question, len(layouts)).split(self._family.placeholder)
+    def _text(self, question: str, layouts: Sequence[Layout]) -> str:
+        """The prompt's text, with one image token for each tile. Raises DataError if the question
+        contains the placeholder or the image token."""
+        rendered = self._rendered(question, len(layouts))
+        text, *parts = rendered.split(self._family.placeholder)
         if len(parts) != len(layouts):
             raise DataError(
                 f"the question {question[:80]!r} contains a reserved token such as"
                 f" '{self._family.placeholder}'; remove it"
             )
-        text = before + "".join(
-            layout.text + part for layout, part in zip(layouts, parts, strict=True)
-        )
-        if np.count_nonzero(self._ids(text) == self._image_token) != sum(
-            len(layout.tiles) for layout in layouts
-        ):
+        for layout, part in zip(layouts, parts, strict=True):
+            text += layout.text + part
+        tiles = sum(len(layout.tiles) for layout in layouts)
+        if np.count_nonzero(self._ids(text) == self._image_token) != tiles:
             raise DataError(
                 f"the question {question[:80]!r} contains a reserved token such as"
                 f" '{self._family.image_token}'; remove it"
@@ -193,8 +195,8 @@ class PromptEncoder:
         return text
 
     def check(self) -> None:
-        """Raises ModelError where config, weights, tokenizer and image processor are not of one
-        model."""
+        """Raises ModelError if config.json, weights, tokenizer and image processor do not belong to
+        one model."""
         file = self._model / "config.json"
         config = consistency.complete(file, self._config)
         text = config.get("text_config") or config
@@ -225,14 +227,15 @@ class PromptEncoder:
         self._family.check(self._processor, settings, config, self._processor_file())
 
     def _processor_file(self) -> Path:
-        """The file that holds the image processor's settings: a nested one is preferred."""
+        """The file that holds the image processor's settings: processor_config.json if it nests
+        them, else preprocessor_config.json."""
         file = self._model / "processor_config.json"
         nested = file.is_file() and "image_processor" in read_json(file)
         return file if nested else self._model / "preprocessor_config.json"
 
     def max_pixels(self, policy: Policy) -> int:
-        """The width * height to which larger images are brought: no crop is worth enlarging above
-        it."""
+        """Largest width * height of an image of this policy, to which larger images are scaled
+        down."""
         return self._family.most_pixels(self._processor, self._sizes[policy])
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -246,9 +249,9 @@ class PromptEncoder:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer and chat template into an exported folder: its template alone, without
-        an argument, gives these prompts."""
-        # an adapter is exported without
+        """Writes tokenizer and chat template into the folder of an export. The written template
+        gives the trained prompts without any argument."""
+        # The export of an adapter has no tokenizer yet.
         missing = [name for name in TOKENIZER if not (folder / name).exists()]
         inert.copy_files(self._model, folder, missing)
         others = self._model / templates.OTHERS
@@ -263,6 +266,7 @@ class PromptEncoder:
         templates.rewrite(folder, self._template, self._probe)
 
     def _tokenized(self, text: str) -> IntArray:
+        """Token ids of a text. Raises DataError for a text or a token that cannot be encoded."""
         try:
             ids = np.asarray(
                 self._tokenizer(text, add_special_tokens=self._adds(text))["input_ids"],
@@ -283,13 +287,15 @@ class PromptEncoder:
         ids.flags.writeable = False
         return ids
 
-    def _place(
+    def _expand(
         self, text: str, tiles: tuple[tuple[int, Tile], ...], sizes: tuple[tuple[int, int], ...]
     ) -> tuple[IntArray, IntArray, VisualTokens]:
-        """Tokens, positions and visual tokens of a text in which each of `tiles`, with the number
-        of its image, has one image token.
+        """Tokens, positions and visual tokens of a prompt; repeats the image token of every tile in
+        `text` for each visual token of the tile.
 
-        A long text of nothing but image tokens would cost more than the images.
+        `tiles`: (index of the image, tile). `sizes`: (width, height) of the images in pixels.
+        Expanding ids is cheap; tokenizing a text of thousands of image tokens would take longer
+        than encoding the images.
         """
         compact = self._ids(text)
         copies = np.ones(len(compact), dtype=np.int64)
@@ -311,22 +317,22 @@ class PromptEncoder:
         positions = self._family.positions(
             tokens, self._image_token, [tile.grid for _, tile in tiles]
         )
-        # prompts share them
+        # Prompts share these arrays.
         for array in (tokens, positions, visual.index, visual.image, visual.boxes):
             array.flags.writeable = False
         return tokens, positions, visual
 
     def _adds(self, text: str) -> bool:
-        """Whether the tokenizer adds special tokens of its own to a prompt:
-        `ProcessorMixin.apply_chat_template` has this rule."""
+        """Whether the tokenizer adds special tokens to a rendered prompt; the rule is that of
+        `ProcessorMixin.apply_chat_template`."""
         begin = self._tokenizer.bos_token
         return bool(self._tokenizer.init_kwargs.get("add_special_tokens", True)) and not (
             begin and text.startswith(begin)
         )
 
     def _render(self, content: list[dict[str, str]]) -> str:
-        """The text of a prompt. Raises DataError where the template refuses the question,
-        ModelError where it finds no end."""
+        """The text of a prompt. Raises DataError if the template refuses the question, ModelError
+        if the template exceeds a bound of `renderer`."""
         try:
             return renderer.render(self._template, content, self._tokenizer.special_tokens_map)
         except renderer.TemplateBoundError as error:
@@ -338,7 +344,8 @@ class PromptEncoder:
             ) from error
 
     def _probe(self, template: str) -> str:
-        """The generation prompt of a template. Raises ModelError where it cannot be rendered."""
+        """The text of a short prompt by `template`. Raises ModelError if the template cannot be
+        rendered."""
         try:
             return renderer.render(
                 template, [{"type": "text", "text": "?"}], self._tokenizer.special_tokens_map
@@ -347,11 +354,10 @@ class PromptEncoder:
             raise self._unusable(error) from error
 
     def _check_template(self) -> None:
-        """Raises ModelError where the template leaves images out, as one for text alone does."""
-        text, image = (
-            self._render([{"type": "image"}, {"type": "text", "text": "?"}]),
-            self._family.placeholder,
-        )
+        """Raises ModelError if the template does not write one placeholder for one image, as a
+        template for text alone does not."""
+        text = self._render([{"type": "image"}, {"type": "text", "text": "?"}])
+        image = self._family.placeholder
         if text.count(image) != 1:
             raise ModelError(
                 f"{self._model}: the chat template writes '{image}' {text.count(image)} times for"
@@ -365,18 +371,19 @@ class PromptEncoder:
     def _lay_out(
         self, images: Sequence[Image.Image], sizes: dict[str, Any]
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
+        """Arguments of the model's forward for `images`, and the layout of each image. Raises
+        DataError if the image processor fails."""
         if not images:
             return {}, []
         try:
             return self._family.lay_out(self._processor, images, sizes, self._config)
         except MemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever a processor does: ValueError, ZeroDivisionError, OverflowError
+        except Exception as error:  # for example ValueError, ZeroDivisionError, OverflowError
             raise _not_encodable([image.size for image in images], error) from error
 
     def _key(self, images: Sequence[Image.Image], settings: bytes) -> str:
+        """A hash of the images' content and of the processor's settings."""
         digest = hashlib.sha256(settings)
         for image in images:
             digest.update(f"{image.mode} {image.width} {image.height};".encode())
@@ -384,6 +391,7 @@ class PromptEncoder:
         return digest.hexdigest()
 
     def _token(self, model: Path, token: str) -> int:
+        """The id of `token`. Raises ModelError if the tokenizer does not have it."""
         number = self._tokenizer.get_vocab().get(token)
         if number is None:
             raise ModelError(
@@ -393,11 +401,14 @@ class PromptEncoder:
         return int(number)
 
     def _stops(self, model: Path) -> tuple[int, ...]:
+        """Ids that end a completion: those of generation_config.json, then the tokenizer's. Raises
+        ModelError if there are none."""
         path = model / "generation_config.json"
-        held = read_json(path).get("eos_token_id") if path.is_file() else None
-        own = self._tokenizer.eos_token_id
-        named = consistency.stop_ids(path, held, self._rows)
-        stops = tuple(dict.fromkeys([*named, *([] if own is None else [int(own)])]))
+        stated = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = consistency.stop_ids(path, stated, self._rows)
+        if self._tokenizer.eos_token_id is not None:
+            ids = [*ids, int(self._tokenizer.eos_token_id)]
+        stops = tuple(dict.fromkeys(ids))
         if not stops:
             raise ModelError(
                 f"{model}: neither generation_config.json nor the tokenizer names an end-of-turn"
@@ -407,7 +418,10 @@ class PromptEncoder:
 
 
 def content(question: str, images: int) -> list[dict[str, str]]:
-    """The parts of the user's turn: images and the texts between them."""
+    """The parts of a user's turn in the form of chat templates: images and the texts between them.
+
+    Raises DataError if the question has more markers than `images`.
+    """
     first, *rest = question.split(IMAGE_MARKER)
     if not rest:
         return [{"type": "image"}] * images + [{"type": "text", "text": question}]
@@ -418,13 +432,15 @@ def content(question: str, images: int) -> list[dict[str, str]]:
         )
     parts = [{"type": "text", "text": first}]
     for number, text in enumerate(rest, start=1):
-        standing = 1 + (images - len(rest) if number == len(rest) else 0)
-        parts += [{"type": "image"}] * standing + [{"type": "text", "text": text}]
+        # The last marker also takes the images for which there is no marker.
+        count = 1 + images - len(rest) if number == len(rest) else 1
+        parts += [{"type": "image"}] * count + [{"type": "text", "text": text}]
     return [part for part in parts if part.get("text") != ""]
 
 
 def read_config(model: Path) -> dict[str, Any]:
-    """The config.json of a complete model folder. Raises ModelError."""
+    """The config.json of a model folder. Raises ModelError if a file of NEEDED is missing, a link
+    leads outside, or config.json holds unusable values."""
     if not model.is_dir():
         raise ModelError(f"model folder not found: {model}")
     for names in NEEDED:

@@ -1,9 +1,8 @@
-"""Prompts of a model without a family file: its own processor in transformers makes tokens and
-arrays.
+"""Encodes prompts of a model without a family file, with the model's own processor in transformers.
 
-Nothing is known of such a model but what its files say, so images keep the sizes that its processor
-gives them, and every visual token is said to look at its whole image. Where a prompt needs more
-than tokens that count up and image arrays, it is refused.
+Only the model's files describe such a model: image size cannot be bounded, and every visual token
+is said to cover the whole image. A model whose prompts need more than consecutive positions and
+image arrays raises ModelError.
 """
 
 from __future__ import annotations
@@ -25,29 +24,30 @@ from opd.prompts.families.layout import counted, plain
 from opd.types import MAX_PIXELS, IntArray, Policy, Prompt, VisualTokens
 
 LARGE = (4096, 3072)
-"""A large photo: what a processor makes of it tells how many pixels its images have at most."""
+"""Width and height of a large photograph; its encoding shows how many pixels the processor keeps at
+most."""
 
 PIXELS = ("max_pixels", "min_pixels", "teacher_max_pixels", "teacher_min_pixels")
 
 
 def open_encoder(model: Path, **pixels: int | None) -> PromptEncoder:
-    """The encoder of a model folder's prompts, its family's where there is one; `pixels` as
-    `PromptEncoder` takes them.
+    """The checked encoder of a model folder: `PromptEncoder` for a supported family, else
+    `ProcessorEncoder`. `pixels` as for `PromptEncoder`.
 
     Raises ModelError.
     """
     config = read_config(model)
     kind = str(config["model_type"])
     if kind in families.model_types():
-        complete(model / "config.json", config)  # loading would name the fault worse
+        complete(model / "config.json", config)  # its error says more than that of loading
     if kind in families.model_types() or not _known(kind):
         return _checked(PromptEncoder(model, **pixels))
     return _checked(ProcessorEncoder(model, **pixels))
 
 
 def without_family(model: Path) -> str:
-    """The type of a model that transformers knows and no family of `opd` does; else empty. Raises
-    ModelError."""
+    """The model_type of a model that transformers supports and that has no family file; empty for
+    any other model. Raises ModelError."""
     kind = str(read_config(model)["model_type"])
     return kind if kind not in families.model_types() and _known(kind) else ""
 
@@ -58,25 +58,25 @@ def _checked(encoder: PromptEncoder) -> PromptEncoder:
 
 
 def needs_torchvision(model: Path) -> str:
-    """The name of the model's own processor in transformers where it has a part that needs
-    torchvision; else empty.
+    """The class name of the model's processor in transformers if a part of it needs torchvision;
+    else empty.
 
-    Training needs none of it, but whoever serves an export with `AutoProcessor` does.
+    Training does not use that part; serving an export with `AutoProcessor` does.
     """
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     name = PROCESSOR_MAPPING_NAMES.get(read_json(model / "config.json").get("model_type"), "")
-    own = getattr(transformers, name, None) if name else None
-    return name if "video_processor" in getattr(own, "get_attributes", list)() else ""
+    processor = getattr(transformers, name, None) if name else None
+    return name if "video_processor" in getattr(processor, "get_attributes", list)() else ""
 
 
 class ProcessorEncoder(PromptEncoder):
-    """Encodes prompts with the model's own processor; see `PromptEncoder`."""
+    """Encodes prompts with the model's own processor."""
 
     def __init__(self, model: Path, **pixels: int | None) -> None:
-        """Loads the processor from a folder; nothing is downloaded. Raises ModelError, also where
-        `pixels` bounds an image's size."""
+        """Loads the processor from a folder; downloads nothing. Raises ModelError if the model
+        cannot be encoded, or `pixels` asks for a bound that the processor does not have."""
         self._model, self._config = Path(model), read_config(Path(model))
         kind = self._config["model_type"]
         if "mrope_section" in json.dumps(self._config):
@@ -113,8 +113,11 @@ class ProcessorEncoder(PromptEncoder):
         self._made = json.dumps(self._processor.to_dict(), sort_keys=True, default=str).encode()
 
     def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
-        """One user turn; both policies look at images of one size. Raises ModelError where a
-        prompt needs more than we know."""
+        """The prompt of one user turn, the same for both policies.
+
+        Raises DataError if question and images cannot be encoded, ModelError if the processor
+        returns arrays that are not image arrays.
+        """
         parts = content(question, len(images))
         for token in self._reserved:
             if any(token in part.get("text", "") for part in parts):
@@ -122,10 +125,10 @@ class ProcessorEncoder(PromptEncoder):
                     f"the question {question[:80]!r} contains a reserved token such as '{token}';"
                     " remove it"
                 )
-        found = self._process(parts, images)
-        tokens = found.pop("input_ids")[0].astype(np.int32)
-        found.pop("attention_mask", None)
-        for name, value in found.items():
+        arrays = self._process(parts, images)
+        tokens = arrays.pop("input_ids")[0].astype(np.int32)
+        arrays.pop("attention_mask", None)
+        for name, value in arrays.items():
             if value.dtype == object or value.shape[:2] == (1, len(tokens)):
                 shape = (
                     "arrays of unequal sizes"
@@ -149,37 +152,36 @@ class ProcessorEncoder(PromptEncoder):
         return Prompt(
             tokens=tokens,
             positions=counted(tokens),
-            images={name: plain(value) for name, value in found.items()},
+            images={name: plain(value) for name, value in arrays.items()},
             key=self._key(images, self._made),
             visual=VisualTokens(index, owner, sizes[owner]),
         )
 
     def _check_processor(self, config: Mapping[str, Any]) -> None:
-        """Nothing is known of the tower; `check` encodes an image."""
+        """Checks nothing, since only families describe a vision tower; `check` encodes an image."""
 
     def max_pixels(self, policy: Policy) -> int:
-        """The largest published bound: nothing is known of the processor's own."""
+        """The largest bound of a published model, since the processor does not say its own."""
         return MAX_PIXELS
 
     def length(
         self, images: Sequence[tuple[int, int]], question: str, policy: Policy = "student"
     ) -> int:
-        """Tokens of a prompt. Nothing but the processor can tell, so blank images are encoded."""
+        """Number of tokens in a prompt. Encodes blank images, since only the processor knows."""
         return len(self.encode([new("RGB", size) for size in images], question, policy))
 
     def _check_bounds(self, pixels: Mapping[str, int | None]) -> None:
-        """Raises ModelError where `pixels` asks for more than the processor does anyway: it cannot
-        be told to."""
+        """Raises ModelError for a bound in `pixels` that the processor does not keep by itself,
+        since it takes no bounds."""
         for name in PIXELS:
             if (bound := pixels.get(name)) is None:
                 continue
             if "max" in name:
                 arrays = self._process([{"type": "image"}], [new("RGB", LARGE)]).values()
-                seen = (
-                    sum(array.size for array in arrays if np.issubdtype(array.dtype, np.floating))
-                    // 3
+                values = sum(
+                    array.size for array in arrays if np.issubdtype(array.dtype, np.floating)
                 )
-                if seen <= bound:
+                if values // 3 <= bound:  # three channels
                     continue
             kind = self._config["model_type"]
             raise ModelError(
@@ -190,8 +192,11 @@ class ProcessorEncoder(PromptEncoder):
     def _process(
         self, parts: Sequence[Mapping[str, str]], images: Sequence[Image]
     ) -> dict[str, Any]:
-        """What the processor makes of one user turn, as numpy arrays: `apply_chat_template`, its
-        template rendered with bounds."""
+        """The arrays that the processor makes of one user turn, by name: `input_ids` [1, P] and
+        others. Like `apply_chat_template`, but the template is rendered with bounds.
+
+        Raises DataError if the processor fails.
+        """
         text = self._render(
             [
                 {**part, "image": "<Image>"} if part["type"] == "image" else dict(part)
@@ -200,7 +205,7 @@ class ProcessorEncoder(PromptEncoder):
         )
         options = {} if self._adds(text) else {"add_special_tokens": False}
         try:
-            made = self._processor(
+            encoded = self._processor(
                 text=[text],
                 images=[list(images)] if images else None,
                 return_tensors="np",
@@ -208,17 +213,20 @@ class ProcessorEncoder(PromptEncoder):
             )
         except MemoryError:
             raise
-        except Exception as error:  # whatever a processor does
+        except Exception as error:  # processors raise errors of many classes
             given = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise DataError(
                 f"images of {given} pixels and {parts[-1].get('text', '')[:80]!r} cannot be"
                 f" encoded: {one_line(error)}"
             ) from error
-        return {name: np.asarray(value) for name, value in made.items()}
+        return {name: np.asarray(value) for name, value in encoded.items()}
 
     def _owners(self, index: IntArray, images: Sequence[Image]) -> IntArray:
-        """The image of each visual token: a run of them each, or as many as each image has
-        alone."""
+        """Index [S] of the image of each visual token at the places `index` [S].
+
+        Each image has one run of visual tokens; if there are more runs than images, each image has
+        as many tokens as it has in a prompt of its own. Raises DataError if these do not add up.
+        """
         run = np.cumsum(np.diff(index, prepend=index[:1]) > 1, dtype=np.int32)
         if len(images) < 2 or run[-1] + 1 == len(images):
             return run if len(images) > 1 else np.zeros_like(run)
@@ -243,7 +251,7 @@ def _load(model: Path) -> Any:
     from transformers import AutoProcessor
 
     reasons = []
-    # by pillow, the same on every machine; some have parts that know torchvision alone
+    # Pillow gives the same pixels on every machine, but some processors need torchvision.
     for choice in ({"backend": "pil"}, {}):
         try:
             processor = AutoProcessor.from_pretrained(
@@ -251,7 +259,7 @@ def _load(model: Path) -> Any:
             )
             break
         except Exception as error:
-            # Transformers raises ImportError, OSError, ValueError, KeyError, TypeError, Exception.
+            # transformers raises ImportError, OSError, ValueError, KeyError, TypeError, Exception.
             reasons.append(error)
     else:
         said = str(reasons[-1]).lower()
@@ -273,8 +281,8 @@ def _load(model: Path) -> Any:
 
 
 def _special(holder: Any) -> set[str]:
-    """Tokens that a processor or tokenizer keeps for images and videos, such as its
-    `image_token`."""
+    """Special tokens for images and videos, such as `image_token`, that a processor or tokenizer
+    has as attributes."""
     marks = ("image", "video", "boi", "eoi")
     names = [
         name

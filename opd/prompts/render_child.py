@@ -1,11 +1,9 @@
-"""Renders chat templates in a process of its own, with bounds: `render_child.py PATH SECONDS
-MEMORY`.
+"""Renders chat templates in a child process with bounds: `render_child.py PATH SECONDS MEMORY`.
 
-A template comes from a model folder, and its language has loops, recursion and `*`. The sandbox of
-transformers keeps a template from files and from Python's inside, not from time and memory. PATH:
-the list of import folders, as JSON; SECONDS of processor time a template; MEMORY in bytes. Each
-line of the input is a request, each line of the output its answer, both JSON; see
-`opd.prompts.renderer`, which starts this file. Nobody imports it.
+The sandbox of transformers keeps a template from files and from the interpreter, but does not bound
+time and memory, and Jinja has loops, recursion and `*`. PATH: the list of import folders, as JSON;
+SECONDS: processor time of one template; MEMORY: bytes. Each line of the input is a request, each
+line of the output is the answer, both JSON. `opd.prompts.renderer` runs this file as a script.
 """
 
 from __future__ import annotations
@@ -20,15 +18,17 @@ import time
 from typing import Any
 
 UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that a terminal or a scheduler sends to the whole group: the parent finishes its step,
-which may need a prompt."""
+"""Signals that this process ignores. A terminal or scheduler sends them to the whole process group,
+but the parent finishes the current step first, which may need a prompt."""
 
 CHARACTERS = 2**20
-"""Length of a text, beyond eight times the length of the request."""
+"""Bound on the characters of a rendered text, in addition to eight times the bytes of the
+request."""
 
 
 def answer(request: dict[str, Any], length: int, memory: int) -> dict[str, str]:
-    """The text of a request under "text", or a reason under "error" or, for a bound, "bound"."""
+    """The answer to a request of `length` bytes: "text" holds the rendered text, "error" the reason
+    of a failure, "bound" the bound that was exceeded; `memory` in bytes is for the message."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -46,13 +46,14 @@ def answer(request: dict[str, Any], length: int, memory: int) -> dict[str, str]:
         return {"bound": f"takes more than {memory >> 20} MiB of memory"}
     except RecursionError:
         return {"bound": "calls itself without an end"}
-    except Exception as error:  # whatever a template does
+    except Exception as error:  # templates raise errors of many classes
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         return {"error": reason[:1000]}
 
 
 def watch(busy: threading.Event, memory: int) -> None:
-    """Ends the process where the memory has no limit of the system's, as on a Mac."""
+    """Ends this process when it takes `memory` bytes more than now while `busy` is set. Needed
+    where the operating system does not limit memory, as on a Mac."""
     scale = 1 if sys.platform == "darwin" else 1024
     limit = _peak() * scale + memory
     while busy.wait():
@@ -62,7 +63,7 @@ def watch(busy: threading.Event, memory: int) -> None:
 
 
 def limit_memory(memory: int) -> None:
-    """At most `memory` more than now, where the system can hold a process to that."""
+    """Limits this process to `memory` bytes more than now, on systems that can."""
     try:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[0])
@@ -73,7 +74,7 @@ def limit_memory(memory: int) -> None:
 
 
 def limit_time(seconds: int) -> None:
-    """`seconds` of processor time from now on, after which the system ends the process."""
+    """Lets the system end this process after `seconds` more of processor time."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
@@ -91,7 +92,7 @@ def main() -> None:
     seconds, memory = int(sys.argv[2]), int(sys.argv[3])
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # an import may print
-    import transformers.utils.chat_template_utils  # noqa: F401  before the bounds
+    import transformers.utils.chat_template_utils  # noqa: F401  loaded before the bounds apply
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_memory(memory)

@@ -1,8 +1,8 @@
-"""Chat templates rendered with bounds on time, memory and length, as transformers renders them.
+"""Renders chat templates as transformers does, with bounds on time, memory and length.
 
-A template comes from whoever made the model folder. It may loop, or double a text until the memory
-is full, and not before a certain question: so each rendering happens in one other process, which
-stays and has bounds. See `opd.prompts.render_child`.
+A template comes from the author of the model folder. It may loop forever or fill the memory, even
+for one question only. So a child process with bounds renders every prompt; it is started once and
+serves all requests (`opd.prompts.render_child`).
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 4
-"""Processor time of one template; a prompt takes a thousandth of a second."""
+"""Bound on the processor time of one rendering, in seconds; a usual prompt takes a millisecond."""
 
 MEMORY = 512 * 2**20
-"""Bytes that a template may take."""
+"""Bound on the memory of a rendering, in bytes."""
 
 PATIENCE = 120.0
-"""Seconds by the clock for one answer, on a machine that is busy; the bound is processor time."""
+"""Seconds to wait for an answer. It is far above SECONDS, since a busy machine may give the child
+little processor time."""
 
 
 class TemplateError(Exception):
-    """A template refuses what it is given, or is broken; one line."""
+    """A template refuses the question, or is broken; the message is one line."""
 
 
 class TemplateBoundError(TemplateError):
-    """A template takes more time or memory than any prompt needs; one line."""
+    """A template exceeds a bound on time, memory or length; the message is one line."""
 
 
 def start() -> None:
-    """Starts the process, which needs a second before its first answer, while others are loaded."""
+    """Starts the child process early; it needs about a second until it can answer, while the caller
+    loads other files."""
     with _lock:
         _process()
 
@@ -48,9 +50,10 @@ def start() -> None:
 def render(
     template: str, content: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
-    """The prompt of one user's turn by `template`; `variables`: the tokenizer's special tokens.
+    """The text of one user's turn by `template`, with the generation prompt.
 
-    Raises TemplateError, and TemplateBoundError where the template comes to a bound.
+    `content`: the parts of the turn. `variables`: the tokenizer's special tokens by name. Raises
+    TemplateError if the template fails, TemplateBoundError if it exceeds a bound.
     """
     request = (
         json.dumps({"template": template, "content": content, "variables": variables}).encode()
@@ -67,10 +70,12 @@ def render(
 
 _lock = threading.Lock()
 _running: list[tuple[int, subprocess.Popen[bytes]]] = []
-"""The process, behind the id of the process that started it: a fork has no share in it."""
+"""The child process, with the id of the process that started it: a fork must not use it. Empty or
+one entry."""
 
 
 def _process() -> subprocess.Popen[bytes]:
+    """The running child process; starts it if there is none."""
     if _running and _running[0][0] == os.getpid() and _running[0][1].poll() is None:
         return _running[0][1]
     child = Path(__file__).with_name("render_child.py")
@@ -87,6 +92,7 @@ def _process() -> subprocess.Popen[bytes]:
 
 
 def _ask(request: bytes) -> dict[str, str]:
+    """The answer of the child process to one request, as in `render_child.answer`."""
     process = _process()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -97,7 +103,7 @@ def _ask(request: bytes) -> dict[str, str]:
         line = _line(process)
     except BrokenPipeError:
         line = b""
-    except BaseException:  # an answer left in the pipe would be taken for the next one's
+    except BaseException:  # an unread answer would be taken for that of the next request
         _stop(process)
         raise
     if line.endswith(b"\n"):
@@ -107,7 +113,8 @@ def _ask(request: bytes) -> dict[str, str]:
 
 
 def _line(process: subprocess.Popen[bytes]) -> bytes:
-    """The next line of the process; without its end where the process ended or takes too long."""
+    """The next line of the child's output; it lacks the newline if the child ended or takes too
+    long."""
     line = b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
@@ -120,7 +127,7 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> str:
-    """Ends the process, and says why it had ended."""
+    """Ends the child process. Returns the reason why it gave no answer, as the end of a message."""
     _running.clear()
     with suppress(subprocess.TimeoutExpired):
         process.wait(0.5)
@@ -135,14 +142,14 @@ def _stop(process: subprocess.Popen[bytes]) -> str:
         return f"gave no answer in {PATIENCE:.0f} seconds"
     if code == -signal.SIGXCPU:
         return f"takes more than {SECONDS} seconds"
-    if code > 0 and code != resource.RLIMIT_AS:  # no bound: the process itself failed
+    if code > 0 and code != resource.RLIMIT_AS:  # the child failed before any bound
         return f"ended its process with exit code {code}"
     return f"takes more than {MEMORY >> 20} MiB of memory"
 
 
 @atexit.register
 def stop() -> None:
-    """Ends the process; the next rendering starts another one."""
+    """Ends the child process; the next rendering starts a new one."""
     if _running and _running[0][0] == os.getpid():
         _running[0][1].kill()
         _stop(_running[0][1])

@@ -1,8 +1,8 @@
-"""The chat template that is trained: thinking off in the template itself, so that nobody who serves
-the model has to know an argument.
+"""The chat template that is trained and exported. Reasoning models are trained with thinking off;
+exported chat templates already switch it off.
 
-A model that thinks is trained on answers alone: its generation prompt closes the think block. Where
-the template takes `enable_thinking`, it is set; where it always opens a block, the block is closed.
+If a template takes `enable_thinking`, it is set to false; if a template always opens a think block,
+the block is closed in the generation prompt.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ OFF = "{%- set enable_thinking = false %}"
 OPEN, CLOSE = "<think>", "</think>\n\n"
 
 JSON = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
-"""Files that may hold templates beside chat_template.jinja."""
+"""JSON files that may hold chat templates."""
 
 JINJA, OTHERS = "chat_template.jinja", "additional_chat_templates"
-"""The default template's own file, and the folder of those that have another name."""
+"""The file of the default template, and the folder of templates with other names."""
 
 Render = Callable[[str], str]
-"""A template's generation prompt after a user's turn."""
+"""Renders a template: the text of one user's turn, with the generation prompt."""
 
 
 def trained(template: str, render: Render) -> str:
-    """The template whose generation prompt is trained; one that is that already, or knows no
-    thinking, comes back as it is."""
+    """The template with thinking off; unchanged if the template has no thinking, or has it off
+    already."""
     if "enable_thinking" in template and not template.startswith(OFF):
         template = OFF + template
     prompt = render(template)
     if not prompt.rstrip().endswith(OPEN):
         return template
     rest = ("\n" if prompt.endswith("\n") else "\n\n") + CLOSE
-    # Jinja drops one newline at a template's end, which would not be the end any more.
+    # Jinja drops the newline that ends a template; appended text would bring it back.
     return (
         f"{template.removesuffix(chr(10))}{{% if add_generation_prompt %}}{{{{ {json.dumps(rest)}"
         " }}{% endif %}"
@@ -47,12 +47,12 @@ def trained(template: str, render: Render) -> str:
 
 
 def chosen(folder: Path, tokenizer: Any) -> str:
-    """The template that the model's own processor takes; where it has none, its tokenizer's. Raises
-    ModelError.
+    """The default chat template of a model folder: the processor's, or the tokenizer's if the
+    processor has none. Raises ModelError.
 
-    transformers itself resolves the files: a processor prefers processor_config.json, then
-    chat_template.json, then chat_template.jinja; a tokenizer chat_template.jinja, then its own
-    file.
+    transformers resolves the files: a processor prefers processor_config.json, then
+    chat_template.json, then chat_template.jinja; a tokenizer prefers chat_template.jinja, then
+    tokenizer_config.json.
     """
     from transformers.processing_utils import ProcessorMixin
 
@@ -87,13 +87,13 @@ def chosen(folder: Path, tokenizer: Any) -> str:
 
 
 def rewrite(folder: Path, template: str, render: Render) -> None:
-    """Puts the trained `template` into every place of a model folder where any program looks for
-    one.
+    """Writes the trained `template` into every file of a model folder that holds a default
+    template, since programs prefer different files.
 
-    Programs differ in which place they prefer. Templates of other names, for tools perhaps, stay,
-    with thinking off. A file that has the right template already is left alone.
+    Templates with other names, such as those for tools, are kept, with thinking off. A file that
+    already holds the right template is not written.
     """
-    own, others = folder / JINJA, sorted((folder / OTHERS).glob("*.jinja"))
+    default, others = folder / JINJA, sorted((folder / OTHERS).glob("*.jinja"))
     for file in others:
         text = read_file(file).decode("utf-8")
         _replace(file, text, template if file.stem == "default" else trained(text, render))
@@ -113,14 +113,15 @@ def rewrite(folder: Path, template: str, render: Render) -> None:
                 changed,
                 lambda value: json.dumps(value, indent=2, ensure_ascii=False) + "\n",
             )
-            # A tokenizer that has several by name would lose them to a file with one.
+            # If a tokenizer has several templates by name, chat_template.jinja would hide them.
             read |= name != "tokenizer_config.json" or not isinstance(content["chat_template"], str)
-    if own.is_file() or not read:
-        _replace(own, own.read_text(encoding="utf-8") if own.is_file() else None, template)
+    if default.is_file() or not read:
+        before = default.read_text(encoding="utf-8") if default.is_file() else None
+        _replace(default, before, template)
 
 
 def _with(held: Any, template: str, render: Render) -> Any:
-    """What a file holds, its default template replaced."""
+    """`held`, a file's one template or several by name, with the default template replaced."""
     if not isinstance(held, dict | list):
         return template
     changed = {
@@ -135,7 +136,7 @@ def _with(held: Any, template: str, render: Render) -> Any:
 
 
 def _named(held: dict[str, Any] | list[Any]) -> dict[str, str]:
-    """Templates by name, of which a file may hold a list."""
+    """Templates by name; a file holds them as an object or as a list."""
     pairs = (
         held.items()
         if isinstance(held, dict)
@@ -145,5 +146,6 @@ def _named(held: dict[str, Any] | list[Any]) -> dict[str, str]:
 
 
 def _replace(file: Path, before: Any, after: Any, write: Callable[[Any], str] = str) -> None:
+    """Writes `after` into the file unless it equals `before`, the present content."""
     if after != before:
         file.write_text(write(after), encoding="utf-8")

@@ -1,7 +1,6 @@
-"""What differs between families of vision-language models when a prompt is encoded; one module per
-family.
+"""How each family of vision-language models encodes images in a prompt; one module per family.
 
-Legend: P prompt tokens. A family is found by the `model_type` of the model's config.json.
+`model_type` in config.json names the family. Legend: P prompt tokens.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ __all__ = ["FAMILIES", "Family", "Layout", "family", "model_types"]
 
 
 class Family(Protocol):
-    """What a prompt's encoding needs to know of a family."""
+    """A family's part of encoding a prompt."""
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Values of `model_type` in config.json."""
+        """Values of `model_type` in config.json that belong to the family."""
 
     def named(self, tokenizer: Any) -> Family:
-        """The family with the tokens that the model's own processor takes from its tokenizer."""
+        """The same family with the special tokens that `tokenizer` names."""
 
     @property
     def placeholder(self) -> str:
-        """What the chat template writes where an image stands."""
+        """The text that the chat template writes in the place of an image."""
 
     @property
     def image_token(self) -> str:
@@ -49,23 +48,22 @@ class Family(Protocol):
     def sizes(
         self, processor: Any, min_pixels: int | None, max_pixels: int | None
     ) -> dict[str, Any]:
-        """The image processor's own options that keep an image between so many pixels; None leaves
-        the model's bound.
+        """Options of the image processor that bound the pixels of a resized image; None keeps the
+        model's bound.
 
-        Raises ModelError where the family has no such bound.
+        Raises ModelError if the family cannot keep the bound.
         """
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """The width * height to which the image processor brings larger images; `sizes` as the
-        method of that name returns them."""
+        """Largest width * height of a resized image; `sizes` is a result of `sizes()`."""
 
     def check(
         self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path
     ) -> None:
-        """Raises ModelError where the image processor, whose settings stand in `file`, is not that
-        of the model's tower.
+        """Raises ModelError if the settings of the image processor, which `file` holds, do not fit
+        the model's vision tower.
 
-        `settings`: processor_config.json; `config`: config.json with its defaults.
+        `settings`: processor_config.json; `config`: config.json completed by defaults.
         """
 
     def lay_out(
@@ -75,8 +73,8 @@ class Family(Protocol):
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
-        """The model's forward arguments for `images`, and how each stands in the prompt. Raises
-        ValueError as the processor does."""
+        """Arguments of the model's forward for `images`, by name, and the layout of each image.
+        Raises ValueError if the processor does."""
 
     def layouts(
         self,
@@ -85,26 +83,25 @@ class Family(Protocol):
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """How images of these (width, height) stand in the prompt: the layouts of `lay_out`,
-        without pixels."""
+        """The layouts that `lay_out` returns, from the (width, height) of the images alone."""
 
     def positions(
         self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]
     ) -> IntArray:
-        """Rotary positions int32 [axes, P] of an expanded prompt, as the model's own code numbers
-        them; `grids` of all tiles."""
+        """Rotary positions int32 [axes, P] of `tokens` [P], as the model's own code computes them;
+        `grids`: (rows, columns) of the visual tokens of every tile, in order."""
 
 
 FAMILIES: tuple[Family, ...] = (QwenVL(), Gemma3(), Idefics3())
 
 
 def model_types() -> dict[str, Family]:
-    """Every family by the values of `model_type` that it has."""
+    """Families by `model_type`."""
     return {name: member for member in FAMILIES for name in member.model_types}
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`. Raises ModelError, which names the supported ones."""
+    """The family of a `model_type`. Raises ModelError, which lists the supported values."""
     known = model_types()
     if model_type not in known:
         raise ModelError(

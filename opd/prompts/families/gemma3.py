@@ -1,7 +1,7 @@
 """Gemma 3: every image is stretched to one square and becomes a fixed number of visual tokens,
-which see each other in both directions.
+which attend to each other in both directions.
 
-Pan and scan (crops of the same image beside it) is off, as in the published processors.
+Pan and scan, which adds crops of an image to the prompt, is off, as in the published processors.
 Source: `Gemma3Processor` and `Gemma3ImageProcessor` of transformers 5.
 """
 
@@ -25,7 +25,7 @@ from opd.types import IntArray
 
 @dataclass(frozen=True)
 class Gemma3:
-    """Every image is made one square of one size."""
+    """Gemma 3: every image becomes a square of the same size."""
 
     model_types = ("gemma3",)
     placeholder: str = "<start_of_image>"
@@ -34,22 +34,22 @@ class Gemma3:
 
     @property
     def banned(self) -> tuple[str, ...]:
-        """All three tokens of an image."""
+        """The three special tokens of an image."""
         return self.placeholder, self.end, self.image_token
 
     def named(self, tokenizer: Any) -> Gemma3:
-        """As `Gemma3Processor` takes tokens from its tokenizer."""
+        """The same family with the tokens that `Gemma3Processor` takes from the tokenizer."""
         names = ("boi_token", "eoi_token", "image_token")
         return Gemma3(*(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True)))
 
     def sizes(
         self, processor: Any, min_pixels: int | None, max_pixels: int | None
     ) -> dict[str, Any]:
-        """There is nothing to bound: raises ModelError where a bound is asked for that does not
-        hold anyway."""
-        size, own = processor.size, self.most_pixels(processor, {})
-        if (min_pixels is not None and min_pixels > own) or (
-            max_pixels is not None and max_pixels < own
+        """No options, since the size is fixed. Raises ModelError for a bound that the fixed size
+        does not keep."""
+        size, pixels = processor.size, self.most_pixels(processor, {})
+        if (min_pixels is not None and min_pixels > pixels) or (
+            max_pixels is not None and max_pixels < pixels
         ):
             raise ModelError(
                 f"gemma3 sees every image at {size['width']} x {size['height']} pixels; leave"
@@ -58,13 +58,14 @@ class Gemma3:
         return {}
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """The pixels of the square."""
+        """Number of pixels in the square."""
         return int(processor.size["height"]) * int(processor.size["width"])
 
     def check(
         self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path
     ) -> None:
-        """The square is the tower's, and both count the same tokens."""
+        """Raises ModelError if the processor's square or number of tokens is not the vision
+        tower's."""
         vision, tokens = config["vision_config"], config["mm_tokens_per_image"]
         size = edges(processor.size)
         for side in ("height", "width"):
@@ -77,7 +78,7 @@ class Gemma3:
             )
         check_channels(file, processor, vision["num_channels"])
         check_switch(file, processor, "do_resize", True)
-        # it adds crops of the image, and a text, to a prompt
+        # Pan and scan would add crops and a text to the prompt.
         check_switch(file, processor, "do_pan_and_scan", False)
         if "image_seq_length" in settings:
             check_equal(
@@ -95,12 +96,10 @@ class Gemma3:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
-        """Pixels [images, 3, H, W]; the line breaks around an image belong to its text."""
-        found = processor(images=list(images), return_tensors="np", do_pan_and_scan=False, **sizes)
-        sizes_given = [image.size for image in images]
-        return {"pixel_values": plain(found["pixel_values"])}, self.layouts(
-            processor, sizes_given, sizes, config
-        )
+        """`pixel_values` [images, 3, H, W], and a layout for each image."""
+        made = processor(images=list(images), return_tensors="np", do_pan_and_scan=False, **sizes)
+        layouts = self.layouts(processor, [image.size for image in images], sizes, config)
+        return {"pixel_values": plain(made["pixel_values"])}, layouts
 
     def layouts(
         self,
@@ -109,7 +108,7 @@ class Gemma3:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """The same tile for every image, between blank lines."""
+        """The same layout for every image: one tile, between blank lines."""
         side = isqrt(int(config.get("mm_tokens_per_image", 256)))
         layout = Layout(
             f"\n\n{self.placeholder}{self.image_token}{self.end}\n\n", (Tile((side, side)),)
@@ -119,5 +118,5 @@ class Gemma3:
     def positions(
         self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]
     ) -> IntArray:
-        """int32 [1, P]: one after the other."""
+        """Consecutive positions, int32 [1, P]."""
         return counted(tokens)

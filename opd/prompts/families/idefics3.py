@@ -1,5 +1,5 @@
-"""Idefics3 and SmolVLM: an image is cut into square tiles, and stands once more as a whole after
-them.
+"""Idefics3 and SmolVLM: an image is cut into square tiles, and the whole image follows, scaled down
+to one tile.
 
 Source: `Idefics3Processor` and `Idefics3ImageProcessor` of transformers 5.
 """
@@ -24,8 +24,8 @@ from opd.types import IntArray
 
 @dataclass(frozen=True)
 class Idefics3:
-    """Large images are cut into tiles, and the whole image follows them small. `around` and `whole`
-    stand about an image and before its last tile."""
+    """Idefics3 and SmolVLM. The token `around` stands before every tile and at the end of an image;
+    `whole` stands before the tile of the whole image."""
 
     model_types = ("idefics3", "smolvlm")
     around: str = "<fake_token_around_image>"
@@ -34,25 +34,25 @@ class Idefics3:
 
     @property
     def placeholder(self) -> str:
-        """The template writes the token itself."""
+        """The image token: the chat template writes it in the place of an image."""
         return self.image_token
 
     @property
     def banned(self) -> tuple[str, ...]:
-        """The tokens about an image; those of rows and columns are left to the model."""
+        """The special tokens of an image, except those of rows and columns."""
         return self.around, self.image_token, self.whole
 
     def named(self, tokenizer: Any) -> Idefics3:
-        """As `SmolVLMProcessor` takes tokens from its tokenizer; `Idefics3Processor` has the usual
-        ones."""
+        """The same family with the tokens that `SmolVLMProcessor` takes from the tokenizer, else
+        the usual tokens, as `Idefics3Processor` has."""
         names = ("fake_image_token", "image_token", "global_image_token")
         return Idefics3(*(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True)))
 
     def sizes(
         self, processor: Any, min_pixels: int | None, max_pixels: int | None
     ) -> dict[str, Any]:
-        """The longer edge is brought to `longest_edge` and both are rounded up to whole tiles: at
-        most longest_edge^2 pixels remain."""
+        """Sets `longest_edge`. The processor scales the longer edge to it and rounds both edges up
+        to whole tiles, so an image has at most longest_edge^2 pixels."""
         if min_pixels is not None:
             raise ModelError(
                 "idefics3 has no lower bound on an image's pixels: it brings every image to one"
@@ -61,23 +61,18 @@ class Idefics3:
         if max_pixels is None:
             return {}
         tile = int(processor.max_image_size["longest_edge"])
-        return {
-            "size": {
-                "longest_edge": min(
-                    int(processor.size["longest_edge"]), max(1, isqrt(max_pixels) // tile) * tile
-                )
-            }
-        }
+        edge = max(1, isqrt(max_pixels) // tile) * tile
+        return {"size": {"longest_edge": min(int(processor.size["longest_edge"]), edge)}}
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """The pixels of a square of the longest edge, to which images are brought before they are
-        cut."""
+        """Number of pixels in a square whose side is the longest edge."""
         return int({**processor.size, **sizes.get("size", {})}["longest_edge"]) ** 2
 
     def check(
         self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path
     ) -> None:
-        """Tiles are as large as the tower's images, and both count the same tokens."""
+        """Raises ModelError if the processor's tiles or number of tokens are not the vision
+        tower's."""
         vision, tile = config["vision_config"], edges(processor.max_image_size).get("longest_edge")
         check_equal(
             file,
@@ -107,17 +102,18 @@ class Idefics3:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
-        """Pixels [tiles, 3, H, W] of all images one after the other, and their masks [tiles, H,
-        W]."""
-        found = processor(
+        """`pixel_values` [tiles, 3, H, W] of all images in order, `pixel_attention_mask` [tiles, H,
+        W], and a layout for each image."""
+        made = processor(
             images=[list(images)], return_tensors="np", return_row_col_info=True, **sizes
         )
         side = _side(config)
-        arrays = {name: plain(found[name][0]) for name in ("pixel_values", "pixel_attention_mask")}
-        return arrays, [
+        arrays = {name: plain(made[name][0]) for name in ("pixel_values", "pixel_attention_mask")}
+        layouts = [
             self._layout(int(rows), int(columns), side)
-            for rows, columns in zip(found["rows"][0], found["cols"][0], strict=True)
+            for rows, columns in zip(made["rows"][0], made["cols"][0], strict=True)
         ]
+        return arrays, layouts
 
     def layouts(
         self,
@@ -126,7 +122,7 @@ class Idefics3:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """The tiles of each image, as the processor cuts it."""
+        """A layout for each image, with the tiles that the processor cuts."""
         side = _side(config)
         tiles = [
             processor.get_number_of_image_patches(height, width, dict(sizes))
@@ -137,12 +133,13 @@ class Idefics3:
     def positions(
         self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]
     ) -> IntArray:
-        """int32 [1, P]: one after the other."""
+        """Consecutive positions, int32 [1, P]."""
         return counted(tokens)
 
     def _layout(self, rows: int, columns: int, side: int) -> Layout:
-        """`rows` x `columns` tiles, each row of them on a line, then the whole image; an image of
-        one tile is the whole image alone."""
+        """The layout of an image cut into `rows` x `columns` tiles: a line for each row of tiles,
+        then the whole image. 0 x 0: the whole image alone. `side`: visual tokens along a tile's
+        side."""
         lines = [
             [
                 f"{self.around}<row_{row + 1}_col_{column + 1}>{self.image_token}"
@@ -167,7 +164,7 @@ class Idefics3:
 
 
 def _side(config: Mapping[str, Any]) -> int:
-    """Visual tokens along a side of a tile."""
+    """Number of visual tokens along a side of a tile."""
     vision = config["vision_config"]
     return (
         int(vision["image_size"]) // int(vision["patch_size"]) // int(config.get("scale_factor", 2))

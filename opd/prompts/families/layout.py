@@ -1,5 +1,5 @@
-"""How an image stands in a prompt: its text with one image token a tile, and what each tile's
-visual tokens look at."""
+"""The layout of an image in a prompt: a text with one image token for each tile, and the part of
+the image that each visual token covers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opd.types import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of an image that the vision tower sees as `grid` (rows, columns) of visual
+    """A rectangle of an image, which the vision tower turns into `grid` (rows, columns) of visual
     tokens, in reading order.
 
     `region` is left, top, right, bottom in fractions of the image.
@@ -25,12 +25,12 @@ class Tile:
 
     @property
     def tokens(self) -> int:
-        """Visual tokens of the tile."""
+        """Number of visual tokens of the tile."""
         return self.grid[0] * self.grid[1]
 
     def boxes(self, width: int, height: int) -> FloatArray:
-        """What each visual token looks at: [tokens, 4], left, top, right, bottom in pixels of the
-        image."""
+        """The rectangle that each visual token covers: [tokens, 4], left, top, right, bottom in
+        pixels of an image of `width` x `height`."""
         rows, columns = self.grid
         row, column = np.divmod(np.arange(self.tokens), columns)
         left, top, right, bottom = np.array(self.region) * (width, height, width, height)
@@ -46,26 +46,25 @@ class Tile:
 
 @dataclass(frozen=True)
 class Layout:
-    """`text` takes the place of the chat template's placeholder; the k-th image token in it stands
-    for all tokens of `tiles[k]`."""
+    """The layout of one image: `text` replaces the chat template's placeholder, and the k-th image
+    token in `text` stands for all visual tokens of `tiles[k]`."""
 
     text: str
     tiles: tuple[Tile, ...]
 
 
 def token(tokenizer: Any, name: str, usual: str) -> str:
-    """The token that a tokenizer keeps under `name`, such as "image_token", or the `usual` one."""
+    """The tokenizer's attribute `name`, such as "image_token"; the `usual` token if it has none."""
     return str(getattr(tokenizer, name, None) or usual)
 
 
 def counted(tokens: IntArray) -> IntArray:
-    """Positions of a model that numbers tokens one by one: int32 [1, P]."""
+    """Consecutive positions from 0: int32 [1, P] for `tokens` [P]."""
     return np.arange(len(tokens), dtype=np.int32)[None]
 
 
 def plain(values: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Floats are features and integers are shapes in every family; backends get one width of
-    each."""
+    """The array as backends get it: floats (features) as float32, integers (shapes) as int32."""
     return np.ascontiguousarray(
         values, dtype=np.float32 if np.issubdtype(values.dtype, np.floating) else np.int32
     )

@@ -1,9 +1,8 @@
-"""Qwen2.5-VL, Qwen3-VL and Qwen3.5: visual tokens in a grid of merged patches, three-axis rotary
-positions (mRoPE).
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5: an image becomes one grid of merged patches, with rotary
+positions on three axes (mRoPE).
 
-The processor stretches the whole image to multiples of patch size * merge size, so the grid tiles
-the image evenly. Source: `get_rope_index` of each model and `Qwen2VLImageProcessor` of transformers
-5.
+The processor stretches the image to multiples of patch size * merge size, so the grid covers it
+evenly. Source: `get_rope_index` of each model and `Qwen2VLImageProcessor` of transformers 5.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from opd.types import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class QwenVL:
-    """Images of any size, each one tile of packed patches."""
+    """Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size, one tile each."""
 
     model_types = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
     image_token: str = "<|image_pad|>"
@@ -38,11 +37,11 @@ class QwenVL:
 
     @property
     def placeholder(self) -> str:
-        """The template writes the token itself."""
+        """The image token: the chat template writes it in the place of an image."""
         return self.image_token
 
     def named(self, tokenizer: Any) -> QwenVL:
-        """As `Qwen3VLProcessor` takes tokens from its tokenizer."""
+        """The same family with the tokens that `Qwen3VLProcessor` takes from the tokenizer."""
         names = ("vision_start_token", "vision_end_token", "image_token", "video_token")
         tokens = tuple(token(tokenizer, *pair) for pair in zip(names, self.banned, strict=True))
         return QwenVL(tokens[2], tokens)
@@ -50,7 +49,7 @@ class QwenVL:
     def sizes(
         self, processor: Any, min_pixels: int | None, max_pixels: int | None
     ) -> dict[str, Any]:
-        """Bounds on width * height after resizing; the processor calls them edges but compares
+        """Sets the processor's bounds on width * height, which it calls edges although it compares
         areas."""
         size = {
             "shortest_edge": processor.size["shortest_edge"],
@@ -58,8 +57,7 @@ class QwenVL:
         }
         if max_pixels is not None:
             size["longest_edge"] = max_pixels
-            # Only where the caller did not set it: a limit below the model's own minimum must still
-            # hold.
+            # A max_pixels below the model's own lower bound has to lower that bound too.
             size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
         if min_pixels is not None:
             size["shortest_edge"] = min_pixels
@@ -67,13 +65,14 @@ class QwenVL:
         return {"size": size}
 
     def most_pixels(self, processor: Any, sizes: Mapping[str, Any]) -> int:
-        """The bound on an image's pixels, `longest_edge`, which counts pixels there."""
+        """The upper bound on an image's pixels, which the processor calls `longest_edge`."""
         return int(sizes["size"]["longest_edge"])
 
     def check(
         self, processor: Any, settings: Mapping[str, Any], config: Mapping[str, Any], file: Path
     ) -> None:
-        """Patches, merges and frames are the tower's, and the bounds on pixels are some."""
+        """Raises ModelError if patch size, merge size or frames are not the vision tower's, or the
+        bounds on pixels are unusable."""
         vision = config["vision_config"]
         for key, name in (
             ("patch_size",) * 2,
@@ -98,18 +97,19 @@ class QwenVL:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> tuple[dict[str, NDArray[np.generic]], list[Layout]]:
-        """Patches of all images in one array, and their grids; merge_size by merge_size patches
-        make a visual token."""
+        """`pixel_values` [patches, values] of all images in order, `image_grid_thw` [images, 3] in
+        patches, and a layout for each image, whose grid counts squares of merge_size x merge_size
+        patches."""
         if _is_plain(processor):
-            found = _patches(processor, images, sizes["size"])
+            made = _patches(processor, images, sizes["size"])
         else:
-            found = processor(images=list(images), return_tensors="np", **sizes)
+            made = processor(images=list(images), return_tensors="np", **sizes)
         merge = processor.merge_size
         grids = [
             (int(rows) // merge, int(columns) // merge)
-            for _, rows, columns in found["image_grid_thw"]
+            for _, rows, columns in made["image_grid_thw"]
         ]
-        arrays = {name: plain(found[name]) for name in ("pixel_values", "image_grid_thw")}
+        arrays = {name: plain(made[name]) for name in ("pixel_values", "image_grid_thw")}
         return arrays, [Layout(self.placeholder, (Tile(grid),)) for grid in grids]
 
     def layouts(
@@ -119,20 +119,21 @@ class QwenVL:
         sizes: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> list[Layout]:
-        """One tile for each image: a token for each merged square of patches."""
+        """A layout of one tile for each image, with a visual token for each square of merged
+        patches."""
         side = processor.patch_size * processor.merge_size
-        found = []
+        layouts = []
         for width, height in images:
             if processor.do_resize:
                 height, width = _resized(processor, (width, height), sizes["size"])
-            found.append(Layout(self.placeholder, (Tile((height // side, width // side)),)))
-        return found
+            layouts.append(Layout(self.placeholder, (Tile((height // side, width // side)),)))
+        return layouts
 
     def positions(
         self, tokens: IntArray, image_token: int, grids: Sequence[tuple[int, int]]
     ) -> IntArray:
-        """int32 [3, P]: text counts up on all axes; an image stands at one time, and takes
-        max(rows, columns) positions."""
+        """int32 [3, P], the axes time, height and width. Text counts up on all axes; an image has
+        one time, and the text after it continues max(rows, columns) later."""
         parts: list[NDArray[np.int64]] = []
         place, end = 0, 0
         remaining = np.asarray(tokens) == image_token
@@ -149,7 +150,7 @@ class QwenVL:
 
 
 def _is_plain(processor: Any) -> bool:
-    """Whether a processor does what `_patches` does, and nothing else."""
+    """Whether the processor does exactly what `_patches` does."""
     steps = (
         processor.do_resize,
         processor.do_rescale,
@@ -160,24 +161,24 @@ def _is_plain(processor: Any) -> bool:
 
 
 def _resized(processor: Any, image: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
-    """Height and width to which the processor brings an image of this (width, height)."""
+    """(height, width) to which the processor resizes an image of this (width, height)."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     width, height = image
     side = processor.patch_size * processor.merge_size
-    found: tuple[int, int] = smart_resize(
+    resized: tuple[int, int] = smart_resize(
         height, width, side, size["shortest_edge"], size["longest_edge"]
     )
-    return found
+    return resized
 
 
 def _patches(
     processor: Any, images: Sequence[Image], size: Mapping[str, int]
 ) -> dict[str, NDArray[np.generic]]:
-    """What the processor gives, to the bit, in a quarter of its time.
+    """The processor's arrays, equal to the bit, in a quarter of the time.
 
-    An eight-bit value has one of 256 results, so patches are cut from bytes and looked up; and
-    every image stands in `temporal_patch_size` frames, all alike.
+    A byte has one of 256 normalised values, so patches are cut from bytes and the values are looked
+    up in a table. Every image is repeated in `temporal_patch_size` frames.
     """
     side, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
     table = _table(
@@ -195,8 +196,8 @@ def _patches(
             .transpose(0, 3, 1, 4, 6, 2, 5)
         )
         values = np.empty((rows * columns, cut.shape[4], frames, side * side), np.float32)
-        for channel, its in enumerate(table):
-            values[:, channel] = its.take(
+        for channel, normalised in enumerate(table):
+            values[:, channel] = normalised.take(
                 cut[..., channel, :, :].reshape(rows * columns, 1, side * side)
             )
         pixels.append(values.reshape(rows * columns, -1))
@@ -206,11 +207,11 @@ def _patches(
 
 @lru_cache(maxsize=16)
 def _table(factor: float, mean: tuple[float, ...], deviation: tuple[float, ...]) -> FloatArray:
-    """Values [channels, 256] of all bytes, by the processor's own arithmetic."""
+    """Normalised values [channels, 256] of all bytes, by the processor's own arithmetic."""
     from transformers.image_transforms import normalize, rescale
 
     every = np.tile(np.arange(256, dtype=np.uint8), (len(mean), 1, 1))
-    found: FloatArray = normalize(
+    normalised: FloatArray = normalize(
         rescale(every, factor), mean, deviation, input_data_format="channels_first"
     )
-    return found[:, 0]
+    return normalised[:, 0]
