@@ -70,7 +70,7 @@ class Objective:
 
 
 class ObjectiveOptions(Options):
-    """The objective section of a recipe."""
+    """The divergence that is minimised at every completion token."""
 
     form: Literal["divergence", "sampled"] = Field(
         "divergence", description="The full divergence, or its form on the sampled token alone."

@@ -24,7 +24,7 @@ QUANTISED = re.compile(r"(-unsloth)?-(bnb-[48]bit|awq|gptq(-int[48])?|fp8)$", re
 
 
 class ModelChoice(Options):
-    """The keys of the recipe's model section."""
+    """Which model, and which parameters of it are trained."""
 
     path: PathText = Field(
         "tiny",
