@@ -29,9 +29,8 @@ class BackendPlanner:
             module = of.build(config, bool(config["tie_word_embeddings"]))
         except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"config.json cannot be used: {error}") from error
-        named = {
-            hugging_face(of, name): one.shape for name, one in tree_flatten(module.parameters())
-        }
+        parameters = dict(tree_flatten(module.parameters()))
+        named = {hugging_face(of, name): one.shape for name, one in parameters.items()}
         # Channels of kernels come last in MLX, and second elsewhere.
         return {
             name: (size[0], size[-1], *size[1:-1]) if len(size) > 2 else tuple(size)

@@ -122,9 +122,7 @@ def _differentiate(
     with nullcontext() if recompute == 1 else shared:
         with student.autocast():
             cache = cache or prefill(student, prefixes, recompute)
-        leaves = [
-            tuple(x.detach().requires_grad_(x.requires_grad) for x in layer) for layer in cache
-        ]
+        leaves = [(_leaf(first), _leaf(second)) for first, second in cache]
         for part, taught in zip(parts, teacher_hidden, strict=True):
             with student.autocast():
                 hidden = complete(student, batches.pop(0), leaves, recompute)
@@ -224,6 +222,11 @@ def _add_head_gradient(student: Model, result: HeadResult) -> None:
     result.head_gradient = None  # a table of the vocabulary
 
 
+def _leaf(x: Tensor) -> Tensor:
+    """`x` as the start of a graph of its own."""
+    return x.detach().requires_grad_(x.requires_grad)
+
+
 def _backward_through_prompts(cache: PromptCache, leaves: PromptCache) -> None:
     """The prompts' backward, from the gradient that completions left at what the prompts keep."""
     pairs = [
@@ -233,4 +236,5 @@ def _backward_through_prompts(cache: PromptCache, leaves: PromptCache) -> None:
         if leaf.grad is not None
     ]
     if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
+        tensors, gradients = zip(*pairs, strict=True)
+        torch.autograd.backward(tensors, gradients)

@@ -170,7 +170,9 @@ def _block(
         del q
     s, p = _policy(student, objective.temperature)
     s_token, s_entropy = s.gather(1, tokens)[:, 0], -_dot(p, s)
-    tops = [x.topk(min(top, x.shape[1])) for x in (s, t)] if top else []
+    tops: list[tuple[Tensor, Tensor]] = []
+    if top:
+        tops += (x.topk(min(top, x.shape[1])) for x in (s, t))
     log_ratio = (s_token - sampler).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = (
         torch.ones_like(s_token)

@@ -108,7 +108,13 @@ class BackendPlanner:
         def product(rows: int, side: int, dtype: str) -> Callable[[], object]:
             kind = getattr(torch, dtype)
             a, b = (torch.ones(n, side, device=device, dtype=kind) for n in (rows, side))
-            return lambda: (torch.mm(a, b), self._gpu and torch.cuda.synchronize())
+
+            def multiply() -> None:
+                torch.mm(a, b)
+                if self._gpu:
+                    torch.cuda.synchronize()
+
+            return multiply
 
         if not self._gpu:
             return Machine(

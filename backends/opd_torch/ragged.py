@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from opd_torch.kernels.function import Context, Function
 
 
 class Ragged:
@@ -64,32 +66,36 @@ class Ragged:
         return flat if self.even else _Unpad.apply(flat, self._packed)
 
 
-class _Pad(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Pad(Function):
     """index_select whose backward is an index_select too: every packed entry has one place
     (index_add would be far slower).
     """
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, padded_index: Tensor, packed_index: Tensor) -> Tensor:
+    def forward(ctx: Context, packed: Tensor, padded_index: Tensor, packed_index: Tensor) -> Tensor:
         ctx.save_for_backward(packed_index)
         return packed.index_select(0, padded_index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class _Unpad(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _UnpadContext(Context, Protocol):
+    size: int
+
+
+class _Unpad(Function):
     """index_select whose backward writes zeros where padding stood."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, packed_index: Tensor) -> Tensor:
+    def forward(ctx: _UnpadContext, padded: Tensor, packed_index: Tensor) -> Tensor:
         ctx.save_for_backward(packed_index)
         ctx.size = len(padded)
         return padded.index_select(0, packed_index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _UnpadContext, gradient: Tensor) -> tuple[Tensor, None]:
         padded = gradient.new_zeros(ctx.size, *gradient.shape[1:])
         padded[ctx.saved_tensors[0]] = gradient
         return padded, None

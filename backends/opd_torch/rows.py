@@ -90,7 +90,7 @@ def hidden_states(module: Any, batch: Batch) -> Tensor:
     backward, so one is held at a time.
     """
     lengths = batch.ragged.lengths.tolist()
-    tokens, positions = batch.tokens.split(lengths), batch.positions.split(lengths, 1)
+    tokens, positions = torch.split(batch.tokens, lengths), torch.split(batch.positions, lengths, 1)
     sources = [batch.prefixes.sources[owner] for owner in batch.owner.index.tolist()]
     rows = zip(sources, tokens, positions, strict=True)
     return torch.cat([checkpoint_if(True, _row, module, *row) for row in rows if len(row[1])])
@@ -98,7 +98,7 @@ def hidden_states(module: Any, batch: Batch) -> Tensor:
 
 def prefill(module: Any, prefixes: Prefixes) -> list[Any]:
     """transformers' own cache of each prompt's prefix."""
-    positions = prefixes.positions.split(prefixes.ragged.lengths.tolist(), 1)
+    positions = torch.split(prefixes.positions, prefixes.ragged.lengths.tolist(), 1)
     return [_prefill(module, *one) for one in zip(prefixes.sources, positions, strict=True)]
 
 

@@ -220,7 +220,7 @@ def draw(
 
     From `hidden` [R, D], `head` [V, D] and `uniforms` [R]; ids in `banned` are never drawn.
     """
-    parts = (x.split(default_chunk(len(head))) for x in (hidden, uniforms))
+    parts = (torch.split(x, default_chunk(len(head))) for x in (hidden, uniforms))
     pieces = [
         _draw(head_logits(h, head), u, temperature, banned) for h, u in zip(*parts, strict=True)
     ]

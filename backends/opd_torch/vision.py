@@ -134,7 +134,7 @@ class FeatureCache:
         counts = [len(prompt.visual.index) for prompt in new]
         # Copies, since a part of a tensor keeps all of it alive.
         parts = [
-            [part.clone() for part in level.split(counts)] if len(new) > 1 else [level]
+            [part.clone() for part in torch.split(level, counts)] if len(new) > 1 else [level]
             for level in compute(new)
         ]
         used = {key: self._levels.pop(key) for key in wanted if key in self._levels}

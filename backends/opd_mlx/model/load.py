@@ -131,7 +131,7 @@ def load_model(options: ModelOptions, device: Device) -> tuple[Model, Parameters
     quantised = quantisation(config, rename)
     tensors = dequantised(tensors, quantised, tables=True)
     quantise_alike(module, tensors, quantised, rename)
-    shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
+    shapes = {name: value.shape for name, value in dict(tree_flatten(module.parameters())).items()}
     named = {name: rename(name) for name in shapes}
     wanted = {named[name]: shape for name, shape in shapes.items()}
     names.check(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
@@ -49,7 +50,7 @@ class Idefics3(Decoder):
         dtype, layers = tower.embeddings.position_embedding.weight.dtype, tower.encoder.layers
 
         def run(tiles: Tensor) -> list[Tensor]:
-            pixels, mask = tiles.to(dtype).split([3, 1], 1)
+            pixels, mask = torch.split(tiles.to(dtype), [3, 1], 1)
             real = max_pool2d(mask, tower.patch_size)[:, 0] > 0
             hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=real)
             keys = None

@@ -143,10 +143,10 @@ def _within(
     of window.
     """
     lengths = [count * length for count, length in windows]
-    parts = zip(*(x.split(lengths, 1) for x in heads), strict=True)
+    parts = zip(*(torch.split(x, lengths, 1) for x in heads), strict=True)
     for part, window in zip(parts, windows, strict=True):
-        mixed = _mix([x.unflatten(1, window).flatten(0, 1) for x in part], scaling)
-        yield mixed.unflatten(0, (len(heads[0]), -1)).flatten(1, 2)
+        mixed = _mix([torch.unflatten(x, 1, window).flatten(0, 1) for x in part], scaling)
+        yield torch.unflatten(mixed, 0, (len(heads[0]), -1)).flatten(1, 2)
 
 
 def _mix(heads: Sequence[Tensor], scaling: float) -> Tensor:

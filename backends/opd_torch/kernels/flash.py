@@ -12,12 +12,15 @@ head width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+
+Kept: TypeAlias = tuple[Tensor | int, ...]
+"""What only the backward reads: of the CUDA kernel six tensors and sizes, of the CPU's nothing."""
 
 
 def joinable(query: Tensor, key: Tensor) -> bool:
@@ -40,7 +43,7 @@ def takes_bias(query: Tensor) -> bool:
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+) -> tuple[Tensor, Tensor, Kept]:
     """Attention [X, H, T, d] of `query` over `key` and `value` [X, G, S, d]; `bias` [X, 1, 1, S] is
     added to scores.
 
@@ -66,7 +69,7 @@ def attention_backward(
     value: Tensor,
     out: Tensor,
     totals: Tensor,
-    kept: tuple[Any, ...],
+    kept: Kept,
     bias: Tensor | None,
     causal: bool,
     scale: float,

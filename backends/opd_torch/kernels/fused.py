@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from opd_torch.kernels.function import Context, Function
 
 # Triton comes with a torch for CUDA; without a GPU its interpreter runs the kernels for tests.
 HERE = find_spec("triton") is not None and (
@@ -77,9 +79,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-class _Norm(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Norm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Context, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
+    ) -> Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
         out, scales = x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
         if len(x):
@@ -88,7 +92,7 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped 
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         gradient = gradient.contiguous()
         x_gradient, programs = (
@@ -112,12 +116,12 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped 
         return x_gradient, parts.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
 
-class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Rotate(Function):
     """Norm and rotation of heads [1, N, H, d]."""
 
     @staticmethod
     def forward(
-        ctx: Any, heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor
+        ctx: Context, heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor
     ) -> Tensor:
         heads, angles = _aligned(heads), torch.view_as_real(angles).flatten(1)
         out = heads.new_empty(heads.shape, dtype=torch.bfloat16)
@@ -127,7 +131,7 @@ class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         heads, weight, angles, scales = ctx.saved_tensors
         heads_gradient = torch.empty_like(heads, memory_format=torch.contiguous_format)
         parts = _rotate_all_back(_aligned(gradient), heads, weight, angles, scales, heads_gradient)
@@ -139,9 +143,15 @@ class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
         )
 
 
-class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _HeadsContext(Context, Protocol):
+    shape: torch.Size
+
+
+class _Heads(Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: _HeadsContext, packed: Tensor, angles: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         angles = torch.view_as_real(angles).flatten(1)
         both = packed[:, :, :2].flatten(2, 3)  # a view: keys stand right behind queries
         out = torch.empty_like(both, memory_format=torch.contiguous_format)
@@ -152,7 +162,7 @@ class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped
         return query, key, packed[:, :, 2]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _HeadsContext, *gradients: Tensor) -> tuple[Tensor, None]:
         (angles,) = ctx.saved_tensors
         packed = gradients[0].new_empty(ctx.shape)
         for number, gradient in enumerate(gradients[:2]):
@@ -163,9 +173,9 @@ class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped
         return packed, None
 
 
-class _Gated(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Gated(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         if out.numel():
@@ -174,7 +184,7 @@ class _Gated(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         gradient, gate_gradient, up_gradient = (
             gradient.contiguous(),

@@ -16,7 +16,7 @@ d head width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from opd_torch.batch import Batch
 from opd_torch.kernels import flash
+from opd_torch.kernels.function import Context, Function
 from opd_torch.ragged import Ragged
 
 Part = tuple[slice, Ragged, slice, int, Tensor | None]
@@ -45,10 +46,16 @@ def joined(
     return mixed
 
 
-class _Joined(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Context(Context, Protocol):
+    kept: list[flash.Kept]
+    batch: Batch
+    scale: float
+
+
+class _Joined(Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -79,7 +86,7 @@ class _Joined(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, prefix_key, prefix_value, mixed, joint = ctx.saved_tensors
         ragged, kept = ctx.batch.ragged, iter(ctx.kept)
 

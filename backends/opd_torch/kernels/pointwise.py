@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from opd_torch.device import Device
 from opd_torch.kernels import fused
+from opd_torch.kernels.function import Context, Function
 
 INNER, CUBE = math.sqrt(8 / math.pi), 0.044715
 """GELU is x sigmoid(INNER (x + CUBE x^3)), which equals the form with a tanh; an exponential takes
@@ -60,7 +61,7 @@ def feed_forward(mlp: Any, rows: Tensor) -> Tensor:
     return out
 
 
-class RMSNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
+class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis."""
 
     def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
@@ -76,7 +77,7 @@ class RMSNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
         return out
 
 
-class HalfNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
+class HalfNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) * (weight + more) over the last axis, rounded once, to the
     precision of products.
     """
@@ -101,7 +102,7 @@ class HalfNorm(nn.Module):  # type: ignore[misc]  # torch is untyped here
         ).to(x.dtype)
 
 
-class GELU(nn.Module):  # type: ignore[misc]  # torch is untyped here
+class GELU(nn.Module):
     """GELU in its approximation by a tanh."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,15 +119,15 @@ def _normed(x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     return x * scale, scale
 
 
-class _Norm(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Norm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
         normed, scale = _normed(x, epsilon)
         ctx.save_for_backward(normed, scale, weight)
         return normed * weight
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normed, scale, weight = ctx.saved_tensors
         along = gradient * normed
         mean = (along @ weight).div_(len(weight))[..., None]
@@ -140,11 +141,11 @@ def _sigmoid(square: Tensor, x: Tensor) -> Tensor:
     return (square * (INNER * CUBE)).add_(INNER).mul_(x).sigmoid_()
 
 
-class _Gelu(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Gelu(Function):
     """GELU that keeps its derivative, so that the backward is one product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         square = x * x
         sigmoid = _sigmoid(square, x)
         # With s the sigmoid of u(x): d/dx x s = s + s (1 - s) x u', and x u' = INNER x (1 + 3 CUBE
@@ -154,6 +155,6 @@ class _Gelu(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped 
         return sigmoid.mul_(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Context, gradient: Tensor) -> Tensor:
         out: Tensor = gradient * ctx.saved_tensors[0]
         return out

@@ -10,12 +10,13 @@ heads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from opd_torch.kernels import fused
+from opd_torch.kernels.function import Context, Function
 from opd_torch.kernels.pointwise import HalfNorm
 
 
@@ -78,20 +79,20 @@ def _rotate_pairs(heads: Tensor, angles: Tensor) -> Tensor:
 
 def _rotate_back(gradient: Tensor, angles: Tensor, out: Tensor) -> None:
     """Writes the gradient to heads [..., w] into `out`, from the gradient to rotated heads."""
-    pairs = gradient.to(angles.real.dtype).contiguous().unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(gradient.to(angles.real.dtype).contiguous(), -1, (-1, 2))
     back = torch.view_as_complex(pairs) * angles.conj()
     for half, part in zip(out.chunk(2, -1), (back.real, back.imag), strict=True):
         half.copy_(part)
 
 
-class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Rotate(Function):
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, angles: Tensor) -> Tensor:
+    def forward(ctx: Context, heads: Tensor, angles: Tensor) -> Tensor:
         ctx.save_for_backward(angles)
         return _rotated(heads, angles)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:
         (angles,) = ctx.saved_tensors
         width = 2 * angles.shape[-1]
         back = torch.empty_like(gradient, memory_format=torch.contiguous_format)
@@ -100,16 +101,22 @@ class _Rotate(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
         return back, None
 
 
-class _Heads(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _HeadsContext(Context, Protocol):
+    shape: torch.Size
+
+
+class _Heads(Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: _HeadsContext, packed: Tensor, angles: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(angles)
         ctx.shape = packed.shape
         query, key = _rotate_pairs(packed[..., :2, :, :], angles).unbind(-3)
         return query, key, packed[..., 2, :, :]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _HeadsContext, *gradients: Tensor) -> tuple[Tensor, None]:
         packed = gradients[0].new_empty(ctx.shape)
         _rotate_back(torch.stack(gradients[:2], -3), ctx.saved_tensors[0], packed[..., :2, :, :])
         packed[..., 2, :, :] = gradients[2]

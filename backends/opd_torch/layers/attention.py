@@ -78,7 +78,7 @@ class AttentionLayer:
         that `finish` takes.
         """
         query: Tensor = self.module.self_attn.q_proj(rows)
-        return query.unflatten(-1, (-1, self.module.self_attn.head_dim)), None
+        return torch.unflatten(query, -1, (-1, self.module.self_attn.head_dim)), None
 
     def finish(self, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """Adds the projection of `mixed` [N, H, d] and the feed-forward to the rows [N, D]."""
@@ -236,5 +236,5 @@ def _one_more(
     scores = torch.cat([unfold(to_prefix), to_own], -1)
     weights = scores.softmax(-1, dtype=torch.promote_types(own[1].dtype, torch.float32))
     weights = weights.to(own[1].dtype)
-    of_prefix, of_own = weights.split([longest, own[0].shape[2]], -1)
-    return unfold(fold(of_prefix.unflatten(0, (prompts, n))) @ prefix[1]) + of_own @ own[1]
+    of_prefix, of_own = torch.split(weights, [longest, own[0].shape[2]], -1)
+    return unfold(fold(torch.unflatten(of_prefix, 0, (prompts, n))) @ prefix[1]) + of_own @ own[1]

@@ -164,11 +164,13 @@ def gated_delta_rule(
     rest = -length % chunk
     # [B, H, chunks, c, ...]; rows of zeros change nothing.
     q, k, v = (
-        pad(x.to(wide), (0, 0, 0, 0, 0, rest)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+        torch.unflatten(pad(x.to(wide), (0, 0, 0, 0, 0, rest)), 1, (-1, chunk)).permute(
+            0, 3, 1, 2, 4
+        )
         for x in (query, key, value)
     )
     g, beta = (
-        pad(x.to(wide), (0, 0, 0, rest)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2)
+        torch.unflatten(pad(x.to(wide), (0, 0, 0, rest)), 1, (-1, chunk)).permute(0, 3, 1, 2)
         for x in (decay, rate)
     )
     fallen = g.cumsum(-1)
@@ -178,9 +180,8 @@ def gated_delta_rule(
     # Unit lower triangular; its diagonal is not read.
     system = (written @ k.transpose(-1, -2)) * between
     right = torch.cat([v * beta[..., None], written * fallen.exp()[..., None]], -1)
-    values, reads = torch.linalg.solve_triangular(
-        system, right, upper=False, unitriangular=True
-    ).split([v.shape[-1], k.shape[-1]], -1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    values, reads = torch.split(solved, [v.shape[-1], k.shape[-1]], -1)
     inner = (q @ k.transpose(-1, -2)) * between
     q = q * fallen.exp()[..., None]
     k = k * (fallen[..., -1:] - fallen).exp()[..., None]

@@ -89,7 +89,7 @@ def stack_prompts(tensors: Sequence[Tensor]) -> Tensor:
     sizes = [tensor.shape for tensor in tensors]
     longest = map(max, zip(*(size[1:] for size in sizes), strict=True))
     out = tensors[0].new_zeros(sum(size[0] for size in sizes), *longest)
-    for tensor, place in zip(tensors, out.split([size[0] for size in sizes]), strict=True):
+    for tensor, place in zip(tensors, torch.split(out, [size[0] for size in sizes]), strict=True):
         place[tuple(map(slice, tensor.shape))] = tensor
     return out
 

@@ -32,7 +32,7 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
     values = adapters.initial_adapters(options, linear_layers(model))
     config = LoraConfig(
         r=options.adapters.rank,
-        lora_alpha=options.adapters.alpha,
+        lora_alpha=options.adapters.alpha,  # type: ignore[arg-type]  # peft takes any number
         target_modules=adapters.adapted_layers(values),
         lora_dropout=0.0,
         bias="none",
