@@ -30,7 +30,7 @@ def test_the_committed_controls_bear_the_claim(controls):
 
 
 def test_the_readme_shows_the_committed_controls(controls):
-    readme = (RESULTS.parent.parent / "README.md").read_text()
+    readme = (RESULTS.parent / "README.md").read_text()
     for name, runs in controls.items():
         row = tiny_controls.table_row(runs)
         ends = [f"{100 * row[f'{view}_before']:.1f} → {100 * row[f'{view}_after']:.1f}" for view in ("full", "crop")]
