@@ -301,7 +301,7 @@ def _resolved(
     if not isinstance(source, Recipe):
         text = None if source is None else str(source)
         return inherit.resolve(text, given, training, backend)
-    values = recipes.over(source.model_dump(exclude_unset=True), given)
+    values = recipes.merged(source.model_dump(exclude_unset=True), given)
     return inherit.Resolved(recipes.validate(values, "recipe"), backend=backend or "auto")
 
 

@@ -1,1 +1,1 @@
-"""Is it true? The gap between the full image and the crop, before and after training."""
+"""Measures whether training helped: the gap between full image and crop, before and after."""

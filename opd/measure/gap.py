@@ -1,8 +1,8 @@
-"""The regional-to-global gap: accuracy on the crop less accuracy on the full image, before and
+"""The regional-to-global gap: accuracy on the crop minus accuracy on the full image, before and
 after training.
 
-Answers are read here and nowhere else. The student answers greedily, once on the full image and
-once on the evidence crop.
+The student answers greedily, once on the full image and once on the evidence crop. Only this module
+reads the reference answers of examples.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from opd.views.crop import ViewOptions
 from opd.views.usable import Skipped, Unusable, encode
 
 SLICE = 64
-"""Examples that are encoded at a time, at most."""
+"""Largest number of examples in a slice, which is encoded and answered at once."""
 
 SLICE_BYTES = 2**28
-"""Bytes of prompts that are encoded at a time: the pixels of thousands of large images would fill
-the memory. One example may be above, and the next slice is encoded while one is answered."""
+"""Largest number of bytes in the image arrays of a slice, unless one example alone has more. Two
+slices are in memory: the next is encoded while one is answered."""
 
 COLLAPSED = 0.5
-"""A run collapsed where accuracy fell for certain, to less than this share of the accuracy
+"""A run has collapsed if accuracy fell significantly, to less than this share of the accuracy
 before."""
 
 
 class MeasureOptions(Options):
-    """What the table before and after training is measured on."""
+    """The examples whose accuracy is measured before and after training."""
 
     path: PathText = Field(
         "",
@@ -64,10 +64,10 @@ class MeasureOptions(Options):
 
 @dataclass(frozen=True)
 class Answered:
-    """What the model said of one example; `full_right` and `crop_right` are None where the example
-    has no answer.
+    """The model's answers to one example, on the full image and on the crop.
 
-    `row` is the index among the examples that are measured.
+    `full_right` and `crop_right` are None if the example has no reference `answer`. `row`: the
+    index among the measured examples.
     """
 
     id: str
@@ -81,8 +81,8 @@ class Answered:
 
 @dataclass(frozen=True)
 class Slice:
-    """Examples that are answered together, with their indices and both prompts; `passed` of the
-    examples so far, usable or not."""
+    """Examples that are answered together: their indices `rows`, and (full image, crop) `prompts`
+    of each. `passed` counts all examples up to here, usable or not."""
 
     rows: tuple[int, ...]
     prompts: tuple[tuple[Prompt, Prompt], ...]
@@ -100,11 +100,11 @@ def greedy_answers(
     limit: int | None = None,
     skipped: Skipped | None = None,
 ) -> list[Answered]:
-    """Greedy answers to every example on its full image and on its crop; `budget` in padded tokens,
-    `progress` in prompts.
+    """Greedy answers to every example, on the full image and on the crop.
 
-    An example that training could not use, of more than `limit` tokens for one, is left out and
-    handed to `skipped`.
+    `max_tokens`: longest answer. `budget`: padded tokens that are sampled at once. `progress` is
+    called with the number of prompts that are newly done. `limit`: longest prompt in tokens. An
+    example that training could not use is left out and added to `skipped`.
     """
     skipped = skipped or Skipped(Quiet())
     slices = _slices(encoder, examples, view, limit, skipped)
@@ -113,14 +113,13 @@ def greedy_answers(
     for part in prefetch(lambda number: next(slices, None), count()):
         if part is None:
             break
-        full, crop = ([both[policy] for both in part.prompts] for policy in (0, 1))
+        full = [full for full, _ in part.prompts]
+        crop = [crop for _, crop in part.prompts]
         if full:
-            # Together, since a token step takes little longer for twice the rows.
+            # Both at once, since a token step takes little longer for twice the rows.
             texts = _greedy(backend, encoder, [*full, *crop], max_tokens, budget, progress)
-            both = zip(texts[: len(full)], texts[len(full) :], strict=True)
-            answered += [
-                judge(row, examples[row], *said) for row, said in zip(part.rows, both, strict=True)
-            ]
+            for place, row in enumerate(part.rows):
+                answered.append(judge(row, examples[row], texts[place], texts[len(full) + place]))
         progress(2 * (part.passed - passed - len(full)))
         passed = part.passed
     return answered
@@ -133,12 +132,13 @@ def _slices(
     limit: int | None,
     skipped: Skipped,
 ) -> Iterator[Slice]:
-    """The usable examples with their prompts, as many at a time as SLICE and SLICE_BYTES allow."""
-    # a control trains on another view, but is measured on the evidence
+    """Yields the usable examples with their prompts, in slices of at most SLICE examples and
+    SLICE_BYTES."""
+    # A control run trains on another view, but is measured on the crop.
     crop = view.model_copy(update={"kind": "crop"})
     rows: list[int] = []
     prompts: list[tuple[Prompt, Prompt]] = []
-    held = 0
+    slice_bytes = 0
     for row in range(len(examples)):
         try:
             both = encode(encoder, examples[row], crop, limit)
@@ -146,25 +146,24 @@ def _slices(
             skipped.add(examples[row], error)
             continue
         size = sum(map(_bytes, both))
-        if rows and (len(rows) == SLICE or held + size > SLICE_BYTES):
+        if rows and (len(rows) == SLICE or slice_bytes + size > SLICE_BYTES):
             yield Slice(tuple(rows), tuple(prompts), row)
-            rows, prompts, held = [], [], 0
+            rows, prompts, slice_bytes = [], [], 0
         rows.append(row)
         prompts.append(both)
-        held += size
+        slice_bytes += size
     yield Slice(tuple(rows), tuple(prompts), len(examples))
 
 
 def _bytes(prompt: Prompt) -> int:
-    """Bytes of a prompt's own arrays; tokens and positions are shared, and small beside the
-    pixels."""
+    """Bytes of a prompt's image arrays; the other arrays are shared between prompts, and small."""
     return sum(array.nbytes for array in prompt.images.values())
 
 
 def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Agreement of full image and crop, and, over the rows with answers, both accuracies and the
-    gap; all with 95 % intervals."""
-    same = np.array([matches(one.full, one.crop) for one in answered], dtype=np.float64)
+    """Measured numbers by name: the share of rows on which full image and crop agree, and, over the
+    rows with a reference answer, both accuracies and the gap, all in 0..1 with 95 % intervals."""
+    same = np.array([matches(row.full, row.crop) for row in answered], dtype=np.float64)
     full, crop = correct(answered)
     result: dict[str, Any] = {
         "rows": len(answered),
@@ -179,10 +178,10 @@ def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
 
 
 def gap_closed(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Any]:
-    """(full after - full before) / (crop before - full before), a fraction, with its interval;
-    empty where no gap is certain, since what is divided by it may then be anything.
+    """(full after - full before) / (crop before - full before), a fraction, with the interval.
 
-    Losing crop accuracy never counts as success: the crop's accuracy is taken before training.
+    Empty if the gap before is not significantly above 0, since a quotient by it would mean nothing.
+    The crop's accuracy is that before training, so that losing crop accuracy never closes the gap.
     """
     full_before, crop_before = correct(before)
     full_after, _ = correct(after)
@@ -197,45 +196,47 @@ def gap_closed(before: Sequence[Answered], after: Sequence[Answered]) -> dict[st
 def paired(
     before: Sequence[Answered], after: Sequence[Answered]
 ) -> tuple[list[Answered], list[Answered]]:
-    """The answers to the examples that were answered both times: what is compared is of the same
-    rows."""
-    both = {one.row for one in before} & {one.row for one in after}
-    first, second = (
-        sorted((one for one in answered if one.row in both), key=lambda one: one.row)
-        for answered in (before, after)
-    )
-    return first, second
+    """`before` and `after` without the examples that were answered only once, both in order of
+    rows, so that they can be compared."""
+    rows = {answer.row for answer in before} & {answer.row for answer in after}
+
+    def common(answered: Sequence[Answered]) -> list[Answered]:
+        return sorted(
+            (answer for answer in answered if answer.row in rows), key=lambda answer: answer.row
+        )
+
+    return common(before), common(after)
 
 
 def changes(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Any]:
-    """What training did to both accuracies, and a `verdict` on it; `before` and `after` are
+    """The change of both accuracies by training, and a `verdict`; `before` and `after` are
     `paired`.
 
-    `full_change` and `crop_change` are after less before, with their paired intervals. A change is
-    certain where its interval excludes 0. The verdict is "collapsed" where an accuracy fell for
-    certain to less than COLLAPSED of what it was; else "worse" where one fell for certain; else
-    "improved" where the full image's rose for certain; else "unchanged". Without answers nothing
-    can be told: the verdict is None.
+    `full_change` and `crop_change` are accuracy after minus accuracy before, with paired intervals.
+    A change is significant if the interval excludes 0. The verdict is "collapsed" if an accuracy
+    fell significantly, to less than COLLAPSED of the accuracy before; else "worse" if an accuracy
+    fell significantly; else "improved" if the full image's rose significantly; else "unchanged". It
+    is None if no example has a reference answer.
     """
-    columns = [*correct(before), *correct(after)]
-    if not len(columns[0]):
+    full_before, crop_before = correct(before)
+    full_after, crop_after = correct(after)
+    if not len(full_before):
         return {"verdict": None}
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     fell, collapsed = False, False
-    for name, first, second in zip(
-        ("full_change", "crop_change"), columns[:2], columns[2:], strict=True
+    for name, first, second in (
+        ("full_change", full_before, full_after),
+        ("crop_change", crop_before, crop_after),
     ):
-        found |= with_interval(name, [first, second], lambda first, second: second - first)
-        down = found[f"{name}_interval"][1] < 0
-        fell, collapsed = (
-            fell or down,
-            collapsed or (down and second.sum() < COLLAPSED * first.sum()),
-        )
-    improved = found["full_change_interval"][0] > 0
+        result |= with_interval(name, [first, second], lambda first, second: second - first)
+        if result[f"{name}_interval"][1] < 0:
+            fell = True
+            collapsed = collapsed or bool(second.sum() < COLLAPSED * first.sum())
+    improved = result["full_change_interval"][0] > 0
     verdict = (
         "collapsed" if collapsed else "worse" if fell else "improved" if improved else "unchanged"
     )
-    return {"verdict": verdict, **found}
+    return {"verdict": verdict, **result}
 
 
 def _greedy(
@@ -246,7 +247,8 @@ def _greedy(
     budget: int,
     progress: Callable[[int], None],
 ) -> list[str]:
-    unused = np.zeros((len(prompts), 1, max_tokens), np.float32)
+    """The greedy completion of each prompt, as text."""
+    unused = np.zeros((len(prompts), 1, max_tokens), np.float32)  # greedy decoding draws nothing
     sampling = Sampling(0.0, encoder.stop, encoder.banned)
     return [
         encoder.decode(group[0].tokens.tolist())
@@ -255,18 +257,19 @@ def _greedy(
 
 
 def judge(row: int, example: Example, full: str, crop: str) -> Answered:
-    """The answers on the full image and on the crop of an example, each right or wrong where the
-    example has an answer."""
+    """The record of the answers `full` (on the full image) and `crop` to the example at index
+    `row`, each judged against the reference answer if there is one."""
     if example.answer is None:
         return Answered(example.id, None, full, crop, None, None, row)
-    right = [matches(text, example.answer, example.choices) for text in (full, crop)]
-    return Answered(example.id, example.answer, full, crop, right[0], right[1], row)
+    full_right = matches(full, example.answer, example.choices)
+    crop_right = matches(crop, example.answer, example.choices)
+    return Answered(example.id, example.answer, full, crop, full_right, crop_right, row)
 
 
 def correct(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of the rows with an answer, 1 where the full image's is right and 0 where it is wrong; and
-    the same of the crop."""
-    judged = [one for one in answered if one.answer is not None]
-    return np.array([one.full_right for one in judged], np.float64), np.array(
-        [one.crop_right for one in judged], np.float64
-    )
+    """Two arrays [rows with a reference answer]: 1 for a correct answer and 0 for a wrong one, on
+    the full image and on the crop."""
+    judged = [row for row in answered if row.answer is not None]
+    full = np.array([row.full_right for row in judged], np.float64)
+    crop = np.array([row.crop_right for row in judged], np.float64)
+    return full, crop

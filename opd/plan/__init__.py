@@ -201,7 +201,7 @@ def plan(
     if examples:
         encoder = PromptEncoder(options.path, **pixels)
         found = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
-        notes, rows = found.said(), found.rows
+        notes, rows = found.lines(), found.rows
     if image is None or crop is None:
         sizes = _of_data(recipe, examples)
         image, crop = image or sizes[0], crop or (sizes[1] if image is None else _half(image))

@@ -1,1 +1,1 @@
-"""One run, from a recipe to a folder."""
+"""Trains one run, from a recipe to a run folder."""

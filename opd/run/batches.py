@@ -1,4 +1,4 @@
-"""The batches of a run: which rows stand in a step, encoded for both policies."""
+"""The batches of a run: chooses the rows of each step and encodes them for both policies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opd.views.usable import Skipped, Unusable
 
 @dataclass(frozen=True)
 class Batches:
-    """Encodes the rows of each step; rows that cannot be used are counted in `skipped`."""
+    """Encodes the rows of each step; `skipped` counts rows that cannot be used."""
 
     recipe: Recipe
     backend: Backend
@@ -29,23 +29,22 @@ class Batches:
     skipped: Skipped
 
     def encode(self, step: int) -> Batch:
-        """This process's share of a step's rows. A row that cannot be read, or is too long, is left
-        out."""
+        """This process's share of the rows of `step` (from 1), without rows that cannot be used."""
         seed, prompts = self.recipe.run.seed, self.recipe.rollout.prompts
         rows = randomness.batch(seed, step, prompts, len(self.examples))
         places = range(self.backend.rank, len(rows), self.backend.size)
-        pairs = [
-            pair for place in places if (pair := self._encoded(int(rows[place]), place)) is not None
-        ]
-        return Batch(tuple(pairs), len(places) - len(pairs))
+        encoded = [self._encoded(int(rows[place]), place) for place in places]
+        pairs = tuple(pair for pair in encoded if pair is not None)
+        return Batch(pairs, len(places) - len(pairs))
 
     def lack_prompts(self, batch: Batch) -> bool:
-        """Whether a process has no prompt in a step; the same on every process."""
+        """Whether any process has no prompt in the step; every process calls it and gets the same
+        result."""
         return bool(self.backend.total(np.array([float(not batch.pairs)]))[0])
 
     def none_usable(self) -> str:
-        """Why no row of the data can be used, of a sample where the data are large; empty where one
-        can."""
+        """The reason why none of at most `preflight.SAMPLE` rows can be used, for a message; empty
+        if a row can."""
         count = min(len(self.examples), preflight.SAMPLE)
         if any(self._encoded(index * len(self.examples) // count, 0) for index in range(count)):
             return ""
@@ -56,8 +55,8 @@ class Batches:
         return f"{none} ({self.skipped.why()})"
 
     def _encoded(self, row: int, place: int) -> Pair | None:
-        """A row as both policies see it, without its answer: the method has no labels. None where
-        it cannot be used."""
+        """The prompts of a row for both policies; None if the row cannot be used. The reference
+        answer is removed, since training must not read it."""
         example = replace(self.examples[row], answer=None)
         try:
             prompts = usable.encode(

@@ -1,4 +1,4 @@
-"""What a person changes on purpose when a run goes on."""
+"""Changes that a person makes on purpose when a run is resumed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from opd.run.recipe import Recipe, validate
 
 @dataclass(frozen=True)
 class Changed:
-    """Places where the run's inputs are now, the number of steps to end at, and whether other
-    inputs than the run's are accepted."""
+    """Changes to a run that is resumed; None leaves the run's own value.
+
+    `data`, `measured`, `model`: the new places of the run's inputs. `steps`: the new number of
+    steps. `accept`: inputs may differ from those that the run began with.
+    """
 
     data: str | None = None
     measured: str | None = None
@@ -24,8 +27,8 @@ class Changed:
     accept: bool = False
 
     def applied(self, recipe: Recipe, folder: RunFolder) -> tuple[Recipe, list[str]]:
-        """The recipe with the changes, and a line for what they change in the run. Raises
-        UserError."""
+        """The recipe with the changes, and a line for each change of the run that a person should
+        know. Raises UserError."""
         values = recipe.model_dump()
         places = {"data": self.data, "measure": self.measured, "model": self.model}
         for section, path in places.items():
@@ -33,16 +36,17 @@ class Changed:
                 values[section]["path"] = path
         if self.model is not None:
             values["model"]["revision"] = ""
-        said = []
+        lines = []
         if self.steps is not None and self.steps != recipe.run.steps:
             values["run"]["steps"] = self.steps
-            said = [self._extension(recipe, folder)]
+            lines = [self._extension(recipe, folder)]
         changed = validate(values, str(folder.path))
         self._check_places(changed, folder)
-        return changed, said
+        return changed, lines
 
     def _extension(self, recipe: Recipe, folder: RunFolder) -> str:
-        """What other steps change. Raises FolderError where more are done."""
+        """A line that says what the new number of steps changes. Raises FolderError if the run has
+        already done more."""
         steps, before = self.steps or 0, recipe.run.steps
         done = max([step for step, _ in folder.checkpoints()], default=0)
         if steps < done:
@@ -53,10 +57,8 @@ class Changed:
         line = f"run.steps is {steps} from now on, not {before}"
         if recipe.optimizer.schedule == "constant" or done <= recipe.optimizer.warmup_steps:
             return line
-        then, now = (
-            learning_rate(recipe.optimizer, step, end)
-            for step, end in ((done, before), (min(done + 1, steps), steps))
-        )
+        then = learning_rate(recipe.optimizer, done, before)
+        now = learning_rate(recipe.optimizer, min(done + 1, steps), steps)
         return (
             f"{line}: optimizer.schedule = {recipe.optimizer.schedule} ends there too, so the"
             f" learning rate, {then:.2g} at step {done}, goes on at {now:.2g}, and the result is"
@@ -64,8 +66,8 @@ class Changed:
         )
 
     def _check_places(self, recipe: Recipe, folder: RunFolder) -> None:
-        """Raises UserError where something of the run's is no longer where it was, and nobody says
-        where it is."""
+        """Raises UserError if an input of the run is not where it was, and no new place is
+        given."""
         for path, given, option in (
             (recipe.data.path, self.data, "--data FILE"),
             (recipe.measure.path, self.measured, "--set measure.path=FILE"),

@@ -83,7 +83,7 @@ def export(
             ) as whole:
                 produce(Path(whole))
                 write(Path(whole), target, quantize or 0)
-        recipes.leave(recipe, target, step)
+        recipes.write_beside(recipe, target, step)
 
     RunFolder(out.parent).fill(out.absolute(), fill)
     if kind == "model" and not quantize and (name := needs_torchvision(out)):
@@ -117,7 +117,7 @@ def as_model(path: str, backend: str, progress: Progress) -> None:
     def fill(target: Path) -> None:
         student.export(target, recipe.model.result)
         encoder.save(target)
-        recipes.leave(recipe, target, step)
+        recipes.write_beside(recipe, target, step)
 
     folder.fill(result, fill, shared=True)
 

@@ -1,4 +1,4 @@
-"""Fingerprints of a model's files: equal where the content is, wherever the files are."""
+"""Fingerprints of a model's files: equal if the content is equal, wherever the files are."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ WHOLE_BYTES = 64 * 2**20
 """Files up to this size are hashed whole."""
 
 BLOCK_BYTES, BLOCKS = 4096, 2048
-"""Of a larger file, so many blocks are hashed, spread evenly; and the beginning, where weights have
-their index."""
+"""Of a larger file, this many blocks are hashed, spread evenly, in addition to HEAD_BYTES."""
 
 HEAD_BYTES = 2**20
+"""Bytes at the beginning of a larger file that are hashed; safetensors files have their header
+there."""
 
 PATTERNS = (*hub.SMALL, hub.WEIGHTS)
-"""The files that a model is: what is fetched of one."""
+"""Patterns of the files that belong to a model: those that `hub.fetch` downloads."""
 
 
 def of_model(options: ModelOptions) -> dict[str, str]:
-    """The fingerprint of every file of a model, by name, and of those of an adapter on the model.
-    Raises ModelError."""
-    found = _of_folder(options.path)
+    """Fingerprints of the files of a model, by name, and of the files of its adapter, by
+    "adapter/" and name. Raises ModelError if a file cannot be read."""
+    fingerprints = _of_folder(options.path)
     if options.adapter is not None:
-        found |= {f"adapter/{name}": value for name, value in _of_folder(options.adapter).items()}
-    return found
+        for name, value in _of_folder(options.adapter).items():
+            fingerprints[f"adapter/{name}"] = value
+    return fingerprints
 
 
 def of_file(path: Path) -> str:
-    """The fingerprint of a file: of its size, and of its content, of which large files give evenly
-    spread parts."""
+    """The fingerprint of a file: SHA-256, in hexadecimal, of size and content, or of size and
+    sampled content for a file above WHOLE_BYTES."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

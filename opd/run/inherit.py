@@ -1,8 +1,8 @@
-"""The recipe that a model was trained with, for what is done with the model next.
+"""Resolves the recipe for a model that a run has trained.
 
-A run's model is measured, shown and planned as the run did it, and trained on as the run trained
-it: other images, another dtype or other parameters that train would give numbers that compare with
-nothing. An option of the command line, and what a recipe that is named says, come first.
+Such a model is measured, shown, planned and trained further with the recipe of its run, since
+another image size, dtype or choice of trained parameters would give numbers that cannot be
+compared. Options on the command line, and keys of a named recipe, take precedence.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Sections = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from: a run or an export in words, the recipe's values, and the backend,
-    where it is known."""
+    """The run or export that a model comes from: `name` in words, the `values` of the recipe, and
+    the `backend`, None if it is unknown."""
 
     name: str
     values: Sections
     backend: str | None = None
     stale: str = ""
-    """What is told of a result that is not of the run's last step."""
+    """For a message about a result that is not of the run's last step; else empty."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe; the line that says what nobody named; and the backend that the numbers of a model's
-    run are of, where it has one."""
+    """A recipe, a `line` that says which options were not named but inherited, and the `backend` to
+    use."""
 
     recipe: Recipe
     line: str = ""
@@ -55,47 +55,49 @@ def resolve(
     backend: str | None = None,
     with_data: bool = True,
 ) -> Resolved:
-    """The recipe of a preset or file `source`, or of none, with overrides.
+    """The recipe of a preset or file `source`, with overrides; both may be absent.
 
-    What neither says is the model's run's, where it has one, else a preset's. `training`: all of
-    the run's but data and seed; else its measured data too, which must be there if they are used
-    (`with_data`). `backend` is the one that is asked for; where none is, the run's own measures
-    again. Raises UserError.
+    Keys that neither gives come from the run or export that the model comes from, else from a
+    preset. For `training`, data and seed are not inherited; otherwise the measured data are, and
+    must exist if `with_data`. `backend`: the one that was asked for; None: that of the model's run,
+    if it can run here and nothing is trained, else "auto". Raises UserError.
     """
     if source in PRESETS:
         return Resolved(recipes.load(source, overrides), backend=backend or "auto")
     given = recipes.given(source, overrides)
     model = given.get("model")
     path = str(model.get("path", "tiny")) if isinstance(model, dict) else "tiny"
-    found = None if "preset" in given else origin(path)
-    if found is None:
+    source_run = None if "preset" in given else origin(path)
+    if source_run is None:
         preset = recipes.preset(path)
         line = "" if source else f"preset {preset}: no recipe was named"
         return Resolved(recipes.load(source or preset, overrides), line, backend or "auto")
-    own_data = found.values["data"].get("path", "tiny") != "tiny"
-    if training and own_data and not _says(given, "data", "path") and is_tiny(path):
-        # scenes of the embedded model are not what its run was trained on
+    on_data = source_run.values["data"].get("path", "tiny") != "tiny"
+    if training and on_data and not _gives(given, "data", "path") and is_tiny(path):
+        # The run was not trained on the scenes of the embedded model.
         raise recipes.no_data(path)
-    recipe = recipes.validate(
-        recipes.over(_taken(found, given, training), given), source or found.name
-    )
+    values = recipes.merged(_inherited(source_run, given, training), given)
+    recipe = recipes.validate(values, source or source_run.name)
     if with_data:
-        _check_data(recipe, given, found)
-    own = found.backend if not training and backend is None and _runs_here(found.backend) else None
-    return Resolved(recipe, _line(found, recipe, training, own), backend or own or "auto")
+        _check_data(recipe, given, source_run)
+    run_backend = None
+    if not training and backend is None and _runs_here(source_run.backend):
+        run_backend = source_run.backend
+    line = _line(source_run, recipe, training, run_backend)
+    return Resolved(recipe, line, backend or run_backend or "auto")
 
 
 def origin(model: str) -> Origin | None:
-    """Where a model comes from: of a run's folder, what the run left or one of its checkpoints, and
-    of an export. None where nothing says.
+    """The origin of a model: `model` may be a run folder, a result or checkpoint in it, or an
+    export. None if the folder does not say where the model comes from.
 
-    Raises UserError where the run's config.toml is damaged.
+    Raises UserError if the run's config.toml is damaged.
     """
     if model == "tiny":
         return None
     try:
         path = Path(expanded(model))
-    except ValueError:  # told where the model is opened
+    except ValueError:  # opening the model raises the error
         return None
     run, stale = path, ""
     checkpoint = checkpoint_of(path)
@@ -104,16 +106,13 @@ def origin(model: str) -> Origin | None:
     elif path.name in ("model", "adapter") and os.path.isfile(path.parent / CONFIG):
         run = path.parent
     if os.path.isfile(run / CONFIG) and not os.path.isfile(run / "config.json"):
-        inputs.recorded(RunFolder(run))  # damage is told
-        recipe, made_with = (
-            recipes.reread(run / CONFIG),
-            recipes.read(str(run / CONFIG)).get("made_with", {}),
-        )
-        step = (
-            checkpoint[1]
-            if checkpoint
-            else recipes.step_of(run / recipe.model.result, recipe.run.steps)
-        )
+        inputs.recorded(RunFolder(run))  # raises FolderError if the folder is damaged
+        recipe = recipes.reread(run / CONFIG)
+        made_with = recipes.read(str(run / CONFIG)).get("made_with", {})
+        if checkpoint:
+            step = checkpoint[1]
+        else:
+            step = recipes.step_of(run / recipe.model.result, recipe.run.steps)
         if step != recipe.run.steps:
             stale = f"; its step {step} of {recipe.run.steps}"
         backend = made_with.get("backend") if isinstance(made_with, dict) else None
@@ -128,42 +127,42 @@ def origin(model: str) -> Origin | None:
     return None
 
 
-def _taken(found: Origin, given: Mapping[str, Any], training: bool) -> Sections:
-    """What of a model's recipe serves what is done next."""
-    values = {name: dict(section) for name, section in found.values.items()}
+def _inherited(source_run: Origin, given: Mapping[str, Any], training: bool) -> Sections:
+    """The values of a model's recipe that the new recipe inherits."""
+    values = {name: dict(section) for name, section in source_run.values.items()}
     for key in ("path", "revision"):
         values["model"].pop(key, None)
     if training:
         values["data"].pop("path", None)
         values["run"].pop("seed")
-    elif _says(given, "data", "path") and not _says(given, "measure", "path"):
-        values["measure"].pop("path", None)  # what is named is what is measured
-    if _says(given, "model", "tune") and given["model"]["tune"] != values["model"]["tune"]:
-        for key in ("vision", "projector"):  # they follow what is trained
+    elif _gives(given, "data", "path") and not _gives(given, "measure", "path"):
+        values["measure"].pop("path", None)  # the named data are measured
+    if _gives(given, "model", "tune") and given["model"]["tune"] != values["model"]["tune"]:
+        for key in ("vision", "projector"):  # their defaults depend on `tune`
             values["model"].pop(key)
     return values
 
 
-def _check_data(recipe: Recipe, given: Mapping[str, Any], found: Origin) -> None:
-    """Raises DataError where the run's data are no longer where they were."""
+def _check_data(recipe: Recipe, given: Mapping[str, Any], source_run: Origin) -> None:
+    """Raises DataError if inherited data files do not exist."""
     for section, path, option in (
         ("data", recipe.data.path, "--data FILE"),
         ("measure", recipe.measure.path, "--set measure.path=FILE"),
     ):
         if (
             path not in ("", "tiny")
-            and not _says(given, section, "path")
+            and not _gives(given, section, "path")
             and not os.path.exists(path)
         ):
-            raise DataError(f"data file not found: {path}, of {found.name}; give {option}")
+            raise DataError(f"data file not found: {path}, of {source_run.name}; give {option}")
 
 
 def _runs_here(backend: str | None) -> bool:
     return backend in backends.names() and backends.state(backend).ready
 
 
-def _line(found: Origin, recipe: Recipe, training: bool, backend: str | None) -> str:
-    """One line that says what is taken over."""
+def _line(source_run: Origin, recipe: Recipe, training: bool, backend: str | None) -> str:
+    """A line that names the inherited options."""
     model, optimizer, measure = recipe.model, recipe.optimizer, recipe.measure
     parts = [f"tune {model.tune}", f"dtype {model.dtype}"]
     if training:
@@ -171,16 +170,15 @@ def _line(found: Origin, recipe: Recipe, training: bool, backend: str | None) ->
     pixels = [f"{name} {value}" for name, value in model.pixels().items() if value]
     parts += [f"view {recipe.view.kind}", *pixels]
     if not training:
-        measured = measure.path or recipe.data.path
-        parts += [
-            f"{plural(measure.count, 'row')} of"
-            f" {'its fresh scenes' if measured == 'tiny' else measured}"
-        ]
+        path = measure.path or recipe.data.path
+        data = "its fresh scenes" if path == "tiny" else path
+        parts.append(f"{plural(measure.count, 'row')} of {data}")
         parts += [f"backend {backend}"] if backend else []
     what = "the recipe, but data and seed," if training else "the recipe"
-    return f"{what} of {found.name}{found.stale}: {', '.join(parts)}"
+    return f"{what} of {source_run.name}{source_run.stale}: {', '.join(parts)}"
 
 
-def _says(given: Mapping[str, Any], section: str, key: str) -> bool:
+def _gives(given: Mapping[str, Any], section: str, key: str) -> bool:
+    """Whether the `given` values hold a key."""
     values = given.get(section)
     return isinstance(values, Mapping) and key in values

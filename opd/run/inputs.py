@@ -1,8 +1,9 @@
-"""What a run began with, in its folder's inputs.json: a run that is resumed must find the same.
+"""The inputs that a run began with, in inputs.json of the run folder: a resumed run must find the
+same.
 
-`recipe` holds every key without the paths, which may move; `model` a fingerprint of each file;
-`data` and `measured` the fingerprints of the data that are trained on and measured (null where
-those are the same); `history` what people have changed on purpose since.
+`recipe` holds every key except paths, which may move; `model`: a fingerprint of each file; `data`:
+fingerprint and rows of the training data; `measured`: the same of the measured data, null if they
+are the training data; `history`: the changes that people have made on purpose since.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ FILE = "inputs.json"
 Inputs: TypeAlias = Mapping[str, Any]
 
 LISTED = 4
-"""Changes of one kind that a message names."""
+"""Number of changes of one input that a message lists."""
 
 
 def of_data(examples: Sequence[Any]) -> dict[str, Any]:
-    """Fingerprint and number of the usable rows of opened data."""
+    """Fingerprint and number of usable rows of opened data."""
     return {"fingerprint": getattr(examples, "fingerprint", "generated"), "rows": len(examples)}
 
 
 def began(folder: RunFolder) -> Inputs:
-    """What the run began with; of a run of an earlier version only what its config.toml says of its
-    data.
+    """The inputs that the run began with; for a run of an earlier version only those that its
+    config.toml records.
 
-    Raises FolderError where config.toml or inputs.json is damaged.
+    Raises FolderError if config.toml or inputs.json is damaged.
     """
-    found = recorded(folder)
-    if found is not None:
-        return found
+    inputs = recorded(folder)
+    if inputs is not None:
+        return inputs
     config = read(str(folder.path / CONFIG))
     if not config.keys() & Recipe.model_fields.keys():
         raise FolderError(
@@ -48,14 +49,14 @@ def began(folder: RunFolder) -> Inputs:
 
 
 def recorded(folder: RunFolder) -> Inputs | None:
-    """What inputs.json says; None where a run of an earlier version has none.
+    """The content of inputs.json; None for a run of an earlier version, which has no such file.
 
-    Raises FolderError where inputs.json is damaged, and where config.toml has lost something that
-    stands in it.
+    Raises FolderError if inputs.json is damaged, or if config.toml lacks a key that inputs.json
+    has.
     """
     try:
-        found = folder.read(FILE)
-        sections = {str(name): set(section) for name, section in found["recipe"].items()}
+        inputs = folder.read(FILE)
+        sections = {str(name): set(section) for name, section in inputs["recipe"].items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,43 +74,45 @@ def recorded(folder: RunFolder) -> Inputs | None:
                 f"'{folder.path / CONFIG}' is damaged: {where} is missing; {FILE} beside it has"
                 " what was there: restore it"
             )
-    return found
+    return inputs
 
 
 def changes(
     before: Inputs, now: Inputs, recipe: Recipe, folder: RunFolder, passed: Collection[str] = ()
 ) -> list[str]:
-    """What is not as it was, each with how; what `before` does not tell is passed over, and keys of
-    the recipe that are `passed`."""
-    found = []
+    """One line for each input that differs between `before` and `now`.
+
+    Inputs that `before` does not record are not compared, nor are the keys of the recipe in
+    `passed`, such as "run.steps".
+    """
+    lines = []
     if before.get("recipe"):
-        found += _named(
-            str(folder.path / CONFIG), _of_recipe(before["recipe"], now["recipe"], passed)
-        )
+        differences = _of_recipe(before["recipe"], now["recipe"], passed)
+        lines += _line(str(folder.path / CONFIG), differences)
     if before.get("model"):
-        found += _named(recipe.model.path, _of_files(before["model"], now["model"]))
+        lines += _line(recipe.model.path, _of_files(before["model"], now["model"]))
     if before.get("data"):
-        found += _named(recipe.data.path, _of_rows(before["data"], now["data"]))
+        lines += _line(recipe.data.path, _of_rows(before["data"], now["data"]))
     if "measured" in before and recipe.measure.count:
         measured = recipe.measure.path or recipe.data.path
-        found += _named(
-            measured, _of_rows(before["measured"] or before["data"], now["measured"] or now["data"])
-        )
-    return list(dict.fromkeys(found))
+        rows_before, rows_now = (side["measured"] or side["data"] for side in (before, now))
+        lines += _line(measured, _of_rows(rows_before, rows_now))
+    return list(dict.fromkeys(lines))
 
 
-def _named(where: str, how: Sequence[str]) -> list[str]:
-    more = f", and {len(how) - LISTED} more" if len(how) > LISTED else ""
-    return (
-        [f"{where} is not what this run began with ({', '.join(how[:LISTED])}{more})"]
-        if how
-        else []
-    )
+def _line(name: str, differences: Sequence[str]) -> list[str]:
+    """The line about an input that differs; no line if there are no differences."""
+    if not differences:
+        return []
+    more = f", and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+    listed = ", ".join(differences[:LISTED])
+    return [f"{name} is not what this run began with ({listed}{more})"]
 
 
 def _of_recipe(
     before: Mapping[str, Any], now: Mapping[str, Any], passed: Collection[str]
 ) -> list[str]:
+    """The keys of a recipe whose values differ, in words."""
     return [
         f"{name}.{key} = {_shown(now[name][key])}, was {_shown(value)}"
         for name, section in before.items()
@@ -122,6 +125,7 @@ def _of_recipe(
 
 
 def _of_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files whose fingerprints differ, in words."""
     changed = [
         f"{name} has changed" for name, value in before.items() if now.get(name, value) != value
     ]
@@ -130,16 +134,13 @@ def _of_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _of_rows(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The difference between two data sets of `of_data`, in words; empty if they are equal."""
     if before.get("fingerprint") in (None, now["fingerprint"]):
         return []
     rows = before.get("rows")
-    return [
-        (
-            f"{now['rows']} usable rows, were {rows}"
-            if rows not in (None, now["rows"])
-            else "a line or an image has changed"
-        )
-    ]
+    if rows not in (None, now["rows"]):
+        return [f"{now['rows']} usable rows, were {rows}"]
+    return ["a line or an image has changed"]
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""A lock on a run folder, held while a process trains there.
+"""Locks a run folder while a process trains there.
 
-The lock is the system's, on an open file: the system takes the lock back when the process ends,
-also by kill -9 or when the machine goes down. The file's content only says who holds the lock.
+The operating system locks an open file, and releases the lock when the process ends, even by kill
+-9 or a power failure. The content of the file only names the process for messages.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from opd.paths import read_file
 FILE = ".lock"
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-"""What a file system that has no locks answers; ENOTSUP and EOPNOTSUPP are two numbers on a Mac."""
+"""Error numbers of a file system without locks; ENOTSUP and EOPNOTSUPP differ on a Mac."""
 
 RANKS = ("RANK", "MLX_RANK", "OMPI_COMM_WORLD_RANK")
-"""Where the launchers torchrun, mlx.launch and mpirun write a process's rank."""
+"""Environment variables in which torchrun, mlx.launch and mpirun give a process its rank."""
 
 
 class RunLock:
-    """The lock of one run folder, until `release`, the end of this object, or the end of the
+    """The lock of one run folder, held until `release()`, the end of this object, or the end of the
     process.
 
-    `works` is False where the file system has no locks; nobody is refused then.
+    `works` is False if the file system has no locks; then other processes are not kept out.
     """
 
     def __init__(self, path: Path, file: int, works: bool) -> None:
@@ -41,8 +41,8 @@ class RunLock:
 
 
 def take(folder: Path) -> RunLock:
-    """Locks a run folder for this process. Raises FolderError where another process holds the
-    lock."""
+    """Locks a run folder for this process. Raises FolderError if another process holds the lock, or
+    the folder cannot be written."""
     path = folder.absolute() / FILE
     while True:
         try:
@@ -54,8 +54,8 @@ def take(folder: Path) -> RunLock:
         works = _lock(file, folder)
         if _names(path, file):
             break
-        os.close(file)  # of a lock that was released between opening and locking
-    with suppress(OSError):  # a full disk: the lock holds all the same
+        os.close(file)  # the lock file was removed between opening and locking: try once more
+    with suppress(OSError):  # the lock holds even if the disk is full
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)
         os.write(
@@ -65,7 +65,7 @@ def take(folder: Path) -> RunLock:
 
 
 def check(folder: Path) -> None:
-    """Raises FolderError where a process trains in `folder`; writes nothing."""
+    """Raises FolderError if a process trains in `folder`; writes nothing."""
     try:
         file = os.open(folder / FILE, os.O_RDWR)
     except OSError:
@@ -75,15 +75,15 @@ def check(folder: Path) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first, or the only, process of a run; known before any backend is
-    loaded."""
+    """Whether this process has rank 0 or is the only process of a run; can be asked before a
+    backend is loaded."""
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
 def _lock(file: int, folder: Path) -> bool:
-    """Locks an open file, and says whether the system could.
+    """Locks an open file. Returns False if the file system has no locks.
 
-    Closes the file and raises FolderError where another process has the lock.
+    If another process holds the lock, closes the file and raises FolderError.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,8 +99,8 @@ def _lock(file: int, folder: Path) -> bool:
 
 
 def _release(path: Path, file: int) -> None:
-    # The name goes before the lock: whoever has opened the file meanwhile finds that the name has
-    # gone.
+    # The file is unlinked before the lock is released, so that a process which has opened it
+    # meanwhile sees in `take` that its lock file is gone.
     if _names(path, file):
         with suppress(OSError):
             path.unlink()
@@ -108,15 +108,16 @@ def _release(path: Path, file: int) -> None:
 
 
 def _holder(folder: Path) -> str:
+    """The process that holds the lock, for a message; empty if the file does not say it."""
     try:
-        found: Any = json.loads(read_file(folder / FILE))
-        return f" (pid {int(found['pid'])} on {str(found['host'])[:100]})"
+        content: Any = json.loads(read_file(folder / FILE))
+        return f" (pid {int(content['pid'])} on {str(content['host'])[:100]})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
 def _names(path: Path, file: int) -> bool:
-    """Whether `path` is the name of an open file."""
+    """Whether `path` still names the open file."""
     try:
         named, opened = path.stat(), os.fstat(file)
     except OSError:

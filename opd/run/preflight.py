@@ -1,6 +1,7 @@
-"""Before the first step: how many rows can be used, and what would keep the others.
+"""Checks before the first step how many rows can be used, and which settings would make more of
+them usable.
 
-Rows are looked at by the sizes of their images, so nothing is decoded.
+Rows are checked by the sizes of their images, without decoding them.
 """
 
 from __future__ import annotations
@@ -26,37 +27,40 @@ from opd.types import Encoder, Example
 from opd.views.usable import Unusable, lengths, name, reasons
 
 Size: TypeAlias = Callable[..., tuple[int, int]]
-"""`image_size`, or one that remembers."""
+"""`image_size`, or the same with a cache."""
 
 SAMPLE = 64
-"""Rows of large data that are looked at, evenly spread."""
+"""Number of rows of large data that are checked, evenly spread."""
 
 FEW = 16
-"""The same where a model's own processor has to encode blank images to tell the length of a
-prompt."""
+"""Number of rows that are checked if the model's own processor has to encode blank images to give
+the length of a prompt."""
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What was seen of the rows: `long` holds those above the limit with the tokens of their longer
-    prompt, `faulty` all others that cannot be used; `looked` rows of `rows` were looked at.
-    `advice` says what would keep the long ones."""
+class Inspection:
+    """The result of checking rows: `checked` of `rows` rows.
+
+    `limit`: longest prompt in tokens. `long`: rows above the limit, with the tokens of their longer
+    prompt. `faulty`: other rows that cannot be used, and why. `advice`: settings with which the
+    long rows can be used, for a message.
+    """
 
     limit: int
     rows: int
-    looked: int
+    checked: int
     long: tuple[tuple[Example, int], ...]
     faulty: tuple[tuple[Example, Unusable], ...]
     advice: str = ""
 
     @property
     def usable(self) -> int:
-        """Rows that can be used, of those that were looked at."""
-        return self.looked - len(self.long) - len(self.faulty)
+        """Number of checked rows that can be used."""
+        return self.checked - len(self.long) - len(self.faulty)
 
-    def said(self) -> list[str]:
-        """One line for the rows above the limit, and one for the others that cannot be used; none
-        where there are none."""
+    def lines(self) -> list[str]:
+        """A line about the rows above the limit if there are any, and a line about other rows that
+        cannot be used if there are any."""
         lines = []
         if self.long:
             verb = "is" if len(self.long) == 1 else "are"
@@ -78,67 +82,63 @@ class Looked:
         return lines
 
     def _of(self, count: int) -> str:
-        """A number of rows as a share."""
-        share = "" if count == self.looked else f" ({count / self.looked:.1%})"
-        return f"{count:,} of {plural(self.looked, 'row')}{share}" + (
-            "" if self.looked == self.rows else f", of {self.rows:,} in all,"
-        )
+        """`count` and the share of checked rows in words, such as "3 of 64 rows (4.7%)"."""
+        share = "" if count == self.checked else f" ({count / self.checked:.1%})"
+        total = "" if self.checked == self.rows else f", of {self.rows:,} in all,"
+        return f"{count:,} of {plural(self.checked, 'row')}{share}{total}"
 
 
 def check(
     recipe: Recipe, encoder: Encoder, examples: Sequence[Example], progress: Progress
 ) -> None:
-    """Tells how many rows cannot be used, and what would keep them. Raises DataError where nothing
-    could be learnt from any row."""
-    for line in refuse(recipe, encoder, examples).said():
+    """Tells `progress` how many rows cannot be used, and which settings would change that. Raises
+    DataError if no row can be trained on."""
+    for line in refuse(recipe, encoder, examples).lines():
         progress.note(line)
 
 
 def refuse(
     recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: int | None = None
-) -> Looked:
-    """What was seen of the rows. Raises DataError where nothing could be learnt from any of them;
-    see `look`."""
+) -> Inspection:
+    """The result of `inspect_rows`, with the same arguments. Raises DataError if no row can be
+    trained on."""
     if examples and not any(example.weight > 0 for example in examples):
         raise DataError(
             f"every row of {recipe.data.path} has weight 0, so nothing would be learnt; give rows a"
             " weight above 0"
         )
-    found = look(recipe, encoder, examples, read)
-    if found.looked and not found.usable and len(examples) != read:
-        raise DataError("; ".join(found.said()))
-    return found
+    inspection = inspect_rows(recipe, encoder, examples, read)
+    if inspection.checked and not inspection.usable and len(examples) != read:
+        raise DataError("; ".join(inspection.lines()))
+    return inspection
 
 
-def look(
+def inspect_rows(
     recipe: Recipe, encoder: Encoder, examples: Sequence[Example], read: int | None = None
-) -> Looked:
-    """Looks at a sample of the rows; at more of them where not one of the sample can be used, until
-    one can.
+) -> Inspection:
+    """Checks a sample of the rows; if none of the sample can be used, checks more until one can.
 
-    Where `read` is given, `examples` are at most so many that were read of the data.
+    `read`: the most rows that were read of the data into `examples`; None: `examples` are all rows.
     """
     sample = FEW if isinstance(encoder, ProcessorEncoder) else SAMPLE
     first = spread(examples, sample)
     total = len(examples) if len(examples) < SAMPLE else getattr(examples, "rows", len(examples))
-    limit, known = recipe.data.max_prompt_tokens, cache(image_size)
+    limit, cached_size = recipe.data.max_prompt_tokens, cache(image_size)
 
     def size(source: Path | Image, max_pixels: int) -> tuple[int, int]:
-        return (
-            known(source, max_pixels)
-            if isinstance(source, Path)
-            else image_size(source, max_pixels)
-        )
+        if isinstance(source, Path):
+            return cached_size(source, max_pixels)
+        return image_size(source, max_pixels)
 
-    looked = 0
+    checked = 0
     long: list[tuple[Example, int]] = []
     faulty: list[tuple[Example, Unusable]] = []
     for example in chain(first, examples if len(first) < len(examples) else ()):
-        if looked >= len(first) and len(long) + len(faulty) < looked:
+        if checked >= len(first) and len(long) + len(faulty) < checked:
             break
-        if looked >= len(first) and any(example is one for one in first):
+        if checked >= len(first) and any(example is row for row in first):
             continue
-        looked += 1
+        checked += 1
         try:
             tokens = max(lengths(encoder, example, recipe.view, size))
         except Unusable as error:
@@ -147,39 +147,42 @@ def look(
         if tokens > limit:
             long.append((example, tokens))
     advice = _advice(recipe, encoder, long, size) if long else ""
-    return Looked(limit, total, looked, tuple(long), tuple(faulty), advice)
+    return Inspection(limit, total, checked, tuple(long), tuple(faulty), advice)
 
 
 def _advice(
     recipe: Recipe, encoder: Encoder, long: Sequence[tuple[Example, int]], size: Size
 ) -> str:
-    """What would keep rows that are above the limit: smaller images where those are the cause."""
+    """Settings with which the rows above the limit could be used, for a message: smaller images if
+    these make a difference, else a higher limit."""
     most = max(tokens for _, tokens in long)
     raised = f"set data.max_prompt_tokens={most}"
-    kept, bounds = _smaller(recipe, encoder, [example for example, _ in long], size)
-    if not kept:
+    count, bounds = _smaller(recipe, encoder, [example for example, _ in long], size)
+    if not count:
         return f"{raised}, or shorten the questions"
     settings = " and ".join(f"model.{key}={value}" for key, value in bounds.items())
-    return (
-        f"set {settings}"
-        if kept == len(long)
-        else f"set {settings} to keep {kept:,} of them, or {raised} to keep all"
-    )
+    if count == len(long):
+        return f"set {settings}"
+    return f"set {settings} to keep {count:,} of them, or {raised} to keep all"
 
 
 def _smaller(
     recipe: Recipe, encoder: Encoder, long: Sequence[Example], size: Size
 ) -> tuple[int, dict[str, int]]:
-    """The largest bounds on images with which all rows are within the limit that smaller images can
-    bring there, and their number."""
+    """The number of `long` rows that smaller images bring within the limit, and the largest bounds
+    on pixels that do it for all of these, by key of the model section; (0, {}) if there are none.
+    """
     if not isinstance(encoder, PromptEncoder) or isinstance(encoder, ProcessorEncoder):
         return 0, {}
     now, limit = recipe.model.pixels(), recipe.data.max_prompt_tokens
     keys = ["max_pixels"]
-    if now["teacher_max_pixels"]:  # else the teacher's follows the student's
+    if now["teacher_max_pixels"]:  # else the teacher's bound follows the student's
         both = [lengths(encoder, example, recipe.view, size) for example in long]
-        policies = zip(("max_pixels", "teacher_max_pixels"), zip(*both, strict=True), strict=True)
-        keys = [key for key, tokens in policies if max(tokens) > limit]
+        keys = []
+        if max(student for student, _ in both) > limit:
+            keys.append("max_pixels")
+        if max(teacher for _, teacher in both) > limit:
+            keys.append("teacher_max_pixels")
 
     def within(bound: int, examples: Sequence[Example]) -> list[Example]:
         other = encoder.bounded(**{**now, **dict.fromkeys(keys, bound)})
@@ -192,21 +195,19 @@ def _smaller(
     low = max(1, now["min_pixels"] or 1, now["teacher_min_pixels"] or 1)
     high = max(encoder.max_pixels("student"), encoder.max_pixels("teacher"))
     try:
-        kept = within(low, long)
-    except (
-        ModelError,
-        Unusable,
-    ):  # a family without such a bound; or none that its processor takes
+        fixable = within(low, long)
+    except (ModelError, Unusable):  # the family or its processor takes no such bound
         return 0, {}
-    if not kept:
+    if not fixable:
         return 0, {}
-    decisive = kept[:SAMPLE]  # of many rows some are enough, if all are looked at in the end
+    # A sample decides the bound; if it does not suit all rows, some of the others join the sample.
+    decisive = fixable[:SAMPLE]
     while True:
-        named = _largest(low, high, within, decisive)
-        fitting = {id(example) for example in within(named, kept)}
-        others = [example for example in kept if id(example) not in fitting]
+        bound = _largest(low, high, within, decisive)
+        fitting = {id(example) for example in within(bound, fixable)}
+        others = [example for example in fixable if id(example) not in fitting]
         if not others:
-            return len(kept), dict.fromkeys(keys, named)
+            return len(fixable), dict.fromkeys(keys, bound)
         decisive = [*decisive, *others[:SAMPLE]]
 
 
@@ -216,8 +217,8 @@ def _largest(
     within: Callable[[int, Sequence[Example]], list[Example]],
     examples: Sequence[Example],
 ) -> int:
-    """The largest bound to three digits, from `low` to below `high`, with which all examples are
-    within the limit, as with `low`."""
+    """The largest bound in `low`..`high` - 1, rounded down to three digits where that holds too,
+    with which all examples are within the limit; `low` is known to do it."""
 
     def fits(bound: int) -> bool:
         return len(within(bound, examples)) == len(examples)

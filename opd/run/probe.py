@@ -1,4 +1,4 @@
-"""Measuring a run: before training, between steps where the recipe asks for it, and after."""
+"""Measures a run: before training, between steps if the recipe asks for it, and after."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def answers(
     progress: Progress,
     skipped: Skipped,
 ) -> list[Answered]:
-    """The student's answers to the held-out examples, measured as the recipe says; rows that cannot
-    be used are handed to `skipped`."""
+    """The student's greedy answers to the held-out examples, with the recipe's view and lengths;
+    examples that cannot be used are added to `skipped`."""
     return gap.greedy_answers(
         backend,
         encoder,
@@ -43,7 +43,8 @@ def answers(
 
 @dataclass(frozen=True)
 class Probe:
-    """Has the student answer the held-out examples, keeps the answers, and tells the monitors."""
+    """Lets the student answer the held-out examples, writes the answers into the run folder, and
+    tells the monitors the accuracies."""
 
     recipe: Recipe
     backend: Backend
@@ -55,22 +56,23 @@ class Probe:
     skipped: Skipped
 
     def before(self, done: int) -> list[Answered]:
-        """The answers before training; a run that goes on after step `done` reads the ones that
-        were kept."""
-        if kept := records.before(self.folder):
-            return kept
+        """The answers before training: measured now, or read from the run folder if they are there.
+        `done`: steps that the run has already done."""
+        if written := records.before(self.folder):
+            return written
         if done and self.held_out:
             self.progress.note(
                 "no answers of before training are kept: what is called before is measured after"
                 f" step {done}"
             )
         answered = self._answers("before")
-        self._keep("before", answered)
+        self._write("before", answered)
         self._tell(0, answered)
         return answered
 
     def between(self, step: int, before: Sequence[Answered]) -> None:
-        """Measures after a step, where the recipe asks for it."""
+        """Measures after `step` if it is a multiple of measure.every, on the examples that were
+        answered before."""
         every, steps = self.recipe.measure.every, self.recipe.run.steps
         if every and step % every == 0 and step < steps:
             self._tell(step, self._answers("measure", before))
@@ -79,21 +81,23 @@ class Probe:
     def after(self, before: Sequence[Answered]) -> list[Answered]:
         """The answers after training, to the examples that were answered before."""
         answered = self._answers("after", before)
-        self._keep("after", answered)
+        self._write("after", answered)
         self._tell(self.recipe.run.steps, answered)
         return answered
 
     def _answers(self, phase: str, before: Sequence[Answered] | None = None) -> list[Answered]:
-        """The student's answers now, only to the examples that were answered `before` where that is
-        given."""
+        """The student's current answers to the held-out examples; with `before`, only to those that
+        are answered there."""
         if not self.held_out or (before is not None and not before):
             return []
         self.progress.begin(phase, 2 * len(self.held_out))
         answered = answers(
             self.recipe, self.backend, self.encoder, self.held_out, self.progress, self.skipped
         )
-        rows = {one.row for one in before} if before is not None else set(range(len(self.held_out)))
-        answered = [one for one in answered if one.row in rows]
+        rows = set(range(len(self.held_out)))
+        if before is not None:
+            rows = {answer.row for answer in before}
+        answered = [answer for answer in answered if answer.row in rows]
         if missing := len(rows) - len(answered):
             which = "measured before" if before is not None else "to be measured"
             left = "they are left out of every comparison" if answered else "nothing is measured"
@@ -102,16 +106,18 @@ class Probe:
             )
         return answered
 
-    def _keep(self, when: str, answered: Sequence[Answered]) -> None:
-        """Every answer before or after, to answers.jsonl."""
+    def _write(self, when: str, answered: Sequence[Answered]) -> None:
+        """Writes the answers to answers.jsonl, in the place of earlier rows with the same `when`,
+        "before" or "after"."""
         if answered:
             others = [
                 row for row in records.read(self.folder, records.ANSWERS) if row["when"] != when
             ]
-            rows = [{"when": when, **asdict(one)} for one in answered]
+            rows = [{"when": when, **asdict(answer)} for answer in answered]
             self.folder.rewrite(records.ANSWERS, [*others, *rows])
 
     def _tell(self, step: int, answered: Sequence[Answered]) -> None:
+        """Tells all monitors the accuracies after `step`."""
         if answered:
             accuracies = gap.accuracies(answered)
             for monitor in self.monitors:

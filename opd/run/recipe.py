@@ -1,7 +1,7 @@
-"""A recipe: every option of a run in one place, from a preset or a TOML file, with overrides.
+"""A recipe: every option of a run, from a preset or a TOML file, with overrides.
 
-Each section is the options of one module, declared there with default, range and help; this module
-only puts them together.
+Each section is declared, with defaults, ranges and help, in the module that uses it; this module
+combines the sections.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PRESETS = ("tiny", "paper", "lora")
 
 
 class RunOptions(Options):
-    """The run itself."""
+    """The length of the run, and what the run saves."""
 
     steps: int = Field(65, ge=1, description="Optimizer steps.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of data order and sampling.")
@@ -45,7 +45,7 @@ class RunOptions(Options):
 
 
 class Recipe(Options):
-    """All sections; the same names serve `--set section.key=value`."""
+    """All sections; `--set section.key=value` uses the same names."""
 
     model: ModelChoice = ModelChoice()
     data: DataOptions = DataOptions()
@@ -68,24 +68,23 @@ in [opd/presets](../opd/presets). Made by `python -m opd.run.recipe > docs/recip
 
 
 BESIDE = "recipe.toml"
-"""The file beside a result that says how the result was trained."""
+"""The file, beside the weights of a result, that holds the recipe of the training."""
 
 PATHS = {"model": ("path", "revision"), "data": ("path",), "measure": ("path",)}
-"""Keys that only say where something is."""
+"""Keys that only say where a file or folder is."""
 
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
-"""What a person changes in a recipe: texts `section.key=value`, or values by section and key."""
+"""Changes of a recipe: texts `section.key=value`, or values by section and key."""
 
 DATA = {".jsonl", ".json", ".parquet", ".csv", ".tsv"}
-"""Endings of what a person may take for a recipe."""
+"""Suffixes of data files, which people may give in the place of a recipe."""
 
 
 def load(source: str = "tiny", overrides: Overrides = ()) -> Recipe:
-    """Reads a preset or a TOML file and applies overrides `section.key=value`. Raises RecipeError
-    with one line.
+    """The recipe of a preset or a TOML file, with overrides. Raises RecipeError, of one line.
 
-    A file says what differs from a preset: the one it names at its top (`preset = "paper"`), else
-    `preset` of its model.
+    A file holds differences from a preset: the one that it names at the top (`preset = "paper"`),
+    else the usual one for its model (`preset`).
     """
     values = given(source, overrides)
     if source not in PRESETS:
@@ -97,30 +96,30 @@ def load(source: str = "tiny", overrides: Overrides = ()) -> Recipe:
             raise RecipeError(
                 f"recipe '{source}': unknown preset {named!r}; {nearest(str(named), PRESETS)}"
             )
-        values = over(read(named), values)
+        values = merged(read(named), values)
     return validate(values, source)
 
 
 def given(source: str | None, overrides: Overrides = ()) -> dict[str, Any]:
-    """What a person says: the values of a file or preset, with the overrides. Raises
-    RecipeError."""
+    """The values that a person gives: those of a file or preset, and the overrides, not yet
+    validated. Raises RecipeError."""
     values = read(source) if source else {}
-    values.pop("made_with", None)  # of a run's config.toml
+    values.pop("made_with", None)  # a run's config.toml has this table
     if isinstance(overrides, Mapping):
-        return over(values, overrides)
+        return merged(values, overrides)
     for override in overrides:
         assign(values, override)
     return values
 
 
 def preset(model: str) -> str:
-    """The preset where none is named: `tiny` for the embedded model and what was made of it, `lora`
-    for any other."""
+    """The preset of a recipe that names none: `tiny` for the embedded model and models trained from
+    it, `lora` for any other."""
     return "tiny" if is_tiny(model) else "lora"
 
 
-def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `above`, and those of `below` that it does not give."""
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `above`, by section and key, and those of `below` for all other keys."""
     shared = {name for name in below.keys() & above.keys() if isinstance(above[name], Mapping)}
     both = {
         name: {**below[name], **above[name]} for name in shared if isinstance(below[name], Mapping)
@@ -129,7 +128,7 @@ def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(source: str) -> dict[str, Any]:
-    """The values of a preset or a TOML file, not yet validated."""
+    """The values of a preset or a TOML file, not yet validated. Raises RecipeError."""
     if source in PRESETS:
         text = (files("opd") / "presets" / f"{source}.toml").read_text(encoding="utf-8")
     else:
@@ -160,8 +159,8 @@ def read(source: str) -> dict[str, Any]:
 
 
 def assign(values: dict[str, Any], override: str) -> None:
-    """Applies one `section.key=value`; the value is read as TOML, and as a plain string where it is
-    none."""
+    """Puts one override `section.key=value` into `values`. The value is read as TOML; text that is
+    not TOML is a string. Raises RecipeError."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
@@ -170,10 +169,8 @@ def assign(values: dict[str, Any], override: str) -> None:
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (
-        ValueError,
-        RecursionError,
-    ):  # no TOML, a number of thousands of digits, or lists in lists without end
+    # Not TOML, a number of thousands of digits, or lists nested too deep.
+    except (ValueError, RecursionError):
         value = text
     keys = values.setdefault(section, {})
     if not isinstance(keys, dict):
@@ -182,8 +179,8 @@ def assign(values: dict[str, Any], override: str) -> None:
 
 
 def validate(values: Mapping[str, Any], source: str) -> Recipe:
-    """The recipe of plain values. Raises RecipeError for the first unknown key or value out of
-    range."""
+    """The recipe of plain values; `source` names them in messages. Raises RecipeError for the first
+    unknown key or value out of range."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as failure:
@@ -197,7 +194,7 @@ def validate(values: Mapping[str, Any], source: str) -> Recipe:
             raise RecipeError(
                 f"recipe '{source}': unknown key {where}; {nearest(name, known)}"
             ) from failure
-        # a check of several keys together, in its section's own words
+        # A section's validator has checked several keys together, and says what is wrong.
         if error["type"] == "value_error":
             raise RecipeError(f"recipe '{source}': {where}: {error['ctx']['error']}") from failure
         given = error["input"] if not isinstance(error["input"], dict) else "this section"
@@ -207,13 +204,13 @@ def validate(values: Mapping[str, Any], source: str) -> Recipe:
 
 
 def write(recipe: Recipe, made_with: Mapping[str, Any]) -> str:
-    """The resolved recipe as TOML, with a [made_with] table of versions and the data's
-    fingerprint."""
+    """The recipe as TOML, followed by a table [made_with], such as versions and the fingerprint of
+    the data."""
     return tomli_w.dumps({**recipe.model_dump(mode="json"), "made_with": dict(made_with)})
 
 
 def without_paths(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The sections as plain values, without the keys that only say where something is."""
+    """The sections of a recipe as plain values, without the keys in PATHS."""
     dumped = recipe.model_dump(mode="json")
     return {
         name: {key: value for key, value in section.items() if key not in PATHS.get(name, ())}
@@ -222,22 +219,23 @@ def without_paths(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def no_data(model: str) -> RecipeError:
-    """The error where nobody named the data of a model that the embedded scenes are not for."""
+    """The RecipeError for a model other than the embedded one, whose recipe names no data."""
     return RecipeError(
         f"model '{model}' has no data yet: give --data FILE (--data tiny takes the scenes of the"
         " embedded model, for a try)"
     )
 
 
-def leave(recipe: Recipe, folder: Path, step: int) -> None:
-    """Writes the recipe of a result beside it, without paths, and the step that it is of: others
-    measure and train it alike."""
+def write_beside(recipe: Recipe, folder: Path, step: int) -> None:
+    """Writes the recipe, without paths, and the `step` of the weights into the `folder` of a
+    result, so that it can be measured and trained with the same options elsewhere."""
     content = {**without_paths(recipe), "made_with": {"step": step}}
     (folder / BESIDE).write_text(tomli_w.dumps(content), encoding="utf-8")
 
 
 def step_of(folder: Path, finished: int) -> int:
-    """The step that a result is of; `finished` where an earlier version left none."""
+    """The step of the weights in `folder`, as `write_beside` wrote it; `finished` if it is not
+    there, as in results of earlier versions."""
     try:
         return int(tomllib.loads(read_file(folder / BESIDE).decode("utf-8"))["made_with"]["step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -245,18 +243,19 @@ def step_of(folder: Path, finished: int) -> int:
 
 
 def reread(path: Path) -> Recipe:
-    """The recipe of a run folder's config.toml."""
+    """The recipe in `path`, the config.toml of a run folder. Raises RecipeError."""
     values = read(str(path))
     values.pop("made_with", None)
     return validate(values, str(path))
 
 
 def _plain(message: str) -> str:
+    """The message without the capital letter at the beginning."""
     return message[:1].lower() + message[1:]
 
 
 def reference() -> str:
-    """Every section and key with its default and what it means, as Markdown: docs/recipe.md."""
+    """The content of docs/recipe.md: every section and key, with default and help, as Markdown."""
     lines = [REFERENCE]
     for name, section in Recipe.model_fields.items():
         options = type(section.default)

@@ -1,7 +1,6 @@
-"""What a run has written about itself, read back and checked: people open these files, and cut or
-edit them.
+"""Reads and checks the .jsonl files of a run folder, which people may have edited or truncated.
 
-A run that goes on from a wrong record would compare with answers that nobody gave.
+A run that resumes from a damaged file would compare with answers that the model never gave.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     },
     ROLLOUTS: {"step": (int,)},
 }
-"""Types of the fields that are read again; only a row of answers has no others."""
+"""Fields that are read back, and their types. Rows of answers have no other fields."""
 
-WORDS = {
+TYPE_NAMES = {
     str: "a text",
     list: "a list",
     type(None): "null",
@@ -48,8 +47,8 @@ WORDS = {
 
 
 def read(folder: RunFolder, name: str) -> list[dict[str, Any]]:
-    """The rows of a run's .jsonl file. Raises FolderError, which names file and line, where one is
-    not what a run writes."""
+    """The rows of a .jsonl file of a run. Raises FolderError, which names file and line, for a row
+    that a run does not write."""
     rows = []
     for number, row in folder.numbered(name, _remedy(name)):
         if fault := _fault(name, row):
@@ -61,48 +60,45 @@ def read(folder: RunFolder, name: str) -> list[dict[str, Any]]:
 
 
 def before(folder: RunFolder) -> list[Answered]:
-    """The answers before training; none where nobody has measured yet.
+    """The answers before training; empty if they are not measured yet.
 
-    Raises FolderError where some are gone: measured again, the trained model's would take their
-    place.
+    Raises FolderError if some are missing: a second measurement would be of the trained model.
     """
     rows = [row for row in read(folder, ANSWERS) if row["when"] == "before"]
     measured = next((row["rows"] for row in read(folder, ACCURACY) if row["step"] == 0), len(rows))
     if measured != len(rows):
-        held = (
-            f"it holds {len(rows)} answers of before training, and {ACCURACY} was made of"
-            f" {measured}"
+        raise FolderError(
+            f"'{folder.path / ANSWERS}' is damaged: it holds {len(rows)} answers of before"
+            f" training, and {ACCURACY} was made of {measured}; {_remedy(ANSWERS)}"
         )
-        raise FolderError(f"'{folder.path / ANSWERS}' is damaged: {held}; {_remedy(ANSWERS)}")
     return [Answered(**{key: value for key, value in row.items() if key != "when"}) for row in rows]
 
 
 def check(folder: RunFolder) -> None:
-    """Raises FolderError where a record that a run goes on from is damaged."""
+    """Raises FolderError if a file that a resumed run reads is damaged."""
     before(folder)
     for name in FIELDS:
         read(folder, name)
 
 
 def _fault(name: str, row: Mapping[str, Any]) -> str:
-    """What is wrong with a row; empty where nothing is."""
+    """The fault of a row, for a message; empty if the row is valid."""
     fields = FIELDS[name]
     for field, types in fields.items():
         if field not in row:
             return f"field '{field}' is missing"
         if type(row[field]) not in types:
-            return (
-                f"field '{field}' is {shown(row[field])}, not"
-                f" {' or '.join(WORDS[one] for one in types)}"
-            )
+            expected = " or ".join(TYPE_NAMES[kind] for kind in types)
+            return f"field '{field}' is {shown(row[field])}, not {expected}"
     if name != ANSWERS:
         return ""
     if unknown := row.keys() - fields.keys():
         return f"field {shown(min(unknown))} is not known"
     if row["when"] not in ("before", "after"):
         return f'field \'when\' is {shown(row["when"])}, neither "before" nor "after"'
-    if isinstance(row["answer"], list) and not all(isinstance(one, str) for one in row["answer"]):
-        return f"field 'answer' is {shown(row['answer'])}, not a list of texts"
+    answer = row["answer"]
+    if isinstance(answer, list) and not all(isinstance(text, str) for text in answer):
+        return f"field 'answer' is {shown(answer)}, not a list of texts"
     if any(
         (row[field] is None) != (row["answer"] is None) for field in ("full_right", "crop_right")
     ):
@@ -111,6 +107,7 @@ def _fault(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _remedy(name: str) -> str:
+    """The end of a message: what to do about a damaged file."""
     if name in (ANSWERS, ACCURACY):
         return (
             "restore the file, or begin the run anew: what was measured before training cannot be"

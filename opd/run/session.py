@@ -1,5 +1,5 @@
-"""From a recipe to a trainer: opens data and model before anything is written, then makes the run
-folder."""
+"""Opens data and model of a recipe, makes the run folder, and builds the trainer. Mistakes in the
+input raise an error before anything is written."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ from opd.version import __version__
 from opd.views.usable import Skipped, Unusable
 
 PACKAGES = ("torch", "transformers", "mlx", "mlx-vlm", "numpy", "pillow")
-"""Packages whose versions are written down with a run."""
+"""Packages whose versions are recorded with a run."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A recipe's model and data, opened on a backend."""
+    """The model and data of a recipe, opened on the backend called `name`. `examples` are trained
+    on, `held_out` are measured."""
 
     recipe: Recipe
     name: str
@@ -50,10 +51,10 @@ class Session:
     held_out: Sequence[Example]
 
     def answer(self, progress: Progress) -> tuple[list[measure.Answered], Skipped]:
-        """Greedy answers to the held-out examples, on the full image and on the crop; and the
+        """Greedy answers to the held-out examples, on the full image and on the crop, and the
         examples that cannot be used.
 
-        Raises DataError where not one of the examples can be.
+        Raises DataError if none of the examples can be used.
         """
         progress.begin("measure", 2 * len(self.held_out))
         skipped = Skipped(progress)
@@ -73,8 +74,8 @@ class Session:
         return answered, skipped
 
     def left_out(self, answered: Sequence[measure.Answered], skipped: Skipped) -> dict[str, Any]:
-        """The rows that were not answered, and why: those that could not be read, and those that
-        could not be encoded."""
+        """The number of rows that were not answered, under "rows_skipped", and a record of each,
+        with the reason, under "skipped"; the rows could not be read or not be encoded."""
         unread = [
             {"row": row, "reason": reason, "kind": Unusable(reason).kind}
             for row, reason in getattr(self.held_out, "skipped", ())
@@ -87,8 +88,8 @@ class Session:
 
 @dataclass(frozen=True)
 class Opened:
-    """All that a session needs but the weights: what can be wrong with a recipe's inputs has been
-    told."""
+    """Everything that a session needs except the weights. All checks of the recipe's inputs have
+    passed."""
 
     recipe: Recipe
     name: str
@@ -98,7 +99,7 @@ class Opened:
     held_out: Sequence[Example]
 
     def inputs(self) -> dict[str, Any]:
-        """Fingerprints of it all; see `opd.run.inputs`."""
+        """Fingerprints of recipe, model and data, as in `opd.run.inputs`."""
         return {
             "recipe": recipes.without_paths(self.recipe),
             "model": fingerprints.of_model(self.options),
@@ -113,18 +114,19 @@ class Opened:
 
 
 def open_session(recipe: Recipe, backend: str, progress: Progress, few: bool = False) -> Session:
-    """Opens the model's small files, then data, then weights, so that a mistake is told before
-    anything slow. Raises UserError.
+    """Opens the model's small files, then the data, then the weights, so that a mistake raises
+    UserError before anything slow happens.
 
-    With `few`, only the rows that are measured are read, and `examples` are those.
+    With `few`, only the measured rows are read, and `examples` are the same as `held_out`.
     """
     return open_inputs(recipe, backend, progress, few).load()
 
 
 def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = False) -> Opened:
-    """Opens the model's small files, then data. Raises UserError."""
+    """Opens the model's small files, then the data; `few` as in `open_session`. Raises
+    UserError."""
     _check_known(backend)
-    trained = not few or not recipe.measure.path  # else only what is measured is opened
+    trained = not few or not recipe.measure.path  # else only the measured file is opened
     for path in ([recipe.data.path] if trained else []) + [recipe.measure.path]:
         if path not in ("", "tiny") and not os.path.exists(path):
             raise DataError(f"data file not found: {path}")
@@ -145,7 +147,7 @@ def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = Fa
 
 
 def open_model(recipe: Recipe, backend: str, progress: Progress) -> Session:
-    """Opens the model alone: a session without examples. Raises UserError."""
+    """Opens the model without data: a session without examples. Raises UserError."""
     _check_known(backend)
     recipe, name, encoder = _open_small_files(recipe, backend, progress)
     return Opened(recipe, name, encoder, _fetch_weights(recipe, name, progress), [], []).load()
@@ -154,8 +156,8 @@ def open_model(recipe: Recipe, backend: str, progress: Progress) -> Session:
 def start(
     recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None
 ) -> Trainer:
-    """A trainer in a new run folder `out`. Raises UserError before anything is written where the
-    input is wrong."""
+    """The trainer of a new run in the folder `out`; with `force` it replaces an older run. Raises
+    UserError, before anything is written, if the input is wrong."""
     RunFolder.check(out, force)
     opened = open_inputs(recipe, backend, progress or Quiet())
     preflight.check(opened.recipe, opened.encoder, opened.examples, progress or Quiet())
@@ -170,7 +172,7 @@ def start(
             "packages": _versions(),
             "data": began["data"],
         }
-        folder = RunFolder.create(out, recipes.write(_anywhere(session.recipe), made_with), force)
+        folder = RunFolder.create(out, recipes.write(_absolute(session.recipe), made_with), force)
         folder.write(inputs.FILE, {**began, "history": []})
         _tell_unlocked(folder, progress or Quiet())
     return _trainer(session, folder, progress)
@@ -182,10 +184,10 @@ def resume(
     progress: Progress | None = None,
     changed: Changed | None = None,
 ) -> Trainer:
-    """A trainer that goes on with the run in `path`, on its own backend or another one, with what
-    is `changed` on purpose.
+    """The trainer that continues the run in `path`, on the run's backend or on `backend`, with the
+    changes in `changed`.
 
-    Raises UserError where the run's inputs are not what the run began with, or another process
+    Raises UserError if the inputs differ from those that the run began with, or if another process
     trains there.
     """
     progress, changed = progress or Quiet(), changed or Changed()
@@ -196,7 +198,7 @@ def resume(
         on_disk = recipes.reread(path / CONFIG)
         _check_goes_on(folder, on_disk)
         records.check(folder)
-        recipe, said = changed.applied(on_disk, folder)
+        recipe, lines = changed.applied(on_disk, folder)
         made_with = recipes.read(str(path / CONFIG)).get("made_with", {})
         opened = open_inputs(recipe, backend or made_with.get("backend", "auto"), progress)
         now = opened.inputs()
@@ -218,19 +220,17 @@ def resume(
                 f"the checkpoint of '{path}' does not fit what has changed:"
                 f" {'; '.join(differences)}; restore it"
             ) from error
-        for line in (*said, *(f"accepted: {difference}" for difference in differences)):
+        for line in (*lines, *(f"accepted: {difference}" for difference in differences)):
             progress.note(line)
         if trainer.backend.rank == 0:
-            _write_down(
-                folder, on_disk, _anywhere(opened.recipe), {**made_with, "data": now["data"]}
+            _write_recipe(
+                folder, on_disk, _absolute(opened.recipe), {**made_with, "data": now["data"]}
             )
             history = before.get("history", [])
-            if said or differences:
-                now_in_words = datetime.now(UTC).isoformat(timespec="seconds")
-                history = [
-                    *history,
-                    {"when": now_in_words, "step": done, "changes": [*said, *differences]},
-                ]
+            if lines or differences:
+                when = datetime.now(UTC).isoformat(timespec="seconds")
+                entry = {"when": when, "step": done, "changes": [*lines, *differences]}
+                history = [*history, entry]
             folder.write(inputs.FILE, {**now, "history": history})
     except BaseException:
         folder.release()
@@ -241,9 +241,10 @@ def resume(
 def held_out(
     recipe: Recipe, examples: Sequence[Example] | None, progress: Progress | None = None
 ) -> Sequence[Example]:
-    """The rows that are measured, at most measure.count: see `MeasureOptions.path`.
+    """The rows that are measured, at most measure.count: fresh scenes, rows of measure.path, or
+    rows spread over data.path, as `MeasureOptions.path` describes.
 
-    `examples` are all rows of data.path; where they are None, only the rows that are measured are
+    `examples`: all rows of data.path; None: they are not opened, and only the measured rows are
     read.
     """
     options = recipe.measure
@@ -261,16 +262,16 @@ def held_out(
 
 
 def check_data_is_given(recipe: Recipe) -> None:
-    """Raises RecipeError where nobody named the data, and the model is not the one that the default
-    data are for."""
+    """Raises RecipeError if the recipe does not name data and the model is not the embedded one, to
+    which the default data belong."""
     if "path" in recipe.data.model_fields_set or is_tiny(recipe.model.path):
         return
     raise recipes.no_data(recipe.model.path)
 
 
 def _check_known(backend: str) -> None:
-    """Raises BackendError where a backend is unknown or not installed."""
-    # which one `auto` is takes seconds: frameworks are imported to see their devices
+    """Raises BackendError if the backend is unknown or not installed."""
+    # Resolving `auto` takes seconds, since it imports frameworks to see their devices.
     if backend != "auto":
         backends.resolve(backend)
 
@@ -278,8 +279,9 @@ def _check_known(backend: str) -> None:
 def _open_small_files(
     recipe: Recipe, backend: str, progress: Progress
 ) -> tuple[Recipe, str, Encoder]:
-    """The recipe with its model pinned, the backend's name, and the encoder. Raises UserError."""
-    with progress.pause():  # a download shows its own bars
+    """The recipe with the model's commit, the name of the backend, and the encoder. Raises
+    UserError."""
+    with progress.pause():  # a download shows progress bars of huggingface_hub
         folder = recipe.model.folder(weights=False)
     recipe = _pinned(recipe, folder)
     name = backends.resolve(backend)
@@ -289,7 +291,8 @@ def _open_small_files(
 
 
 def _fetch_weights(recipe: Recipe, name: str, progress: Progress) -> ModelOptions:
-    """What the backend loads, once it is on this machine. Raises ModelError."""
+    """Downloads the weights if needed; returns the options with which the backend loads them.
+    Raises ModelError."""
     as_model(recipe.model.path, name, progress)
     with progress.pause():
         return recipe.model.options(recipe.run.seed)
@@ -298,7 +301,8 @@ def _fetch_weights(recipe: Recipe, name: str, progress: Progress) -> ModelOption
 def _open_rows(
     recipe: Recipe, path: str, progress: Progress, count: int | None = None
 ) -> Sequence[Example]:
-    """All rows of a data file, or so many spread over it; what is wrong with the others is told."""
+    """All usable rows of a data file, or `count` rows spread over it; tells `progress` about the
+    others."""
     options = recipe.data
     examples = open_data(
         path,
@@ -313,7 +317,7 @@ def _open_rows(
 
 
 def _check_goes_on(folder: RunFolder, recipe: Recipe) -> None:
-    """Raises FolderError where a run is done and its checkpoints are gone: it would begin again."""
+    """Raises FolderError if a finished run has no checkpoint: training would start over."""
     result = recipe.model.result
     if (folder.path / result).is_dir() and not folder.checkpoints():
         raise FolderError(
@@ -322,20 +326,21 @@ def _check_goes_on(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _write_down(
+def _write_recipe(
     folder: RunFolder, before: Recipe, now: Recipe, made_with: Mapping[str, Any]
 ) -> None:
-    """The recipe that a run goes on with, where it is another one."""
+    """Writes config.toml if the recipe has changed."""
     if now == before:
         return
     result = folder.path / before.model.result
-    # of an earlier version, which left no step
+    # Earlier versions wrote no recipe beside the result.
     if result.is_dir() and not (result / recipes.BESIDE).exists():
-        recipes.leave(before, result, before.run.steps)
+        recipes.write_beside(before, result, before.run.steps)
     folder.write_config(recipes.write(now, made_with))
 
 
 def _tell_unlocked(folder: RunFolder, progress: Progress) -> None:
+    """Tells `progress` if the file system has no locks."""
     if folder.lock and not folder.lock.works:
         progress.note(
             f"the file system of '{folder.path}' has no locks: nothing keeps a second process from"
@@ -344,18 +349,14 @@ def _tell_unlocked(folder: RunFolder, progress: Progress) -> None:
 
 
 def _pinned(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the commit of a Hugging Face id: a run that is resumed must find the model
-    that it began with."""
-    commit = (
-        hub.commit(folder)
-        if hub.is_id(recipe.model.path) and not Path(recipe.model.path).is_dir()
-        else ""
-    )
-    return (
-        recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
-        if commit
-        else recipe
-    )
+    """The recipe with the current commit as revision if the model is a Hugging Face id, so that a
+    resumed run finds the same model."""
+    is_folder = Path(recipe.model.path).is_dir()
+    commit = hub.commit(folder) if hub.is_id(recipe.model.path) and not is_folder else ""
+    if not commit:
+        return recipe
+    model = recipe.model.model_copy(update={"revision": commit})
+    return recipe.model_copy(update={"model": model})
 
 
 def _trainer(session: Session, folder: RunFolder, progress: Progress | None) -> Trainer:
@@ -371,23 +372,25 @@ def _trainer(session: Session, folder: RunFolder, progress: Progress | None) -> 
     )
 
 
-def _anywhere(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths: a run is resumed from any folder."""
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that the run can be resumed from any folder."""
 
     def section(name: str) -> Any:
         options = getattr(recipe, name)
         path = Path(options.path)
-        there = options.path not in ("", "tiny") and path.exists()
-        return options.model_copy(update={"path": str(path.resolve())}) if there else options
+        if options.path in ("", "tiny") or not path.exists():
+            return options
+        return options.model_copy(update={"path": str(path.resolve())})
 
     return recipe.model_copy(update={name: section(name) for name in ("model", "data", "measure")})
 
 
 def _versions() -> dict[str, Any]:
-    found = {}
+    """Versions of the installed packages among PACKAGES, by name."""
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""What a run comes to: summary.json."""
+"""Builds summary.json, the result of a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def summary(
     after: Sequence[Answered],
     held_out: int,
 ) -> dict[str, Any]:
-    """The `facts`, what the `steps` (rows of metrics.jsonl) did, and the answers before and after,
-    compared on the rows that were answered both times; `held_out` rows were to be measured."""
+    """The content of summary.json: `facts`, counts over `steps` (rows of metrics.jsonl), and the
+    accuracies before and after, on the examples that were answered both times. `held_out`: number
+    of examples that were to be measured."""
     before, after = gap.paired(before, after)
     result = {
         **facts,

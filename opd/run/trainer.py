@@ -21,7 +21,7 @@ from opd.run.idle import IDLE_STEPS, ended
 from opd.run.loop import Loop
 from opd.run.monitors import Monitor, Recorded, Shown
 from opd.run.probe import Probe
-from opd.run.recipe import Recipe, leave
+from opd.run.recipe import Recipe, write_beside
 from opd.run.summary import summary
 from opd.types import Encoder, Example
 from opd.views.usable import Skipped
@@ -185,4 +185,4 @@ class Trainer:
     def _export(self, folder: Path) -> None:
         self.backend.export(folder, self.recipe.model.result)
         self.encoder.save(folder)
-        leave(self.recipe, folder, self.recipe.run.steps)
+        write_beside(self.recipe, folder, self.recipe.run.steps)

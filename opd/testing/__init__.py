@@ -1,1 +1,2 @@
-"""For authors of backends: the conformance suite, its fixtures, and a backend in numpy."""
+"""Tools for authors of backends: the conformance suite, committed numbers, and a backend in
+numpy."""

@@ -1,14 +1,15 @@
-"""Numbers of the embedded model, committed from the CPU, against which any device can be checked:
-`opd backends --check`.
+"""Committed results of the embedded model on the CPU, against which `opd backends --check` compares
+any device.
 
-`python -m opd.testing.fixtures` writes them anew from the torch backend on the CPU; it is run when
-the embedded model changes.
+`python -m opd.testing.fixtures` computes them with the torch backend on the CPU and overwrites the
+file; run it when the embedded model changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ Numbers = dict[str, NDArray[Any]]
 
 
 def check_backend(name: str) -> list[Result]:
-    """All checks of a backend on this device: the conformance suite, then the committed numbers.
-    Raises BackendError, ModelError."""
+    """The results of all checks of a backend on this device: the conformance suite, then the
+    committed numbers. Raises BackendError, ModelError."""
     encoder, pairs = material()
     make = partial(backends.load, name, ModelOptions(MODEL))
     return [
@@ -47,40 +48,34 @@ def check_backend(name: str) -> list[Result]:
 def against_fixtures(
     make: Callable[[], Backend], encoder: PromptEncoder, pairs: list[tuple[Prompt, Prompt]]
 ) -> list[Result]:
-    """Relative errors to the committed numbers."""
+    """Compares the backend with the committed numbers; errors are relative. Raises BackendError if
+    the file cannot be read."""
     try:
         with np.load(PATH) as stored:
             expected = dict(stored)
     except OSError as error:
         raise BackendError(f"the committed numbers cannot be read: {PATH}: {error}") from error
-    found = numbers(make(), encoder, pairs, expected)
-    unequal = (found["sampled"] != expected["sampled"]).mean()
-    gradients = (
-        np.abs(found["gradient"] - expected["gradient"]).max() / np.abs(expected["gradient"]).max()
-    )
+    computed = numbers(make(), encoder, pairs, expected)
+    unequal = (computed["sampled"] != expected["sampled"]).mean()
+    largest = np.abs(expected["gradient"]).max()
+    gradients = np.abs(computed["gradient"] - expected["gradient"]).max() / largest
+    statistics = _error(computed["statistics"], expected["statistics"])
+    losses = _error(computed["losses"], expected["losses"])
     return [
-        Result(
-            "statistics equal the CPU's",
-            _error(found["statistics"], expected["statistics"]),
-            5 * VALUE,
-        ),
+        Result("statistics equal the CPU's", statistics, 5 * VALUE),
         Result("gradients equal the CPU's", float(gradients), GRADIENT),
         Result("sampled tokens equal the CPU's", float(unequal), 0.0),
-        Result(
-            "losses of ten steps equal the CPU's",
-            _error(found["losses"], expected["losses"]),
-            GRADIENT,
-        ),
+        Result("losses of ten steps equal the CPU's", losses, GRADIENT),
     ]
 
 
 def material() -> tuple[PromptEncoder, list[tuple[Prompt, Prompt]]]:
-    """The embedded model's encoder, and pairs of full image and crop of unequal lengths."""
+    """The embedded model's encoder, and prompts of full image and crop, of unequal lengths."""
     encoder, view = PromptEncoder(MODEL), ViewOptions()
-    sizes = [scene for size in (128, 96) for scene in Scenes("choice", SCENES // 2, size=size)]
+    scenes = [scene for size in (128, 96) for scene in Scenes("choice", SCENES // 2, size=size)]
     return encoder, [
         (usable.encode_student(encoder, scene), usable.encode_teacher(encoder, scene, view))
-        for scene in sizes
+        for scene in scenes
     ]
 
 
@@ -90,53 +85,49 @@ def numbers(
     pairs: list[tuple[Prompt, Prompt]],
     stored: Mapping[str, NDArray[Any]],
 ) -> Numbers:
-    """What is compared. The completions come from `stored` where it has them, else they are sampled
-    now.
+    """The numbers that are compared, by name. Scored completions are those in `stored` if it has
+    any, else the sampled ones.
 
-    `statistics` [6, tokens]; `gradient` [parameters, 2], each one's norm and its product with a
-    fixed random direction, over the global norm; `sampled` [B, n, max_tokens], padded with -1;
-    `losses` of ten AdamW and EMA steps on the same completions.
+    `statistics` [6, tokens]; `gradient` [parameters, 2]: the norm of each parameter's gradient and
+    its product with a fixed random direction, both divided by the global norm; `sampled` [B, n,
+    max_tokens]: token ids, padded with -1; `logprobs`: the same, padded with 0; `losses` [STEPS] of
+    AdamW and EMA steps on the same completions.
     """
     drawn = uniforms(0, 1, range(len(pairs)), COMPLETIONS, MAX_TOKENS)
     sampled = backend.sample(
         [student for student, _ in pairs], drawn, Sampling(1.0, encoder.stop, encoder.banned)
     )
-    tokens, logprobs = (
-        np.full(drawn.shape, fill, kind) for fill, kind in ((-1, np.int32), (0, np.float32))
-    )
-    for row, group in enumerate(sampled):
-        for place, one in enumerate(group):
-            tokens[row, place, : len(one)], logprobs[row, place, : len(one)] = (
-                one.tokens,
-                one.logprobs,
-            )
-    found: Numbers = {"sampled": tokens, "logprobs": logprobs}
-    groups = _groups(pairs, {**found, **stored})
+    tokens = np.full(drawn.shape, -1, np.int32)
+    logprobs = np.zeros(drawn.shape, np.float32)
+    for row, completions in enumerate(sampled):
+        for place, completion in enumerate(completions):
+            tokens[row, place, : len(completion)] = completion.tokens
+            logprobs[row, place, : len(completion)] = completion.logprobs
+    computed: Numbers = {"sampled": tokens, "logprobs": logprobs}
+    groups = _groups(pairs, {**computed, **stored})
     objective = Objective()
-    statistics = [one for row in backend.accumulate(groups, objective) for one in row]
-    found["statistics"] = np.stack(
-        [np.concatenate([getattr(one, name) for one in statistics]) for name in STATISTICS]
+    statistics = list(chain.from_iterable(backend.accumulate(groups, objective)))
+    computed["statistics"] = np.stack(
+        [np.concatenate([getattr(record, name) for record in statistics]) for name in STATISTICS]
     )
-    found["gradient"] = _projected(backend.tensors("gradient"))
+    computed["gradient"] = _projected(backend.tensors("gradient"))
+    weights = [weight for group in groups for weight in group.weights]
     losses = []
     for _ in range(STEPS):
         backend.apply(Update(1e-3))
         backend.move_teacher(0.05)
-        rows = backend.accumulate(groups, objective)
-        pairs_of = [
-            (weight, one)
-            for group, row in zip(groups, rows, strict=True)
-            for weight, one in zip(group.weights, row, strict=True)
-        ]
-        losses.append(
-            sum(float((weight * one.ratio * one.divergence).sum()) for weight, one in pairs_of)
-        )
-    found["losses"] = np.array(losses)
-    return found
+        loss = 0.0
+        statistics = list(chain.from_iterable(backend.accumulate(groups, objective)))
+        for weight, record in zip(weights, statistics, strict=True):
+            loss += float((weight * record.ratio * record.divergence).sum())
+        losses.append(loss)
+    computed["losses"] = np.array(losses)
+    return computed
 
 
 def _groups(pairs: list[tuple[Prompt, Prompt]], stored: Mapping[str, NDArray[Any]]) -> list[Group]:
-    """The stored completions, of weights that are the mean over all tokens."""
+    """Groups of `pairs` with the stored completions; the weights make the loss a mean over all
+    tokens."""
     groups = []
     for (student, teacher), tokens, logprobs in zip(
         pairs, stored["sampled"], stored["logprobs"], strict=True
@@ -159,7 +150,8 @@ def _groups(pairs: list[tuple[Prompt, Prompt]], stored: Mapping[str, NDArray[Any
 
 
 def _projected(tensors: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float64]:
-    everything = np.sqrt(
+    """Norm and random projection of every tensor, over the global norm: [tensors, 2], by name."""
+    global_norm = np.sqrt(
         sum(float((value.astype(np.float64) ** 2).sum()) for value in tensors.values())
     )
     rng = np.random.Generator(np.random.Philox(0))
@@ -167,20 +159,22 @@ def _projected(tensors: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float64
     for name in sorted(tensors):
         value = tensors[name].astype(np.float64).ravel()
         rows.append([np.linalg.norm(value), value @ rng.choice([-1.0, 1.0], size=value.size)])
-    return np.asarray(np.array(rows) / everything)
+    return np.asarray(np.array(rows) / global_norm)
 
 
-def _error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    if found.shape != expected.shape:
+def _error(computed: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The largest error, relative where `expected` is above 1; infinite if the shapes differ."""
+    if computed.shape != expected.shape:
         return np.inf
-    return float((np.abs(found - expected) / np.maximum(1, np.abs(expected))).max())
+    return float((np.abs(computed - expected) / np.maximum(1, np.abs(expected))).max())
 
 
 def main() -> None:
-    """Writes the committed numbers."""
+    """Computes the committed numbers and overwrites the file."""
     encoder, pairs = material()
-    found: dict[str, Any] = numbers(backends.load("cpu", ModelOptions(MODEL)), encoder, pairs, {})
-    np.savez_compressed(PATH, **found)
+    backend = backends.load("cpu", ModelOptions(MODEL))
+    computed: dict[str, Any] = numbers(backend, encoder, pairs, {})
+    np.savez_compressed(PATH, **computed)
 
 
 if __name__ == "__main__":

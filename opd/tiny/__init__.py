@@ -1,7 +1,7 @@
-"""A task and a model small enough to prove the method on any machine: eight tiles with digits, and
-a Qwen3-VL of 0.6M parameters.
+"""A task and a model that are small enough to show the method on any machine: scenes of eight tiles
+with digits, and a Qwen3-VL of 0.6M parameters.
 
-The model reads a digit on a crop almost always, and on the full image about every other time, so
+The model almost always reads a digit on a crop, and about every other digit on the full image, so
 there is a gap to close.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from opd.tiny.task import Scenes
 
 MODEL = Path(__file__).parent / "model"
-"""Folder of the checkpoint, in Hugging Face layout; `examples/tiny_model/pretrain_tiny.py` made
-it."""
+"""Folder of the embedded checkpoint, in Hugging Face layout, which
+`examples/tiny_model/pretrain_tiny.py` wrote."""
 
 __all__ = ["MODEL", "Scenes"]

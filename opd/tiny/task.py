@@ -1,5 +1,5 @@
-"""Scenes with coloured tiles that show digits, made from a seed: no file, no network, no global
-random state.
+"""The embedded task: scenes with coloured tiles that show digits, each drawn from split and index
+alone, without files, network or global random state.
 
 A scene is a shaded, noisy background with muted clutter and tiles of distinct colours, each with
 one digit. The question asks for the digit of one colour, and the evidence box is that tile.
@@ -18,8 +18,8 @@ from PIL import Image, ImageChops, ImageDraw
 from opd.types import Box, Example
 
 Split: TypeAlias = Literal["pretrain", "train", "choice", "fresh"]
-"""What a scene may be used for: "choice" for any decision that is made, "fresh" for numbers that no
-decision was made on."""
+"""The use of a scene: "pretrain" to train the embedded model, "train" for runs, "choice" to make
+decisions about the method, "fresh" to report numbers."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -35,10 +35,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 TILE = 18
 """Side of a tile in pixels."""
 MARGIN = 6
-"""Free pixels between a tile and the border of the canvas, so that a crop with this margin is never
-cut."""
+"""Free pixels between a tile and the border of the canvas, so that a crop with this margin stays
+inside."""
 GAP = 2
-"""Free pixels between two tiles, along one of the axes."""
+"""Free pixels between two tiles along x or along y."""
 
 GLYPHS = (
     ".###. #...# #..## #.#.# ##..# #...# .###.",
@@ -52,11 +52,11 @@ GLYPHS = (
     ".###. #...# #...# .###. #...# #...# .###.",
     ".###. #...# #...# .#### ....# ...#. .##..",
 )
-"""The ten digits, 5 x 7."""
+"""The ten digits as rows of 5 x 7 marks."""
 
 
 def draw_glyph(glyph: str) -> Image.Image:
-    """A digit as a mask of 10 x 14 pixels."""
+    """A mask of 10 x 14 pixels of an entry of GLYPHS."""
     marks = np.array([[mark == "#" for mark in row] for row in glyph.split()])
     return Image.fromarray(np.kron(marks, np.full((2, 2), 255)).astype(np.uint8))
 
@@ -64,7 +64,8 @@ def draw_glyph(glyph: str) -> Image.Image:
 MASKS = tuple(draw_glyph(glyph) for glyph in GLYPHS)
 
 TILE_LOW, TILE_HIGH = [-12, -12, -12, 0, -1, -1], [13, 13, 13, 40, 2, 2]
-"""Bounds of the numbers that `draw_tile` takes, which one call draws for all tiles of a scene."""
+"""Bounds of the random numbers that `draw_tile` takes; one call draws them for all tiles of a
+scene."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn scene and all that is known of it; `target` is the tile that the question asks
-    for."""
+    """A drawn scene with all of its tiles; the question asks for the digit of `target`."""
 
     image: Image.Image
     tiles: tuple[Tile, ...]
@@ -94,22 +94,22 @@ class Scene:
 
     @property
     def question(self) -> str:
-        """The question, without any answer in it."""
+        """The question, which does not contain the answer."""
         return f"What digit is on the {self.target.colour} tile?"
 
     @property
     def answer(self) -> str:
-        """The one right answer."""
+        """The only correct answer."""
         return f"The {self.target.colour} tile shows {self.target.digit}."
 
 
 class Scenes(Sequence[Example]):
-    """`count` examples of the task, each drawn when it is asked for; item i depends on nothing but
-    the arguments and i.
+    """A sequence of `count` examples, each drawn on access. Item i depends only on i and on the
+    arguments other than `count`.
 
-    `tiles` (1 to 8) are placed on a canvas of `size` x `size` pixels. With `labelled` False no
-    example has an answer, and all else is the same. Scenes of different splits, and of different
-    tiles or sizes, have nothing in common.
+    `split`: a Split. `tiles` in 1..8 are placed on a canvas of `size` x `size` pixels. With
+    `labelled` False the examples have no answer and are otherwise the same. Scenes of different
+    splits, tiles or sizes are independent. Raises ValueError for arguments out of range.
     """
 
     def __init__(
@@ -161,15 +161,14 @@ class Scenes(Sequence[Example]):
         )
 
     def scene(self, index: int) -> Scene:
-        """The scene at `index`, with what an example does not tell: where all the other tiles
-        are."""
+        """The scene at `index`, including the other tiles, which an example does not list."""
         name = f"opd.tiny/{self.split}/{self.tiles}/{self.size}/{index}"
         key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
         return draw_scene(np.random.Generator(np.random.Philox(key=key)), self.tiles, self.size)
 
 
 def draw_scene(random: np.random.Generator, tiles: int, size: int) -> Scene:
-    """Draw one scene: background, clutter, tiles, and noise over everything."""
+    """Draws one scene: background, clutter, tiles, and noise over the whole image."""
     names = random.permutation(list(COLOURS))[:tiles]
     digits = random.integers(0, 10, tiles)
     corners = place_tiles(random, tiles, size)
@@ -180,9 +179,8 @@ def draw_scene(random: np.random.Generator, tiles: int, size: int) -> Scene:
     image = draw_background(random, size)
     canvas = ImageDraw.Draw(image)
     draw_clutter(random, canvas, size)
-    for tile, numbers in zip(
-        placed, random.integers(TILE_LOW, TILE_HIGH, (tiles, len(TILE_LOW))).tolist(), strict=True
-    ):
+    variations = random.integers(TILE_LOW, TILE_HIGH, (tiles, len(TILE_LOW))).tolist()
+    for tile, numbers in zip(placed, variations, strict=True):
         draw_tile(canvas, tile, numbers)
     noise = Image.fromarray(random.integers(0, 21, (size, size, 3), dtype=np.uint8))
     return Scene(
@@ -191,8 +189,8 @@ def draw_scene(random: np.random.Generator, tiles: int, size: int) -> Scene:
 
 
 def place_tiles(random: np.random.Generator, tiles: int, size: int) -> list[tuple[int, int]]:
-    """Upper left corners of tiles that do not touch; a placement that leaves no room for the next
-    tile starts again."""
+    """Upper left corners (x, y) of tiles that do not touch. If there is no space for the next tile,
+    the placement starts over."""
     pitch = TILE + GAP
     while True:
         corners: list[tuple[int, int]] = []
@@ -204,7 +202,7 @@ def place_tiles(random: np.random.Generator, tiles: int, size: int) -> list[tupl
 
 
 def draw_background(random: np.random.Generator, size: int) -> Image.Image:
-    """A muted colour that changes smoothly from corner to corner."""
+    """Draws a muted colour that changes smoothly from corner to corner."""
     grey = random.integers(70, 190)
     light = random.integers(-35, 36, (2, 2, 1))
     corners = grey + light + random.integers(-14, 15, (2, 2, 3))
@@ -214,8 +212,7 @@ def draw_background(random: np.random.Generator, size: int) -> Image.Image:
 
 
 def draw_clutter(random: np.random.Generator, canvas: ImageDraw.ImageDraw, size: int) -> None:
-    """Draw muted bars and blobs, in proportion to the canvas: about 24 on one of 128 x 128
-    pixels."""
+    """Draws muted bars and blobs, in proportion to the area: about 24 on 128 x 128 pixels."""
     shapes = max(4, size * size // 680)
     centres = random.integers(0, size, (shapes, 2)).tolist()
     halves = random.integers(1, 9, (shapes, 2)).tolist()
@@ -233,11 +230,11 @@ def draw_clutter(random: np.random.Generator, canvas: ImageDraw.ImageDraw, size:
 
 
 def draw_tile(canvas: ImageDraw.ImageDraw, tile: Tile, numbers: Sequence[int]) -> None:
-    """Draw a tile in a shade of its colour, and its digit off the centre by up to a pixel: light on
-    dark, or dark on light.
+    """Draws a tile in a shade of its colour, with a digit up to a pixel off the centre, light on
+    dark or dark on light.
 
-    `numbers`: what is added to red, green and blue, the darkness or lightness of the ink, and the
-    digit's offset.
+    `numbers`: the changes of red, green and blue, the brightness of the ink, and the digit's offset
+    in x and y.
     """
     *shade, ink, left, top = numbers
     fill = tuple(

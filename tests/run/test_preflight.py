@@ -48,7 +48,7 @@ def photo(width=4000, height=3000, question="What is it?", **more):
 
 def looked(folder, examples, *options, preset="lora"):
     recipe = recipes.load(preset, [f"model.path={folder}", *options])
-    return recipe, preflight.look(recipe, PromptEncoder(folder, **recipe.model.pixels()), examples)
+    return recipe, preflight.inspect_rows(recipe, PromptEncoder(folder, **recipe.model.pixels()), examples)
 
 
 def bound(line, key="model.max_pixels"):
@@ -61,7 +61,7 @@ def test_a_presets_bounds_fit_each_other(published, preset):
     sizes = [(4000, 3000), (3000, 4000), (8000, 1500), (6000, 4000), (12_000, 9_000), (640, 480)]
     examples = [photo(*size, question="What is it? " * 15) for size in sizes]
     recipe, found = looked(published, examples, preset=preset)
-    assert (found.said(), found.usable) == ([], len(sizes))
+    assert (found.lines(), found.usable) == ([], len(sizes))
     assert recipe.data.max_prompt_tokens == 8192
 
 
@@ -80,18 +80,18 @@ def test_the_bound_that_is_named_keeps_every_row(published, options, examples):
     """And it is the largest to three digits."""
     _, found = looked(published, examples, "model.max_pixels=0", *options)
     assert len(found.long) == len(examples)
-    (line,) = found.said()
+    (line,) = found.lines()
     named = bound(line)
     assert line.endswith(f"; set model.max_pixels={named}")
     _, kept = looked(published, examples, f"model.max_pixels={named}", *options)
-    assert (kept.said(), kept.usable) == ([], len(examples))
+    assert (kept.lines(), kept.usable) == ([], len(examples))
     _, above = looked(published, examples, f"model.max_pixels={named * 103 // 100 + 1}", *options)
     assert above.long
 
 
 def test_what_is_said_of_photos(published):
     _, found = looked(published, [photo()] * 8, "model.max_pixels=0")
-    (line,) = found.said()
+    (line,) = found.lines()
     assert line.startswith("8 of 8 rows are above data.max_prompt_tokens = 8192 (median 1")
     tokens = {"qwen3_vl": 94 * 125, "qwen2_5_vl": 107 * 143}[published.name[:-1]]
     middle = int(line.partition("median ")[2].partition(")")[0].replace(",", ""))
@@ -102,7 +102,7 @@ def test_the_policys_own_bound_is_named(published):
     """Where the teacher has bounds of its own, the ones that are too high."""
     teacher = replace(photo(64, 48), teacher_images=photo().images)
     _, found = looked(published, [teacher], "model.max_pixels=100000", "model.teacher_max_pixels=12000000")
-    (line,) = found.said()
+    (line,) = found.lines()
     assert "model.max_pixels" not in line
     named = bound(line, "model.teacher_max_pixels")
     _, kept = looked(published, [teacher], "model.max_pixels=100000", f"model.teacher_max_pixels={named}")
@@ -112,7 +112,7 @@ def test_the_policys_own_bound_is_named(published):
 def test_rows_whose_text_is_too_long_are_not_kept_by_smaller_images(published):
     long = photo(64, 48, "word " * 3000)
     _, found = looked(published, [long, photo(640, 480)])
-    (line,) = found.said()
+    (line,) = found.lines()
     most = int(found.long[0][1])
     assert line == (
         f"1 of 2 rows (50.0%) is above data.max_prompt_tokens = 8192 (median {most:,}); "
@@ -120,7 +120,7 @@ def test_rows_whose_text_is_too_long_are_not_kept_by_smaller_images(published):
     )
     _, found = looked(published, [long, photo(), photo()], "model.max_pixels=0")
     most = max(tokens for _, tokens in found.long)
-    (line,) = found.said()
+    (line,) = found.lines()
     assert line.endswith(f"; set model.max_pixels={bound(line)} to keep 2 of them, or set data.max_prompt_tokens={most} to keep all")
     _, kept = looked(published, [long, photo(), photo()], f"model.max_pixels={bound(line)}")
     assert kept.usable == 2
@@ -164,8 +164,8 @@ def test_large_data_are_sampled(monkeypatch):
     recipe = recipes.load("tiny", ["data.max_prompt_tokens=10"])
     examples[::6] = [replace(one, question="short") for one in examples[::6]]
     examples[6] = replace(examples[6], question="w" * 30)
-    found = preflight.look(recipe, ToyEncoder(), examples)
-    assert found.said() == [
+    found = preflight.inspect_rows(recipe, ToyEncoder(), examples)
+    assert found.lines() == [
         "1 of 10 rows (10.0%), of 60 in all, is above data.max_prompt_tokens = 10 (median 31); "
         "set data.max_prompt_tokens=31, or shorten the questions"
     ]
