@@ -14,7 +14,7 @@ from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.tiny import Scenes
 from opd.types import Update, UpdateResult
 from opd.views import usable
-from opd.views.crop import ViewOptions
+from opd.views.view import ViewOptions
 
 
 class Unclipped(ToyBackend):

@@ -25,8 +25,8 @@ from opd.paths import PathText
 from opd.prefetch import prefetch
 from opd.progress import Quiet
 from opd.types import Encoder, Example, Prompt, Sampling
-from opd.views.crop import ViewOptions
 from opd.views.usable import Skipped, Unusable, encode
+from opd.views.view import ViewOptions
 
 SLICE = 64
 """Largest number of examples in a slice, which is encoded and answered at once."""

@@ -105,9 +105,9 @@ class PromptEncoder:
     ) -> Prompt:
         """The prompt of one user turn, with thinking off.
 
-        `images` are upright and RGB (see `opd.views.crop`). They come before the question, or take
-        the places of `<image>` in it; if there are more images than markers, the rest follow the
-        image of the last marker.
+        `images` are upright and RGB (see `opd.views.images`). They come before the question, or
+        take the places of `<image>` in it; if there are more images than markers, the rest follow
+        the image of the last marker.
         Raises DataError if the question has more markers than images or contains a reserved token,
         or if an image is too narrow to encode.
         """

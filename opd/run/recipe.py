@@ -25,7 +25,7 @@ from opd.models.choice import ModelChoice, is_tiny
 from opd.objective import ObjectiveOptions
 from opd.options import Options
 from opd.paths import expanded, read_file
-from opd.views.crop import ViewOptions
+from opd.views.view import ViewOptions
 
 PRESETS = ("tiny", "paper", "lora")
 

@@ -26,7 +26,7 @@ from opd.testing.conformance import GRADIENT, VALUE, Result, check
 from opd.tiny import MODEL, Scenes
 from opd.types import STATISTICS, Completion, Group, ModelOptions, Prompt, Sampling, Update
 from opd.views import usable
-from opd.views.crop import ViewOptions
+from opd.views.view import ViewOptions
 
 PATH = Path(__file__).parent / "fixtures.npz"
 SCENES, COMPLETIONS, MAX_TOKENS, STEPS = 4, 3, 10, 10

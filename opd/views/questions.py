@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from opd.data.choices import with_choices
 from opd.types import IMAGE_MARKER, Example
-from opd.views.crop import ViewOptions, views_per_image
+from opd.views.images import views_per_image
+from opd.views.view import ViewOptions
 
 
 def student_question(example: Example) -> str:

@@ -16,14 +16,9 @@ from opd.data.images import image_size
 from opd.errors import DataError, OpdError, one_line, plural
 from opd.progress import Progress
 from opd.types import MAX_PIXELS, Encoder, Example, Prompt, SizedEncoder
-from opd.views.crop import (
-    ViewOptions,
-    student_images,
-    teacher_images,
-    teacher_sizes,
-    views_per_image,
-)
+from opd.views.images import student_images, teacher_images, teacher_sizes, views_per_image
 from opd.views.questions import student_question, teacher_question
+from opd.views.view import ViewOptions
 
 TOLD = 5
 """Rows that are told one by one; further ones are counted."""

@@ -13,7 +13,7 @@ from opd.testing.conformance import check
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import ModelOptions
 from opd.views import usable
-from opd.views.crop import ViewOptions
+from opd.views.view import ViewOptions
 from tests.conftest import coloured
 
 

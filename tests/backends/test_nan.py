@@ -69,7 +69,7 @@ def test_large_weights_are_numbers(backend_name, tmp_path):
 def loaded(backend_name):
     from opd.prompts.encoder import PromptEncoder
     from opd.tiny import Scenes
-    from opd.views.crop import student_images
+    from opd.views.images import student_images
 
     scene = Scenes("train", 1)[0]
     prompt = PromptEncoder(MODEL).encode(student_images(scene), scene.question)

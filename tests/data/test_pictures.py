@@ -21,7 +21,9 @@ from opd.data.images import open_image
 from opd.data.pictures import PixelBudget
 from opd.errors import DataError
 from opd.types import Box, Example
-from opd.views.crop import ViewOptions, enlarged, teacher_images
+from opd.views.crop import enlarged
+from opd.views.images import teacher_images
+from opd.views.view import ViewOptions
 
 RAMP = np.tile(np.linspace(0, 4095, 64).astype(np.uint16), (8, 1))
 """Twelve bits from black to white."""

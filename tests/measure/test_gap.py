@@ -10,7 +10,7 @@ from opd.measure.gap import Answered, accuracies, gap_closed, greedy_answers
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import Sampling
 from opd.views import usable
-from opd.views.crop import ViewOptions
+from opd.views.view import ViewOptions
 from tests.conftest import coloured
 
 

@@ -11,7 +11,7 @@ from opd.method.rollout import Pair, cut_at_stop, drop_unusable, groups, padding
 from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.views import usable
-from opd.views.crop import ViewOptions
+from opd.views.view import ViewOptions
 from tests.conftest import coloured
 
 

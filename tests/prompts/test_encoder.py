@@ -15,7 +15,8 @@ from PIL import Image
 from opd.errors import DataError, ModelError
 from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL, Scenes
-from opd.views.crop import ViewOptions, student_images, teacher_images
+from opd.views.images import student_images, teacher_images
+from opd.views.view import ViewOptions
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TURN = """{%- for message in messages -%}

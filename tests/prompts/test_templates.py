@@ -14,8 +14,8 @@ from opd.errors import DataError, ModelError
 from opd.prompts import renderer, templates
 from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL, Scenes
-from opd.views.crop import ViewOptions
 from opd.views.usable import encode_student, encode_teacher
+from opd.views.view import ViewOptions
 from opd_cli import main
 
 HEAD = """{%- set image = '<|vision_start|><|image_pad|><|vision_end|>' %}

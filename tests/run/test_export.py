@@ -16,7 +16,7 @@ from opd.objective import Objective
 from opd.prompts.encoder import PromptEncoder
 from opd.tiny import Scenes
 from opd.types import Completion, Group, ModelOptions
-from opd.views.crop import student_images
+from opd.views.images import student_images
 from opd_cli import main
 from tests.support.random_models import qwen3_vl
 

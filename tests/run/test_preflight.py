@@ -21,7 +21,8 @@ from opd.testing.toy import ToyEncoder
 from opd.tiny import MODEL
 from opd.types import Box, Example
 from opd.views import usable
-from opd.views.crop import ViewOptions, teacher_images, teacher_sizes
+from opd.views.images import teacher_images, teacher_sizes
+from opd.views.view import ViewOptions
 from opd_cli import main
 from tests.conftest import coloured
 from tests.support import random_models

@@ -14,7 +14,10 @@ from pydantic import ValidationError
 
 from opd.errors import DataError
 from opd.types import Box, Example
-from opd.views.crop import MAX_ASPECT, Region, ViewOptions, elsewhere, enlarged, hull, region, student_images, teacher_images
+from opd.views.controls import elsewhere
+from opd.views.crop import MAX_ASPECT, enlarged, hull, region
+from opd.views.images import student_images, teacher_images
+from opd.views.view import Region, ViewOptions
 
 TINY = ViewOptions(margin=6, min_size=48)
 BARE = ViewOptions(margin=0, min_size=1)
@@ -128,7 +131,7 @@ def test_a_wrong_crop_has_the_same_size_and_avoids_the_evidence_where_that_is_po
         right, taken = region(box, width, height, margin), region(box, width, height)
     except DataError:
         return
-    wrong = elsewhere(right, [box], width, height, id)
+    wrong = elsewhere(right, [box], (width, height), id)
     across, down = right[2] - right[0], right[3] - right[1]
     assert (wrong[2] - wrong[0], wrong[3] - wrong[1]) == (across, down)
     assert wrong[0] >= 0
@@ -138,16 +141,16 @@ def test_a_wrong_crop_has_the_same_size_and_avoids_the_evidence_where_that_is_po
     free = max(taken[0], width - taken[2]) >= across or max(taken[1], height - taken[3]) >= down
     apart = wrong[2] <= taken[0] or wrong[0] >= taken[2] or wrong[3] <= taken[1] or wrong[1] >= taken[3]
     assert apart == free
-    assert elsewhere(right, [box], width, height, id) == wrong
+    assert elsewhere(right, [box], (width, height), id) == wrong
 
 
 def test_a_wrong_crop_finds_the_only_free_place_between_several_boxes() -> None:
     boxes = [Box(0, 0, 40, 100), Box(50, 0, 128, 100)]
-    assert elsewhere((0, 0, 10, 100), boxes, 128, 100, "any") == (40, 0, 50, 100)
+    assert elsewhere((0, 0, 10, 100), boxes, (128, 100), "any") == (40, 0, 50, 100)
 
 
 def test_wrong_crops_of_different_examples_differ() -> None:
-    places = {elsewhere((0, 0, 10, 10), [Box(0, 0, 10, 10)], 128, 100, f"example-{number}") for number in range(20)}
+    places = {elsewhere((0, 0, 10, 10), [Box(0, 0, 10, 10)], (128, 100), f"example-{number}") for number in range(20)}
     assert len(places) == 20
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 from opd.data.choices import holds, with_choices
 from opd.prompts.encoder import content
 from opd.types import Box, Example
-from opd.views.crop import ViewOptions, teacher_images
+from opd.views.images import teacher_images
 from opd.views.questions import student_question, teacher_question
 from opd.views.usable import encode_student, encode_teacher
+from opd.views.view import ViewOptions
 
 COLOURS = ("red", "dark red", "blue")
 EACH = ViewOptions(boxes="each", margin=0, min_size=1)

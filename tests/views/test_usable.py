@@ -21,8 +21,8 @@ from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.tiny import MODEL
 from opd.types import Box
 from opd.views import usable
-from opd.views.crop import ViewOptions
 from opd.views.usable import Skipped, Unusable
+from opd.views.view import ViewOptions
 from opd_cli import main
 from tests.conftest import coloured
 from tests.run.test_loop import trainer

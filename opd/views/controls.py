@@ -1,0 +1,84 @@
+"""Controls: views that should teach nothing, so that a gain on the evidence is seen to be one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+from opd.types import Box, Example, ImageSource
+from opd.views.crop import check_evidence, crop_counts, crops, region
+from opd.views.view import Piece, Region, Size, View, ViewOptions, whole
+
+DRAWS = 32
+"""Random places tried for a wrong crop before the places that touch a border or an evidence box."""
+
+
+class Full(View):
+    """The student's images."""
+
+    def pieces(
+        self,
+        example: Example,
+        number: int,
+        size: Size,
+        options: ViewOptions,
+        max_pixels: int | None,
+    ) -> list[Piece]:
+        """The image as it is."""
+        return [whole(size)]
+
+
+class WrongCrop(View):
+    """Crops of the size that the evidence's would have, elsewhere in the image."""
+
+    def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
+        """The example's images, even where it gives teacher images."""
+        check_evidence(example, options)
+        return example.images
+
+    def counts(self, example: Example, options: ViewOptions) -> list[int]:
+        """As many as `Crop` gives."""
+        return crop_counts(example, options)
+
+    def pieces(
+        self,
+        example: Example,
+        number: int,
+        size: Size,
+        options: ViewOptions,
+        max_pixels: int | None,
+    ) -> list[Piece]:
+        """The crops of an image, each moved away from the evidence."""
+        return crops(example, number, size, options, max_pixels, elsewhere)
+
+
+def elsewhere(right: Region, evidence: Sequence[Box], size: Size, id: str) -> Region:
+    """A region of the same size as `right`, with no overlap with the evidence where that is
+    possible, else with little; the image has `size`.
+
+    Deterministic in `id`; most often one of several places drawn at random.
+    """
+    width, height = size
+    across, down = right[2] - right[0], right[3] - right[1]
+    key = int.from_bytes(hashlib.sha256(id.encode()).digest()[:16], "little")
+    drawn = np.random.Generator(np.random.Philox(key=key)).random((DRAWS, 2))
+    places = [(int(x * (width - across + 1)), int(y * (height - down + 1))) for x, y in drawn]
+    # A free place slid left and up until it touches a border or a box is still free, so these find
+    # one if there is any.
+    taken = [region(box, width, height) for box in evidence]
+    lefts = {0, width - across, *(box[2] for box in taken)}
+    tops = {0, height - down, *(box[3] for box in taken)}
+    places += sorted(
+        (x, y)
+        for x, y in product(lefts, tops)
+        if 0 <= x <= width - across and 0 <= y <= height - down
+    )
+    candidates = [(x, y, x + across, y + down) for x, y in places]
+    return min(candidates, key=lambda place: sum(_overlap(place, box) for box in taken))
+
+
+def _overlap(a: Region, b: Region) -> int:
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

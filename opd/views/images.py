@@ -1,0 +1,89 @@
+"""The images of both policies: the student sees the whole images, the teacher what the view of the
+recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PIL.Image import Image, Resampling
+from PIL.Image import new as new_image
+
+from opd.data.images import image_size, open_image
+from opd.types import MAX_PIXELS, Example
+from opd.views.view import Piece, Region, Size, ViewOptions
+
+
+def student_images(example: Example) -> list[Image]:
+    """The example's images, upright and RGB. Raises DataError where one cannot be read."""
+    return [open_image(source, example.max_image_pixels) for source in example.images]
+
+
+def teacher_images(
+    example: Example, options: ViewOptions, max_pixels: int | None = MAX_PIXELS
+) -> list[Image]:
+    """What the teacher sees, upright and RGB; `views_per_image` says how many of them stand in the
+    place of each image of the question.
+
+    No crop is enlarged above `max_pixels`. Raises DataError where the example does not have what
+    the view needs.
+    """
+    view, counts = options.view, []
+    images: list[Image] = []
+    for number, source in enumerate(view.sources(example, options)):
+        image = open_image(source, example.max_image_pixels)
+        pieces = view.pieces(example, number, image.size, options, max_pixels)
+        images += [_cut(image, piece) for piece in pieces]
+        counts.append(len(pieces))
+    _check_counts(example, options, counts)
+    return images
+
+
+def views_per_image(example: Example, options: ViewOptions) -> list[int]:
+    """How many of the teacher's images stand in the place of each image of the question."""
+    return options.view.counts(example, options)
+
+
+def teacher_sizes(
+    example: Example,
+    options: ViewOptions,
+    max_pixels: int | None = MAX_PIXELS,
+    size_of: Callable[..., Size] = image_size,
+) -> list[Size]:
+    """The sizes of `teacher_images`, from the headers of files; `size_of` may be an `image_size`
+    that remembers."""
+    view, counts = options.view, []
+    sizes: list[Size] = []
+    for number, source in enumerate(view.sources(example, options)):
+        size = size_of(source, example.max_image_pixels)
+        pieces = view.pieces(example, number, size, options, max_pixels)
+        sizes += [piece.size for piece in pieces]
+        counts.append(len(pieces))
+    _check_counts(example, options, counts)
+    return sizes
+
+
+def _check_counts(example: Example, options: ViewOptions, given: list[int]) -> None:
+    """Raises ValueError where a view gives other numbers of pieces than it promised: markers were
+    put into the question by those."""
+    promised = options.view.counts(example, options)
+    if given != promised:
+        raise ValueError(
+            f"the view '{options.kind}' gives {given} pieces of the images, and counts {promised}"
+        )
+
+
+def _cut(image: Image, piece: Piece) -> Image:
+    """The pixels of a piece."""
+    changed = piece.change(image) if piece.change else image
+    cut = _region(changed, piece.region)
+    return cut if cut.size == piece.size else cut.resize(piece.size, Resampling.BICUBIC)
+
+
+def _region(image: Image, region: Region) -> Image:
+    """The pixels of a region; not by `Image.crop`, which warns of large ones or refuses them."""
+    left, top, right, bottom = region
+    if region == (0, 0, *image.size):
+        return image
+    crop = new_image(image.mode, (right - left, bottom - top))
+    crop.paste(image, (-left, -top))
+    return crop
