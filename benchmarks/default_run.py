@@ -1,11 +1,13 @@
-"""How much faster is the default run (`opd train`, the embedded model) than it was at another commit, and does it compute the same?
+"""How much faster is the default run than at another commit, and does it compute the same?
 
-    python -m benchmarks.default_run --before REVISION [--backend cpu|mlx] [--steps 40] [--count 200] [--json]
+    python -m benchmarks.default_run --before REVISION [--backend cpu|mlx] [--steps 40]
+                                     [--count 200] [--json]
 
-Both run the preset `tiny` from their own sources, in turns, one thread each, in processes of their own; the seconds are the summary's:
-training and measuring, without start-up. `--steps 0 --count 0` are the preset's own, the whole run. Of each side the losses of all steps
-and the accuracies before and after are shown; they may differ by rounding, which a run of some hundred steps enlarges. Needs a git
-checkout.
+Both sides run `opd train` with the preset `tiny` (the embedded model) from the sources of their
+commit. They take turns, each run in a new process with one thread. The seconds come from the run's
+summary: training and measuring, without start-up. `--steps 0 --count 0` runs the whole preset.
+The report compares the losses of all steps and the accuracies before and after; they may differ by
+rounding, which some hundred steps amplify. The benchmark needs a git checkout.
 """
 
 from __future__ import annotations
@@ -31,29 +33,56 @@ def main() -> None:
     parser.add_argument("--before", required=True, help="a commit to compare with")
     parser.add_argument("--backend", choices=("cpu", "mlx"), default="cpu")
     parser.add_argument("--steps", type=int, default=40, help="0: those of the preset")
-    parser.add_argument("--count", type=int, default=200, help="scenes that are measured before and after; 0: those of the preset")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; MLX computes on one core")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=200,
+        help="scenes that are measured before and after; 0: those of the preset",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch; MLX computes on one core"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(repeats=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         sides = {"now": ROOT, options.before: exported(options.before, Path(root) / "before")}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-        turns = [(number, name) for number in range(1 if options.quick else options.repeats) for name in list(sides)[:: (-1) ** number]]
+        turns = [
+            (number, name)
+            for number in range(1 if options.quick else options.repeats)
+            for name in list(sides)[:: (-1) ** number]
+        ]
         for number, name in measuring.track(turns, "runs"):
-            runs[name].append(run(sides[name], Path(root) / f"{name}-{number}".replace("/", "-"), options))
-    rows = [row(name, found) for name, found in runs.items()]
+            runs[name].append(
+                run(sides[name], Path(root) / f"{name}-{number}".replace("/", "-"), options)
+            )
+    rows = [row(name, summaries) for name, summaries in runs.items()]
     rows[1]["wall_ratio"] = rows[1]["seconds"] / rows[0]["seconds"]
-    losses = [found[0]["losses"] for found in runs.values()]
+    losses = [summaries[0]["losses"] for summaries in runs.values()]
     difference = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
     now = runs["now"][0]
-    about = {"backend": options.backend, "device": now["device"], "steps": len(losses[0]), "examples": now["examples"]}
-    measuring.report(options, "default_run", rows, **about, largest_loss_difference=difference, versions=measuring.versions("mlx"))
+    about = {
+        "backend": options.backend,
+        "device": now["device"],
+        "steps": len(losses[0]),
+        "examples": now["examples"],
+    }
+    measuring.report(
+        options,
+        "default_run",
+        rows,
+        **about,
+        largest_loss_difference=difference,
+        versions=measuring.versions("mlx"),
+    )
 
 
 def exported(revision: str, folder: Path) -> Path:
-    """The sources of a commit, in `folder`."""
-    done = subprocess.run(["git", "-C", str(ROOT), "archive", revision], capture_output=True, check=False)
+    """Write the sources of a commit into `folder`, and return `folder`."""
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", revision], capture_output=True, check=False
+    )
     if done.returncode:
         sys.exit(f"--before {revision}: {done.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
@@ -62,29 +91,50 @@ def exported(revision: str, folder: Path) -> Path:
 
 
 def run(sources: Path, out: Path, options: Any) -> dict[str, Any]:
-    """The summary of one run, with the losses of its steps."""
+    """Run once; return the run's summary with the losses and the summed seconds of all steps."""
     settings = [f"run.seed={options.seed}", "run.checkpoint_every=0"]
     settings += [f"run.steps={options.steps}"] if options.steps else []
     settings += [f"measure.count={options.count}"] if options.count else []
-    command = [sys.executable, "-m", "opd_cli", "train", "--backend", options.backend, "--out", str(out)]
-    command += [word for one in settings for word in ("--set", one)]
+    command = [
+        sys.executable,
+        "-m",
+        "opd_cli",
+        "train",
+        "--backend",
+        options.backend,
+        "--out",
+        str(out),
+    ]
+    command += [word for setting in settings for word in ("--set", setting)]
     path = os.pathsep.join(str(sources / folder) for folder in ("", "backends", "cli"))
     threads = {"OMP_NUM_THREADS": str(options.threads), "OPENBLAS_NUM_THREADS": "1"}
     environment = {**os.environ, **threads, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=sources, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=sources, env=environment, check=False
+    )
     if done.returncode:
         sys.exit(f"the run in {sources} failed:\n{done.stderr}")
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    parts = {name: sum(one[name] for one in steps) for name in steps[0] if name.startswith("seconds_")}
-    return {**json.loads((out / "summary.json").read_text()), "losses": [one["loss"] for one in steps], **parts}
+    parts = {
+        name: sum(one[name] for one in steps) for name in steps[0] if name.startswith("seconds_")
+    }
+    return {
+        **json.loads((out / "summary.json").read_text()),
+        "losses": [one["loss"] for one in steps],
+        **parts,
+    }
 
 
 def row(name: str, runs: list[dict[str, Any]]) -> measuring.Row:
-    """Medians of the runs, and their accuracies, which are the same every time."""
+    """Median seconds over the runs of a side, and the accuracies, which are equal in all runs."""
     times = ("seconds", "seconds_rollout", "seconds_accumulate", "seconds_apply")
-    found = {name: statistics.median(one[name] for one in runs) for name in times}
-    accuracies = {f"{what} {when}": runs[0][when][f"{what}_accuracy"] for when in ("before", "after") for what in ("full", "crop")}
-    return {"side": name, **found, **accuracies, "gap_closed": runs[0]["gap_closed"]}
+    medians = {name: statistics.median(run[name] for run in runs) for name in times}
+    accuracies = {
+        f"{what} {when}": runs[0][when][f"{what}_accuracy"]
+        for when in ("before", "after")
+        for what in ("full", "crop")
+    }
+    return {"side": name, **medians, **accuracies, "gap_closed": runs[0]["gap_closed"]}
 
 
 if __name__ == "__main__":

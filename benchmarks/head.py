@@ -1,10 +1,14 @@
-"""What does the divergence kernel cost: matmul units, time, peak memory, against TRL's chunked kernel, Liger's JSD and plain autograd?
+"""What does the divergence kernel cost against TRL's chunked kernel, Liger's JSD and autograd?
 
-    python -m benchmarks.head [--backend torch|mlx] [--device cpu|cuda] [--rows 1024 --hidden 512 --vocabulary 151936] [--json] [--quick]
+    python -m benchmarks.head [--backend torch|mlx] [--device cpu|cuda]
+                              [--rows 1024 --hidden 512 --vocabulary 151936] [--json] [--quick]
 
-One call: hidden states [N, D] and heads [V, D] of both policies in; the loss, its gradient to the student's hidden states and head out.
-A unit is one product of [N, D] with [D, V], 2 N D V FLOPs; the least is 4: two forward, two for the gradients. `bound` is the peer's units
-over 4. Peers that are not installed are left out with a line; Liger compiles its chunks on a GPU alone.
+The benchmark compares matrix products, time and peak memory. One call takes hidden states [N, D]
+and heads [V, D] of both policies, and computes the loss and the loss's gradient with respect to
+the student's hidden states and head. A unit is one product of [N, D] with [D, V]: 2 N D V FLOPs.
+The least is 4 units, two in the forward and two for the gradients; `bound` is a peer's units over
+4. A peer that is not installed is left out, with a message on stderr. Liger compiles chunks on a
+GPU only.
 """
 
 from __future__ import annotations
@@ -25,17 +29,33 @@ from opd_torch.objective import default_chunk, divergence_head
 Side = Callable[[], tuple[float, dict[str, Any]]]
 
 
-def torch_sides(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor) -> dict[str, Side]:
-    """Loss and gradients by side; every side gets tensors of its own, so that none keeps another's graph."""
+def torch_sides(
+    student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor
+) -> dict[str, Side]:
+    """Functions that compute loss and gradients on torch, by side.
+
+    Every side detaches the inputs, so no side keeps the graph of another.
+    """
     count, vocabulary = len(student), len(student_head)
     tokens = torch.zeros(count, dtype=torch.int64, device=student.device)
     weights = torch.full((count,), 1 / count, device=student.device)
 
     def ours() -> tuple[float, dict[str, Any]]:
-        found = divergence_head(
-            student, student_head, teacher, teacher_head, tokens, torch.zeros_like(weights), weights, FULL, chunk=default_chunk(vocabulary)
+        result = divergence_head(
+            student,
+            student_head,
+            teacher,
+            teacher_head,
+            tokens,
+            torch.zeros_like(weights),
+            weights,
+            FULL,
+            chunk=default_chunk(vocabulary),
         )
-        return float((weights * found.divergence).sum()), {"hidden": found.hidden_gradient, "head": found.head_gradient}
+        return float((weights * result.divergence).sum()), {
+            "hidden": result.hidden_gradient,
+            "head": result.head_gradient,
+        }
 
     def by(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Side:
         def side() -> tuple[float, dict[str, Any]]:
@@ -56,7 +76,9 @@ def torch_sides(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
         def trl(hidden: Tensor, head: Tensor) -> Tensor:
-            value: Tensor = ChunkedDivergenceFunction.apply(hidden, head, None, teacher, teacher_head, None, FULL.alpha, 1.0)[0].mean()
+            value: Tensor = ChunkedDivergenceFunction.apply(
+                hidden, head, None, teacher, teacher_head, None, FULL.alpha, 1.0
+            )[0].mean()
             return value
 
         sides["TRL"] = by(trl)
@@ -65,7 +87,9 @@ def torch_sides(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_
     if find_spec("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        kernel = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=FULL.alpha, compiled=student.is_cuda)
+        kernel = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=FULL.alpha, compiled=student.is_cuda
+        )
 
         def liger(hidden: Tensor, head: Tensor) -> Tensor:
             value: Tensor = kernel(hidden, head, teacher, teacher_head, tokens)
@@ -78,7 +102,7 @@ def torch_sides(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_
 
 
 def mlx_sides(arrays: list[np.ndarray[Any, Any]]) -> dict[str, Side]:
-    """The same on MLX, which has no peer but autograd."""
+    """Functions that compute loss and gradients on MLX, where autograd is the only peer."""
     import mlx.core as mx
 
     from opd_mlx import objective
@@ -90,16 +114,27 @@ def mlx_sides(arrays: list[np.ndarray[Any, Any]]) -> dict[str, Side]:
     mx.eval(student, student_head, teacher, teacher_head, tokens, weights)
 
     def ours() -> tuple[float, dict[str, Any]]:
-        found = objective.divergence_head(
-            student, student_head, teacher, teacher_head, tokens, mx.zeros(count), weights, FULL,
-            chunk=objective.default_chunk(len(student_head)), block_bytes=this_device().head_block_bytes,
-        )  # fmt: skip
-        gradient = {"hidden": found.hidden_gradient, "head": found.head_gradient}
+        result = objective.divergence_head(
+            student,
+            student_head,
+            teacher,
+            teacher_head,
+            tokens,
+            mx.zeros(count),
+            weights,
+            FULL,
+            chunk=objective.default_chunk(len(student_head)),
+            block_bytes=this_device().head_block_bytes,
+        )
+        gradient = {"hidden": result.hidden_gradient, "head": result.head_gradient}
         mx.eval(gradient)
-        return (weights * found.divergence).sum().item(), gradient
+        return (weights * result.divergence).sum().item(), gradient
 
     def plain(hidden: Any, head: Any) -> Any:
-        s, t = (logits - mx.logsumexp(logits, -1, keepdims=True) for logits in (hidden @ head.T, teacher @ teacher_head.T))
+        s, t = (
+            logits - mx.logsumexp(logits, -1, keepdims=True)
+            for logits in (hidden @ head.T, teacher @ teacher_head.T)
+        )
         m = mx.logaddexp(s, t) + np.log(0.5)
         return (0.5 * (mx.exp(s) * (s - m) + mx.exp(t) * (t - m)).sum(-1)).mean()
 
@@ -119,9 +154,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=151936)
     options = parser.parse_args()
-    count, width, vocabulary = (192, 64, 4096) if options.quick else (options.rows, options.hidden, options.vocabulary)
+    count, width, vocabulary = (
+        (192, 64, 4096) if options.quick else (options.rows, options.hidden, options.vocabulary)
+    )
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(size).astype(np.float32) for size in ((count, width), (vocabulary, width)) * 2]
+    arrays = [
+        rng.standard_normal(size).astype(np.float32)
+        for size in ((count, width), (vocabulary, width)) * 2
+    ]
     arrays = [value / np.sqrt(width) * 2 if len(value) == vocabulary else value for value in arrays]
     if options.backend == "mlx":
         sides, device = mlx_sides([value.astype(np.float32) for value in arrays]), "mlx"
@@ -133,8 +173,14 @@ def main() -> None:
     for row in rows:
         row |= {"units": row["flops"] / unit} if "flops" in row else {}
         row["copies"] = row["bytes"] / (4 * count * vocabulary)
-    about = {"device": measuring.device_name(device), "backend": options.backend, "shape": f"N {count}, D {width}, V {vocabulary}"}
-    measuring.report(options, "head", rows, **about, versions=measuring.versions("trl", "liger-kernel", "mlx"))
+    about = {
+        "device": measuring.device_name(device),
+        "backend": options.backend,
+        "shape": f"N {count}, D {width}, V {vocabulary}",
+    }
+    measuring.report(
+        options, "head", rows, **about, versions=measuring.versions("trl", "liger-kernel", "mlx")
+    )
 
 
 if __name__ == "__main__":

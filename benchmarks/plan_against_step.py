@@ -1,11 +1,12 @@
-"""Is `opd plan` right: what a real step allocates and takes on this machine, beside what the plan says?
+"""Are memory and time of a real step on this machine what `opd plan` says?
 
     OMP_NUM_THREADS=1 python -m benchmarks.plan_against_step [--only cpu-lora] [--json] [--quick]
 
-A random Qwen3-VL of half a billion parameters in float32, through each backend with full fine-tuning, LoRA, and on MLX LoRA over 4 bits:
-one step of two micro-batches, verb by verb. Every side runs in a process of its own; each verb once to be timed, and once more to count
-allocated bytes, with all that is held. The plan is that of `this machine`. It takes 12 GB and some minutes a side, and writes
-results/plan_against_step.json side by side.
+The benchmark runs one step of two micro-batches of a random Qwen3-VL with half a billion parameters
+in float32: on both backends, with full fine-tuning and with LoRA, and on MLX with LoRA over 4 bits.
+Every side runs in a new process. Each verb of the backend runs once for the time and once for the
+peak of all allocated bytes. The plan is made for the device `this machine`. A side takes up to
+12 GB and some minutes. After each side the benchmark writes results/plan_against_step.json.
 """
 
 from __future__ import annotations
@@ -26,28 +27,59 @@ RESULTS = Path(__file__).parent / "results"
 SIDES = ("cpu-full", "cpu-lora", "mlx-full", "mlx-lora", "mlx-qlora")
 
 MODEL = {
-    "hidden": 1024, "layers": 24, "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp": 3072, "vision_hidden": 512, "vision_layers": 8,
-    "vision_heads": 8, "vision_mlp": 2048, "positions": 576,
-}  # fmt: skip
-QUICK = {**MODEL, "hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 768, "vision_hidden": 128, "vision_layers": 3,
-         "vision_heads": 2, "vision_mlp": 512}  # fmt: skip
+    "hidden": 1024,
+    "layers": 24,
+    "heads": 16,
+    "kv_heads": 8,
+    "head_dim": 64,
+    "mlp": 3072,
+    "vision_hidden": 512,
+    "vision_layers": 8,
+    "vision_heads": 8,
+    "vision_mlp": 2048,
+    "positions": 576,
+}
+QUICK = {
+    **MODEL,
+    "hidden": 256,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp": 768,
+    "vision_hidden": 128,
+    "vision_layers": 3,
+    "vision_heads": 2,
+    "vision_mlp": 512,
+}
 VOCABULARY, QUICK_VOCABULARY = 150_000, 2_000
-# Image, crop, completions and their tokens. MLX has no fast product with weights of 4 bits on a CPU, so there is less for it to do.
+# (image, crop, completions, tokens per completion). On a CPU MLX's products with 4-bit weights are
+# slow, so that side gets less work.
 WORK = {"full": ((512, 384), (256, 192), 4, 48), "qlora": ((256, 192), (128, 96), 2, 16)}
 QUICK_WORK = ((96, 96), (64, 64), 2, 8)
 
 STAGES = {
     "rollout": ("rollout prefill", "rollout decode"),
-    "accumulate": ("teacher forward", "student forward", "student backward", "recomputation", "head and divergence"),
+    "accumulate": (
+        "teacher forward",
+        "student forward",
+        "student backward",
+        "recomputation",
+        "head and divergence",
+    ),
     "apply": ("optimizer",),
     "move_teacher": ("teacher's average",),
 }
-"""The plan's stages by the verb that runs them."""
+"""The plan's stages that each verb runs."""
 
 
 def main() -> None:
     parser = measuring.arguments(__doc__)
-    parser.add_argument("--only", choices=SIDES, action="append", help="these sides alone; others keep what was written")
+    parser.add_argument(
+        "--only",
+        choices=SIDES,
+        action="append",
+        help="run this side only; may be repeated; the file's other rows stay",
+    )
     options = parser.parse_args()
     vocabulary = QUICK_VOCABULARY if options.quick else VOCABULARY
     context = multiprocessing.get_context("spawn")
@@ -56,21 +88,29 @@ def main() -> None:
     rows: list[measuring.Row] = []
     about = {"device": measuring.device_name(), "versions": measuring.versions("mlx", "peft")}
     with tempfile.TemporaryDirectory() as out:
-        folder = workload.folder(Path(out) / "model", vocabulary, **(QUICK if options.quick else MODEL))
+        folder = workload.folder(
+            Path(out) / "model", vocabulary, **(QUICK if options.quick else MODEL)
+        )
         for name in options.only or SIDES:
             print(name, file=sys.stderr)
             with context.Pool(1) as fresh:
                 rows += fresh.apply(side, (name, folder, options.quick))
             if not options.quick:
                 measured = {row["side"] for row in rows}
-                every = sorted([*(row for row in before if row["side"] not in measured), *rows], key=lambda row: SIDES.index(row["side"]))
+                every = sorted(
+                    [*(row for row in before if row["side"] not in measured), *rows],
+                    key=lambda row: SIDES.index(row["side"]),
+                )
                 RESULTS.mkdir(exist_ok=True)
-                path.write_text(json.dumps({"benchmark": "plan_against_step", **about, "rows": every}, indent=1) + "\n")
+                path.write_text(
+                    json.dumps({"benchmark": "plan_against_step", **about, "rows": every}, indent=1)
+                    + "\n"
+                )
     measuring.report(options, "plan_against_step", rows, **about)
 
 
 def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
-    """One row a verb: bytes and seconds as planned and as measured, and the plan's over the measured."""
+    """One row for each verb: planned and measured bytes and seconds, and planned over measured."""
     from opd import plan as planning
     from opd import registry
     from opd.plan import devices
@@ -78,17 +118,29 @@ def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
 
     backend_name, tune = name.split("-")
     image, crop, completions, tokens = QUICK_WORK if quick else WORK.get(tune, WORK["full"])
-    keys = {"model.path": folder, "model.tune": tune, "model.vision": "true" if tune == "full" else "false", "rollout.prompts": 2,
-            "rollout.completions": completions, "rollout.max_tokens": tokens, "rollout.microbatch_tokens": 1, "rollout.sample_tokens": 1,
-            "objective.top_k": 100}  # fmt: skip
+    keys = {
+        "model.path": folder,
+        "model.tune": tune,
+        "model.vision": "true" if tune == "full" else "false",
+        "rollout.prompts": 2,
+        "rollout.completions": completions,
+        "rollout.max_tokens": tokens,
+        "rollout.microbatch_tokens": 1,
+        "rollout.sample_tokens": 1,
+        "objective.top_k": 100,
+    }
     recipe = load("tiny", [f"{key}={value}" for key, value in keys.items()])
     device = devices.this_machine(registry.planner(backend_name).machine())
     assumed = planning.Assumed(image, crop, None, tokens)
     planned = planning.plan(recipe, device, backend_name, assumed)
-    # One group is differentiated at a time, whole.
-    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"microbatch_tokens": planned.work.group})})
+    # A micro-batch holds one whole group.
+    recipe = recipe.model_copy(
+        update={
+            "rollout": recipe.rollout.model_copy(update={"microbatch_tokens": planned.work.group})
+        }
+    )
     planned = planning.plan(recipe, device, backend_name, assumed)
-    # A run keeps the image features of all its rows; this step sees those of two.
+    # A run caches the image features of all rows of the data set; this step sees two images only.
     planned = planned.sized(rows=0)
     step = Step(recipe, backend_name, planned)
     seconds = {verb: clocked(run) for verb, run in step.verbs.items()}
@@ -96,10 +148,21 @@ def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
     phases = planned.memory.phases
     rows = []
     for verb, stages in STAGES.items():
-        found = {"side": name, "verb": verb, "bytes": peaks[verb], "planned_bytes": phases.get(verb, ""), "seconds": seconds[verb]}
-        found["planned_seconds"] = sum(planned.seconds[stage] for stage in stages)
-        rows.append(found)
-    total = {"side": name, "verb": "step", "bytes": max(peaks.values()), "planned_bytes": planned.memory.peak}
+        row = {
+            "side": name,
+            "verb": verb,
+            "bytes": peaks[verb],
+            "planned_bytes": phases.get(verb, ""),
+            "seconds": seconds[verb],
+        }
+        row["planned_seconds"] = sum(planned.seconds[stage] for stage in stages)
+        rows.append(row)
+    total = {
+        "side": name,
+        "verb": "step",
+        "bytes": max(peaks.values()),
+        "planned_bytes": planned.memory.peak,
+    }
     total |= {key: sum(row[key] for row in rows) for key in ("seconds", "planned_seconds")}
     rows.append(total)
     for row in rows:
@@ -109,7 +172,7 @@ def side(name: str, folder: Path, quick: bool = False) -> list[measuring.Row]:
 
 
 class Step:
-    """The verbs of one step on a backend, with prompts of random images and random completions of full length."""
+    """The verbs of one step, with random images and random completions of full length."""
 
     def __init__(self, recipe: Any, backend_name: str, planned: Any) -> None:
         from PIL import Image
@@ -120,7 +183,7 @@ class Step:
 
         work, rng = planned.work, np.random.default_rng(0)
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
-        # As many tokens of text as the plan takes.
+        # The question fills the number of text tokens that the plan assumes.
         question = "x" * (planned.text - len(encoder.encode([], "")))
         self.backend = backends.load(backend_name, recipe.model.options())
 
@@ -131,44 +194,59 @@ class Step:
                 prompts.append(encoder.encode([image], question, policy))
             assert [len(prompt) for prompt in prompts] == [work.student.tokens, work.teacher.tokens]
             one = [
-                Completion(rng.integers(0, 250, work.tokens).astype(np.int32), np.full(work.tokens, -8, np.float32), False)
+                Completion(
+                    rng.integers(0, 250, work.tokens).astype(np.int32),
+                    np.full(work.tokens, -8, np.float32),
+                    False,
+                )
                 for _ in range(work.completions)
             ]
-            weight = np.full(work.tokens, 1 / (work.prompts * work.completions * work.tokens), np.float32)
+            weight = np.full(
+                work.tokens, 1 / (work.prompts * work.completions * work.tokens), np.float32
+            )
             return Group(prompts[0], prompts[1], tuple(one), (weight,) * work.completions)
 
         groups = [group() for _ in range(work.prompts)]
         uniforms = rng.random((1, work.completions, work.tokens), dtype=np.float32)
         backend, objective = self.backend, recipe.objective.objective(recipe.rollout.temperature)
         self.verbs = {
-            # Nothing ends a completion, so all are of full length.
-            "rollout": lambda: [backend.sample([one.student], uniforms, Sampling(banned=encoder.banned)) for one in groups],
+            # No stop token is given, so all completions have full length.
+            "rollout": lambda: [
+                backend.sample([one.student], uniforms, Sampling(banned=encoder.banned))
+                for one in groups
+            ],
             "accumulate": lambda: [backend.accumulate([one], objective) for one in groups],
             "apply": lambda: backend.apply(Update(learning_rate=1e-6)),
             "move_teacher": lambda: backend.move_teacher(0.05),
         }
-        self.verbs["move_teacher"]()  # MLX's teacher is the student's own arrays until it moves
+        self.verbs["move_teacher"]()  # until then MLX's teacher shares the student's arrays
 
     def peak(self, run: Any, backend_name: str) -> int:
-        """Most bytes that are allocated in a verb."""
-        # What a rollout kept of its prompts would be counted where it is freed, but not where it was allocated.
+        """The peak of allocated bytes while a verb runs."""
+        # Drop the rollout's prefill: it was allocated before the profiler starts, so the profiler
+        # would see only the release.
         self.backend._kept = self.backend._prefill = None  # of MLX, of torch
         return self.held() + measuring.peak_bytes(run, backend_name)
 
     def held(self) -> int:
-        """Bytes that are allocated between two verbs."""
+        """The bytes that are allocated between two verbs."""
         if hasattr(self.backend, "_model"):
             import mlx.core as mx
 
             return int(mx.get_active_memory())
         models = (self.backend._student.module, self.backend._teacher.module)
         tensors = [*(one for model in models for one in (*model.parameters(), *model.buffers()))]
-        tensors += [*self.backend._optimizer.first.values(), *self.backend._optimizer.second.values(), *self.backend._gradient.values()]
+        tensors += [
+            *self.backend._optimizer.first.values(),
+            *self.backend._optimizer.second.values(),
+            *self.backend._gradient.values(),
+        ]
         return sum({one.data_ptr(): one.nbytes for one in tensors}.values())
 
 
 def clocked(run: Any) -> float:
-    """Seconds of the process, which others on the machine do not lengthen as they do the clock's."""
+    """The processor seconds of `run`, which other users of the machine disturb less than the
+    clock's."""
     begin = time.process_time()
     run()
     return time.process_time() - begin

@@ -1,11 +1,15 @@
-"""What does a token step on MLX cost the host before the device runs it, one by one and compiled?
+"""What does a token step on MLX cost the host, with a graph built per step and with a compiled one?
 
     python -m benchmarks.token_step [--layers 28 --n 8 --tokens 48] [--json] [--quick]
 
-A rollout of a model of many narrow layers, with the same draws on each side, whose tokens must be equal. `build ms` is what the host takes
-to build the graph of a step, the median of all, and `most ms` that of the one that took longest, which traces a new shape. `operations` is
-what the graph has beside views: each is a kernel on a GPU. None of these is the device's; `ms a token` is. A CPU is no measure of that:
-it is bound by the operations, and has kernels compiled for it in the run that is not timed.
+Both sides run a rollout of a model with many narrow layers on the same random numbers, and must
+sample equal tokens.
+  build ms     the host's time to build the graph of a step: the median of all steps
+  most ms      the host's time for the slowest step, which traces a new shape
+  operations   the operations of the graph, without views: on a GPU each is a kernel
+  ms a token   the wall time of a token, with the device's work
+On a CPU `ms a token` does not show what a GPU would take: the operations themselves dominate, and
+MLX compiles kernels in the run that is not timed.
 """
 
 from __future__ import annotations
@@ -28,16 +32,38 @@ from opd.types import Completion, ModelOptions, Sampling
 
 SIDES = {"one by one": False, "compiled, one ahead": True}
 
-NARROW = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 128, "vision_hidden": 64, "vision_layers": 3, "vision_heads": 4,
-          "vision_mlp": 128, "positions": 256}  # fmt: skip
+NARROW = {
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "mlp": 128,
+    "vision_hidden": 64,
+    "vision_layers": 3,
+    "vision_heads": 4,
+    "vision_mlp": 128,
+    "positions": 256,
+}
 
-VIEWS = {"AsStrided", "Broadcast", "CustomTransforms", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "StopGradient",
-         "Transpose", "Unflatten"}  # fmt: skip
-"""Operations that give another view of an array; a reshape may copy."""
+VIEWS = {
+    "AsStrided",
+    "Broadcast",
+    "CustomTransforms",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "StopGradient",
+    "Transpose",
+    "Unflatten",
+}
+"""Operations that return a view of an array (a reshape may copy)."""
 
 
 def operations(arrays: list[Any]) -> int:
-    """How many operations compute the arrays, views not counted."""
+    """The number of operations in the graph that computes `arrays`, without views."""
     import mlx.core as mx
 
     file = io.StringIO()
@@ -46,22 +72,28 @@ def operations(arrays: list[Any]) -> int:
     return sum(name not in VIEWS for name in names)
 
 
-def watched(run: Callable[[], list[Completion]], count: bool) -> tuple[list[Completion], list[float], int]:
-    """What `run` gives, the seconds in which the steps of its rollout were built, and the operations of the last if they are counted."""
+def watched(
+    run: Callable[[], list[Completion]], count: bool
+) -> tuple[list[Completion], list[float], int]:
+    """Run a rollout and watch how MLX builds the graphs of the token steps.
+
+    Returns the completions, the seconds of building each step, and the operations of the last
+    step's graph (0 without `count`).
+    """
     from opd_mlx.kernels.recorder import Recorder
 
-    real, built, found = Recorder.run, list[float](), 0
+    real, built, last = Recorder.run, list[float](), 0
 
     def step(self: Any, *arguments: Any) -> Any:
-        nonlocal found
+        nonlocal last
         begin = time.perf_counter()
         drawn = real(self, *arguments)
         built.append(time.perf_counter() - begin)
-        found = operations(drawn) if count else 0
+        last = operations(drawn) if count else 0
         return drawn
 
     with mock.patch.object(Recorder, "run", step):
-        return run(), built, found
+        return run(), built, last
 
 
 def main() -> None:
@@ -79,19 +111,31 @@ def main() -> None:
         ours["build_ratio"] = other["build ms"] / ours["build ms"]
         ours["wall_ratio"] = other["ms a token"] / ours["ms a token"]
     shape = f"{options.layers} layers, n {options.n}, {options.tokens} tokens"
-    measuring.report(options, "token_step", rows, device=device, shape=shape, versions=measuring.versions("mlx", "mlx-vlm"))
+    measuring.report(
+        options,
+        "token_step",
+        rows,
+        device=device,
+        shape=shape,
+        versions=measuring.versions("mlx", "mlx-vlm"),
+    )
 
 
 def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
-    """A row for each of SIDES, after their completions were found equal; and the device."""
+    """Measure both of SIDES and check that the completions are equal; return rows and device."""
     import transformers
 
     import opd_mlx
     from opd_mlx.device import this_device
 
     path = workload.folder(root / "model", 2048, layers=options.layers, **NARROW)
-    devices = {compiled: replace(this_device(), compiles=compiled, steps_ahead=int(compiled)) for compiled in SIDES.values()}
-    backends = {compiled: opd_mlx.load(ModelOptions(path), device) for compiled, device in devices.items()}
+    devices = {
+        compiled: replace(this_device(), compiles=compiled, steps_ahead=int(compiled))
+        for compiled in SIDES.values()
+    }
+    backends = {
+        compiled: opd_mlx.load(ModelOptions(path), device) for compiled, device in devices.items()
+    }
     device = backends[False].device
     prompt = workload.prompt(transformers.AutoConfig.from_pretrained(path), 32)
     draws = np.random.default_rng(0).random((1, options.n, options.tokens), dtype=np.float32)
@@ -101,19 +145,30 @@ def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
 
     rows, first = [], None
     for name, compiled in SIDES.items():
-        found, _, count = watched(lambda compiled=compiled: rollout(compiled), True)
-        first = found if first is None else first
-        error = max(float(np.abs(one.logprobs - other.logprobs).max()) for one, other in zip(found, first, strict=True))
-        assert all(np.array_equal(one.tokens, other.tokens) for one, other in zip(found, first, strict=True)), "the sides draw other tokens"
+        completions, _, count = watched(lambda compiled=compiled: rollout(compiled), True)
+        first = completions if first is None else first
+        error = max(
+            float(np.abs(one.logprobs - other.logprobs).max())
+            for one, other in zip(completions, first, strict=True)
+        )
+        assert all(
+            np.array_equal(one.tokens, other.tokens)
+            for one, other in zip(completions, first, strict=True)
+        ), "the sides sample different tokens"
         rows.append({"side": name, "logprob_error": error, "operations": count})
     if options.no_wall:
         return rows, device
     built: dict[str, list[float]] = {name: [] for name in SIDES}
-    runs = {name: (lambda name=name: built[name].extend(watched(lambda: rollout(SIDES[name]), False)[1])) for name in SIDES}
+    runs = {
+        name: (
+            lambda name=name: built[name].extend(watched(lambda: rollout(SIDES[name]), False)[1])
+        )
+        for name in SIDES
+    }
     seconds = measuring.seconds(runs, 1 if options.quick else options.repeats, "mlx")
     for row in rows:
-        its = built[row["side"]]
-        row |= {"build ms": 1e3 * statistics.median(its), "most ms": 1e3 * max(its)}
+        builds = built[row["side"]]
+        row |= {"build ms": 1e3 * statistics.median(builds), "most ms": 1e3 * max(builds)}
         row["ms a token"] = 1e3 * seconds[row["side"]] / options.tokens
     return rows, device
 

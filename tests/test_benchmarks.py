@@ -55,11 +55,11 @@ def test_sides_that_differ_are_refused():
         against_rows.compared({"ours": lambda: right, "theirs": lambda: wrong}, OPTIONS, "cpu", None)
 
 
-@pytest.mark.parametrize(("model", "again"), [("qwen3-vl", False), ("qwen3-vl", True)])
-def test_flops_of_real_widths(model, again):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flops_of_real_widths(recompute):
     config = workload.qwen3_vl_4b(num_hidden_layers=4)
     backend = workload.backend(workload.model(config, "meta"))
-    row = real_shapes.measured(config, backend, Shape(512, 128, 4, crop=256), again)
+    row = real_shapes.measured(config, backend, Shape(512, 128, 4, crop=256), recompute)
     assert 0.98 < row["reached"] < 1.0001
     assert row["flop_ratio"] > 0.98 * row["bound"]
 
@@ -78,7 +78,7 @@ def test_arithmetic_is_what_is_counted():
     def run():
         hidden_states(model, batch, True).sum().backward(torch.ones((), device="meta"))
 
-    assert measuring.flops(run, own=8) == arithmetic.trunk(config, 80, 8, 3, backward=True, again=True)
+    assert measuring.flops(run, completion=8) == arithmetic.trunk(config, 80, 8, 3, backward=True, recompute=True)
 
 
 def test_head():
@@ -257,7 +257,7 @@ def test_parity_sees_a_difference():
 
     rng = np.random.default_rng(0)
     true = [rng.standard_normal((3, 7))]
-    assert parity.apart([true[0] * (1 + 1e-3)], true) == pytest.approx(1e-3)
+    assert parity.relative_difference([true[0] * (1 + 1e-3)], true) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("name", ["cpu-full", "mlx-qlora"])

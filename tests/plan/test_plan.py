@@ -240,7 +240,7 @@ def test_operations_are_those_of_the_benchmarks(model):
     assert cost["student forward"] == forward
     both = arithmetic.trunk(config, 700, 33, 3, backward=True)
     assert cost["student forward"] + cost["student backward"] == pytest.approx(both, rel=0.002)
-    again = arithmetic.trunk(config, 700, 33, 3, backward=True, again=True) - both
+    again = arithmetic.trunk(config, 700, 33, 3, backward=True, recompute=True) - both
     assert again < cost["recomputation"] < 1.35 * again
 
 
