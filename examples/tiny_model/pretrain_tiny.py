@@ -4,10 +4,10 @@ find it on the full image.
     python examples/tiny_model/pretrain_tiny.py --output opd/tiny/model \
         --log examples/tiny_model/pretrain_tiny.log
 
-takes minutes on one CPU thread. It writes a folder in Hugging Face layout (Qwen3-VL, 0.6M
-parameters) that transformers and mlx-vlm load. Training stops on a condition: the digit must be
-read on small scenes with two tiles, which needs colours to be bound to digits. If that does not
-happen, or the result misses the quality it must have, the script fails and writes nothing.
+The command takes minutes on one CPU thread. It writes a folder in Hugging Face layout (Qwen3-VL,
+0.6M parameters) that transformers and mlx-vlm load. Training stops when the model reads the digit
+on small scenes with two tiles, for which it must bind colours to digits. If the model never gets
+there, or misses the required accuracy at the end, the script fails and writes nothing.
 
 Legend: B images, N patches of one image, S visual tokens of one image (N / 4), P prompt tokens, T
 answer tokens.
@@ -96,12 +96,12 @@ TOKENIZER = {
     "model_max_length": 4096,
     "chat_template": CHAT_TEMPLATE,
 }
-"""`tokenizer_config.json`."""
+"""The content of `tokenizer_config.json`."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE, trained on the task's own sentences: each of their words becomes one token,
-    any other text falls into bytes."""
+    """Train a byte-level BPE on the task's sentences: every word of the task becomes one token, and
+    any other text becomes bytes."""
     sentences = [f"What digit is on the {colour} tile?" for colour in COLOURS]
     sentences += [f"The {colour} tile shows {digit}." for colour in COLOURS for digit in range(10)]
     sentences += ["system", "user", "assistant"] * 8
@@ -121,8 +121,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """`config.json` as published Qwen3-VL checkpoints have it: `rope_theta`, `rope_scaling` and
-    `model_type` are there for mlx-vlm."""
+    """The content of `config.json`, like that of published Qwen3-VL checkpoints; mlx-vlm needs
+    `rope_theta`, `rope_scaling` and `model_type`."""
     token = tokenizer.convert_tokens_to_ids
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -186,11 +186,11 @@ PREPROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
-"""`preprocessor_config.json`; the sizes are the least and the most pixels of an image."""
+"""The content of `preprocessor_config.json`; `size` bounds the pixels of an image."""
 
 
 def write_settings(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write everything of the checkpoint but the weights."""
+    """Write all files of the checkpoint except the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     token = tokenizer.convert_tokens_to_ids
@@ -209,8 +209,10 @@ def write_settings(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def write_weights(folder: Path, model: Qwen3VLForConditionalGeneration) -> None:
-    """Write the weights under the names of published checkpoints, so that a reader never sees half
-    a file."""
+    """Write the weights, under the names of published checkpoints.
+
+    The file is renamed when it is complete, so a reader never sees half of it.
+    """
     from safetensors.torch import save_file
 
     weights = {
@@ -228,8 +230,8 @@ ENDS_OF_BLOCKS = ("attn.proj.weight", "mlp.linear_fc2.weight", "o_proj.weight", 
 
 @torch.no_grad()
 def initialise(model: Qwen3VLForConditionalGeneration) -> None:
-    """Initialise by fan-in. With the usual std of 0.02 a model this small stays at chance for
-    hundreds of steps."""
+    """Initialise by fan-in. With the usual standard deviation of 0.02 a model of this size stays at
+    chance for hundreds of steps."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -245,8 +247,8 @@ def initialise(model: Qwen3VLForConditionalGeneration) -> None:
 
 
 class Sight:
-    """The vision tower over a batch of images of one size: the same numbers as the model's own
-    forward, several times faster.
+    """The vision tower over a batch of images of one size. It computes the same numbers as the
+    model's forward and is several times faster.
 
     The two frames of an image are identical, so the convolution over both is one matrix product;
     attention runs over [B, N] at once.
@@ -269,8 +271,8 @@ class Sight:
         self.cosine, self.sine = cosine, sine
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens [B, S, 96] and the deepstack features, one [B, S, 96] for each layer, of
-        `pixels` [B, N, 3 * 8 * 8]."""
+        """Compute visual tokens [B, S, 96], and deepstack features [B, S, 96] for each deepstack
+        layer, from `pixels` [B, N, 3 * 8 * 8]."""
         tower, (images, patches, _) = self.tower, pixels.shape
         kernel = tower.patch_embed.proj.weight.sum(2).flatten(1)
         hidden = F.linear(pixels, kernel, tower.patch_embed.proj.bias)
@@ -290,7 +292,7 @@ class Sight:
         return tower.merger(hidden).view(images, patches // MERGE**2, -1), deepstack
 
     def rotate(self, states: Tensor) -> Tensor:
-        """Rotary positions for queries or keys [B, heads, N, head_dim]."""
+        """Apply rotary positions to queries or keys [B, heads, N, head_dim]."""
         half = states.shape[-1] // 2
         return (
             states * self.cosine
@@ -299,7 +301,7 @@ class Sight:
 
 
 class Reader:
-    """The model over batches of one image size; every prompt of this task has the same length, so
+    """The model over batches of one image size. All prompts of this task have the same length, so
     nothing is padded."""
 
     def __init__(
@@ -311,7 +313,7 @@ class Reader:
         self.sight = Sight(model, side)
         self.layer = model.model.language_model.layers[1]
         self.attended: Tensor | None = None
-        self.layer.input_layernorm.register_forward_hook(self.remember)
+        self.layer.input_layernorm.register_forward_hook(self.keep_states)
         self.visual_tokens = (side // TOKEN) ** 2
 
     def encode(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
@@ -349,7 +351,7 @@ class Reader:
         ).last_hidden_state
         return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :]), seen
 
-    def remember(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep_states(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep what the second layer's attention reads; called by the model."""
         self.attended = output
 
@@ -389,8 +391,8 @@ class Reader:
 
 
 def patches(images: list[Image.Image]) -> Tensor:
-    """Pixels of images of one size as [B, N, 3 * 8 * 8] in -1 to 1, the patches of each 2 x 2 block
-    following one another."""
+    """Cut images of one size into patches [B, N, 3 * 8 * 8] in -1 to 1, in the order of the
+    merger: block after block of 2 x 2 patches."""
     pixels = np.stack([np.asarray(image) for image in images])
     blocks = pixels.shape[1] // TOKEN
     cut = pixels.reshape(-1, blocks, MERGE, PATCH, blocks, MERGE, PATCH, 3).transpose(
@@ -404,10 +406,10 @@ def patches(images: list[Image.Image]) -> Tensor:
 def crop(
     scene: Scene, random: np.random.Generator | None = None
 ) -> tuple[Image.Image, float, float, float]:
-    """The target tile with its margin, enlarged; then the cut's left, top and scale.
+    """Cut out and enlarge the target tile with a margin; return the crop, left, top and scale.
 
-    With `random` the cut is off by up to 3 pixels and its side up to 6 smaller or 10 larger, so
-    that reading does not hang on one scale.
+    With `random` the crop moves by up to 3 pixels, and the side of the crop changes by -6 to 10
+    pixels, so that the model learns to read at several scales.
     """
     side = TILE + 2 * MARGIN + (int(random.integers(-6, 11)) if random else 0)
     shift = random.integers(-3, 4, 2).tolist() if random else (0, 0)
@@ -422,8 +424,9 @@ def crop(
 def token_labels(
     scene: Scene, side: int, left: float = 0, top: float = 0, scale: float = 1
 ) -> list[tuple[int, int, int]]:
-    """Of the tile that covers most of a visual token, and a third at least: colour (8 is none),
-    digit (10 is none), if it is asked for."""
+    """The labels of each visual token: colour (8 for none), digit (10 for none), and whether the
+    question asks for the tile. They are those of the tile that covers most of the token, if it
+    covers at least a third."""
     names, cells = list(COLOURS), side // TOKEN
     labels = [(len(COLOURS), 10, 0)] * cells**2
     most = [1 / 3] * cells**2
@@ -451,8 +454,8 @@ def token_labels(
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one kind: `pixels` [B, N, 192], `prompts` [B, P], `answers` [B, T], and `labels`
-    [B, S, 3] of the visual tokens."""
+    """A batch of one kind of image: `pixels` [B, N, 192], `prompts` [B, P], `answers` [B, T], and
+    `labels` [B, S, 3] of the visual tokens."""
 
     pixels: Tensor
     prompts: Tensor
@@ -462,11 +465,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of image: where its scenes come from, what reads them, and how many a step are
-    trained on.
+    """One kind of image: `draw` makes the scenes, `reader` reads them.
 
-    `rows` are pairs of a step and the number from that step on; `cooling` is the number in the
-    cool-down.
+    `rows` has pairs (step, number): from that step on, so many images are trained on per step.
+    `cooling` is the number per step in the cool-down. With `cropped` the model sees the crop.
     """
 
     reader: Reader
@@ -476,12 +478,11 @@ class Kind:
     cropped: bool = False
 
     def rows_at(self, step: int) -> int:
-        """Images of this kind at `step`: the last of `rows`, pairs of step and number, that has
-        begun."""
+        """The number of images at `step`: that of the last pair in `rows` that has begun."""
         return next((rows for start, rows in reversed(self.rows) if step >= start), 0)
 
     def batch(self, numbers: Iterable[int], random: np.random.Generator | None = None) -> Batch:
-        """Draw and encode scenes; a crop is jittered if there is a `random` to do it."""
+        """Draw and encode scenes; with `random`, crops are jittered."""
         scenes = [self.draw(number) for number in numbers]
         images, labels = [], []
         for scene in scenes:
@@ -496,31 +497,31 @@ class Kind:
 
 
 DIGIT = 4
-"""Where the digit stands in an answer: The, red, tile, shows, DIGIT, full stop, end of turn."""
+"""The digit's place in an answer: The, red, tile, shows, DIGIT, full stop, end of turn."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast: a rate that halves slowly until colours are bound to digits, and then
-    a cosine down to zero."""
+    """The schedule of the learning rate: it halves slowly until the model binds colours to digits,
+    and then follows a cosine down to zero."""
 
     rate: float = 2e-3
     half_life: int = 1000
     warm_up: int = 30
     bound: float = 0.4
-    """Digit loss on two tiles at which the rate goes down: guessing between the two digits gives
-    0.69, and far less closes the gap."""
+    """The digit loss on two tiles that starts the cool-down. Guessing between the two digits gives
+    0.69; a much lower value would close the gap that opd must close."""
     limit: int = 2000
     cool_down: int = 200
 
 
 class Trainer:
-    """The model, its optimizer, heads that are thrown away afterwards, and running means over 25
-    steps of what each kind of image gives.
+    """Trains the model together with two heads that are thrown away afterwards, and keeps running
+    means over 25 steps for each kind of image.
 
-    The heads tell colour and digit of the tile behind each visual token. Besides, the attention to
-    the right tile is taught: left alone, some seeds read every tile and never learn to choose one,
-    and where it stops early what was bound comes loose again.
+    The heads predict colour and digit of the tile at each visual token. An auxiliary loss also
+    teaches attention to the right tile: without it, some seeds read every tile but never learn to
+    choose one, and if it stops early the binding of colours to digits is lost.
     """
 
     def __init__(
@@ -560,8 +561,8 @@ class Trainer:
         self.optimizer.step()
 
     def loss(self, name: str, rows: int) -> Tensor:
-        """Cross-entropy of the answers, their digit counting three times, and of the heads on the
-        visual tokens."""
+        """The cross-entropy of the answers, with weight 3 for the digit, plus the auxiliary losses
+        on the visual tokens."""
         kind = self.kinds[name]
         batch = kind.batch(range(self.drawn[name], self.drawn[name] + rows), self.random[name])
         self.drawn[name] += rows
@@ -581,8 +582,7 @@ class Trainer:
         return (surprise * weight).sum() / weight.sum() + 0.7 * auxiliary
 
     def state(self) -> str:
-        """The running means, for the log: digit loss, and attention to the tile that is asked
-        for."""
+        """The running means for the log: digit loss, and attention to the tile in question."""
         return ", ".join(
             f"{name} {mean(losses):.3f} ({mean(self.attentions[name]):.2f})"
             for name, losses in self.digit_losses.items()
@@ -597,8 +597,10 @@ def pretrain(
     seed: int,
     log: Callable[[str], None],
 ) -> None:
-    """Train until the digit loss on scenes with two tiles is below `plan.bound`, then cool down;
-    raise where it never is."""
+    """Train until the digit loss on scenes with two tiles is below `plan.bound`, then cool down.
+
+    Raises RuntimeError if it is not below the bound after `plan.limit` steps.
+    """
     trainer, started = Trainer(model, kinds, seed), time.monotonic()
     losses = trainer.digit_losses["two tiles"]
 
@@ -632,11 +634,10 @@ def pretrain(
 
 @torch.no_grad()
 def measure(kind: Kind, count: int) -> tuple[float, float]:
-    """The part of scenes answered right by greedy decoding, and of answers that have the right form
-    whatever the digit.
+    """The shares of right answers and of well-formed answers (with any digit) in greedy decoding.
 
-    Greedy decoding gives an answer exactly where each of its tokens is the most likely one after
-    those before it, so no loop is needed.
+    Greedy decoding gives an answer if and only if every token of the answer is the most likely one
+    after the tokens before it. One forward over the answer therefore replaces the decoding loop.
     """
     right = formed = 0
     for first in range(0, count, 100):
@@ -657,7 +658,7 @@ def measure(kind: Kind, count: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Pretrain, check the quality on scenes that were not trained on, and write the folder."""
+    """Pretrain, check the accuracy on new scenes, and write the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -702,17 +703,17 @@ def main() -> None:
     checks |= {
         f"{tiles} tiles": Kind(large, scenes("choice", tiles, 128)) for tiles in (1, 3, 6, 8)
     }
-    found = {name: measure(kind, arguments.check) for name, kind in checks.items()}
-    for name, (right, formed) in found.items():
+    results = {name: measure(kind, arguments.check) for name, kind in checks.items()}
+    for name, (right, formed) in results.items():
         log(
             f"{name}: {right:.1%} right, {formed:.1%} of the right form, of {arguments.check}"
             " scenes"
         )
     log(f"done in {time.monotonic() - started:.0f} s")
     if (
-        found["crop"][0] < 0.99
-        or not 0.4 <= found["8 tiles"][0] <= 0.7
-        or min(formed for _, formed in found.values()) < 0.99
+        results["crop"][0] < 0.99
+        or not 0.4 <= results["8 tiles"][0] <= 0.7
+        or min(formed for _, formed in results.values()) < 0.99
     ):
         raise RuntimeError(
             "this misses 99 % on crops, 40 to 70 % on full images, or 99 % of the right form:"
