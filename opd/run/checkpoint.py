@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opd.backend import Backend
 from opd.errors import FolderError
-from opd.run import records
+from opd.run import files, records
 from opd.run.folder import RunFolder
 
 STATE = "state.json"
@@ -65,7 +65,7 @@ class Saver:
 
         def fill(checkpoint: Path) -> None:
             self.backend.save(checkpoint)
-            RunFolder(checkpoint).write(STATE, asdict(state))
+            files.write_json(checkpoint / STATE, asdict(state))
 
         self.folder.checkpoint(state.step, self.keep, fill)
 
@@ -79,7 +79,7 @@ def restore(folder: RunFolder, backend: Backend) -> State:
         earlier = f"go on from step {checkpoints[-2][0]}" if len(checkpoints) > 1 else "start again"
         try:
             backend.load(path)
-            found = RunFolder(path).read(STATE)
+            found = files.read_json(path / STATE)
             state = State(done, float(found["seconds"]), int(found["taken"]), list(found["idle"]))
         except (OSError, ValueError, KeyError, TypeError, FolderError) as error:
             raise FolderError(

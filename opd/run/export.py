@@ -17,6 +17,7 @@ from opd.prompts.encoder import PromptEncoder
 from opd.prompts.processor import needs_torchvision, open_encoder
 from opd.run import inputs
 from opd.run import recipe as recipes
+from opd.run.files import replace_folder
 from opd.run.folder import RunFolder, check_empty
 from opd.run.recipe import Recipe
 
@@ -85,7 +86,7 @@ def export(
                 write(Path(whole), target, quantize or 0)
         recipes.write_beside(recipe, target, step)
 
-    RunFolder(out.parent).fill(out.absolute(), fill)
+    replace_folder(out.absolute(), fill)
     if kind == "model" and not quantize and (name := needs_torchvision(out)):
         progress.note(
             f"to load its processor, {name}, transformers needs torchvision beside it: pip install"
@@ -119,7 +120,7 @@ def as_model(path: str, backend: str, progress: Progress) -> None:
         encoder.save(target)
         recipes.write_beside(recipe, target, step)
 
-    folder.fill(result, fill, shared=True)
+    replace_folder(result, fill, shared=True)
 
 
 def _chosen(folder: RunFolder, recipe: Recipe, step: int | None) -> tuple[int, Path, str]:

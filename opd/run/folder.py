@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from opd.errors import FolderError, RunError, one_line
+from opd.errors import FolderError, one_line
 from opd.models.find import CONFIG, checkpoint_of
 from opd.paths import read_file, unusable
-from opd.run import lock
+from opd.run import files, lock
 from opd.run.strict_json import dumps
 
 DEEPEST = "checkpoints/step-000000.partial/optimizer.safetensors"
@@ -85,7 +85,7 @@ class RunFolder:
                 raise FolderError(
                     f"another process has begun a run in '{path}'; name another with --out"
                 )
-            _write(path / CONFIG, config)
+            files.write_text(path / CONFIG, config)
         except OSError as error:
             if held:
                 held.release()
@@ -135,7 +135,8 @@ class RunFolder:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one object to a .jsonl file."""
         if self.writes:
-            with _guarded(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            path = self.path / name
+            with files.guarded(path), path.open("a", encoding="utf-8") as file:
                 file.write(dumps(row) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -174,44 +175,23 @@ class RunFolder:
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a .json file."""
-        self._replace(name, dumps(value, indent=2) + "\n")
+        if self.writes:
+            with files.guarded(self.path / name):
+                files.write_json(self.path / name, value)
 
     def read(self, name: str) -> dict[str, Any]:
         """The object of a .json file. Raises OSError or ValueError where it is missing or
         damaged."""
-        return dict(json.loads(read_file(self.path / name)))
+        return files.read_json(self.path / name)
 
-    def fill(self, path: Path, fill: Callable[[Path], None], shared: bool = False) -> None:
-        """Lets `fill` write a folder under a temporary name, then puts it in place of `path`.
-
-        `shared`: processes without the lock may write the same folder at once; the first one's
-        stays.
-        """
-        if not self.writes:
-            return
-        temporary = path.with_name(
-            f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial"
-        )
-        with _guarded(path):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            try:
-                fill(temporary)
-                if not shared:
-                    shutil.rmtree(path, ignore_errors=True)
-                try:
-                    temporary.rename(path)
-                except OSError:
-                    if not (shared and path.is_dir()):
-                        raise
-                    shutil.rmtree(temporary, ignore_errors=True)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)  # half a folder would fill a full disk
-                raise
+    def replace_folder(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Replaces a folder of the run by one that `fill` writes; see `files.replace_folder`."""
+        if self.writes:
+            files.replace_folder(self.path / name, fill)
 
     def checkpoint(self, step: int, keep: int, fill: Callable[[Path], None]) -> None:
         """Writes the checkpoint of a step, then removes all but the newest `keep`."""
-        self.fill(self.path / "checkpoints" / f"step-{step:06d}", fill)
+        self.replace_folder(f"checkpoints/step-{step:06d}", fill)
         if not self.writes:
             return
         for old, _ in self.checkpoints()[:-keep]:
@@ -219,8 +199,8 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         if self.writes:
-            with _guarded(self.path / name):
-                _write(self.path / name, text)
+            with files.guarded(self.path / name):
+                files.write_text(self.path / name, text)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and folders of all whole checkpoints, oldest first."""
@@ -287,32 +267,3 @@ def _object(line: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # half a file on a full disk
-        raise
-
-
-class _guarded:  # noqa: N801  used like a function
-    """Turns a full disk or a lost folder into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        if isinstance(error, OSError):
-            raise RunError(
-                f"'{self.path}' cannot be written: {error.strerror or error}; what was saved before"
-                " stays"
-            ) from error

@@ -131,7 +131,7 @@ class Trainer:
                 f"{ended(steps, state.idle)}; no step was taken, so there is no trained model to"
                 " write"
             )
-        self.folder.fill(self.folder.path / self.recipe.model.result, self._export)
+        self.folder.replace_folder(self.recipe.model.result, self._export)
         after = probe.after(before)
         facts = {
             "backend": self.name,

@@ -281,10 +281,10 @@ def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(here, monkeypa
 
 
 def fill_up(append, folder, name, row):
-    from opd.run.folder import _guarded
+    from opd.run.files import guarded
 
     if row["step"] == 3:
-        with _guarded(folder.path / name):
+        with guarded(folder.path / name):
             raise OSError(errno.ENOSPC, "No space left on device")
     append(folder, name, row)
 

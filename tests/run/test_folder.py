@@ -93,22 +93,6 @@ def test_no_run_is_no_run(tmp_path):
         RunFolder.open(tmp_path)
 
 
-def test_of_two_processes_that_write_one_folder_the_first_stays(tmp_path):
-    """Both measure the same checkpoint, whose model is written once."""
-    folder = RunFolder(tmp_path)
-
-    def second(target):
-        (target / "file").write_text("second")
-        other = target.with_name("model.1.partial")  # the first one, which ends while this one writes
-        other.mkdir()
-        (other / "file").write_text("first")
-        other.rename(tmp_path / "model")
-
-    folder.fill(tmp_path / "model", second, shared=True)
-    assert (tmp_path / "model" / "file").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 def test_the_model_of_a_checkpoint_that_cannot_be_written_is_exported(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     few = ["rollout.prompts=1", "rollout.completions=1", "rollout.max_tokens=4", "measure.count=1"]
