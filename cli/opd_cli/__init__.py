@@ -1,5 +1,5 @@
-"""The `opd` command. Importing it loads neither torch, mlx nor transformers; each command is
-imported when it is called."""
+"""The `opd` command. Importing this package loads neither torch, mlx nor transformers; each command
+is imported when it is called."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COMMANDS = {
 WINDOWS = (
     "Windows is not supported; install and run opd inside WSL, the Windows Subsystem for Linux"
 )
-"""What is told there: locks, bounds of memory and of time, and signals are those of POSIX."""
+"""The error on Windows: opd uses the locks, resource limits and signals of POSIX."""
 
 SPINS = "2000"
-"""How often a thread of torch's on Linux looks for its next piece of work before it sleeps: 300,000
-times if nobody says, which are milliseconds, on the core that encodes the next step's images."""
+"""How often an idle OpenMP thread of torch polls for work before it sleeps. The default of 300,000
+takes milliseconds of the core that encodes the next step's images."""
 
 
 class Commands(click.Group):
@@ -37,11 +37,11 @@ class Commands(click.Group):
     code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order in which a person meets them."""
+        """The commands, in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command, imported now."""
+        """Imports a command; None if there is no command of this name."""
         if name not in COMMANDS:
             return None
         command: click.Command = getattr(importlib.import_module(f"opd_cli.{name}"), name)
@@ -50,7 +50,8 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is called; an unknown one is told with its near miss."""
+        """The command that is called. Raises UsageError, with the nearest name, for an unknown
+        command."""
         if args[0] not in COMMANDS:
             from opd.errors import nearest
 
@@ -60,26 +61,27 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the list of commands without importing them."""
+        """Writes the list of commands, without importing the commands."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Calls the command; click itself would write an empty line where it is interrupted."""
+        """Calls the command. A KeyboardInterrupt becomes Abort, since click would write an empty
+        line for it."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs a command, and exits.
+        """Runs a command and exits with its code.
 
-        0: done; 1: the run failed, or stdout could not take the result; 2: the input was wrong;
-        130, 143, 129: Ctrl-C, SIGTERM, SIGHUP; 141: nobody read stdout to its end. An error is one
-        line. A traceback is a fault of opd, and its last line says so.
+        0: done; 1: the run failed, or stdout cannot be written; 2: the input is wrong; 130, 143,
+        129: Ctrl-C, SIGTERM, SIGHUP; 141: the reader of stdout has gone. An error is one line. A
+        traceback is a fault of opd, and its last line says so.
         """
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-            # torch is not loaded yet, and libgomp reads it as it is
+            # libgomp reads the variable when torch is loaded, which happens later.
             os.environ["GOMP_SPINCOUNT"] = SPINS
         with terminal.prepared() as stdout, signals.handled() as heard:
             try:
@@ -88,20 +90,19 @@ class Commands(click.Group):
             except terminal.StdoutError as error:
                 stdout.give_up()
                 code = 141 if error.unread else _fail(f"stdout cannot be written: {error}", 1)
-            except KeyboardInterrupt:  # once more, while the first was being told
+            except KeyboardInterrupt:  # a second one, while the first was being reported
                 code = heard.exit_code
         if code:
             sys.exit(code)
 
     def _run(self, heard: signals.Signals, *args: Any, **kwargs: Any) -> int:
-        """Runs a command; its exit code."""
-        given = list(
-            sys.argv[1:]
-            if not args and kwargs.get("args") is None
-            else args[0]
-            if args
-            else kwargs["args"]
-        )
+        """Runs a command and returns the exit code."""
+        if args:
+            given = list(args[0])
+        elif kwargs.get("args") is not None:
+            given = list(kwargs["args"])
+        else:
+            given = sys.argv[1:]
         try:
             if sys.platform == "win32":
                 raise click.UsageError(WINDOWS)
@@ -110,7 +111,7 @@ class Commands(click.Group):
             super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.Exit as stop:
             return stop.exit_code
-        except SystemExit as stop:  # of a check that failed
+        except SystemExit as stop:  # `opd backends --check` with a failed check
             return stop.code if isinstance(stop.code, int) else 1
         except (click.Abort, KeyboardInterrupt):
             return _fail("interrupted", heard.exit_code)
@@ -127,20 +128,15 @@ class Commands(click.Group):
         except MemoryError:
             return _fail("not enough memory on this machine; opd plan says what a run takes", 1)
         except Exception as error:
-            # Imported here: a failure is the only time the core is needed by the group itself.
+            # Imported here, since only a failure needs the core.
             from opd.errors import OpdError, Stopped, UserError
 
+            if isinstance(error, UserError):
+                return _fail(str(error), 2)
+            if isinstance(error, Stopped):
+                return _fail(str(error), heard.exit_code)
             if isinstance(error, OpdError):
-                return _fail(
-                    str(error),
-                    (
-                        2
-                        if isinstance(error, UserError)
-                        else heard.exit_code
-                        if isinstance(error, Stopped)
-                        else 1
-                    ),
-                )
+                return _fail(str(error), 1)
             terminal.say_bug(error)
             return 1
         return 0
@@ -162,8 +158,8 @@ def main() -> None:
 
 
 def _check(argument: str) -> None:
-    """Raises UsageError for an argument that is no text: no recipe and no record of a run could
-    hold it."""
+    """Raises UsageError for an argument that is not valid UTF-8 or holds NUL, since neither a
+    recipe nor a run folder can hold it."""
     if "\0" in argument:
         raise click.UsageError(f"{argument}: an argument cannot hold a NUL character")
     try:
@@ -175,5 +171,6 @@ def _check(argument: str) -> None:
 
 
 def _fail(message: str, code: int) -> int:
+    """Writes an error to stderr and returns the exit code."""
     terminal.say_error(message)
     return code

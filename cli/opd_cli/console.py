@@ -1,4 +1,4 @@
-"""Results as text and tables on stdout: nothing in them steers the terminal."""
+"""Prints results as text and tables on stdout, escaped so that they cannot steer the terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from rich.text import Text
 from opd_cli.terminal import visible
 
 NARROWEST = 60
-"""Columns that tables have at least: a narrower console breaks their lines, but nothing is left
-out."""
+"""Smallest width of tables in columns. A narrower console wraps their lines, but shows all of
+them."""
 
 
 class Terminal(Console):
-    """A console to which text is text: no markup, no emoji names, no highlighting, and every
-    character visible."""
+    """A rich console without markup, emoji names and highlighting, which escapes all text."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         super().__init__(file=file, markup=False, emoji=False, highlight=False)
@@ -27,14 +26,13 @@ class Terminal(Console):
             self.width = NARROWEST
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text on one line, before it is laid out."""
+        """Escapes a text and puts it on one line, before layout."""
         return super().render_str(self.encodable(visible(text)), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """The last look at what is about to be written, whoever made it; only layout breaks
-        lines."""
+        """Escapes every segment just before it is written; only the layout may break lines."""
         for segment in super().render(renderable, options):
             text = (
                 segment.text
@@ -44,11 +42,11 @@ class Terminal(Console):
             yield segment if text == segment.text else Segment(text, segment.style)
 
     def encodable(self, text: str) -> str:
-        """The text with escapes for the characters that the console lacks, so that columns stay
-        straight."""
+        """The text with escapes for characters that the console's encoding lacks, so that columns
+        stay aligned."""
         return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 
 def cell(text: str, style: str | Style = "") -> Text:
-    """Text of the data in a style."""
+    """Escaped text in a style."""
     return Text(visible(text), style=style)

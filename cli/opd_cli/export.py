@@ -48,11 +48,11 @@ def export(
     step: int | None,
     as_json: bool,
 ) -> None:
-    """Writes the trained model of RUN as a folder that transformers and mlx-vlm load, or its
-    adapter as one that PEFT loads.
+    """Writes the trained model of RUN as a folder that transformers and mlx-vlm load, or the
+    adapter as a folder that PEFT loads.
 
-    A run that is not finished gives its newest checkpoint. The chat template in the folder is the
-    one that was trained: thinking off.
+    If the run is not finished, the newest checkpoint is exported. The chat template in the folder
+    is the one that was trained, with thinking off.
 
     \b
     Examples:

@@ -20,14 +20,14 @@ def gap(
     as_json: bool,
     count: int | None,
 ) -> None:
-    """Measures the gap of a model: its accuracy on the evidence crop less that on the full image,
+    """Measures the gap of a model: accuracy on the evidence crop minus accuracy on the full image,
     with 95 % intervals.
 
-    Where rows have no answers, agreement of full image and crop is measured alone.
+    If rows have no answers, only the agreement of full image and crop is measured.
 
-    A run's model, its checkpoints and exports are measured as the run measured: with its recipe,
-    its measured data where no --data is given, and its backend. With no RECIPE and any other model
-    the preset is tiny for the embedded model, else lora.
+    The model of a run, a checkpoint or an export is measured as in the run: with the run's recipe
+    and backend, and with the run's measured data unless --data is given. For any other model,
+    without RECIPE, the preset is tiny for the embedded model, else lora.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the recipe they make."""
+"""Options that several commands share, and the recipe that they give."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class UserPath(click.Path):
-    """A path as a person writes it: `~` is the home folder, and what no file system holds is
-    told."""
+    """The type of an option that takes a path: expands `~`, and refuses a path that no file can
+    have."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -25,7 +25,7 @@ class UserPath(click.Path):
     def convert(
         self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
-        """The path of a text."""
+        """The expanded path. Fails, in one line, if no file can have it."""
         from opd.paths import expanded
 
         try:
@@ -63,7 +63,7 @@ SHARED = (
 
 
 def shared(command: Command) -> Command:
-    """Adds RECIPE, --backend, --model, --data, --set and --json."""
+    """Adds RECIPE, --backend, --model, --data, --set and --json to a command."""
     for decorate in reversed(SHARED):
         command = decorate(command)
     return command
@@ -76,11 +76,11 @@ def resolve(
     training: bool = False,
     backend: str | None = None,
 ) -> Resolved:
-    """The recipe with the command's own options, by their names in it, and then every --set,
-    applied; see `opd.run.inherit`."""
+    """The recipe with the command's own options, `shortcuts` by key of the recipe, and then every
+    --set; the other arguments as in `opd.run.inherit.resolve`."""
     from opd.run.inherit import resolve as resolved
 
-    # As TOML: json leaves characters raw that no text in TOML may hold.
+    # Written as TOML, since JSON leaves characters unescaped that TOML does not allow.
     chosen = [
         tomli_w.dumps({"value": value}).strip().replace("value = ", f"{key}=", 1)
         for key, value in shortcuts.items()

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 def _size(
     ctx: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, int] | None:
-    """Width and height of an option written 1024x768."""
+    """Width and height in pixels of an option written 1024x768. Raises UsageError."""
     if value is None:
         return None
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value)
-    if found is None:
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value)
+    if match is None:
         raise click.UsageError(
             f"--{parameter.name} {value}: write it as WIDTHxHEIGHT in pixels, such as 1024x768", ctx
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 @click.command()
@@ -89,12 +89,12 @@ def plan(
     completion_tokens: int | None,
     measures: bool,
 ) -> None:
-    """Says what a run will take: parameters, memory by part and phase, work, seconds and hours, and
-    the largest step that fits.
+    """Estimates a run: parameters, memory by part and phase, operations, seconds and hours, and the
+    largest step that fits.
 
-    Nothing is loaded: of a model only its configuration is read, so its weights need not be there.
-    Seconds are worked out from a device's published peaks, or this machine's, at the shares of them
-    that are printed. --measure runs a micro-batch instead.
+    Only the model's configuration is read, so the weights need not be downloaded. Seconds are
+    computed from the published peaks of a device, or from those of this machine, at the shares of
+    the peaks that are printed. --measure also runs a micro-batch.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: live bars in a terminal, plain lines when piped."""
+"""Shows the progress of a run on stderr: live bars in a terminal, plain lines when piped."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ from opd_cli.console import Terminal
 from opd_cli.terminal import Stderr, one_line
 
 WIDE = 100
-"""Columns from which numbers stand with more digits; the usual 80 take a shorter form."""
+"""From this many columns on, bars and numbers are longer; 80 columns take a shorter form."""
 
 PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
 
 REMEMBERED = 20
-"""Last reports of a phase from which its rate is taken: steps differ, and the first one
-compiles."""
+"""The rate of a phase is an average over this many reports, since steps differ, and the first step
+may compile."""
 
 MOMENT = 0.02
-"""Seconds that are too short to tell a rate."""
+"""Shortest time in seconds from which a rate is computed."""
 
 TITLES = {"before": "measure before", "after": "measure after"}
 UNITS = {"train": "step", "read": "row"}
 
 SHORT = {"measure before": "before", "measure after": "after"}
-"""Titles where room is short."""
+"""Titles on a narrow console."""
 
 
 @dataclass
 class Phase:
-    """How far a phase is, and how fast."""
+    """Progress and speed of one phase. `detail`: numbers of the last step, as text. `reports`:
+    (time, units done) of the last reports."""
 
     title: str
     unit: str
@@ -54,41 +55,42 @@ class Phase:
     reports: deque[tuple[float, int]] = field(default_factory=deque)
 
     def begin(self, total: int, done: int) -> None:
-        """Begins, or goes on after something else."""
+        """Begins the phase, or continues it after another phase."""
         self.total, self.done = total, done
-        # at once: another thread draws
+        # One assignment, since another thread reads the reports.
         self.reports = deque([(time.monotonic(), done)], REMEMBERED)
 
     def advance(self, units: int) -> None:
-        """So many more are done."""
+        """Adds `units` to those that are done."""
         self.done += units
         self.reports.append((time.monotonic(), self.done))
 
     @property
     def seconds(self) -> float | None:
-        """Seconds a unit lately; None where nobody can know yet."""
+        """Recent seconds per unit; None if it is too early to tell."""
         (began, first), (ended, last) = self.reports[0], self.reports[-1]
-        return (ended - began) / (last - first) if last > first and ended - began > MOMENT else None
+        if last <= first or ended - began <= MOMENT:
+            return None
+        return (ended - began) / (last - first)
 
     def count(self) -> str:
-        """Units that are done, of all."""
+        """Units done and total, such as 3/50."""
         return f"{self.done}/{self.total}"
 
     def left(self) -> str:
-        """The time that is left, less what went by since the last report; empty where nobody can
-        know."""
+        """The estimated time left; empty if it is too early to tell."""
         if self.seconds is None or self.done >= self.total:
             return ""
         since = time.monotonic() - self.reports[-1][0]
         return f"{duration(max(0.0, (self.total - self.done) * self.seconds - since))} left"
 
     def rate(self) -> str:
-        """Units in a second, or the time of one where it takes longer."""
+        """The recent rate in words; empty if it is too early to tell."""
         return rate(self.seconds, self.unit) if self.seconds is not None else ""
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 45 s, 12 min 05 s, 1 h 05 min, 2 d 03 h."""
+    """A time in words: 45 s, 12 min 05 s, 1 h 05 min, 2 d 03 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -102,8 +104,8 @@ def duration(seconds: float) -> str:
 
 
 def rate(seconds: float, unit: str) -> str:
-    """The pace at so many seconds a unit: 78 steps/s, 1.4 steps/s, 2.5 s/step, 2.3 min/step, 1.2
-    h/step."""
+    """The rate of `seconds` per unit, in words: 78 steps/s, 1.4 steps/s, 2.5 s/step, 2.3 min/step,
+    1.2 h/step."""
     if seconds <= 1:
         return f"{1 / seconds:.{0 if seconds <= 0.1 else 1}f} {unit}s/s"
     size, name = next(
@@ -114,12 +116,12 @@ def rate(seconds: float, unit: str) -> str:
 
 
 def digits_of(number: float) -> str:
-    """A number above 0 as it is read: 1234, 78, 7.8, 0.78, 0.0078; never 0 for a small one."""
+    """A number above 0 with two digits, or all digits before the point: 1234, 78, 7.8, 0.0078."""
     return f"{number:.0f}" if number >= 9.95 else f"{number:.2g}"
 
 
-class Shown:
-    """What `opd.progress.Progress` asks for, on stderr."""
+class ProgressBars:
+    """Shows progress on stderr; implements `opd.progress.Progress`."""
 
     def __init__(self, stderr: Stderr) -> None:
         self.stopping = False
@@ -140,7 +142,7 @@ class Shown:
         )
 
     def begin(self, phase: str, total: int, done: int = 0) -> None:
-        """A bar, new or going on, or a plain line."""
+        """Adds or resets the bar of a phase; piped, writes a plain line."""
         self._now = phase
         shown = self._phases.get(phase) or Phase(
             TITLES.get(phase, phase), UNITS.get(phase, "answer"), total, done
@@ -148,11 +150,11 @@ class Shown:
         shown.begin(total, done)
         self._phases[phase] = shown
         self._spoke = time.monotonic()
-        if not self._live and not done and phase != "read":  # mostly over at once
+        if not self._live and not done and phase != "read":  # reading is usually short
             self.note(f"{shown.title}: {plural(total, shown.unit)}")
 
     def advance(self, units: int) -> None:
-        """Moves the bar; speaks from time to time when piped."""
+        """Moves the bar; piped, writes a line every PLAIN_SECONDS."""
         phase = self._phases[self._now]
         phase.advance(units)
         over = units and phase.done >= phase.total and self._now != "read"
@@ -167,7 +169,7 @@ class Shown:
             self.note("  ".join(part for part in parts if part))
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Takes the numbers that stand beside the bar."""
+        """Sets the numbers beside the bar."""
         digits, unit = (4, "tokens/s") if self._wide else (3, "tok/s")
         loss, divergence = (f"{name} {metrics[name]:.{digits}f}" for name in ("loss", "divergence"))
         speed = f"{digits_of(metrics['tokens_per_second'])} {unit}"
@@ -176,17 +178,17 @@ class Shown:
         )
 
     def note(self, message: str) -> None:
-        """A line above the bar."""
-        with self._console:  # one write
+        """Writes a line above the bars."""
+        with self._console:  # as one write
             if self._live:
                 self._reflow()
             self._console.print(one_line(message), soft_wrap=True)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Takes the bars off the screen while the block runs, and lets other programs draw
-        theirs."""
-        self._bars.transient = True  # else they stayed, and came a second time
+        """Removes the bars from the screen while the block runs, so that a library can draw
+        progress bars."""
+        self._bars.transient = True  # otherwise the bars would stay, and appear twice later
         self.close()
         self._stderr.bars = True
         try:
@@ -197,26 +199,26 @@ class Shown:
             self.open()
 
     def open(self) -> None:
-        """Begins to draw."""
+        """Begins to draw the bars."""
         if self._live:
             self._bars.start(refresh=False)
 
     def close(self) -> None:
-        """Draws no more."""
+        """Stops drawing the bars."""
         if self._live:
             self._bars.stop()
             self._drawn = []
 
     def stop(self) -> None:
-        """Asks the run to stop after this step; a second time, or where no step is under way, stops
-        it now."""
+        """Asks the run to stop after the current step. Raises KeyboardInterrupt if called a second
+        time, or while no step is running."""
         if self.stopping or self._now not in ("train", "measure"):
             raise KeyboardInterrupt
         self.stopping = True
         self.note("stopping after this step; once more stops at once")
 
     def _lines(self) -> Group:
-        """A line for each phase."""
+        """The bars: a line for each phase."""
         self._reflow()
         wide = self._console.width >= WIDE
         phases = [
@@ -233,31 +235,24 @@ class Shown:
         return Group(*lines)
 
     def _reflow(self) -> None:
-        """Goes to where the bars end, had nobody made the window narrower: the terminal has broken
-        their lines since."""
-        broken = sum(max(0, columns - 1) // max(1, self._console.width) for columns in self._drawn)
+        """Erases the extra lines that appear when a narrower window wraps the drawn bars."""
+        extra = sum(max(0, columns - 1) // max(1, self._console.width) for columns in self._drawn)
         self._drawn = []
-        self._console.control(
-            Control(
-                *(
-                    (
-                        ControlType.CARRIAGE_RETURN,
-                        (ControlType.ERASE_IN_LINE, 2),
-                        (ControlType.CURSOR_UP, 1),
-                    )
-                    * broken
-                )
-            )
+        line_up = (
+            ControlType.CARRIAGE_RETURN,
+            (ControlType.ERASE_IN_LINE, 2),
+            (ControlType.CURSOR_UP, 1),
         )
+        self._console.control(Control(*(line_up * extra)))
 
     def _line(self, title: str, count: str, phase: Phase, wide: bool) -> Text:
-        """The count, and as much else as has room: a bar, the time left, the rate, a step's
-        numbers."""
-        room = self._console.width - 1 - cell_len(title) - 2 - cell_len(count)
+        """The line of a phase: title and count, and as much as fits of bar, time left, rate and the
+        numbers of the last step."""
+        columns = self._console.width - 1 - cell_len(title) - 2 - cell_len(count)
         line = Text(title, no_wrap=True, overflow="ellipsis")
-        bar = 24 if wide else 8 if room >= 40 else 0
+        bar = 24 if wide else 8 if columns >= 40 else 0
         if bar:
-            room -= bar + 2
+            columns -= bar + 2
             full, empty = ("#", "-") if self._console.options.ascii_only else ("\u2501", "\u2501")
             filled = bar if phase.done >= phase.total else bar * phase.done // phase.total
             line.append("  ").append(full * filled, style="green").append(
@@ -265,14 +260,14 @@ class Shown:
             )
         line.append("  ").append(count)
         for part in (phase.left(), phase.rate(), *phase.detail):
-            if part and cell_len(part) + 2 <= room:
-                room -= cell_len(part) + 2
+            if part and cell_len(part) + 2 <= columns:
+                columns -= cell_len(part) + 2
                 line.append("  ").append(part)
         return line
 
 
 class _Raw:
-    """The console's own writes to stderr, which are visible already."""
+    """Passes the console's output to stderr without escaping it a second time."""
 
     def __init__(self, stderr: Stderr) -> None:
         self._stderr = stderr
@@ -293,17 +288,17 @@ class _Raw:
 
 
 @contextmanager
-def show() -> Iterator[Shown]:
-    """Shows progress while the block runs; Ctrl-C, SIGTERM and SIGHUP ask it to stop."""
+def show() -> Iterator[ProgressBars]:
+    """Shows progress while the block runs; Ctrl-C, SIGTERM and SIGHUP call `ProgressBars.stop`."""
     stderr = sys.stderr if isinstance(sys.stderr, Stderr) else Stderr(sys.stderr)
-    shown, before = Shown(stderr), stderr.note
-    stderr.note = shown.note
+    bars, before = ProgressBars(stderr), stderr.note
+    stderr.note = bars.note
     try:
-        with signals.asking(shown.stop):
-            shown.open()
+        with signals.asking(bars.stop):
+            bars.open()
             try:
-                yield shown
+                yield bars
             finally:
-                shown.close()
+                bars.close()
     finally:
         stderr.note = before

@@ -34,9 +34,9 @@ def sample(
 ) -> None:
     """Shows what a model answers on the full image and on the evidence crop, for a few examples.
 
-    A run's model, its checkpoints and exports are asked as the run measured: with its recipe, and
-    its measured data where no --data is given. With no RECIPE and any other model the preset is
-    tiny for the embedded model, else lora.
+    The model of a run, a checkpoint or an export answers as in the run: with the run's recipe, and
+    with the run's measured data unless --data is given. For any other model, without RECIPE, the
+    preset is tiny for the embedded model, else lora.
 
     \b
     Examples:
@@ -57,16 +57,17 @@ def sample(
             progress.note(resolved.line)
         answered, skipped = session.answer(progress)
 
-    def asked(one: Answered) -> str:
-        """The question as the model is asked it: with the options of a choice."""
-        return student_question(session.held_out[one.row])
+    def question(answer: Answered) -> str:
+        """The question in the prompt, including the choices."""
+        return student_question(session.held_out[answer.row])
 
     if as_json:
-        found = {
-            "model": session.recipe.model.path,
-            "answers": [{**asdict(one), "question": asked(one)} for one in answered],
-            **session.left_out(answered, skipped),
-        }
-        say_json(found)
+        say_json(
+            {
+                "model": session.recipe.model.path,
+                "answers": [{**asdict(one), "question": question(one)} for one in answered],
+                **session.left_out(answered, skipped),
+            }
+        )
     else:
-        answers([(asked(one), one) for one in answered])
+        answers([(question(answer), answer) for answer in answered])

@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a run stops after its step, with a checkpoint; anything else stops at
-once."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP: a run stops after the current step, with a checkpoint; other
+commands stop at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from types import FrameType
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 TOGETHER = 0.3
-"""Seconds in which a second SIGTERM is the same one: `timeout` sends it to the process and to its
-group."""
+"""A second SIGTERM within this many seconds counts as the first: `timeout` sends one to the process
+and one to the process group."""
 
 
 class Signals:
-    """What was received, and who is asked to stop."""
+    """The handler of the signals; calls `ask` when a signal arrives. `received`: the number of the
+    last signal."""
 
     def __init__(self) -> None:
         self.received = int(signal.SIGINT)
@@ -27,13 +28,13 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """As a shell tells a process that was ended by the signal: 130 for Ctrl-C, 143 for SIGTERM,
-        129 for SIGHUP."""
+        """The exit code that shells use for a process ended by the signal: 130 for Ctrl-C, 143 for
+        SIGTERM, 129 for SIGHUP."""
         return 128 + self.received
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Asks to stop; a second time stops at once. A terminal that closes may send SIGHUP several
-        times: it only asks."""
+        """Calls `ask`, unless the signal repeats an earlier one: a terminal that closes may send
+        SIGHUP several times."""
         last, now = self._last.get(number), time.monotonic()
         self._last[number] = now
         if last is not None and (
@@ -53,7 +54,7 @@ _heard: list[Signals] = []
 
 @contextmanager
 def asking(ask: Callable[[], None]) -> Iterator[None]:
-    """Calls `ask` when a signal comes while the block runs; without, the block is interrupted."""
+    """Lets signals call `ask` while the block runs, instead of raising KeyboardInterrupt."""
     before = [signals.ask for signals in _heard]
     for signals in _heard:
         signals.ask = ask
@@ -66,7 +67,7 @@ def asking(ask: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def handled() -> Iterator[Signals]:
-    """Hears the signals while a command runs; SIGHUP not where it is ignored, as under nohup."""
+    """Installs the handler while a command runs. SIGHUP stays ignored if it is, as under nohup."""
     signals = Signals()
     previous = {}
     if threading.current_thread() is threading.main_thread():

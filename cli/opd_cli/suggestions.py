@@ -1,5 +1,5 @@
-"""What an unknown option may have meant: an option of the command, or a key of the recipe, also by
-its name in other programs."""
+"""Suggests what an unknown option may mean: an option of the command or a key of the recipe,
+including their names in other trainers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ ELSEWHERE = {
     "--backend cpu": "cpu no_cuda use_cpu",
     "RECIPE": "config config_file recipe preset cfg c",
 }
-"""Keys and options, and what other trainers call them."""
+"""Keys and options, and their names in other trainers."""
 
 SAME = {
     "--steps": "run.steps",
@@ -99,7 +99,7 @@ SAME = {
     "--model": "model.path",
     "--data": "data.path",
 }
-"""The keys of the recipe that options stand for."""
+"""Options of commands, and the keys of the recipe that they set."""
 
 EPOCHS = (
     "epochs",
@@ -113,12 +113,12 @@ EPOCHS = (
 
 
 def where(ctx: click.Context | None) -> str:
-    """A clause that names the command's help."""
+    """A clause for a message that points to the help of the command."""
     return f" (see: {ctx.command_path} --help)" if ctx else ""
 
 
 def unknown_option(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
-    """One line that says what an option may have meant, with the value it was given."""
+    """The message for an unknown option: what it may mean, with the value that it was given."""
     given, value = _given(error.option_name, arguments)
     name = given.lstrip("-").replace("-", "_").lower()
     command = error.ctx.command if error.ctx else None
@@ -147,38 +147,38 @@ def unknown_option(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
     if not meant and error.possibilities:
         return f"{error.format_message().rstrip('.')}{where(error.ctx)}"
     meant = meant or _nearest(name, options, command_name)
-    shown = " or ".join(_shown(one, value) for one in meant)
+    shown = " or ".join(_shown(target, value) for target in meant)
     return (
         f"no such option {given}" + (f"; did you mean {shown}?" if shown else "") + where(error.ctx)
     )
 
 
 def keys() -> dict[str, list[str]]:
-    """Sections in which a recipe has each key, as section.key."""
+    """Every key of a recipe, with its full names section.key in all sections that have it."""
     from opd.run.recipe import Recipe
 
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for section, field in Recipe.model_fields.items():
         for key in type(field.default).model_fields:
-            found.setdefault(key, []).append(f"{section}.{key}")
-    return found
+            names.setdefault(key, []).append(f"{section}.{key}")
+    return names
 
 
 def _meant(name: str, options: Sequence[str], command: str) -> list[str]:
-    """Keys and options of exactly this name, here or elsewhere; several where several sections have
-    it."""
+    """The options and full keys that are called `name` here or in other trainers; several if
+    several sections have the key."""
     if f"--{name.replace('_', '-')}" in options:  # --Steps, --AS_JSON
         return [f"--{name.replace('_', '-')}"]
     known = keys()
     section, _, key = name.rpartition(".")
     if section:
-        exact = [one for one in known.get(key, ()) if one == name]
+        exact = [full for full in known.get(key, ()) if full == name]
         return exact or [
-            one for one in _meant(key, options, command) if one.startswith(f"{section}.")
+            full for full in _meant(key, options, command) if full.startswith(f"{section}.")
         ]
     if name in known:
         measuring = command in ("gap", "sample")
-        return sorted(known[name], key=lambda one: one.startswith("measure.") != measuring)
+        return sorted(known[name], key=lambda full: full.startswith("measure.") != measuring)
     for target, names in ELSEWHERE.items():
         if name in names.split():
             return [target if target.partition(" ")[0] in options else SAME.get(target, target)]
@@ -186,18 +186,18 @@ def _meant(name: str, options: Sequence[str], command: str) -> list[str]:
 
 
 def _nearest(name: str, options: Sequence[str], command: str) -> list[str]:
-    """The same for the nearest name."""
-    names = [
-        *keys(),
-        *(one for names in ELSEWHERE.values() for one in names.split() if len(one) > 2),
-    ]
-    names += [one for sections in keys().values() for one in sections]
+    """The options and full keys whose name is nearest to `name`; empty if none is near."""
+    names = [*keys()]
+    for elsewhere in ELSEWHERE.values():
+        names += [other for other in elsewhere.split() if len(other) > 2]
+    for full_names in keys().values():
+        names += full_names
     close = get_close_matches(name, names, n=1, cutoff=0.75)
     return _meant(close[0], options, command) if close else []
 
 
 def _shown(target: str, value: str | None) -> str:
-    """The arguments to write."""
+    """The arguments to write on the command line for `target`, with `value`."""
     if target == "RECIPE":
         return f"{value or 'my.toml'} without an option's name"
     if target.startswith("--"):
@@ -211,7 +211,8 @@ def _shown(target: str, value: str | None) -> str:
 
 
 def _given(option: str, arguments: Sequence[str]) -> tuple[str, str | None]:
-    """The unknown option as it was written (click reads -lr as -l), and the value beside it."""
+    """The unknown option as the user wrote it (click reads -lr as -l), and the value that follows,
+    None if there is none."""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         short = re.fullmatch(r"-[^-].*", name) and name.startswith(option)

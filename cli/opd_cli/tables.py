@@ -1,4 +1,4 @@
-"""Results as tables on stdout."""
+"""Prints results as tables on stdout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from opd.testing.conformance import Result
 
 MANY_CUT = 0.05
-"""Share of completions cut off at their longest from which a person is told; a good run has 1-2
-%."""
+"""A note is printed if more than this share of completions was cut off at rollout.max_tokens; a
+good run has 1 to 2 %."""
 
 ROWS = (
     ("full_accuracy", "full image"),
@@ -32,8 +32,8 @@ ROWS = (
 
 
 def before_after(summary: Mapping[str, Any], folder: Path) -> None:
-    """Accuracies in percent before and after a run, the share of the gap that was closed, and where
-    everything is."""
+    """Prints accuracies in percent before and after a run, the share of the gap that was closed,
+    and where the results are."""
     console = Terminal()
     if "before" in summary:
         before, after = summary["before"], summary["after"]
@@ -44,12 +44,13 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
             f"{rows}, {plural(summary['steps'], 'step')}, {summary['seconds']:.0f} s on"
             f" {summary['device']}"
         )
-        console.print(cell(title, "bold"), soft_wrap=True)  # a table would fold it to its own width
+        # Printed before the table, which would wrap a title to its width.
+        console.print(cell(title, "bold"), soft_wrap=True)
         table = _table("", "before", "after", "change")
         for key, title in ROWS:
             if key in before:
-                # A gap that closes since the crop's accuracy falls is no success, so its change is
-                # not shown as one.
+                # If the gap closes because the crop's accuracy falls, its change would look like
+                # success.
                 hidden = key == "gap" and fell and summary["full_change_interval"][0] <= 0
                 change = "-" if hidden else f"{100 * (after[key] - before[key]):+.1f}"
                 table.add_row(title, _percent(before, key), _percent(after, key), change)
@@ -75,31 +76,29 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def _fell(summary: Mapping[str, Any]) -> str:
-    """Which accuracy fell by more than its interval, in words, and which one rose; empty where none
+    """A line that says which accuracy fell significantly, and which one rose; empty if none
     fell."""
     if summary["verdict"] not in ("worse", "collapsed"):
         return ""
-    said: dict[str, list[str]] = {"fell": [], "rose": []}
+    changes: dict[str, list[str]] = {"fell": [], "rose": []}
     for name, view in (("full", "the full image"), ("crop", "the evidence crop")):
         low, high = summary[f"{name}_change_interval"]
         before, after = (100 * summary[when][f"{name}_accuracy"] for when in ("before", "after"))
         if high < 0 or low > 0:
-            said["fell" if high < 0 else "rose"].append(
+            changes["fell" if high < 0 else "rose"].append(
                 f"on {view} from {before:.1f} to {after:.1f} %"
             )
-    found = ", and ".join(f"{what} {' and '.join(where)}" for what, where in said.items() if where)
-    first = (
-        "the model collapsed: "
-        if summary["verdict"] == "collapsed"
-        else ""
-        if said["rose"]
-        else "the model got worse: "
-    )
-    return f"{first}accuracy {found}"
+    clauses = [f"{verb} {' and '.join(views)}" for verb, views in changes.items() if views]
+    verdict = ""
+    if summary["verdict"] == "collapsed":
+        verdict = "the model collapsed: "
+    elif not changes["rose"]:
+        verdict = "the model got worse: "
+    return f"{verdict}accuracy {', and '.join(clauses)}"
 
 
 def measured(result: Mapping[str, Any], model: str, device: str) -> None:
-    """Accuracies in percent of one measurement of `model`."""
+    """Prints accuracies in percent of one measurement of `model`."""
     table = _table("", "% [95 % interval]")
     for key, name in ROWS:
         if key in result:
@@ -110,23 +109,23 @@ def measured(result: Mapping[str, Any], model: str, device: str) -> None:
 
 
 def answers(rows: Sequence[tuple[str, Answered]]) -> None:
-    """Questions with the answers on the full image and on the crop; right ones green, wrong ones
-    red where that is known."""
+    """Prints questions with the answers on the full image and on the crop; correct answers are
+    green, wrong ones red."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("question", "answer", "on the full image", "on the crop"):
         table.add_column(heading, overflow="fold")
-    for question, one in rows:
+    for question, answered in rows:
         table.add_row(
             question,
-            _reference(one.answer),
-            _judged(one.full, one.full_right),
-            _judged(one.crop, one.crop_right),
+            _reference(answered.answer),
+            _judged(answered.full, answered.full_right),
+            _judged(answered.crop, answered.crop_right),
         )
     Terminal().print(table)
 
 
 def backend_table(states: Mapping[str, State], automatic: str) -> None:
-    """Every backend, and what is missing where it cannot run."""
+    """Prints every backend with its device, or with what is missing."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("backend", "device", "missing"):
         table.add_column(heading, overflow="fold")
@@ -138,7 +137,7 @@ def backend_table(states: Mapping[str, State], automatic: str) -> None:
 
 
 def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
-    """Every check with its error and bound."""
+    """Prints every check with error and bound."""
     passed = sum(check.passed for check in checks)
     table = Table(
         title=f"{name} on {device}: {passed} of {len(checks)} checks passed",
@@ -157,7 +156,7 @@ def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
 
 
 def planned(result: Mapping[str, Any]) -> None:
-    """Parameters, memory, stages and devices of a plan, and the largest step that fits."""
+    """Prints parameters, memory, stages and devices of a plan, and the largest step that fits."""
     console, assumed, found = Terminal(), result["assumed"], result["memory"]
     say = partial(console.print, highlight=False, soft_wrap=True)
     device, batch = result["device"]["name"], result["microbatch"]
@@ -218,7 +217,7 @@ def planned(result: Mapping[str, Any]) -> None:
     table.add_row("checkpoint on disk", _bytes(found["disk"]), "")
     console.print(table)
     if found["checkpointed"]:
-        say("activations: each layer is computed again in the backward")
+        say("activations: each layer is recomputed in the backward pass")
         say()
 
     table = _table(f"one step on {device}", "TFLOP", "seconds")
@@ -288,8 +287,8 @@ def planned(result: Mapping[str, Any]) -> None:
 
 
 def _fits(device: Mapping[str, Any]) -> Text:
-    """Whether a step fits, and the smallest memory that the device is sold with in which it
-    does."""
+    """Whether a step fits the device; if it is sold with several memories, the smallest that
+    suffices."""
     sizes = [size for size in device["memories"] if device["peak"] <= size * device["usable"]]
     if not device["fits"]:
         return Text("too large", style="red")
@@ -299,7 +298,7 @@ def _fits(device: Mapping[str, Any]) -> Text:
 
 
 def _bytes(size: float) -> str:
-    """A size in GB, or in MB where it is small."""
+    """A size in GB, or in MB below 0.1 GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
@@ -309,19 +308,16 @@ def _count(count: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits."""
-    return (
-        f"{value:,.0f}"
-        if value >= 100
-        else f"{value:#.3g}"
-        if value >= 0.001
-        else f"{value:.0e}"
-        if value
-        else "0"
-    )
+    """A number with three digits, or one digit below 0.001."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    if value >= 0.001:
+        return f"{value:#.3g}"
+    return f"{value:.0e}" if value else "0"
 
 
 def _table(title: str, *headings: str) -> Table:
+    """A table whose first column has no heading, and whose other columns hold numbers."""
     table = Table(
         title=cell(title) if title else None,
         title_justify="left",
@@ -336,7 +332,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _rows(result: Mapping[str, Any]) -> str:
-    """How many examples, and how many of them could be judged where that is fewer."""
+    """The number of examples in words, and how many of them have an answer or were skipped."""
     judged, skipped = result["rows_with_answer"], result.get("rows_skipped", 0)
     answers = "" if judged == result["rows"] else f", {judged} of them with an answer"
     return f"{plural(result['rows'], 'example')}{answers}" + (
@@ -345,14 +341,16 @@ def _rows(result: Mapping[str, Any]) -> str:
 
 
 def _reference(answer: str | Sequence[str] | None) -> str:
-    """The reference answer, or all of several."""
+    """The reference answer or answers as one text."""
     return answer if isinstance(answer, str) else " | ".join(answer or ["-"])
 
 
 def _judged(text: str, right: bool | None) -> Text:
+    """An answer in green if it is right, in red if it is wrong; `right` None: neither."""
     return cell(text.strip(), "" if right is None else "green" if right else "red")
 
 
 def _percent(values: Mapping[str, Any], key: str) -> str:
+    """A share in percent with the interval."""
     low, high = values[f"{key}_interval"]
     return f"{100 * values[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,9 +1,9 @@
-"""The only way to the terminal: text that cannot steer it, on any console, whether or not somebody
-reads.
+"""Writes to the terminal. Text is escaped, so that it cannot steer the terminal, and a console that
+is closed or lacks characters does not end a run.
 
-Questions, answers, names, paths and other programs' messages may hold control sequences. Every line
+Questions, answers, names, paths and messages of libraries may hold control sequences. Every line
 that `opd` writes passes `visible`: results through `opd_cli.console` or `say_json`, errors through
-`one_line`, and whatever libraries write to stderr through `Stderr`.
+`one_line`, and everything that libraries write to stderr through `Stderr`.
 """
 
 from __future__ import annotations
@@ -21,39 +21,41 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 LONGEST = 2000
-"""Characters of an error, a note or a table's cell; a longer one is cut in the middle."""
+"""Largest number of characters in an error, a note or a table's cell; a longer text loses its
+middle."""
 
 HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
-"""Unicode categories that are escaped: controls, formats such as bidi marks, unassigned, private,
-surrogates, separators of lines."""
+"""Unicode categories that are escaped: control characters, formats such as bidi marks, unassigned,
+private use, surrogates, line separators."""
 
 FILLERS = set("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0") | {
     chr(0xE0100 + n) for n in range(240)
 }
-"""Letters and marks that show nothing."""
+"""Letters and marks without a visible glyph; they are escaped."""
 
 SIGNS = set(
     "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
 )
-"""Formats that show something: signs under which Arabic, Syriac and Kaithi numbers stand."""
+"""Format characters with a visible glyph: signs over Arabic, Syriac and Kaithi numbers."""
 
 JOINERS = {"\u200c", "\u200d"}
-"""They make one emoji of several, and spell Persian and Indic words: shown raw between two letters
-or symbols beyond ASCII."""
+"""Joiners combine emoji, and occur in Persian and Indic words. They are not escaped between two
+visible characters beyond ASCII."""
 
 SELECTORS = {chr(0xFE00 + n) for n in range(16)}
-"""They choose the look of the letter before: shown raw where there is one."""
+"""Variation selectors choose the glyph of the character before. They are not escaped after a
+visible character."""
 
 UP = "\x1b[A"
-"""The one sequence that other programs' bars need beside carriage returns: a line up."""
+"""Moves the cursor a line up; with carriage returns, all that progress bars of libraries need."""
 
 
 def visible(text: str, keep: str = "", longest: int | None = LONGEST) -> str:
-    r"""`text` on one line, with an escape such as \x1b or \u202e for everything that steers a
-    terminal or shows nothing.
+    r"""`text` on one line, with an escape such as \x1b or \u202e for every character that steers a
+    terminal or is invisible.
 
-    Letters, marks and emoji of all languages stay, and so do the characters of `keep`. A text above
-    `longest` characters is cut.
+    Letters, marks and emoji of all languages stay, and so do the characters in `keep`. A text of
+    more than `longest` characters loses its middle; None: it is not cut.
     """
     length, text = len(text), _cut(text, longest)
     if text.isascii() and text.isprintable():
@@ -66,12 +68,9 @@ def visible(text: str, keep: str = "", longest: int | None = LONGEST) -> str:
 
 
 def one_line(message: str) -> str:
-    """An error or a note as one line: line breaks of a cause are spaces."""
-    return visible(
-        " ".join(
-            part.strip() for part in re.split(r"[\r\n]+", _cut(message, LONGEST)) if part.strip()
-        )
-    )
+    """`message` as one visible line; line breaks become spaces."""
+    parts = [part.strip() for part in re.split(r"[\r\n]+", _cut(message, LONGEST))]
+    return visible(" ".join(part for part in parts if part))
 
 
 def say(text: str) -> None:
@@ -80,8 +79,8 @@ def say(text: str) -> None:
 
 
 def say_json(value: Mapping[str, Any]) -> None:
-    r"""Writes one JSON object to stdout, in ASCII: everything else is \uXXXX, and what is not
-    finite is null."""
+    r"""Writes one JSON object to stdout, in ASCII with \uXXXX for other characters, and null for
+    numbers that are not finite."""
     from opd.run.strict_json import dumps
 
     sys.stdout.write(dumps(value, ascii_only=True) + "\n")
@@ -89,12 +88,12 @@ def say_json(value: Mapping[str, Any]) -> None:
 
 def say_error(message: str) -> None:
     """Writes `opd: message` to stderr, as one line."""
-    with suppress(OSError, ValueError):  # nobody reads: the exit code tells
+    with suppress(OSError, ValueError):  # stderr is closed: the exit code remains
         sys.stderr.write(f"opd: {one_line(message)}\n")
 
 
 def say_bug(error: BaseException) -> None:
-    """Writes the traceback of an error that nobody expected, and what to do with it."""
+    """Writes the traceback of an unexpected error, and asks the user to report it."""
     text = "".join(traceback.format_exception(error))
     with suppress(OSError, ValueError):
         sys.stderr.write(visible(text.rstrip("\n"), keep="\n", longest=20 * LONGEST) + "\n")
@@ -105,16 +104,16 @@ def say_bug(error: BaseException) -> None:
 
 
 class StdoutError(Exception):
-    """Stdout cannot take a result: full, or nobody reads it any more."""
+    """Stdout cannot be written: the disk is full, or the reader has gone."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(cause.strerror or str(cause))
         self.unread = isinstance(cause, BrokenPipeError)
-        """Whether the reader went, as after `| head`: no failure of anybody's."""
+        """Whether the reader has gone, as after `| head`, which is not an error."""
 
 
 class _Stream(io.TextIOBase):
-    """Stands for one of the console's streams. It offers no `buffer`: bytes would go past it."""
+    """Replaces a standard stream. It has no `buffer`, since bytes would bypass the escapes."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -134,21 +133,20 @@ class _Stream(io.TextIOBase):
 
 
 class Stdout(_Stream):
-    """Stands for sys.stdout while a command runs: what cannot be written raises StdoutError."""
+    """Replaces sys.stdout while a command runs. Raises StdoutError if a write fails."""
 
     def write(self, text: str) -> int:
-        """Writes the text."""
-        with _told():
+        """Writes the text. Raises StdoutError."""
+        with _as_stdout_error():
             return self.stream.write(text)
 
     def flush(self) -> None:
-        """Writes what waits."""
-        with _told():
+        """Writes buffered text. Raises StdoutError."""
+        with _as_stdout_error():
             self.stream.flush()
 
     def give_up(self) -> None:
-        """Throws away what waits, so that the interpreter's own flush at its end has no cause to
-        complain."""
+        """Discards buffered text, so that the interpreter's flush at exit does not fail."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
@@ -156,22 +154,22 @@ class Stdout(_Stream):
 
 
 class Stderr(_Stream):
-    """Stands for sys.stderr while a command runs: whole lines, visible, and above the bars where
-    there are some.
+    """Replaces sys.stderr while a command runs: passes on whole lines, escaped, which appear above
+    the progress bars if there are any.
 
-    A console that is full or gone never ends a run.
+    A console that cannot be written never ends a run.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self.bars = False
-        """Whether other programs' bars may draw themselves: no line is waited for."""
+        """Whether libraries may draw progress bars now: text is then written at once."""
         self.note: Callable[[str], None] = self._line
-        """Takes each whole line."""
+        """Receives each whole line."""
         self._begun = ""
 
     def write(self, text: str) -> int:
-        """Passes on what are whole lines; of a bar that drew over itself, the last state."""
+        """Passes on whole lines; of a line with carriage returns, only the last state."""
         if self.bars:
             self.raw(UP.join(visible(part, keep="\r\n", longest=None) for part in text.split(UP)))
             return len(text)
@@ -182,17 +180,17 @@ class Stderr(_Stream):
         return len(text)
 
     def raw(self, text: str) -> None:
-        """Writes to the console as it is."""
-        # gone, closed, or a signal came while something was being written
+        """Writes text to the console without escapes."""
+        # The console is gone or closed, or a signal has interrupted another write.
         with suppress(OSError, ValueError, RuntimeError):
             self.stream.write(text)
             self.stream.flush()
 
     def flush(self) -> None:
-        """Nothing waits but a line that has not ended."""
+        """Does nothing, since only an unfinished line is buffered."""
 
     def finish(self) -> None:
-        """Passes on a line that has not ended."""
+        """Passes on an unfinished line."""
         if self._begun:
             self.write("\n")
 
@@ -202,10 +200,10 @@ class Stderr(_Stream):
 
 @contextmanager
 def prepared() -> Iterator[Stdout]:
-    """Makes the streams fit to be written to while a command runs, whatever they are.
+    """Replaces the standard streams while a command runs, so that writing works on any console.
 
-    Closed ones are thrown away, characters that a console lacks become escapes, and libraries'
-    warnings are one line each.
+    Output to a closed stream is discarded, characters that a console lacks become escapes, and
+    warnings of libraries are one line each.
     """
     _open_closed()
     for name in ("stdout", "stderr"):
@@ -221,7 +219,7 @@ def prepared() -> Iterator[Stdout]:
         warnings.showwarning,
         _OneLine(logging.WARNING),
     )
-    # Theirs would come in several lines, each time a part of a library is loaded.
+    # Warnings of transformers have several lines, and come whenever a part of it is loaded.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.stdout, sys.stderr = results, lines = Stdout(stdout), Stderr(stderr)
     warnings.showwarning = _warning
@@ -236,7 +234,8 @@ def prepared() -> Iterator[Stdout]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _as_stdout_error() -> Iterator[None]:
+    """Turns an OSError into a StdoutError."""
     try:
         yield
     except OSError as error:
@@ -244,11 +243,11 @@ def _told() -> Iterator[None]:
 
 
 class _OneLine(logging.Handler):
-    """Log records of libraries: a warning is one line that names the library, without its trace."""
+    """Writes log records as one line that names the library, without a traceback."""
 
     def emit(self, record: logging.LogRecord) -> None:
         package = record.name.partition(".")[0]
-        # that it has no GPU: a run that needs one is refused in our own words
+        # bitsandbytes warns that there is no GPU; opd raises an error if a run needs one.
         if package == "bitsandbytes":
             return
         message = one_line(record.getMessage())
@@ -263,7 +262,7 @@ def _warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A library's warning as one line that names the library."""
+    """Writes a warning as one line that names the library."""
     parts = filename.replace("\\", "/").split("site-packages/")[-1].split("/")
     package = (
         parts[0].removesuffix(".py")
@@ -274,8 +273,8 @@ def _warning(
 
 
 def _cut(text: str, longest: int | None, length: int | None = None) -> str:
-    """The text without its middle where it is above `longest`; `length` is told, the text's own if
-    none."""
+    """The text without its middle if it has more than `longest` characters. `length`: the number of
+    characters to name in the gap; None: those of `text`."""
     if longest is None or len(text) <= longest:
         return text
     head, tail = longest * 2 // 3, longest // 4
@@ -283,7 +282,7 @@ def _cut(text: str, longest: int | None, length: int | None = None) -> str:
 
 
 def _shows(text: str, place: int) -> bool:
-    """Whether a character shows, or belongs to one beside it that does."""
+    """Whether the character at `place` is visible, or modifies a visible character beside it."""
     letter = text[place]
     if letter in SELECTORS:
         return place > 0 and text[place - 1] not in SELECTORS and not _hidden(text[place - 1])
@@ -294,6 +293,7 @@ def _shows(text: str, place: int) -> bool:
 
 
 def _hidden(letter: str) -> bool:
+    """Whether a character steers the terminal or is invisible."""
     return letter in FILLERS or (unicodedata.category(letter) in HIDDEN and letter not in SIGNS)
 
 
@@ -302,8 +302,8 @@ def _escape(letter: str) -> str:
 
 
 def _open_closed() -> None:
-    """Opens what the shell closed of stdin, stdout and stderr: a file of the run's would get its
-    number, and everybody's lines."""
+    """Opens those of stdin, stdout and stderr that the shell has closed. Otherwise a file of the
+    run would get their number, and receive all output."""
     with suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass

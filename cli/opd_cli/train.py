@@ -57,10 +57,10 @@ def train(
 ) -> None:
     """Trains a model with Vision-OPD, and prints accuracy on crop and full image before and after.
 
-    RECIPE is a preset (tiny, paper, lora) or a TOML file. With none given, a run's model (its
-    checkpoints and exports too) is trained on with the run's recipe, but data and seed; the
+    RECIPE is a preset (tiny, paper, lora) or a TOML file. Without RECIPE, the model of a run, a
+    checkpoint or an export is trained further with the run's recipe except data and seed; the
     embedded model of 0.6M parameters is trained with the preset tiny on a synthetic task, and any
-    other with lora. Every key that --set takes, with its default: docs/recipe.md.
+    other model with lora. docs/recipe.md lists every key that --set takes, with the default.
 
     \b
     Examples:
@@ -111,7 +111,8 @@ def train(
 
 
 def _changed(ctx: click.Context) -> Changed:
-    """What the options change in a run that goes on. Raises UsageError for what they cannot."""
+    """The changes to a resumed run that the options ask for. Raises UsageError for an option that a
+    resumed run cannot take."""
     from opd.run.changed import Changed
 
     given = ctx.params
