@@ -133,5 +133,4 @@ def _completions(
 
         run_layer = checkpoint_if(number < recompute * len(model.layers), layer.module, run)
         hidden = run_layer(hidden, angles[layer.rotary], cache[number])
-    out: mx.array = family.text(module).norm(hidden if batch.rows is None else hidden[batch.rows])
-    return out
+    return family.text(module).norm(hidden if batch.rows is None else hidden[batch.rows])

@@ -103,7 +103,7 @@ def _lockstep(
             if recorder.compiles:
                 count = buffer_length(count, device.cache_tokens)
             drawn = recorder.run((live.rows.shape, count), partial(advance, count))
-            mx.async_eval(drawn, state)  # type: ignore[no-untyped-call]
+            mx.async_eval(drawn, state)
             launched.append((live.rows.reshape(-1), drawn))
         if number < device.steps_ahead:
             continue

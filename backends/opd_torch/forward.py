@@ -70,8 +70,7 @@ def complete(model: Model, batch: Batch, prompts: PromptCache, recompute: float 
         again = number < recompute * len(model.layers)
         arguments = hidden, angles[layer.rotary], prefix, batch
         hidden = checkpoint_if(again, layer.completion, *arguments)
-    out: Tensor = family.text(model.module).norm(hidden)
-    return out
+    return family.text(model.module).norm(hidden)
 
 
 def prefill_to_decode(model: Model, prefixes: Prefixes) -> PromptCache:
@@ -107,8 +106,7 @@ def decode(
     angles = family.angles(model.module, batch.positions, hidden)
     for layer, prefix, cache in zip(model.layers, prompts, completions, strict=True):
         hidden = layer.completion(hidden, angles[layer.rotary], prefix, batch, cache, step)
-    out: Tensor = family.text(model.module).norm(hidden)
-    return out
+    return family.text(model.module).norm(hidden)
 
 
 def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:

@@ -13,6 +13,7 @@ import mlx.core as mx
 from opd.types import Prompt
 from opd_mlx.device import Device
 from opd_mlx.layers.layer import KeysValues, Layer
+from opd_mlx.layers.modules import Trunk
 
 
 class Family(Protocol):
@@ -42,8 +43,8 @@ class Family(Protocol):
         not compute.
         """
 
-    def text(self, module: Any) -> Any:
-        """The module that has `embed_tokens`, `layers` and `norm`."""
+    def text(self, module: Any) -> Trunk:
+        """The language trunk."""
 
     def layers(self, module: Any, config: Mapping[str, Any], device: Device) -> list[Layer]:
         """The layers of the language trunk."""

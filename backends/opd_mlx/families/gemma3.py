@@ -7,7 +7,7 @@ mlx-vlm's own forward has one mask for all layers and rounds the embeddings' sca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +20,7 @@ from opd_mlx.families.family import Family
 from opd_mlx.families.siglip import encode, patches
 from opd_mlx.layers.attention import NormedHeads, rotary_factors
 from opd_mlx.layers.layer import KeysValues, Layer
+from opd_mlx.layers.modules import DecoderLayer, Map, Trunk
 from opd_mlx.vision import ImageBatch, visual_features
 
 KINDS = ("sliding_attention", "full_attention")
@@ -60,8 +61,9 @@ class Gemma3(Family):
         return module
 
     @override
-    def text(self, module: Any) -> Any:
-        return module.language_model.model
+    def text(self, module: Any) -> Trunk:
+        trunk: Trunk = module.language_model.model
+        return trunk
 
     @override
     def layers(self, module: Any, config: Mapping[str, Any], device: Device) -> list[Layer]:
@@ -78,8 +80,8 @@ class Gemma3(Family):
     @override
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
         # Scaled by the root of the width, in the type of the embedding.
-        embedded = module.language_model.model.embed_tokens(tokens)
-        return cast("mx.array", embedded * mx.array(embedded.shape[-1] ** 0.5, embedded.dtype))
+        embedded = self.text(module).embed_tokens(tokens)
+        return embedded * mx.array(embedded.shape[-1] ** 0.5, embedded.dtype)
 
     @override
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
@@ -121,16 +123,22 @@ class Gemma3(Family):
         return patches(config, prompt)
 
 
+class _Module(DecoderLayer, Protocol):
+    pre_feedforward_layernorm: Map
+    post_feedforward_layernorm: Map
+
+
 class FourNorms(NormedHeads):
     """A layer that normalises what attention and feed-forward give before it adds them."""
+
+    module: _Module
 
     @override
     def finish(self, hidden: mx.array, mixed: mx.array, gate: mx.array | None) -> mx.array:
         layer = self.module
         hidden = hidden + layer.post_attention_layernorm(layer.self_attn.o_proj(mixed))
         fed = layer.mlp(layer.pre_feedforward_layernorm(hidden))
-        out: mx.array = hidden + layer.post_feedforward_layernorm(fed)
-        return out
+        return hidden + layer.post_feedforward_layernorm(fed)
 
 
 def images(prompt: Prompt) -> ImageBatch:

@@ -7,7 +7,7 @@ Source: `modeling_idefics3.py` of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +21,7 @@ from opd_mlx.families.family import Family
 from opd_mlx.families.siglip import encode, patches
 from opd_mlx.layers.attention import AttentionLayer, rotary_factors
 from opd_mlx.layers.layer import KeysValues, Layer
+from opd_mlx.layers.modules import Trunk
 from opd_mlx.vision import ImageBatch, visual_features
 
 
@@ -58,8 +59,9 @@ class Idefics3(Family):
         return module
 
     @override
-    def text(self, module: Any) -> Any:
-        return module.language_model
+    def text(self, module: Any) -> Trunk:
+        trunk: Trunk = module.language_model
+        return trunk
 
     @override
     def layers(self, module: Any, config: Mapping[str, Any], device: Device) -> list[Layer]:
@@ -70,7 +72,7 @@ class Idefics3(Family):
 
     @override
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
-        return cast("mx.array", module.language_model.embed_tokens(tokens))
+        return self.text(module).embed_tokens(tokens)
 
     @override
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:

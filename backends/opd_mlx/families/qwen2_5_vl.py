@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -18,10 +18,22 @@ from typing_extensions import override
 
 from opd_mlx.batch import Visibility
 from opd_mlx.device import Device
-from opd_mlx.families.qwen3_vl import QwenVL, image_attention, merged, vision_angles
+from opd_mlx.families.qwen3_vl import (
+    QwenVL,
+    VisionAttention,
+    VisionBlock,
+    image_attention,
+    merged,
+    vision_angles,
+)
 from opd_mlx.kernels.activations import exact_gelu
 from opd_mlx.layers.attention import AttentionLayer, feed_forward
 from opd_mlx.layers.layer import Layer, checkpoint_if
+from opd_mlx.layers.modules import FeedForward
+
+
+class _Block(VisionBlock, Protocol):
+    mlp: FeedForward
 
 
 class Qwen25VL(QwenVL):
@@ -85,17 +97,16 @@ class Qwen25VL(QwenVL):
         hidden = patches.astype(kernel.dtype)[:, mx.array(order)] @ kernel
         angles = vision_angles(*size, visual.blocks[0].attn.head_dim, merge)[order]
         factors = mx.array(np.cos(angles)), mx.array(np.sin(angles))
-        blocks = visual.blocks
+        blocks: list[_Block] = visual.blocks
         for number, block in enumerate(blocks):
             cuts = [(count, 1)] if number in visual.fullatt_block_indexes else windows
 
             def run(
-                hidden: mx.array, block: Any = block, cuts: list[tuple[int, int]] = cuts
+                hidden: mx.array, block: _Block = block, cuts: list[tuple[int, int]] = cuts
             ) -> mx.array:
                 normalised = block.norm1(hidden)
                 hidden = hidden + _within(block.attn, normalised, factors, cuts, device)
-                out: mx.array = hidden + feed_forward(block.mlp, block.norm2(hidden))
-                return out
+                return hidden + feed_forward(block.mlp, block.norm2(hidden))
 
             hidden = checkpoint_if(number < recompute * len(blocks), block, run)(hidden)
         features = visual.merger(hidden.flatten(0, 1)).reshape(frames, count // merge**2, -1)
@@ -103,7 +114,7 @@ class Qwen25VL(QwenVL):
 
 
 def _within(
-    attention: Any,
+    attention: VisionAttention,
     hidden: mx.array,
     factors: tuple[mx.array, mx.array],
     cuts: list[tuple[int, int]],

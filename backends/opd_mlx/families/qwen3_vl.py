@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,35 @@ from opd_mlx.families.family import Family
 from opd_mlx.kernels.activations import exact_gelu, gelu
 from opd_mlx.layers.attention import NormedHeads, attend, rotate
 from opd_mlx.layers.layer import KeysValues, Layer, checkpoint_if
+from opd_mlx.layers.modules import Map, Trunk
 from opd_mlx.vision import ImageBatch, visual_features
+
+
+class VisionAttention(Protocol):
+    """Attention of a vision tower, as mlx-vlm names its parts."""
+
+    num_heads: int
+    head_dim: int
+    scale: float
+    qkv: Map
+    proj: Map
+
+
+class VisionBlock(Protocol):
+    """A block of a vision tower, as mlx-vlm names its parts; `mlp` differs between families."""
+
+    attn: VisionAttention
+    norm1: Map
+    norm2: Map
+
+
+class _FeedForward(Protocol):
+    linear_fc1: Map
+    linear_fc2: Map
+
+
+class _Block(VisionBlock, Protocol):
+    mlp: _FeedForward
 
 
 class QwenVL(Family):
@@ -38,12 +66,13 @@ class QwenVL(Family):
     vision = ("vision_tower.",)
 
     @override
-    def text(self, module: Any) -> Any:
-        return module.language_model.model
+    def text(self, module: Any) -> Trunk:
+        trunk: Trunk = module.language_model.model
+        return trunk
 
     @override
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
-        return cast("mx.array", module.language_model.model.embed_tokens(tokens))
+        return self.text(module).embed_tokens(tokens)
 
     @override
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
@@ -133,15 +162,15 @@ class Qwen3VL(QwenVL):
         hidden = hidden.reshape(-1, *positions.shape) + positions
         angles = vision_angles(*size, visual.blocks[0].attn.head_dim, merge)
         factors = mx.array(np.cos(angles)), mx.array(np.sin(angles))
-        levels, blocks = [], visual.blocks
+        levels: list[mx.array] = []
+        blocks: list[_Block] = visual.blocks
         for number, block in enumerate(blocks):
 
-            def run(hidden: mx.array, block: Any = block) -> mx.array:
+            def run(hidden: mx.array, block: _Block = block) -> mx.array:
                 normalised = block.norm1(hidden)
                 hidden = hidden + image_attention(block.attn, normalised, factors, device)
                 fed = block.mlp.linear_fc2(gelu(block.mlp.linear_fc1(block.norm2(hidden))))
-                out: mx.array = hidden + fed
-                return out
+                return hidden + fed
 
             hidden = checkpoint_if(number < recompute * len(blocks), block, run)(hidden)
             if number in visual.deepstack_visual_indexes:
@@ -163,7 +192,7 @@ def frames(prompt: Prompt) -> ImageBatch:
 
 
 def image_attention(
-    attention: Any, hidden: mx.array, factors: tuple[mx.array, mx.array], device: Device
+    attention: VisionAttention, hidden: mx.array, factors: tuple[mx.array, mx.array], device: Device
 ) -> mx.array:
     """Full attention within each image of hidden [..., L, width].
 
@@ -176,8 +205,7 @@ def image_attention(
     query, key = (rotate(heads, *factors).astype(heads.dtype) for heads in (query, key))
     query, key, value = (heads.reshape(-1, *heads.shape[-3:]) for heads in (query, key, value))
     mixed = attend(query, key, value, attention.scale, device).swapaxes(-3, -2)
-    out: mx.array = attention.proj(mixed.reshape(*lead, patches, width))
-    return out
+    return attention.proj(mixed.reshape(*lead, patches, width))
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ Legend: m images of one size, L patches of an image, D tower width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +20,28 @@ from opd_mlx.device import Device
 from opd_mlx.kernels.activations import gelu
 from opd_mlx.layers.attention import attend
 from opd_mlx.layers.layer import checkpoint_if
+from opd_mlx.layers.modules import Map
+
+
+class _Attention(Protocol):
+    num_heads: int
+    scale: float
+    q_proj: Map
+    k_proj: Map
+    v_proj: Map
+    out_proj: Map
+
+
+class _FeedForward(Protocol):
+    fc1: Map
+    fc2: Map
+
+
+class _Layer(Protocol):
+    layer_norm1: Map
+    layer_norm2: Map
+    self_attn: _Attention
+    mlp: _FeedForward
 
 
 def encode(
@@ -46,14 +68,13 @@ def encode(
     hidden = patches @ kernel.reshape(len(kernel), -1).T + bias
     hidden = hidden + tower.embeddings.position_embedding(mx.array(positions))
     keys = None if real is None else mx.array(real)
-    layers = tower.encoder.layers
+    layers: list[_Layer] = tower.encoder.layers
     for number, layer in enumerate(layers):
 
-        def run(hidden: mx.array, layer: Any = layer) -> mx.array:
+        def run(hidden: mx.array, layer: _Layer = layer) -> mx.array:
             normalised = layer.layer_norm1(hidden)
             hidden = hidden + _attention(layer.self_attn, normalised, keys, device)
-            out: mx.array = hidden + layer.mlp.fc2(gelu(layer.mlp.fc1(layer.layer_norm2(hidden))))
-            return out
+            return hidden + layer.mlp.fc2(gelu(layer.mlp.fc1(layer.layer_norm2(hidden))))
 
         hidden = checkpoint_if(number < recompute * len(layers), layer, run)(hidden)
     out: mx.array = tower.post_layernorm(hidden)
@@ -67,12 +88,13 @@ def patches(config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
     return [(count, height * width // config["vision_config"]["patch_size"] ** 2)]
 
 
-def _attention(attention: Any, hidden: mx.array, keys: mx.array | None, device: Device) -> mx.array:
+def _attention(
+    attention: _Attention, hidden: mx.array, keys: mx.array | None, device: Device
+) -> mx.array:
     seen = hidden if keys is None else hidden[:, keys]
     query, key, value = (
         rows.reshape(*rows.shape[:2], attention.num_heads, -1).swapaxes(1, 2)
         for rows in (attention.q_proj(hidden), attention.k_proj(seen), attention.v_proj(seen))
     )
     mixed = attend(query, key, value, attention.scale, device)
-    out: mx.array = attention.out_proj(mixed.swapaxes(1, 2).reshape(hidden.shape))
-    return out
+    return attention.out_proj(mixed.swapaxes(1, 2).reshape(hidden.shape))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,6 +23,7 @@ from opd_mlx.kernels.activations import swiglu
 from opd_mlx.kernels.backward import traced
 from opd_mlx.kernels.scores import attention
 from opd_mlx.layers.layer import CompletionCache, KeysValues
+from opd_mlx.layers.modules import DecoderLayer, FeedForward
 
 
 def buffer_length(count: int, first: int) -> int:
@@ -38,7 +39,8 @@ def attend(
         from mlx_vlm.models.base import ensure_fused_sdpa
 
         # It pads widths, such as 72, that Metal's fused kernel does not take.
-        return cast("mx.array", ensure_fused_sdpa(query, key, value, scale))
+        mixed: mx.array = ensure_fused_sdpa(query, key, value, scale)
+        return mixed
     whole = slice(0, key.shape[-2]), None
     sources = [(key[:, :, None], value[:, :, None])]
     mixed = attention((query * scale)[:, :, None, None], sources, lambda rows: [whole], device)
@@ -74,7 +76,7 @@ class AttentionLayer:
 
     def __init__(
         self,
-        module: Any,
+        module: DecoderLayer,
         text_config: Mapping[str, Any],
         visibility: Visibility,
         device: Device,
@@ -87,7 +89,7 @@ class AttentionLayer:
 
     def normalised(self, hidden: mx.array) -> mx.array:
         """Rows as the projections take them."""
-        return cast("mx.array", self.module.input_layernorm(hidden))
+        return self.module.input_layernorm(hidden)
 
     def query(self, rows: mx.array) -> tuple[mx.array, mx.array | None]:
         """Queries [rows, H, E] of normalised rows, without positions, and a gate for `finish`."""
@@ -96,7 +98,7 @@ class AttentionLayer:
     def key(self, rows: mx.array) -> mx.array:
         """Keys [rows, H / G, E] of normalised rows, without positions."""
         projected = self.module.self_attn.k_proj(rows)
-        return cast("mx.array", projected.reshape(len(rows), self._keys, -1))
+        return projected.reshape(len(rows), self._keys, -1)
 
     def finish(self, hidden: mx.array, mixed: mx.array, gate: mx.array | None) -> mx.array:
         """Output projection of `mixed` [rows, H * E] and feed-forward, both added to the rows."""
@@ -203,13 +205,12 @@ class NormedHeads(AttentionLayer):
 
     def key(self, rows: mx.array) -> mx.array:
         """Normalised keys."""
-        return cast("mx.array", self.module.self_attn.k_norm(super().key(rows)))
+        return self.module.self_attn.k_norm(super().key(rows))
 
 
-def feed_forward(module: Any, rows: mx.array) -> mx.array:
+def feed_forward(module: FeedForward, rows: mx.array) -> mx.array:
     """mlx-vlm's feed-forward with a gate by SiLU."""
-    hidden = swiglu(module.gate_proj(rows), module.up_proj(rows))
-    return cast("mx.array", module.down_proj(hidden))
+    return module.down_proj(swiglu(module.gate_proj(rows), module.up_proj(rows)))
 
 
 def rotary_factors(

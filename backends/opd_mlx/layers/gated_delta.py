@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +21,7 @@ from opd_mlx.batch import DecodeStep, Masks, Prefixes, Visibility
 from opd_mlx.device import Device
 from opd_mlx.layers.attention import feed_forward
 from opd_mlx.layers.layer import CompletionCache, KeysValues
+from opd_mlx.layers.modules import DecoderLayer, DeltaNet
 
 CHUNK = 64
 """Tokens that the delta rule solves together."""
@@ -50,7 +51,7 @@ class GatedDelta:
     rotary = 0
     visibility = Visibility()
 
-    def __init__(self, module: Any, device: Device) -> None:
+    def __init__(self, module: DecoderLayer, device: Device) -> None:
         self.module, self._segment = module, device.delta_segment
 
     def prefix(
@@ -136,11 +137,11 @@ class GatedDelta:
             window = following[:, -before:]
         mixed = mx.concatenate(outputs, axis=1) if cuts else outputs[0]
         gate = net.in_proj_z(rows).reshape(mixed.shape)
-        return cast("mx.array", net.norm(mixed, gate)), state, inputs
+        return net.norm(mixed, gate), state, inputs
 
 
 def _rule(
-    net: Any,
+    net: DeltaNet,
     real: mx.array | None,
     inputs: mx.array,
     decay: mx.array,

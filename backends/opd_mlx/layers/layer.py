@@ -7,12 +7,15 @@ heads in G groups over H / G key-value heads, E head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import mlx.core as mx
 from mlx.nn.utils import checkpoint
 
 from opd_mlx.batch import DecodeStep, Masks, Prefixes, Visibility
+
+_Inputs = ParamSpec("_Inputs")
+_Output = TypeVar("_Output")
 
 KeysValues: TypeAlias = tuple[mx.array, mx.array]
 """Keys, with positions rotated in, and values: [B, H / G, P, E] of prompts, and of completions
@@ -79,11 +82,14 @@ class Layer(Protocol):
         """What several calls of `prefix` returned, as if one call had."""
 
 
-def checkpoint_if(recompute: bool, module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def checkpoint_if(
+    recompute: bool, module: Any, function: Callable[_Inputs, _Output]
+) -> Callable[_Inputs, _Output]:
     """`function`, which computes with `module`'s parameters.
 
     If `recompute`, its backward recomputes the activations instead of keeping them.
     """
     if not recompute:
         return function
-    return cast("Callable[..., Any]", checkpoint(module, function))
+    checkpointed: Callable[_Inputs, _Output] = checkpoint(module, function)
+    return checkpointed

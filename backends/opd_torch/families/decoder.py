@@ -10,6 +10,7 @@ from opd_torch.batch import Visibility
 from opd_torch.kernels.rotary import rotary_factors
 from opd_torch.layers.attention import AttentionLayer
 from opd_torch.layers.layer import Angles, Layer
+from opd_torch.layers.modules import Trunk
 
 
 class Decoder:
@@ -21,9 +22,10 @@ class Decoder:
 
     attention: type[AttentionLayer] = AttentionLayer
 
-    def text(self, module: Any) -> Any:
+    def text(self, module: Any) -> Trunk:
         """The language trunk."""
-        return module.model.language_model
+        trunk: Trunk = module.model.language_model
+        return trunk
 
     def layers(self, module: Any) -> list[Layer]:
         """Causal attention, within a layer's window where it has one."""
@@ -34,8 +36,7 @@ class Decoder:
 
     def embed(self, module: Any, tokens: Tensor) -> Tensor:
         """Embeddings [N, D], scaled by the embedding module itself where a family scales them."""
-        embedded: Tensor = self.text(module).embed_tokens(tokens)
-        return embedded
+        return self.text(module).embed_tokens(tokens)
 
     def angles(self, module: Any, positions: Tensor, hidden: Tensor) -> tuple[Angles, ...]:
         """One rotation for all layers."""

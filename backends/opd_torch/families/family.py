@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd.types import Prompt
 from opd_torch.device import Device
 from opd_torch.layers.layer import Angles, Layer
+from opd_torch.layers.modules import Trunk
 
 
 class Family(Protocol):
@@ -32,8 +33,8 @@ class Family(Protocol):
     def image_blocks(self) -> bool:
         """Whether tokens of an image see each other in both directions."""
 
-    def text(self, module: Any) -> Any:
-        """The language trunk: it has `embed_tokens`, `layers`, `norm` and `rotary_emb`."""
+    def text(self, module: Any) -> Trunk:
+        """The language trunk."""
 
     def layers(self, module: Any) -> list[Layer]:
         """The layers of the language trunk."""
@@ -46,7 +47,7 @@ class Family(Protocol):
         `hidden` or above.
         """
 
-    def vision(self, module: Any) -> list[Any]:
+    def vision(self, module: Any) -> list[nn.Module]:
         """All modules between pixels and the language trunk, projector included, frozen where
         vision is not trained.
         """

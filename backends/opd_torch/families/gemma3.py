@@ -7,9 +7,9 @@ Source: `modeling_gemma3.py` of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd.types import Prompt
 from opd_torch.batch import Visibility
@@ -18,6 +18,7 @@ from opd_torch.families.decoder import Decoder
 from opd_torch.kernels.rotary import rotary_factors
 from opd_torch.layers.attention import NormedHeads
 from opd_torch.layers.layer import Angles, Layer, checkpoint_if
+from opd_torch.layers.modules import DecoderLayer, Map
 from opd_torch.vision import ImageBatch, visual_features
 
 
@@ -52,7 +53,7 @@ class Gemma3(Decoder):
             rotary_factors(cosines[0, :, None], sines[0, :, None]) for cosines, sines in pairs
         )
 
-    def vision(self, module: Any) -> list[Any]:
+    def vision(self, module: Any) -> list[nn.Module]:
         """Tower and projector."""
         return [module.model.vision_tower, module.model.multi_modal_projector]
 
@@ -84,8 +85,15 @@ class Gemma3(Decoder):
         return list(text.config.layer_types[: len(text.layers)])
 
 
+class _Module(DecoderLayer, Protocol):
+    pre_feedforward_layernorm: Map
+    post_feedforward_layernorm: Map
+
+
 class FourNorms(NormedHeads):
     """Attention and feed-forward with a norm before each, and behind each."""
+
+    module: _Module
 
     def finish(self, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """Adds the normalised output projection and the normalised feed-forward to the rows."""
@@ -93,8 +101,7 @@ class FourNorms(NormedHeads):
         projected = layer.self_attn.o_proj(mixed.reshape(len(hidden), -1))
         hidden = hidden + layer.post_attention_layernorm(projected)
         forward = layer.mlp(layer.pre_feedforward_layernorm(hidden))
-        out: Tensor = hidden + layer.post_feedforward_layernorm(forward)
-        return out
+        return hidden + layer.post_feedforward_layernorm(forward)
 
 
 def images(prompt: Prompt) -> ImageBatch:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from opd.types import Prompt
 from opd_torch.device import Device
 from opd_torch.families.decoder import Decoder
 from opd_torch.layers.layer import checkpoint_if
+from opd_torch.layers.modules import Trunk
 from opd_torch.vision import ImageBatch, visual_features
 
 
@@ -26,11 +27,12 @@ class Idefics3(Decoder):
     model_types = ("idefics3",)
     architecture = "Idefics3ForConditionalGeneration"
 
-    def text(self, module: Any) -> Any:
+    def text(self, module: Any) -> Trunk:
         """The language trunk."""
-        return module.model.text_model
+        trunk: Trunk = module.model.text_model
+        return trunk
 
-    def vision(self, module: Any) -> list[Any]:
+    def vision(self, module: Any) -> list[nn.Module]:
         """Tower and projector."""
         return [module.model.vision_model, module.model.connector]
 

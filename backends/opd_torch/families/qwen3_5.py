@@ -40,7 +40,7 @@ class GatedHeads(NormedHeads):
     def query(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries [N, H, d] and their gate [N, H * d], head by head from one projection."""
         attention = self.module.self_attn
-        both = attention.q_proj(rows).unflatten(-1, (-1, 2 * attention.head_dim))
+        both = torch.unflatten(attention.q_proj(rows), -1, (-1, 2 * attention.head_dim))
         query, gate = both.chunk(2, -1)
         return query, gate.flatten(1)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.vision_utils import (
     get_vision_interpolation_indices_and_weights,
@@ -27,13 +27,14 @@ from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.kernels.rotary import rotary_factors, rotated_heads
 from opd_torch.layers.attention import NormedHeads
 from opd_torch.layers.layer import checkpoint_if
+from opd_torch.layers.modules import FeedForward, Map
 from opd_torch.vision import ImageBatch, Size, visual_features
 
 
 class QwenVision:
     """Towers that take packed patches of any image size, cut by `image_grid_thw`."""
 
-    def vision(self, module: Any) -> list[Any]:
+    def vision(self, module: Any) -> list[nn.Module]:
         """The tower; its merger is the projector."""
         return [module.model.visual]
 
@@ -116,8 +117,26 @@ def embed(visual: Any, patches: Tensor) -> Tensor:
     return linear(patches.to(kernel.dtype), kernel.flatten(1), projection.bias)
 
 
+class VisionAttention(Protocol):
+    """Attention of a vision tower, as transformers names its parts."""
+
+    num_heads: int
+    scaling: float
+    qkv: Map
+    proj: Map
+
+
+class VisionBlock(Protocol):
+    """A block of a vision tower, as transformers names its parts."""
+
+    attn: VisionAttention
+    norm1: Map
+    norm2: Map
+    mlp: FeedForward
+
+
 def block(
-    layer: Any, hidden: Tensor, angles: Tensor, windows: Sequence[tuple[int, int]] = ()
+    layer: VisionBlock, hidden: Tensor, angles: Tensor, windows: Sequence[tuple[int, int]] = ()
 ) -> Tensor:
     """One transformer block on `hidden` [m, L, D]. `angles` [L, 1, 1, d / 2] of head width d.
 
@@ -125,7 +144,7 @@ def block(
     one after the other.
     """
     attention = layer.attn
-    packed = attention.qkv(layer.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
+    packed = torch.unflatten(attention.qkv(layer.norm1(hidden)), -1, (3, attention.num_heads, -1))
     # Queries and keys rotate in float32 and are rounded then, as in transformers.
     heads = rotated_heads(packed, angles)
     if windows:

@@ -10,7 +10,6 @@ Legend: N rows, D their width.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from transformers.activations import ACT2FN
 from opd_torch.device import Device
 from opd_torch.kernels import fused
 from opd_torch.kernels.function import Context, Function
+from opd_torch.layers.modules import FeedForward
 
 INNER, CUBE = math.sqrt(8 / math.pi), 0.044715
 """GELU is x sigmoid(INNER (x + CUBE x^3)), which equals the form with a tanh; an exponential takes
@@ -49,16 +49,14 @@ def replace_modules(model: nn.Module, device: Device, dtype: torch.dtype) -> Non
             model.set_submodule(name, GELU())
 
 
-def feed_forward(mlp: Any, rows: Tensor) -> Tensor:
+def feed_forward(mlp: FeedForward, rows: Tensor) -> Tensor:
     """A layer's feed-forward on rows [N, D]; one kernel between its products where its gate is a
     SiLU.
     """
     silu = isinstance(getattr(mlp, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
     if silu and fused.usable(rows):
-        out: Tensor = mlp.down_proj(fused.swiglu(mlp.gate_proj(rows), mlp.up_proj(rows)))
-    else:
-        out = mlp(rows)
-    return out
+        return mlp.down_proj(fused.swiglu(mlp.gate_proj(rows), mlp.up_proj(rows)))
+    return mlp(rows)
 
 
 class RMSNorm(nn.Module):

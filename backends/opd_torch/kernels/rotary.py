@@ -10,7 +10,7 @@ heads.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from opd_torch.kernels import fused
 from opd_torch.kernels.function import Context, Function
 from opd_torch.kernels.pointwise import HalfNorm
+from opd_torch.layers.modules import Map
 
 
 def rotary_factors(cosines: Tensor, sines: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def rotate(heads: Tensor, angles: Tensor) -> Tensor:
     return out
 
 
-def normed_rotated(heads: Tensor, norm: Any, angles: Tensor) -> Tensor:
+def normed_rotated(heads: Tensor, norm: Map | None, angles: Tensor) -> Tensor:
     """Normalises `heads` [N, H, d] by `norm`, if it is not None, and rotates them; in one kernel
     where there is one.
     """

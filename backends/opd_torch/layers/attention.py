@@ -10,7 +10,6 @@ Legend: see `layers.layer`; Q = H / G queries that share a key.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from opd_torch.kernels.joined import joined
 from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.kernels.rotary import normed_rotated
 from opd_torch.layers.layer import Angles, KeysValues, stack_prompts
+from opd_torch.layers.modules import DecoderLayer, Map
 
 FIRST_BUFFER = 64
 """Tokens that a completion's first buffer holds; a full buffer is replaced by one of twice the
@@ -60,16 +60,16 @@ class AttentionLayer:
     Families with other norms or gates override `key_norm`, `query_norm`, `query` and `finish`.
     """
 
-    def __init__(self, module: Any, visibility: Visibility, rotary: int = 0) -> None:
+    def __init__(self, module: DecoderLayer, visibility: Visibility, rotary: int = 0) -> None:
         self.module, self.visibility, self.rotary = module, visibility, rotary
 
     @property
-    def key_norm(self) -> Any:
+    def key_norm(self) -> Map | None:
         """The norm over each head of keys; None for none."""
         return None
 
     @property
-    def query_norm(self) -> Any:
+    def query_norm(self) -> Map | None:
         """The norm over each head of queries; None for none."""
         return None
 
@@ -77,8 +77,8 @@ class AttentionLayer:
         """Queries [N, H, d] of normalised rows, before norm and rotation, and the gate [N, H * d]
         that `finish` takes.
         """
-        query: Tensor = self.module.self_attn.q_proj(rows)
-        return torch.unflatten(query, -1, (-1, self.module.self_attn.head_dim)), None
+        attention = self.module.self_attn
+        return torch.unflatten(attention.q_proj(rows), -1, (-1, attention.head_dim)), None
 
     def finish(self, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """Adds the projection of `mixed` [N, H, d] and the feed-forward to the rows [N, D]."""
@@ -146,7 +146,7 @@ class AttentionLayer:
         """Keys, with positions rotated in, and values [N, G, d] of normalised rows [N, D]."""
         attention = self.module.self_attn
         key, value = (
-            project(normed).unflatten(-1, (-1, attention.head_dim))
+            torch.unflatten(project(normed), -1, (-1, attention.head_dim))
             for project in (attention.k_proj, attention.v_proj)
         )
         # Under autocast norms and rotations come out in float32.
@@ -162,12 +162,12 @@ class NormedHeads(AttentionLayer):
     """Attention with a norm over each head's keys and queries."""
 
     @property
-    def key_norm(self) -> Any:
+    def key_norm(self) -> Map:
         """The norm over each head of keys."""
         return self.module.self_attn.k_norm
 
     @property
-    def query_norm(self) -> Any:
+    def query_norm(self) -> Map:
         """The norm over each head of queries."""
         return self.module.self_attn.q_norm
 

@@ -12,7 +12,7 @@ value heads, k and v widths of keys and values, c rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from opd_torch.batch import Batch, DecodeStep, Prefixes, Visibility
 from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.layers.layer import Angles, stack_prompts
+from opd_torch.layers.modules import DecoderLayer, DeltaNet
 from opd_torch.ragged import Ragged
 
 _State: TypeAlias = tuple[Tensor, Tensor]
@@ -53,7 +54,7 @@ class GatedDelta:
     rotary = 0
     visibility = Visibility()
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: DecoderLayer) -> None:
         self.module = module
 
     def prefix(
@@ -102,7 +103,9 @@ class GatedDelta:
         return hidden + feed_forward(self.module.mlp, normed)
 
 
-def _mix(net: Any, normed: Tensor, ragged: Ragged, before: _State | None) -> tuple[Tensor, _State]:
+def _mix(
+    net: DeltaNet, normed: Tensor, ragged: Ragged, before: _State | None
+) -> tuple[Tensor, _State]:
     """The net over normalised rows [N, D]: outputs [N, H * v] before its projection, and the state
     after each row's end.
     """
@@ -121,18 +124,19 @@ def _mix(net: Any, normed: Tensor, ragged: Ragged, before: _State | None) -> tup
         ends = torch.arange(net.conv_kernel_size - 1, device=seen.device) + ragged.counts[:, None]
         window = seen.gather(2, ends[:, None].expand(-1, seen.shape[1], -1))
     kernel = net.conv1d.weight.to(seen.dtype)
-    channels = ACT2FN[net.activation](conv1d(seen, kernel, groups=len(kernel))).transpose(1, 2)
-    query, key, value = channels.split([net.key_dim, net.key_dim, net.value_dim], -1)
+    channels: Tensor = ACT2FN[net.activation](conv1d(seen, kernel, groups=len(kernel)))
+    channels = channels.transpose(1, 2)
+    query, key, value = torch.split(channels, [net.key_dim, net.key_dim, net.value_dim], -1)
     # Rounded as transformers rounds it; padding neither decays the state nor writes to it.
     decay = -net.A_log.float().exp() * softplus(net.in_proj_a(normed).float() + net.dt_bias)
     rate = net.in_proj_b(normed).sigmoid()
     decay, rate = (ragged.fill(x, 0.0) for x in (decay, rate))
-    query, key = (x.unflatten(-1, (-1, net.head_k_dim)) for x in (query, key))
-    value = value.unflatten(-1, (-1, net.head_v_dim))
+    query, key = (torch.unflatten(x, -1, (-1, net.head_k_dim)) for x in (query, key))
+    value = torch.unflatten(value, -1, (-1, net.head_v_dim))
     with torch.autocast(seen.device.type, enabled=False):
         mixed, state = gated_delta_rule(query, key, value, decay, rate, before[1])
     mixed = ragged.unpad(mixed.to(normed.dtype if normed.dtype == torch.float64 else inputs.dtype))
-    gate = net.in_proj_z(normed).unflatten(-1, (-1, net.head_v_dim))
+    gate = torch.unflatten(net.in_proj_z(normed), -1, (-1, net.head_v_dim))
     return net.norm(mixed, gate).flatten(1), (window, state)
 
 

@@ -8,13 +8,16 @@ G key-value heads, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opd_torch.batch import Batch, DecodeStep, Prefixes, Visibility
+
+_Inputs = TypeVarTuple("_Inputs")
+_Output = TypeVar("_Output")
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 """Keys, with positions rotated in, and values: [B, G, P, d] of prefixes, [R, G, T, d] of
@@ -94,10 +97,13 @@ def stack_prompts(tensors: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def checkpoint_if(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+def checkpoint_if(
+    recompute: bool, function: Callable[[*_Inputs], _Output], *inputs: *_Inputs
+) -> _Output:
     """Calls `function`; if `recompute`, the backward calls it once more instead of keeping its
     activations.
     """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False)
-    return function(*arguments)
+        output: _Output = checkpoint(function, *inputs, use_reentrant=False)
+        return output
+    return function(*inputs)

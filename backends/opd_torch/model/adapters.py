@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd.models import adapters
 from opd.types import FloatArray, ModelOptions
 from opd_torch.model.names import hugging_face
 
 
-def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer by Hugging Face name."""
     return {
         name: (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear)
+        if isinstance(layer, nn.Linear)
     }
 
 
@@ -51,7 +51,7 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
             )
 
 
-def merge(model: Any, tensors: Mapping[str, FloatArray], scale: float) -> None:
+def merge(model: nn.Module, tensors: Mapping[str, FloatArray], scale: float) -> None:
     """Adds scale * B A to the weights of a model without adapter layers."""
     weights: dict[str, Tensor] = dict(model.named_parameters())
     with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd.errors import ModelError, holds_nan, one_line
 from opd.models import adapters, inert, names, settings, weight_formats
@@ -127,12 +127,12 @@ def load_model(options: ModelOptions, device: Device) -> Model:
     return Model(family, module, layers, dtype, device, features)
 
 
-def _trained(modules: Iterable[Any]) -> list[bool]:
+def _trained(modules: Iterable[nn.Module]) -> list[bool]:
     """Whether each parameter of the modules is trained."""
     return [parameter.requires_grad for module in modules for parameter in module.parameters()]
 
 
-def not_finite(module: Any) -> str | None:
+def not_finite(module: nn.Module) -> str | None:
     """Name of a parameter that holds NaN or infinity; None where there is none."""
     for name, parameter in module.named_parameters():
         value = parameter.detach()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd.models import names
 from opd.models.files import StoredTensor
@@ -17,7 +17,7 @@ def hugging_face(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
-def trained_parameters(model: Any) -> dict[str, Tensor]:
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters by Hugging Face name; a tied head goes by the embedding's name."""
     return {
         hugging_face(name): parameter
