@@ -84,3 +84,14 @@ def read_file(path: Path) -> bytes:
     """A file's content. Raises OSError, for a pipe or a device too."""
     check_file(path)
     return path.read_bytes()
+
+
+def read_start(path: Path, size: int) -> bytes:
+    """The first `size` bytes of a file; none of a folder, a pipe, a device, or what cannot be
+    read."""
+    try:
+        check_file(path)
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""

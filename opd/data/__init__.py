@@ -14,17 +14,16 @@ from pathlib import Path
 
 from pydantic import Field
 
-from opd.data import own
 from opd.data.dataset import Dataset, gather, spread
-from opd.data.jsonl import read_lines
+from opd.data.formats import recognised
+from opd.data.formats.own import Own, read_row
 from opd.data.pictures import Pictures
-from opd.data.survey import survey
 from opd.options import Options
 from opd.paths import PathText
 from opd.progress import Progress, Quiet
 from opd.types import MAX_IMAGE_PIXELS, Example
 
-__all__ = ["DataOptions", "Dataset", "open_data", "read_jsonl", "spread"]
+__all__ = ["DataOptions", "Dataset", "open_data", "read_dataset", "spread"]
 
 
 class DataOptions(Options):
@@ -70,39 +69,33 @@ def open_data(
 
         scenes = Scenes("train", 12800, labelled=labelled)
         return scenes if count is None else spread(scenes, count)
-    found = read_jsonl(Path(path).expanduser(), strict, progress, max_image_pixels, count)
+    found = read_dataset(Path(path).expanduser(), strict, progress, max_image_pixels, count)
     return found if labelled else found.without_answers()
 
 
-def read_jsonl(
+def read_dataset(
     path: Path,
     strict: bool = False,
     progress: Progress | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     count: int | None = None,
 ) -> Dataset:
-    """Reads our own JSONL (see `opd.data.own`); every image is fully decoded once, to know that it
-    can be, and not kept.
+    """Reads a file in the format that recognises it; every image is fully decoded once, to know
+    that it can be, and not kept.
 
     Sizes and hashes of many images are kept beside the file, so that they are not decoded again:
     see `opd.data.pictures`.
     """
-    lines = read_lines(path)
-    seen = survey(lines)
+    reader = recognised(path)
+    rows = reader.read(path)
+    if not isinstance(reader, Own):
+        rows = replace(rows, notes=[f"{path} is read as {reader.name}", *rows.notes])
     pictures = Pictures(max_image_pixels, path)
-    read_row = partial(
-        own.read_row,
+    to_example = partial(
+        read_row,
         folder=path.parent,
-        box_format=seen.box_format,
+        box_format=rows.box_format,
         facts=pictures,
         max_image_pixels=max_image_pixels,
     )
-    return gather(
-        replace(lines, rows=seen.rows),
-        read_row,
-        pictures,
-        strict,
-        progress or Quiet(),
-        count,
-        seen.notes,
-    )
+    return gather(rows, to_example, pictures, strict, progress or Quiet(), count)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import TypeAlias, overload
 
-from opd.data.jsonl import Lines, parse
+from opd.data.fields import Row
+from opd.data.formats.format import Rows
 from opd.data.pictures import Pictures
 from opd.errors import DataError
 from opd.progress import Progress
@@ -105,13 +106,12 @@ def spread(examples: Sequence[Example], count: int) -> Sequence[Example]:
 
 
 def gather(
-    lines: Lines,
-    read_row: Callable[[dict[str, Any], str], Example],
+    file: Rows,
+    read_row: Callable[[Row, str], Example],
     pictures: Pictures,
     strict: bool,
     progress: Progress,
     count: int | None = None,
-    notes: Sequence[str] = (),
 ) -> Dataset:
     """Reads every row with `read_row(row, "file:line")`, which raises DataError for a fault; with
     `count`, so many spread over the file.
@@ -121,10 +121,10 @@ def gather(
     read: dict[int, Example | Fault] = {}
 
     def take(place: int) -> Example | Fault:
-        number, line = lines.rows[place]
-        source = f"{lines.path.name}:{number}"
+        number, row = file.rows[place]
+        source = f"{file.path.name}:{number}"
         try:
-            return read_row(parse(line), source)
+            return read_row(row(), source)
         except DataError as error:
             return source, str(error)
 
@@ -134,12 +134,12 @@ def gather(
             read[place] = found
             if strict and not isinstance(found, Example):
                 raise DataError(
-                    f"{lines.path.parent / found[0]}: {found[1]} (a faulty row is fatal in strict"
+                    f"{file.path.parent / found[0]}: {found[1]} (a faulty row is fatal in strict"
                     " mode)"
                 )
         return [found if isinstance(found := read[place], Example) else None for place in places]
 
-    total = len(lines.rows)
+    total = len(file.rows)
     progress.begin("read", total if count is None else min(count, total))
     pool = ThreadPoolExecutor(READERS)
     try:
@@ -152,11 +152,11 @@ def gather(
     skipped = [found for _, found in sorted(read.items()) if not isinstance(found, Example)]
     if not usable and count != 0:
         first = f"; the first fault, in {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"{lines.path}: no usable row of {total}{first}")
+        raise DataError(f"{file.path}: no usable row of {total}{first}")
     examples = [example for place, example in usable.items() if place in chosen]
-    told = [*notes, *_told(pictures, stored)]
+    told = [*file.notes, *_told(pictures, stored)]
     return Dataset(
-        examples, skipped, _fingerprint(lines, examples, pictures), told, sorted(chosen), total
+        examples, skipped, _fingerprint(file, examples, pictures), told, sorted(chosen), total
     )
 
 
@@ -218,8 +218,8 @@ def _told(pictures: Pictures, stored: Path | None) -> list[str]:
     return notes
 
 
-def _fingerprint(lines: Lines, examples: Sequence[Example], pictures: Pictures) -> str:
-    digest = hashlib.sha256(lines.content)
+def _fingerprint(file: Rows, examples: Sequence[Example], pictures: Pictures) -> str:
+    digest = hashlib.sha256(file.content)
     for example in examples:
         for image in (*example.images, *example.teacher_images):
             if isinstance(image, Path):

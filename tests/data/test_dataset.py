@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from opd.data import DataOptions, Dataset, open_data, read_jsonl
+from opd.data import DataOptions, Dataset, open_data, read_dataset
 from opd.data.images import open_image
 from opd.errors import DataError
 from opd.types import Box, Example
@@ -61,7 +61,7 @@ def write(folder: Path, *rows: Any, name: str = "data.jsonl") -> Path:
 
 
 def one(folder: Path, **fields: Any) -> Example:
-    (example,) = read_jsonl(write(folder, {**GOOD, **fields}), strict=True)
+    (example,) = read_dataset(write(folder, {**GOOD, **fields}), strict=True)
     return example
 
 
@@ -119,7 +119,7 @@ def test_all_fields(folder: Path) -> None:
         "weight": 0.5,
         "category": "animals",
     }
-    (example,) = read_jsonl(write(folder, "", row))
+    (example,) = read_dataset(write(folder, "", row))
     assert example == Example(
         id="7",
         images=(folder / "a.png", folder / "turned.jpg"),
@@ -159,7 +159,7 @@ def test_defaults_and_nulls(folder: Path) -> None:
 def test_box_formats(folder: Path, unit: str, box: list[float], expected: Box) -> None:
     assert one(folder, boxes=[box], box_format=unit).boxes == (expected,)
     header = write(folder, {"box_format": unit}, {**GOOD, "boxes": [box]}, {**GOOD, "boxes": [[4, 5, 20, 15]], "box_format": "pixels"})
-    assert [example.boxes for example in read_jsonl(header, strict=True)] == [(expected,), (Box(4, 5, 20, 15),)]
+    assert [example.boxes for example in read_dataset(header, strict=True)] == [(expected,), (Box(4, 5, 20, 15),)]
 
 
 OTHER = '; if its unit is another one, say "box_format":'
@@ -239,7 +239,7 @@ ROW_FAULTS: list[tuple[Any, str]] = [
 def test_a_faulty_row_is_skipped_and_counted_and_fatal_where_it_must_be(folder: Path, fault: Any, message: str) -> None:
     bad = fault if isinstance(fault, str) else {**GOOD, **fault}
     path = write(folder, {**GOOD, "id": "first"}, bad, {**GOOD, "id": "last"})
-    data = read_jsonl(path)
+    data = read_dataset(path)
     assert [example.id for example in data] == ["first", "last"]
     ((source, reason),) = data.skipped
     assert source == "data.jsonl:2"
@@ -248,19 +248,19 @@ def test_a_faulty_row_is_skipped_and_counted_and_fatal_where_it_must_be(folder: 
     assert len(reason) < 400
 
     with pytest.raises(DataError) as strict:
-        read_jsonl(path, strict=True)
+        read_dataset(path, strict=True)
     assert str(strict.value) == f"{path}:2: {reason} (a faulty row is fatal in strict mode)"
 
     with pytest.raises(DataError) as alone:
-        read_jsonl(write(folder, bad, bad))
+        read_dataset(write(folder, bad, bad))
     assert str(alone.value) == f"{path}: no usable row of 2; the first fault, in data.jsonl:1: {reason}"
 
 
 def test_a_picture_above_the_bound_is_a_faulty_row(folder: Path) -> None:
     path = write(folder, GOOD)
-    assert len(read_jsonl(path, max_image_pixels=800)) == 1
+    assert len(read_dataset(path, max_image_pixels=800)) == 1
     with pytest.raises(DataError, match=r"a.png: 40 x 20 = 800 pixels, above data.max_image_pixels = 799; raise it for"):
-        read_jsonl(path, max_image_pixels=799)
+        read_dataset(path, max_image_pixels=799)
 
 
 FILE_FAULTS: list[tuple[bytes | None, str]] = [
@@ -293,7 +293,7 @@ def test_line_ends_inside_texts_byte_order_mark_and_windows_line_ends(folder: Pa
     row = json.dumps({**GOOD, "question": "a\u2028b\u0085c"}, ensure_ascii=False)
     path = folder / "data.jsonl"
     path.write_bytes(f"\ufeff{row}\r\n\r\n{row}".encode())
-    data = read_jsonl(path, strict=True)
+    data = read_dataset(path, strict=True)
     assert [(example.question, example.source) for example in data] == [
         ("a\u2028b\u0085c", "data.jsonl:1"),
         ("a\u2028b\u0085c", "data.jsonl:3"),
@@ -301,7 +301,7 @@ def test_line_ends_inside_texts_byte_order_mark_and_windows_line_ends(folder: Pa
 
 
 def test_rows_keep_their_order(folder: Path) -> None:
-    data = read_jsonl(write(folder, *({**GOOD, "id": number, "image": ("a.png", "turned.jpg")[number % 2]} for number in range(60))))
+    data = read_dataset(write(folder, *({**GOOD, "id": number, "image": ("a.png", "turned.jpg")[number % 2]} for number in range(60))))
     assert [example.id for example in data] == [str(number) for number in range(60)]
     assert isinstance(data[10:12], tuple)
     assert [example.id for example in data[10:12]] == ["10", "11"]
@@ -329,7 +329,7 @@ def test_several_reference_answers_among_choices(folder: Path) -> None:
 
 def test_fingerprint_is_of_the_content_and_not_of_the_place(folder: Path, tmp_path: Path) -> None:
     def fingerprint(folder: Path, *rows: Any) -> str:
-        return read_jsonl(write(folder, *rows)).fingerprint
+        return read_dataset(write(folder, *rows)).fingerprint
 
     before = fingerprint(folder, GOOD)
     for name in ("a.png", "b.png"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from opd.data import dataset, images, pictures, read_jsonl, spread
+from opd.data import dataset, images, pictures, read_dataset, spread
 from opd.data.pictures import places
 from opd.errors import DataError
 from opd.types import Example
@@ -52,42 +52,42 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_few_rows_decode_few_pictures_and_are_those_of_the_whole(many: Path, decoded: list[str]) -> None:
-    few = read_jsonl(many, count=20)
+    few = read_dataset(many, count=20)
     assert [one.id for one in few] == [str(number) for number in range(0, 200, 10)]
     assert len(decoded) == 20
     for number in (0, 1, 50, *range(100, 120)):  # faulty rows, two of them where few rows would be taken, and whole stretches
         (many.parent / f"{number}.png").write_bytes(b"")
-    whole = read_jsonl(many)
+    whole = read_dataset(many)
     for count in (1, 3, 20, 150, 177, 178, 500):
         decoded.clear()
-        few = read_jsonl(many, count=count)
+        few = read_dataset(many, count=count)
         assert [one.id for one in few] == [one.id for one in spread(whole, count)]
         assert len(few) == min(count, 177)
         assert set(few.skipped) <= set(whole.skipped)
         assert len(few) + len(few.skipped) <= len(whole) + len(whole.skipped)
     assert len(whole.skipped) == 23
-    assert read_jsonl(many, count=1).skipped == whole.skipped[:2]
+    assert read_dataset(many, count=1).skipped == whole.skipped[:2]
     with pytest.raises(DataError, match="strict mode"):
-        read_jsonl(many, strict=True, count=3)
+        read_dataset(many, strict=True, count=3)
     assert [one.id for one in spread([few[0], few[1]], 5)] == [few[0].id, few[1].id]
 
 
 def test_what_was_decoded_is_not_decoded_again(many: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = read_jsonl(many)
+    first = read_dataset(many)
     store = places(many)[0]
     assert len(decoded) == 200
     assert first.notes == [f"sizes and hashes of the pictures are kept in {store}: the next reading decodes only what has changed"]
     decoded.clear()
     monkeypatch.chdir(many.parent)
-    again = read_jsonl(Path(many.name))
+    again = read_dataset(Path(many.name))
     assert (decoded, again.notes, again.fingerprint) == ([], [], first.fingerprint)
     assert again[7] == Example(**{**vars(first[7]), "images": again[7].images})
     with pytest.raises(DataError, match=r"above data.max_image_pixels = 199"):
-        read_jsonl(many, max_image_pixels=199)
+        read_dataset(many, max_image_pixels=199)
 
 
 def test_a_picture_that_changed_is_decoded_again(many: Path, decoded: list[str]) -> None:
-    first = read_jsonl(many)
+    first = read_dataset(many)
     decoded.clear()
     before = (many.parent / "3.png").stat()
     content = bytearray((many.parent / "3.png").read_bytes())
@@ -101,7 +101,7 @@ def test_a_picture_that_changed_is_decoded_again(many: Path, decoded: list[str])
     Image.new("L", (30, 10)).save(many.parent / "4.png")
     os.replace(many.parent / "6.png", many.parent / "5.png")
     (many.parent / "7.png").write_bytes(b"")
-    second = read_jsonl(many)
+    second = read_dataset(many)
     assert sorted(decoded) == ["3.png", "4.png", "5.png", "6.png", "7.png"]
     assert second.fingerprint != first.fingerprint
     assert [source for source, _ in second.skipped] == ["data.jsonl:7", "data.jsonl:8"]
@@ -111,9 +111,9 @@ def test_a_picture_that_was_just_written_is_not_kept(many: Path, decoded: list[s
     """A change in the same tick of the clock would not show."""
     now = time.time_ns() + 10_000_000_000
     os.utime(many.parent / "9.png", ns=(now, now))
-    read_jsonl(many)
+    read_dataset(many)
     decoded.clear()
-    read_jsonl(many)
+    read_dataset(many)
     assert decoded == ["9.png"]
 
 
@@ -130,24 +130,24 @@ def test_a_picture_that_was_just_written_is_not_kept(many: Path, decoded: list[s
     ],
 )
 def test_a_damaged_store_is_ignored_and_replaced(many: Path, decoded: list[str], content: bytes) -> None:
-    first = read_jsonl(many)
+    first = read_dataset(many)
     whole = places(many)[0].read_bytes()
     places(many)[0].write_bytes(content)
     decoded.clear()
-    assert read_jsonl(many).fingerprint == first.fingerprint
+    assert read_dataset(many).fingerprint == first.fingerprint
     assert len(decoded) == 200
     assert places(many)[0].read_bytes() == whole
 
 
 def test_a_wrong_entry_is_not_believed(many: Path, decoded: list[str]) -> None:
-    first = read_jsonl(many)
+    first = read_dataset(many)
     store = json.loads(places(many)[0].read_text())
     for number, spoilt in enumerate(([0, 10], ["20", 10], [-5, 10])):
         store["pictures"][f"{number}.png"][4:6] = spoilt
     store["pictures"]["3.png"][6] = "0" * 63 + "g"
     places(many)[0].write_text(json.dumps(store))
     decoded.clear()
-    assert read_jsonl(many).fingerprint == first.fingerprint
+    assert read_dataset(many).fingerprint == first.fingerprint
     assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]
 
 
@@ -163,25 +163,25 @@ def test_a_folder_that_cannot_be_written_has_its_store_in_the_users_cache(
         replace(source, target)
 
     monkeypatch.setattr(pictures.os, "replace", refuse)
-    assert f"kept in {tmp_path / 'cache' / 'opd'}" in read_jsonl(many).notes[0]
+    assert f"kept in {tmp_path / 'cache' / 'opd'}" in read_dataset(many).notes[0]
     assert [path for path in many.parent.iterdir() if path.name.startswith(".")] == []
     decoded.clear()
-    read_jsonl(many)
+    read_dataset(many)
     assert decoded == []
     monkeypatch.setenv("XDG_CACHE_HOME", str(many))  # a file: nothing can be written anywhere
-    assert read_jsonl(many).notes == []
+    assert read_dataset(many).notes == []
 
 
 def test_few_small_pictures_leave_nothing_behind(tmp_path: Path) -> None:
     Image.new("L", (20, 10)).save(tmp_path / "a.png")
     before = sorted(tmp_path.iterdir())
-    read_jsonl(write(tmp_path, *[row("a.png")] * 500))
+    read_dataset(write(tmp_path, *[row("a.png")] * 500))
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "data.jsonl"])
 
 
 def test_rows_that_share_a_picture_decode_it_once(tmp_path: Path, decoded: list[str]) -> None:
     Image.new("L", (20, 10)).save(tmp_path / "a.png")
-    assert len(read_jsonl(write(tmp_path, *[row("a.png")] * 100))) == 100
+    assert len(read_dataset(write(tmp_path, *[row("a.png")] * 100))) == 100
     assert decoded == ["a.png"]
 
 
@@ -194,7 +194,7 @@ def test_many_faulty_rows_are_told_in_few_lines(tmp_path: Path) -> None:
         def note(self, message: str) -> None:
             self.lines.append(message)
 
-    data = read_jsonl(write(tmp_path, row("a.png"), *[row("b.png")] * 100))
+    data = read_dataset(write(tmp_path, row("a.png"), *[row("b.png")] * 100))
     data.tell(Notes())  # type: ignore[arg-type]
     assert len(Notes.lines) == dataset.TOLD + 1
     assert Notes.lines[-1] == "skipped 80 more rows, 100 in all"
@@ -211,9 +211,9 @@ def test_a_machine_without_memory_is_no_fault_of_a_picture(tmp_path: Path, monke
     with monkeypatch.context() as patched:
         patched.setattr(pictures, "measured", full)
         with pytest.raises(MemoryError):
-            read_jsonl(data)
+            read_dataset(data)
         with pytest.raises(MemoryError), images.opened(tmp_path / "a.png"):
             full()
     monkeypatch.setattr(images, "_open", full)
     with pytest.raises(DataError, match=r"a\.png: MemoryError"):
-        read_jsonl(data)
+        read_dataset(data)

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from opd.data import open_data, pictures, read_jsonl
+from opd.data import open_data, pictures, read_dataset
 from opd.data.images import open_image
 from opd.data.pictures import PixelBudget
 from opd.errors import DataError
@@ -65,7 +65,7 @@ def test_a_picture_of_few_bits_in_sixteen_is_not_dark(tmp_path: Path, kind: str,
     np.testing.assert_allclose(image[..., 0], expected, atol=1 if bits == 16 and "grey" not in kind else 0)
     if not kind.startswith("grey"):
         np.testing.assert_allclose(image[..., 1], np.floor(values // 2 / top * 255 + 0.5), atol=1 if bits == 16 else 0)
-    notes = read_jsonl(write(tmp_path, row(kind), row(kind))).notes
+    notes = read_dataset(write(tmp_path, row(kind), row(kind))).notes
     stretched = [f"1 picture holds {bits} bits in 16 (no value above {top}): stretched, as they would be dark"]
     assert notes == (stretched if bits in (10, 12, 14) else [])
 
@@ -214,6 +214,6 @@ def test_reading_many_pictures_holds_no_more_than_the_budget(tmp_path: Path, mon
 
     monkeypatch.setattr(pictures, "measured", slow)
     monkeypatch.setattr(pictures, "POOL_PIXELS", 2000)
-    assert len(read_jsonl(write(tmp_path, *(row(f"{number}.png") for number in range(16))))) == 16
+    assert len(read_dataset(write(tmp_path, *(row(f"{number}.png") for number in range(16))))) == 16
     assert len(most) == 16
     assert max(most) <= 2000

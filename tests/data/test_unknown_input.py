@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd.data import read_jsonl
+from opd.data import read_dataset
 from opd.errors import DataError
 from opd.progress import Quiet
 from opd.run import recipe as recipes
@@ -39,7 +39,7 @@ def write(folder: Path, *rows: Any, name: str = "data.jsonl") -> Path:
 
 def refused(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        read_jsonl(path)
+        read_dataset(path)
     said = str(caught.value)
     assert "\n" not in said
     assert len(said) < 600
@@ -47,13 +47,13 @@ def refused(path: Path) -> str:
 
 
 def test_a_header_states_the_unit_and_may_hold_notes(folder: Path) -> None:
-    data = read_jsonl(write(folder, {"box_format": "per-mille", "source": "export 2026", "licence": None}, ROW))
+    data = read_dataset(write(folder, {"box_format": "per-mille", "source": "export 2026", "licence": None}, ROW))
     assert data[0].boxes == PER_MILLE
     assert [note.partition("data.jsonl")[2] for note in data.notes] == [
         ":1: field 'source' of the header is not known, and not read",
         ":1: field 'licence' of the header is not known, and not read",
     ]
-    assert read_jsonl(write(folder, {"box_format": "per-mille"}, ROW)).notes == []
+    assert read_dataset(write(folder, {"box_format": "per-mille"}, ROW)).notes == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_unit_of_boxes_that_is_not_understood_is_fatal(folder: Path, rows: lis
 
 def test_a_line_of_neither_kind_among_rows_is_a_faulty_row(folder: Path) -> None:
     """Only a first line, or one that seems to state a unit of boxes, can be a header."""
-    data = read_jsonl(write(folder, ROW, {"error": "download failed"}, {}, ROW))
+    data = read_dataset(write(folder, ROW, {"error": "download failed"}, {}, ROW))
     assert [source for source, _ in data.skipped] == ["data.jsonl:2", "data.jsonl:3"]
     assert "field 'image' is missing" in data.skipped[0][1]
     misspelt = {"imgae": "a.png", "qestion": "?", "note": 1}
@@ -98,7 +98,7 @@ def test_a_line_of_neither_kind_among_rows_is_a_faulty_row(folder: Path) -> None
 
 def test_fields_that_are_not_known_are_told_once_with_the_nearest(folder: Path) -> None:
     misspelt = {**ROW, "wieght": 0.0, "choises": ["red", "blue"], "anwser": "red", "teacher_qestion": "x"}
-    data = read_jsonl(write(folder, misspelt, {**misspelt, "bbox": [1, 2, 3, 4]}, {**ROW, "wieght": 1, "anwser": None, "note": "n"}))
+    data = read_dataset(write(folder, misspelt, {**misspelt, "bbox": [1, 2, 3, 4]}, {**ROW, "wieght": 1, "anwser": None, "note": "n"}))
     assert len(data) == 3
     assert data.notes == [
         "field 'wieght' (3 rows) is not known; did you mean 'weight'?",
@@ -113,7 +113,7 @@ def test_fields_that_are_not_known_are_told_once_with_the_nearest(folder: Path) 
 def test_fields_of_a_persons_own_are_told_in_one_line(folder: Path) -> None:
     extra = {"category": "fraction", "height": 3, "box_count": 2, "box_labels": ["x"], "format": "jpeg", "type": "choice"}
     boxes = [{"box": [10, 20, 30, 40], "label": "cat"}]
-    data = read_jsonl(write(folder, {**ROW, **extra, "boxes": boxes, **{f"column {number}": 1 for number in range(30)}}))
+    data = read_dataset(write(folder, {**ROW, **extra, "boxes": boxes, **{f"column {number}": 1 for number in range(30)}}))
     assert data[0].boxes == (Box(10, 20, 30, 40),)
     others = data.notes[-1]
     assert others.startswith("not known, and not read: fields 'category' (1 row), 'height' (1 row), 'box_count' (1 row)")
@@ -124,13 +124,13 @@ def test_fields_of_a_persons_own_are_told_in_one_line(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["img", "image_id", "imgae"])
 def test_a_box_with_a_misspelt_image_is_a_faulty_row(folder: Path, name: str) -> None:
-    data = read_jsonl(write(folder, ROW, {**ROW, "boxes": [{name: 1, "box": [10, 20, 30, 40]}]}))
+    data = read_dataset(write(folder, ROW, {**ROW, "boxes": [{name: 1, "box": [10, 20, 30, 40]}]}))
     assert [reason for _, reason in data.skipped] == [f"field 'boxes': a box has no field '{name}'; did you mean 'image'?"]
 
 
 def test_a_field_that_stands_twice_is_a_faulty_row(folder: Path) -> None:
     twice = '{"image": "a.png", "image": "b.png", "question": "?", "boxes": [[10, 20, 30, 40]]}'
-    data = read_jsonl(write(folder, ROW, twice, '{"box_format": "pixels", "box_format": "fraction", "image": "a.png", "question": "?"}'))
+    data = read_dataset(write(folder, ROW, twice, '{"box_format": "pixels", "box_format": "fraction", "image": "a.png", "question": "?"}'))
     assert [reason for _, reason in data.skipped] == [
         "field 'image' stands twice in the row",
         "field 'box_format' stands twice in the row",
@@ -163,7 +163,7 @@ def test_a_format_of_others_is_named(folder: Path, row: dict[str, Any], name: st
 
 
 def test_a_row_of_ours_may_hold_columns_of_others(folder: Path) -> None:
-    data = read_jsonl(write(folder, {**ROW, "messages": MESSAGES, "problem": "x"}))
+    data = read_dataset(write(folder, {**ROW, "messages": MESSAGES, "problem": "x"}))
     assert data.notes == ["not known, and not read: fields 'messages' (1 row), 'problem' (1 row)"]
 
 
@@ -193,7 +193,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, content: byt
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_array_is_read(folder: Path, indent: int | None) -> None:
     (folder / "a.json").write_text(json.dumps([{"box_format": "per-mille"}, ROW, {**ROW, "question": 5}], indent=indent))
-    data = read_jsonl(folder / "a.json")
+    data = read_dataset(folder / "a.json")
     assert (data[0].boxes, data[0].source) == (PER_MILLE, "a.json:2")
     assert [source for source, _ in data.skipped] == ["a.json:3"]
 
@@ -241,26 +241,26 @@ def test_pictures_in_rows_and_long_values_are_told_in_one_short_line(folder: Pat
 )
 def test_half_a_character_is_a_faulty_row(folder: Path, fields: dict[str, Any]) -> None:
     """JSON can write a lone surrogate, which no file and no tokenizer takes; messages show it as an escape."""
-    data = read_jsonl(write(folder, ROW, {**ROW, **fields}))
+    data = read_dataset(write(folder, ROW, {**ROW, **fields}))
     ((source, reason),) = data.skipped
     assert source == "data.jsonl:2"
     assert reason.encode()
     assert f"field '{next(iter(fields))}': " in reason
-    noted = read_jsonl(write(folder, {**ROW, "\ud83d": 1}))
+    noted = read_dataset(write(folder, {**ROW, "\ud83d": 1}))
     assert noted.notes == ["not known, and not read: field '\\ud83d' (1 row)"]
 
 
 def test_control_characters_are_text(folder: Path) -> None:
-    (one,) = read_jsonl(write(folder, {**ROW, "question": "a\0b\x1b[31m", "answer": "\0x"}))
+    (one,) = read_dataset(write(folder, {**ROW, "question": "a\0b\x1b[31m", "answer": "\0x"}))
     assert (one.question, one.answer) == ("a\0b\x1b[31m", "\0x")
 
 
 def test_a_path_may_begin_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
-    (one,) = read_jsonl(write(folder, {**ROW, "image": "~/a.png"}), strict=True)
+    (one,) = read_dataset(write(folder, {**ROW, "image": "~/a.png"}), strict=True)
     assert one.images == (folder / "a.png",)
     Image.new("RGB", (50, 50)).save(folder / "~b.png")
-    (one,) = read_jsonl(write(folder, {**ROW, "image": "~b.png"}), strict=True)
+    (one,) = read_dataset(write(folder, {**ROW, "image": "~b.png"}), strict=True)
     assert one.images == (folder / "~b.png",)
 
 
@@ -288,7 +288,7 @@ def test_the_command_refuses_in_one_line(folder: Path, rows: list[Any], monkeypa
 def test_few_rows_are_opened_for_measuring_and_are_those_of_training(folder: Path) -> None:
     path = write(folder, *({**ROW, "id": number, "image": "a.png" if number else "b.png"} for number in range(9)))
     recipe = recipes.load("tiny", [f"data.path={path}", "measure.count=3"])
-    few, whole = held_out(recipe, None), held_out(recipe, read_jsonl(path))
+    few, whole = held_out(recipe, None), held_out(recipe, read_dataset(path))
     assert [one.id for one in few] == [one.id for one in whole] == ["1", "3", "6"]
     notes = Notes()
     elsewhere = recipes.load("tiny", [f"measure.path={path}", "measure.count=3"])

@@ -1,15 +1,19 @@
 """Our own format: JSONL, one example a line, as people write it by hand.
 
-image or images                  path or paths, relative to the file question
-text; `<image>` says where an image stands boxes                            [[left, top, right,
-bottom], ...], or {"image": 1, "box": [...]} for another than the first image box_format
-"pixels" (default), "fraction" (0..1 of width and height) or "per-mille" (0..1000); a first line
-                                 with nothing else says it for the whole file
-teacher_image or teacher_images  instead of boxes: what the teacher sees teacher_question
-where the teacher is asked something else answer                           for measuring only; or a
-list of which any is right; with choices, a letter or the text of one choices
-the options, put into the prompt where the question does not hold them id, weight
-id: file:line by default; weight of the example in the loss: 1 by default
+    image or images     path or paths, relative to the file
+    question            text; `<image>` in it says where an image stands
+    boxes               [[left, top, right, bottom], ...], or {"image": 1, "box": [...]} for
+                        another image than the first
+    box_format          "pixels" (default), "fraction" (0..1 of width and height) or "per-mille"
+                        (0..1000); a first line with nothing else says it for the whole file
+    teacher_image or teacher_images
+                        what the teacher sees, instead of boxes
+    teacher_question    what the teacher is asked, if it is something else
+    answer              for measuring only; a list: any of them is right; with choices, a letter or
+                        the text of a choice
+    choices             the options, put into the prompt if the question does not hold them
+    id                  file:line by default
+    weight              weight of the example in the loss: 1 by default
 
 Boxes are in the upright image, after its EXIF orientation.
 """
@@ -17,6 +21,7 @@ Boxes are in the upright image, after its EXIF orientation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -26,8 +31,10 @@ from opd.data.answers import chosen
 from opd.data.boxes import BoxFormat, boxes, stated_format
 from opd.data.choices import with_choices
 from opd.data.fields import Row, is_finite, missing, paths, show, text, texts, whole, wrong
+from opd.data.formats.format import Rows
+from opd.data.jsonl import parse, read_lines
 from opd.data.pictures import ImageFacts
-from opd.data.survey import FIELDS
+from opd.data.survey import FIELDS, survey
 from opd.errors import DataError, plural
 from opd.types import IMAGE_MARKER, Example
 
@@ -37,6 +44,23 @@ LETTERED = len(ascii_uppercase)
 TOGETHER = 4
 """A row's pictures are held together while its prompt is made: at most so many times
 `data.max_image_pixels`."""
+
+
+class Own:
+    """Reads our own JSONL, and JSON arrays of its rows."""
+
+    name = "opd's own rows"
+
+    def recognise(self, path: Path, start: bytes) -> bool:
+        """Any text: `read` says what is wrong with one that holds other rows."""
+        return True
+
+    def read(self, path: Path) -> Rows:
+        """The lines of a file that are rows. Raises DataError for a file of another kind."""
+        lines = read_lines(path)
+        seen = survey(lines)
+        rows = [(number, partial(parse, line)) for number, line in seen.rows]
+        return Rows(path, lines.content, rows, seen.box_format, seen.notes)
 
 
 def read_row(

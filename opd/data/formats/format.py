@@ -1,0 +1,46 @@
+"""What a format is: how a file is recognised, and how it becomes rows of our own fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from opd.data.boxes import BoxFormat
+from opd.data.fields import Row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data file in our own fields (docs/data.md), which are checked afterwards.
+
+    `rows` holds the number of each row, by which messages name it, and a function that gives its
+    fields. The function is called on several threads, and raises DataError if its row is faulty.
+    `content` is what the fingerprint of the data covers beside the pictures: the bytes of the file.
+    `box_format` is the unit of boxes in rows that state none. `notes` are lines for a person.
+    """
+
+    path: Path
+    content: bytes
+    rows: Sequence[tuple[int, Callable[[], Row]]]
+    box_format: BoxFormat = "pixels"
+    notes: Sequence[str] = ()
+
+
+class Format(Protocol):
+    """A reader of one format. It keeps no state, since it reads many files."""
+
+    @property
+    def name(self) -> str:
+        """The format's name in messages."""
+        ...
+
+    def recognise(self, path: Path, start: bytes) -> bool:
+        """Whether a file or folder is of this format; `start` holds its first bytes (at most
+        65,536), none of a folder."""
+        ...
+
+    def read(self, path: Path) -> Rows:
+        """The rows of a file or folder. Raises DataError if it cannot be used as a whole."""
+        ...
