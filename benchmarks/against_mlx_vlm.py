@@ -38,7 +38,7 @@ SAMPLED = Objective(form="sampled", ratio_clip=None)
 
 @contextmanager
 def counting(module: Any) -> Iterator[dict[str, int]]:
-    """Count the patches that enter the vision tower and the rows that enter the first text layer,
+    """Counts the patches that enter the vision tower and the rows that enter the first text layer,
     until the context ends."""
     from mlx_vlm.models.qwen3_vl.vision import PatchMerger
 
@@ -95,7 +95,7 @@ class Peer:
         self.gradient = task.value_and_grad_factory(self.model, False)
 
     def rollout(self) -> Any:
-        """Generate a group's completions and compute their advantages."""
+        """Generates a group's completions and computes their advantages."""
         from mlx_vlm.trainer.vlm.grpo.trainer import prepare_rollout
 
         rollout = prepare_rollout(
@@ -105,7 +105,7 @@ class Peer:
         return rollout
 
     def given(self, group: Group, advantages: np.ndarray[Any, Any]) -> Any:
-        """Prepare a rollout from the completions of `group` and their advantages [n]."""
+        """Prepares a rollout from the completions of `group` and their advantages [n]."""
         inputs = self.row["inputs"]
         samples = []
         for completion, advantage in zip(group.completions, advantages, strict=True):
@@ -121,19 +121,19 @@ class Peer:
         return {"samples": samples, "reward_metrics": {}}
 
     def train(self, rollout: Any) -> tuple[float, dict[str, Any]]:
-        """Return the loss and the gradients by MLX name."""
+        """Returns the loss and the gradients by MLX name."""
         (loss, _), gradients = self.gradient(self.model, rollout)
         mx.eval(loss, gradients)
         return loss.item(), dict(tree_flatten(gradients))
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
-    """Reward every other completion with 1, the rest with 0."""
+    """Rewards every other completion with 1, the rest with 0."""
     return [float(number % 2) for number in range(len(completions))]
 
 
 def agree(backend: Any, peer: Peer, group: Group) -> measuring.Row:
-    """Compare loss and gradient of both sides on the same completions, as the module says."""
+    """Compares loss and gradient of both sides on the same completions, as the module says."""
     advantages = 1.0 - 0.3 * np.arange(len(group.completions))
     tokens = len(group.completions) * len(group.completions[0])
     statistics = backend.score([group], SAMPLED)
@@ -206,7 +206,7 @@ def main() -> None:
 def phase_rows(
     phase: str, pair: tuple[Any, Any], modules: tuple[Any, Any], options: Any
 ) -> list[measuring.Row]:
-    """Measure one phase on both sides: our row, then mlx-vlm's."""
+    """Measures one phase on both sides: our row, then mlx-vlm's."""
     rows: list[measuring.Row] = []
     for name, run, module in zip(("ours", "mlx-vlm"), pair, modules, strict=True):
         with counting(module) as counts:

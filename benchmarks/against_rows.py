@@ -57,7 +57,7 @@ QUICK_SIZES = {
 
 
 def shape_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that set the measured shape; the default shape has P = 6 R."""
+    """Adds the options that set the measured shape; the default shape has P = 6 R."""
     parser.add_argument("--prompt", type=int, default=384, help="tokens of the student's prompt")
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument(
@@ -75,7 +75,7 @@ def shape_of(options: argparse.Namespace) -> Shape:
 
 
 def case(options: argparse.Namespace, path: Path) -> tuple[Path, Any, Group]:
-    """Make a random model; return its folder, its configuration and a group of random tokens."""
+    """Makes a random model; returns its folder, its configuration and a group of random tokens."""
     import transformers
 
     workload.folder(
@@ -249,7 +249,7 @@ def compared(
     device: str,
     least: int | None,
 ) -> list[measuring.Row]:
-    """Measure every side, ours first, and return a row for each.
+    """Measures every side, ours first, and returns a row for each.
 
     Raises where a side's loss or gradient differs from ours, before anything is measured.
     """

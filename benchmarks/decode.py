@@ -82,7 +82,7 @@ def of_a_step(run: Callable[[int], None], model: Any, long: int, width: int) -> 
 def ours(
     backend: Any, prompts: Sequence[Prompt], n: int, banned: Sequence[int]
 ) -> Callable[[int], None]:
-    """Return a function that samples n completions of a given length with our backend."""
+    """Returns a function that samples n completions of a given length with our backend."""
     draws = np.random.default_rng(0).random((len(prompts), n, TOKENS), dtype=np.float32)
     return lambda tokens: (
         backend.sample(prompts, draws[:, :, :tokens], Sampling(1.0, (), tuple(banned))) and None
@@ -90,7 +90,7 @@ def ours(
 
 
 def transformers_rows(model: Any, prompts: Sequence[Prompt], n: int) -> Callable[[int], None]:
-    """Return a function that does the same by `generate`, with all rows in one batch."""
+    """Returns a function that does the same by `generate`, with all rows in one batch."""
     rows = [prompt for prompt in prompts for _ in range(n)]
     ids = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
     images = {

@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def exported(revision: str, folder: Path) -> Path:
-    """Write the sources of a commit into `folder`, and return `folder`."""
+    """Writes the sources of a commit into `folder`, and returns `folder`."""
     done = subprocess.run(
         ["git", "-C", str(ROOT), "archive", revision], capture_output=True, check=False
     )
@@ -91,7 +91,7 @@ def exported(revision: str, folder: Path) -> Path:
 
 
 def run(sources: Path, out: Path, options: Any) -> dict[str, Any]:
-    """Run once; return the run's summary with the losses and the summed seconds of all steps."""
+    """Runs once; returns the run's summary with the losses and the summed seconds of all steps."""
     settings = [f"run.seed={options.seed}", "run.checkpoint_every=0"]
     settings += [f"run.steps={options.steps}"] if options.steps else []
     settings += [f"measure.count={options.count}"] if options.count else []

@@ -110,7 +110,7 @@ def main() -> None:
 def measured(
     axis: str, size: int, options: Namespace, folder: Path
 ) -> tuple[measuring.Row, Callable[[], Any]]:
-    """Measure one call of `accumulate` with one size changed.
+    """Measures one call of `accumulate` with one size changed.
 
     Returns the peak bytes with the FLOPs and functions that the call needs, and the call itself.
     """
@@ -135,7 +135,7 @@ def measured(
 def timed(
     rows: Sequence[measuring.Row], runs: Mapping[Any, Callable[[], Any]], options: Namespace
 ) -> None:
-    """Time `runs`, which are keyed by axis and size; set seconds and gflops in the row of each."""
+    """Times `runs`, which are keyed by axis and size; sets seconds and gflops in the row of each."""
     times = measuring.interleaved(runs, 1 if options.quick else options.repeats, what="turns")
     for row in rows:
         row["seconds"] = min(times[row["axis"], row["size"]])
@@ -148,7 +148,7 @@ def shape_of(axis: str, size: int) -> Shape:
 
 
 def predict(rows: Sequence[measuring.Row]) -> dict[str, float | None]:
-    """Fit the two costs to all rows, set `predicted` seconds in every row, and return the costs
+    """Fits the two costs to all rows, sets `predicted` seconds in every row, and returns the costs
     and the largest relative deviation."""
     flop, function = (float(cost) for cost in costs(rows))
     for row in rows:
@@ -186,7 +186,7 @@ def growth(before: measuring.Row, after: measuring.Row) -> measuring.Row:
 
 
 def picture(rows: list[measuring.Row], path: Path) -> None:
-    """Plot a column for each size: measured and predicted time above, memory below."""
+    """Plots a column for each size: measured and predicted time above, memory below."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -59,7 +59,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def peer(name: str) -> None:
-    """Exit with a message of one line if a peer is not installed."""
+    """Exits with a message of one line if a peer is not installed."""
     from importlib.util import find_spec
 
     if find_spec(name) is None:
@@ -72,7 +72,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def track(work: Sequence[Any], what: str) -> Iterable[Any]:
-    """Yield the items of `work`, with a progress bar on stderr that shows the remaining time."""
+    """Yields the items of `work`, with a progress bar on stderr that shows the remaining time."""
     from rich.console import Console
     from rich.progress import track
 
@@ -148,15 +148,15 @@ class AttentionCount:
         attn_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Run torch's attention and count the needed FLOPs."""
+        """Runs torch's attention and counts the needed FLOPs."""
         pairs = self._pairs(query, key, attn_mask, options.get("is_causal", False))
         return _Attention.apply(
             self, pairs * query.shape[-1], {"attn_mask": attn_mask, **options}, query, key, value
         )
 
     def _kernel(self, kernel: Callable[..., Any], cost: int, *arguments: Any) -> Any:
-        """Run the forward (cost 4) or backward (cost 8) kernel of `opd_torch.kernels.flash`,
-        hidden from the counter of products, and count the needed FLOPs."""
+        """Runs the forward (cost 4) or backward (cost 8) kernel of `opd_torch.kernels.flash`,
+        hidden from the counter of products, and counts the needed FLOPs."""
         *_, bias, causal, _ = arguments
         query, key = arguments[:2] if cost == 4 else arguments[1:3]
         self.total += cost * self._pairs(query, key, bias, causal) * query.shape[-1]
@@ -307,7 +307,7 @@ def relative_error(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
 
 
 def same(loss: tuple[float, float], gradient: float, most: float = 1e-3) -> Row:
-    """Return the errors of loss and gradient.
+    """Returns the errors of loss and gradient.
 
     Raises AssertionError if one is `most` or more: two sides that compute different things must
     not be compared.
@@ -356,7 +356,7 @@ def device_name(device: str = "cpu") -> str:
 
 
 def report(options: argparse.Namespace, name: str, rows: Sequence[Row], **about: Any) -> Row:
-    """Print the rows as a table, or under `--json` everything as one object on one line.
+    """Prints the rows as a table, or under `--json` everything as one object on one line.
 
     Returns that object.
     """
@@ -379,7 +379,7 @@ def report(options: argparse.Namespace, name: str, rows: Sequence[Row], **about:
 
 
 def show(value: Any) -> str:
-    """Format a number for a table: three digits, with a letter for large powers of ten."""
+    """Formats a number for a table: three digits, with a letter for large powers of ten."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, float) and abs(value) < 1e-2 and value:

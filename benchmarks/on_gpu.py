@@ -186,7 +186,7 @@ def rows_side(backend: Any, group: Group) -> Callable[[], tuple[float, dict[str,
 
 
 def _sharing(model: Any, parameters: Any) -> Any:
-    """Copy a model's modules, but use `parameters` instead of copies of the model's."""
+    """Copies a model's modules, but uses `parameters` instead of copies of the model's."""
     return copy.deepcopy(
         model, {id(old): new for old, new in zip(model.parameters(), parameters, strict=True)}
     )
@@ -249,7 +249,7 @@ def trl_side(
 
 
 def agree(ours: Callable[[], Any], theirs: Callable[[], Any]) -> measuring.Row:
-    """Compare loss and gradient; in bfloat16 two sides agree to some percent."""
+    """Compares loss and gradient; in bfloat16 two sides agree to some percent."""
     loss, gradient = ours()
     their_loss, their_gradient = theirs()
     difference = norm = 0.0
@@ -260,7 +260,7 @@ def agree(ours: Callable[[], Any], theirs: Callable[[], Any]) -> measuring.Row:
 
 
 def measured(name: str, run: Callable[[], Any], options: Any) -> measuring.Row:
-    """Measure the seconds and the peak memory of one stage."""
+    """Measures the seconds and the peak memory of one stage."""
     return {
         "stage": name,
         "seconds": measuring.seconds({name: run}, options.repeats, options.device)[name],
@@ -269,7 +269,7 @@ def measured(name: str, run: Callable[[], Any], options: Any) -> measuring.Row:
 
 
 def with_flops(rows: list[measuring.Row], config: Any, shape: Shape, options: Any) -> None:
-    """Add to the rows the needed FLOPs, MFU or MBU, and the ratios of the rivals to our code."""
+    """Adds to the rows the needed FLOPs, MFU or MBU, and the ratios of the rivals to our code."""
     text, rows_of_completions = config.text_config, shape.n * shape.completion
     head = 4 * 2 * rows_of_completions * text.hidden_size * text.vocab_size
     teacher = arithmetic.trunk(config, shape.crop or shape.prompt, shape.completion, shape.n)

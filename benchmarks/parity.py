@@ -69,7 +69,7 @@ Logits = list[NDArray[np.float64]]
 
 
 def rows_of(name: str, root: Path) -> list[Row]:
-    """Measure the checkpoint `name`: one row for each backend."""
+    """Measures the checkpoint `name`: one row for each backend."""
     case = torch_cases.make_case(root, random_models.raise_norms(CHECKPOINTS[name](root / "model")))
     names = ("cpu",) if name in ROWS else ("cpu", "mlx")
     with torch_cases.delta_rule_in_float64():
@@ -110,7 +110,7 @@ def rows_of(name: str, root: Path) -> list[Row]:
 
 
 def loaded(case: Any, backend: str, **options: Any) -> Backend:
-    """Load the case's model on a backend; without `options` also the case's state, whose teacher
+    """Loads the case's model on a backend; without `options` also the case's state, whose teacher
     differs from the student."""
     model = backends.load(backend, ModelOptions(case.folder, "float32", **options))
     if not options:
@@ -164,7 +164,7 @@ def logprobs(backend: Backend, groups: Sequence[Group]) -> list[Logits]:
 
 
 def _in_order(top: Any) -> NDArray[np.float64]:
-    """Sort the log-probabilities of all tokens by token id."""
+    """Sorts the log-probabilities of all tokens by token id."""
     ordered = np.empty(top.tokens.shape, np.float64)
     np.put_along_axis(ordered, top.tokens.astype(np.int64), top.logprobs.astype(np.float64), -1)
     return ordered
@@ -187,7 +187,7 @@ def ten_steps(backend: Backend, groups: Sequence[Group]) -> list[float]:
 
 
 def adapter_error(case: Any, backend: str, folder: Path) -> float:
-    """Train new adapters, export them as an adapter and merged, and compare the two exports."""
+    """Trains new adapters, exports them as an adapter and merged, and compares the two exports."""
     adapted = loaded(case, backend, tune_vision=False, adapters=LORA)
     for _ in range(3):
         adapted.accumulate(case.groups, JSD)
@@ -208,7 +208,7 @@ def adapter_error(case: Any, backend: str, folder: Path) -> float:
 
 
 def export_error(case: Any, trained: Backend, folder: Path) -> float:
-    """Compare the trained model in the backend with the model in the backend's export."""
+    """Compares the trained model in the backend with the model in the backend's export."""
     trained.export(folder, "model")
     return relative_difference(
         stock_logprobs(stock(folder), case.groups), logprobs(trained, case.groups)[0]
@@ -216,7 +216,7 @@ def export_error(case: Any, trained: Backend, folder: Path) -> float:
 
 
 def stock(folder: Path) -> Any:
-    """Load a folder's model with stock transformers, in float64."""
+    """Loads a folder's model with stock transformers, in float64."""
     return transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="sdpa"
     )

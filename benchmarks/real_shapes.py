@@ -33,7 +33,7 @@ QUICK = [Shape(512, 128, 8, crop=256)]
 
 
 def counted(backend: Any, groups: list[Any], recompute: bool) -> int:
-    """Count the FLOPs of one `accumulate` on the meta device, which has no statistics to return.
+    """Counts the FLOPs of one `accumulate` on the meta device, which has no statistics to return.
 
     `recompute` turns checkpointing on or off for all layers.
     """
@@ -53,7 +53,7 @@ def counted(backend: Any, groups: list[Any], recompute: bool) -> int:
 
 
 def measured(config: Any, backend: Any, shape: Shape, recompute: bool = True) -> measuring.Row:
-    """Count one row of the table. The n separate rows cost the same, so only one is counted."""
+    """Counts one row of the table. The n separate rows cost the same, so only one is counted."""
     group = workload.group(config, shape)
     ours = counted(backend, [group], recompute)
     separate = shape.n * counted(backend, workload.rows_of(group)[:1], recompute)
@@ -131,7 +131,7 @@ def grown(name: str) -> dict[str, list[tuple[int, int, int]]]:
 
 
 def picture(growth: dict[str, list[tuple[int, int, int]]], path: Path) -> None:
-    """Plot a panel for each size: dots for counted FLOPs, a line for the least."""
+    """Plots a panel for each size: dots for counted FLOPs, a line for the least."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def in_new_process(name: str, seed: int, steps: int) -> dict[str, Any]:
-    """Run one control with one seed in a new process, on one thread."""
+    """Runs one control with one seed in a new process, on one thread."""
     command = [
         sys.executable,
         "-m",
@@ -117,7 +117,7 @@ def in_new_process(name: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def run(name: str, seed: int, steps: int) -> dict[str, Any]:
-    """Run one control; return the run's summary and the curve of both accuracies."""
+    """Runs one control; returns the run's summary and the curve of both accuracies."""
     from opd.run import recipe as recipes
     from opd.run import session as runs
 
@@ -235,7 +235,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Plot both accuracies over the default run's steps, and how much of the gap each control
+    """Plots both accuracies over the default run's steps, and how much of the gap each control
     closes: one line or dot for each seed."""
     import matplotlib
 

@@ -75,7 +75,7 @@ def operations(arrays: list[Any]) -> int:
 def watched(
     run: Callable[[], list[Completion]], count: bool
 ) -> tuple[list[Completion], list[float], int]:
-    """Run a rollout and watch how MLX builds the graphs of the token steps.
+    """Runs a rollout and watches how MLX builds the graphs of the token steps.
 
     Returns the completions, the seconds of building each step, and the operations of the last
     step's graph (0 without `count`).
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def compared(root: Path, options: Any) -> tuple[list[measuring.Row], str]:
-    """Measure both of SIDES and check that the completions are equal; return rows and device."""
+    """Measures both of SIDES and checks that the completions are equal; returns rows and device."""
     import transformers
 
     import opd_mlx

@@ -225,7 +225,7 @@ def group(config: Any, shape: Shape, seed: int = 0) -> Group:
 
 
 def rows_of(group: Group) -> list[Group]:
-    """Split a group into groups of one completion each."""
+    """Splits a group into groups of one completion each."""
     return [
         replace(group, completions=(completion,), weights=(weights,))
         for completion, weights in zip(group.completions, group.weights, strict=True)
@@ -260,14 +260,14 @@ def backend(made: Any, dtype: str = "float32") -> TorchBackend:
 
 
 def on_device(backend: TorchBackend, **settings: Any) -> None:
-    """Change settings of a backend's device record."""
+    """Changes settings of a backend's device record."""
     for policy in ("_student", "_teacher"):
         model = getattr(backend, policy)
         setattr(backend, policy, replace(model, device=replace(model.device, **settings)))
 
 
 def folder(path: Path, vocabulary: int = 0, **sizes: int) -> Path:
-    """Write a random Qwen3-VL into a folder that both backends and all peers can read.
+    """Writes a random Qwen3-VL into a folder that both backends and all peers can read.
 
     `vocabulary` gives the embedding more rows than the tokenizer has; 0 leaves the rows as they
     are.
@@ -281,7 +281,7 @@ def folder(path: Path, vocabulary: int = 0, **sizes: int) -> Path:
 
 
 def widen(path: Path, vocabulary: int) -> None:
-    """Give the embedding of a model folder, and so the tied head, `vocabulary` rows."""
+    """Gives the embedding of a model folder, and so the tied head, `vocabulary` rows."""
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(path / "model.safetensors")
@@ -299,7 +299,7 @@ def widen(path: Path, vocabulary: int) -> None:
 
 
 def perturb_teacher(backend: Any, amount: float = 0.1) -> None:
-    """Move the teacher away from the student, so that divergence and gradient are not 0."""
+    """Moves the teacher away from the student, so that divergence and gradient are not 0."""
     device = next(iter(backend._teacher.parameters.values())).device
     generator = torch.Generator(device).manual_seed(7)
     with torch.no_grad():

@@ -1,12 +1,12 @@
 """Lays out prompts and completions of unequal lengths and counts as device arrays.
 
-A prompt's last token predicts its completions' first tokens, so it runs with the completions: row t
-of a completion holds the token before target t. The rest of the prompt is a prefix, of which only
-keys and values are used, and a completion's last token, which predicts nothing, is no input. Rows
-are packed without padding, so that no layer but attention computes on padding.
+A prompt's last token predicts the first token of each completion, so it runs with the completions:
+row t of a completion holds the token before target t. The rest of the prompt is the prefix, and
+completions use only the prefix's keys and values. A completion's last token predicts nothing, so it
+is not an input. Rows are packed without padding; only attention computes on padding.
 
-Legend: B prompts, N tokens of all prefixes, P of the longest, R completions of all prompts, M
-completion tokens, T of the longest completion, S visual tokens.
+Legend: B prompts, N tokens of all prefixes, P tokens of the longest prefix, R completions of all
+prompts, M tokens of all completions, T tokens of the longest completion, S visual tokens.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from opd_torch.ragged import Owner, Ragged, index_tensor
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a row of an attention layer may attend to: those of tokens before it, and its own.
+    """Which keys a row of an attention layer may attend to: the row's and those of earlier tokens.
 
-    `window`: only the last so many, its own included; None for all. `blocks`: the tokens of an
-    image in a prompt also attend to later tokens of the same image.
+    `window` limits them to the last `window` keys, including the row's; None is no limit. With
+    `blocks`, the tokens of an image in a prompt also attend to later tokens of the same image.
     """
 
     window: int | None = None
@@ -38,11 +38,10 @@ class Visibility:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prompts without their last tokens: `tokens` [N], `positions` [axes, N], and their lengths
-    (`ragged`).
+    """Prompts without their last tokens: `tokens` [N], `positions` [axes, N], lengths in `ragged`.
 
-    `visual_rows` [S] are the packed image tokens, in the order of `sources`. Masks are made when a
-    layer first asks.
+    `visual_rows` [S] are the packed rows of image tokens, in the order of `sources`. A mask is
+    computed when a layer first asks for it.
     """
 
     sources: Sequence[Prompt]
@@ -54,19 +53,16 @@ class Prefixes:
     _bias: dict[torch.dtype, Tensor | None] = field(default_factory=dict)
 
     def mask(self, visibility: Visibility) -> Tensor | None:
-        """Which keys a prompt's rows may attend to, [B or 1, 1, P, P]; None where that is every
-        earlier key.
-        """
+        """Which keys a prompt's rows may attend to, [B or 1, 1, P, P]; None for plain causality."""
         if visibility not in self._masks:
             self._masks[visibility] = self._mask(visibility)
         return self._masks[visibility]
 
     def seen(self, visibility: Visibility, rows: Tensor, count: int) -> Tensor | None:
-        """Which keys of its prompt a completion's `rows` [T, 1] attend to, [B, 1, T or 1, P]; None
-        for all.
+        """Which keys of the prefix a completion's `rows` [T, 1] attend to, [B, 1, T or 1, P]; None
+        for all keys.
 
-        All rows are below `count`. The first row of a completion stands right behind its prompt's
-        prefix.
+        All rows are below `count`. Row 0 of a completion directly follows the prefix.
         """
         window = visibility.window
         if window is None or window >= self.ragged.longest + count:
@@ -76,8 +72,8 @@ class Prefixes:
         return self._real & (distance < window)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """0 for keys of a prompt and minus infinity for padding, [B, 1, 1, P]; None where there is
-        no padding.
+        """0 for a prompt's keys and minus infinity for padding, [B, 1, 1, P]; None without
+        padding.
         """
         if dtype not in self._bias:
             bias = None
@@ -88,14 +84,15 @@ class Prefixes:
         return self._bias[dtype]
 
     def select(self, prompts: NDArray[np.int64]) -> Prefixes:
-        """Some of the prompts, padded as wide as all were, which is how layers keep their keys."""
+        """Selects `prompts`, padded to the same P as before, because layers' caches have that P."""
         device = self.tokens.device
-        chosen = lay_out_prefixes([self.sources[prompt] for prompt in prompts], device)
-        return replace(chosen, ragged=Ragged(chosen.ragged.lengths, device, self.ragged.longest))
+        selected = lay_out_prefixes([self.sources[prompt] for prompt in prompts], device)
+        ragged = Ragged(selected.ragged.lengths, device, self.ragged.longest)
+        return replace(selected, ragged=ragged)
 
     @cached_property
     def _real(self) -> Tensor:
-        """Which keys are no padding, [B, 1, 1, P]."""
+        """False for padding, [B, 1, 1, P]."""
         keys = torch.arange(self.ragged.longest, device=self.tokens.device)
         return keys < self.ragged.counts[:, None, None, None]
 
@@ -105,7 +102,7 @@ class Prefixes:
         window = visibility.window
         if window is not None and window >= longest:
             window = None
-        # Padding stands at the end, where causality alone keeps it from every real row.
+        # Padding is at the end, so causality already hides it from every real row.
         if window is None and images is None:
             return None
         place = torch.arange(longest, device=device)
@@ -135,26 +132,29 @@ class DecodeStep:
     def masks(
         self, prefixes: Prefixes, visibility: Visibility
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Which keys of its prompt [B, 1, 1, P] and of its own [count] a completion's row attends
-        to; None for all.
+        """Which keys a completion's row attends to: of the prefix [B, 1, 1, P] and of the
+        completion [count]; None for all keys.
         """
         if visibility not in self._masks:
             distance = self.number - torch.arange(self.count, device=self.number.device)
-            own, window = None if self.exact else distance >= 0, visibility.window
+            window = visibility.window
+            of_completion = None if self.exact else distance >= 0
             if window is not None and window < self.count:
-                own = distance < window if own is None else own & (distance < window)
-            seen = prefixes.seen(visibility, self.number[:, None], self.count)
-            self._masks[visibility] = seen, own
+                near = distance < window
+                of_completion = near if of_completion is None else of_completion & near
+            of_prefix = prefixes.seen(visibility, self.number[:, None], self.count)
+            self._masks[visibility] = of_prefix, of_completion
         return self._masks[visibility]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `prefixes`, and completion rows: `tokens` [M], `positions` [axes, M],
-    and lengths (`ragged`).
+    """The inputs of one forward: `prefixes`, and completion rows with `tokens` [M], `positions`
+    [axes, M] and lengths in `ragged`.
 
-    Every row has a target. Rows are in order of group, completion and token, so all rows of a
-    prompt stand together; `prompts` holds how many. Masks are made when a layer first asks.
+    Every row has a target. Rows are in order of group, completion and token, so the rows of a
+    prompt are consecutive; `prompts` has the number of rows of each prompt. A mask is computed when
+    a layer first asks for it.
     """
 
     prefixes: Prefixes
@@ -166,28 +166,32 @@ class Batch:
     _masks: dict[Visibility, Tensor] = field(default_factory=dict)
 
     def mask(self, visibility: Visibility) -> Tensor:
-        """Which keys [prefix | own] each completion row may attend to: [R or 1, 1, T, P + T]."""
+        """Which keys each completion row may attend to, [R or 1, 1, T, P + T]: first the prefix's
+        keys, then the completion's.
+        """
         if visibility not in self._masks:
             length = self.ragged.longest
             place = torch.arange(length, device=self.tokens.device)
             distance = place[:, None] - place
-            own = distance >= 0
+            of_completion = distance >= 0
             if visibility.window is not None:
-                own = own & (distance < visibility.window)
-            own = own[None, None]
-            seen = self.prefixes.seen(visibility, place[:, None], length)
-            if seen is None:
-                seen = own.new_ones(1, 1, length, self.prefixes.ragged.longest)
+                of_completion = of_completion & (distance < visibility.window)
+            of_completion = of_completion[None, None]
+            of_prefix = self.prefixes.seen(visibility, place[:, None], length)
+            if of_prefix is None:
+                of_prefix = of_completion.new_ones(1, 1, length, self.prefixes.ragged.longest)
             else:
-                seen = self.owner.spread(seen).expand(-1, -1, length, -1)
-                own = own.expand(len(seen), -1, -1, -1)
-            self._masks[visibility] = torch.cat([seen, own], -1)
+                of_prefix = self.owner.spread(of_prefix).expand(-1, -1, length, -1)
+                of_completion = of_completion.expand(len(of_prefix), -1, -1, -1)
+            self._masks[visibility] = torch.cat([of_prefix, of_completion], -1)
         return self._masks[visibility]
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Completion tokens, their log-probabilities as recorded, and their weights, [M] each."""
+    """Completion tokens, the log-probabilities recorded when they were sampled, and weights, [M]
+    each.
+    """
 
     tokens: Tensor
     logprobs: Tensor
@@ -197,10 +201,9 @@ class Targets:
 def lay_out_prefixes(
     prompts: Sequence[Prompt], device: torch.device, multiple: int = 1
 ) -> Prefixes:
-    """Packs `prompts` without their last tokens; attention pads the longest to a `multiple` of
-    tokens.
+    """Packs `prompts` without their last tokens; P becomes a multiple of `multiple` tokens.
 
-    Raises ValueError where a prompt has one token only, or ends with an image token.
+    Raises ValueError if a prompt has fewer than two tokens, or ends with an image token.
     """
     lengths = np.array([len(prompt) - 1 for prompt in prompts], dtype=np.int64)
     for prompt, length in zip(prompts, lengths, strict=True):
@@ -221,15 +224,15 @@ def lay_out_prefixes(
 def lay_out(
     prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]], device: torch.device
 ) -> Batch:
-    """Packs `prompts` and the tokens of each one's `completions`, of which at least one is not
-    empty.
+    """Packs `prompts` and the tokens of each prompt's `completions`; at least one completion must
+    not be empty.
     """
     return lay_out_completions(lay_out_prefixes(prompts, device), completions)
 
 
 def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntArray]]) -> Batch:
-    """Packs the tokens of each prompt's `completions`, of which at least one is not empty, behind
-    laid out prompts.
+    """Packs the tokens of each prompt's `completions` behind `prefixes`; at least one completion
+    must not be empty.
     """
     device = prefixes.tokens.device
     flat = [
@@ -252,7 +255,7 @@ def lay_out_completions(prefixes: Prefixes, completions: Sequence[Sequence[IntAr
 
 
 def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
-    """Everything about completion tokens that is the same for both policies."""
+    """The targets of all completions of `groups`, which are the same for both policies."""
     completions = [completion for group in groups for completion in group.completions]
     tokens = np.concatenate([completion.tokens for completion in completions])
     logprobs = np.concatenate([completion.logprobs for completion in completions])
@@ -265,9 +268,9 @@ def lay_out_targets(groups: Sequence[Group], device: torch.device) -> Targets:
 
 
 def _images(prompts: Sequence[Prompt], longest: int) -> NDArray[np.int64] | None:
-    """The image of each token [B, P] of the prompts, -1 for text; None where there is no image.
+    """The image number of each prompt token [B, P], -1 for text; None if no prompt has an image.
 
-    Image tokens that stand without a gap are one image, as transformers has it.
+    Consecutive image tokens are one image, as in transformers.
     """
     if not any(len(prompt.visual.index) for prompt in prompts):
         return None

@@ -1,4 +1,4 @@
-"""Rows of unequal lengths: packed to padded and back, and which prompt each completion belongs to.
+"""Converts rows of unequal lengths between packed and padded, and maps completions to prompts.
 
 Legend: B prompts, R completions of all prompts.
 """
@@ -18,28 +18,24 @@ from opd_torch.kernels.function import Context, Function
 
 
 class Ragged:
-    """Rows of unequal `lengths`: packed [total, ...] to padded [rows, longest, ...] and back, both
-    differentiable.
+    """Rows of unequal `lengths`: packed [total, ...] or padded [rows, longest, ...]. Both
+    conversions are differentiable.
 
-    `longest` may be more than any length. Padding repeats the first packed entry; what it becomes
-    is never read, and its gradient is dropped.
+    `longest` may exceed all lengths. Padding repeats the first packed entry; results computed from
+    padding are never read, and the gradient there is dropped.
     """
 
     def __init__(self, lengths: NDArray[np.int64], device: torch.device, longest: int = 0) -> None:
         self.lengths = lengths
-        self.rows, self.longest, self.total = (
-            len(lengths),
-            max(longest, int(lengths.max())),
-            int(lengths.sum()),
-        )
+        self.rows, self.total = len(lengths), int(lengths.sum())
+        self.longest = max(longest, int(lengths.max()))
         self._device = device
         self.even = self.rows * self.longest == self.total
         if not self.even:
             valid = np.arange(self.longest) < lengths[:, None]
+            packed_entry = np.where(valid.ravel(), np.cumsum(valid.ravel()) - 1, 0)
             self._packed = torch.from_numpy(np.flatnonzero(valid)).to(device)
-            self._padded = torch.from_numpy(
-                np.where(valid.ravel(), np.cumsum(valid.ravel()) - 1, 0)
-            ).to(device)
+            self._padded = torch.from_numpy(packed_entry).to(device)
 
     @cached_property
     def counts(self) -> Tensor:
@@ -52,7 +48,7 @@ class Ragged:
         return padded.view(self.rows, self.longest, *packed.shape[1:])
 
     def fill(self, packed: Tensor, value: float) -> Tensor:
-        """Pads like `pad`, with `value` in the padding."""
+        """Pads [total, ...] to [rows, longest, ...], with `value` in the padding."""
         if self.even:
             return packed.view(self.rows, self.longest, *packed.shape[1:])
         padded = packed.new_full((self.rows * self.longest, *packed.shape[1:]), value)
@@ -67,8 +63,8 @@ class Ragged:
 
 
 class _Pad(Function):
-    """index_select whose backward is an index_select too: every packed entry has one place
-    (index_add would be far slower).
+    """index_select with an index_select as the backward, since every packed entry has exactly one
+    place in the padded rows; autograd's index_add would be far slower.
     """
 
     @staticmethod
@@ -86,7 +82,7 @@ class _UnpadContext(Context, Protocol):
 
 
 class _Unpad(Function):
-    """index_select whose backward writes zeros where padding stood."""
+    """index_select with a backward that writes zeros into the padding."""
 
     @staticmethod
     def forward(ctx: _UnpadContext, padded: Tensor, packed_index: Tensor) -> Tensor:
@@ -102,23 +98,21 @@ class _Unpad(Function):
 
 
 class Owner:
-    """Which prompt each of R completions belongs to, from the `counts` of B prompts."""
+    """Maps R completions to B prompts, from each prompt's number of completions, `counts` [B]."""
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self.each = counts[0] if len(set(counts)) == 1 else None
         self.index = index_tensor(np.repeat(np.arange(len(counts)), counts), device)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Repeats the entry of each prompt [B, ...] for each of its completions, [R, ...]."""
-        # With equal counts the backward is a plain sum instead of a scatter, several times faster
-        # on the CPU.
-        return (
-            x.index_select(0, self.index)
-            if self.each is None
-            else x[:, None].expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
-        )
+        """Repeats each prompt's entry of `x` [B, ...] for every completion: [R, ...]."""
+        if self.each is None:
+            return x.index_select(0, self.index)
+        # For equal counts the backward of `expand` is a plain sum, which on a CPU is several times
+        # faster than a scatter.
+        return x[:, None].expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
 
 
 def index_tensor(values: ArrayLike, device: torch.device) -> Tensor:
-    """`values` as int64 on the device."""
+    """Converts `values` to an int64 tensor on the device."""
     return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)

@@ -1,8 +1,7 @@
-"""Models without a family file: every completion is a row of its own through transformers' forward.
-Exact, and n times the work.
+"""Runs models without a family file: each completion is a separate row of transformers' forward.
 
-The model gets the prompt's positions, and image arrays as its processor made them. `module` is
-transformers' model.
+This is exact, and costs n times the work of a group. The model gets the prompt's positions and the
+image arrays of the model's processor. `module` is transformers' model.
 
 Legend: M completion tokens, R completions of all prompts, T tokens of a completion, D hidden width.
 """
@@ -24,18 +23,18 @@ from opd_torch.batch import Batch, Prefixes
 from opd_torch.layers.layer import checkpoint_if
 
 IMAGE = ("image_token_id", "image_token_index")
-"""Names in configurations for the token that image features replace."""
+"""The names that configurations use for the id of image tokens."""
 
-APART = 0.05
-"""Relative difference of hidden states above which they disagree; bfloat16 stays below."""
+TOLERANCE = 0.05
+"""Hidden states disagree above this relative difference; bfloat16's rounding stays below it."""
 
 
 def check(module: Any, where: str) -> None:
     """Raises ModelError unless the model can run by rows.
 
-    The divergence computes logits as the head times the hidden states, so the model must too. Its
-    positions must count up. And no row may see a later one, or a prompt's rows would not be the
-    same before every completion.
+    The divergence computes logits as the product of hidden states and head, so the model must do
+    the same. Positions must count up. No row may attend to a later row, since otherwise a prompt's
+    rows would depend on the completion.
     """
     if not hasattr(module, "lm_head") or not hasattr(module, "model"):
         raise _refused(where, "its head is not where other models have it")
@@ -64,8 +63,8 @@ def check(module: Any, where: str) -> None:
         raise _refused(where, "its tokens see later ones")
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).float().norm() > APART * other.float().norm())
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).float().norm() > TOLERANCE * b.float().norm())
 
 
 def _refused(where: str, why: str) -> ModelError:
@@ -73,8 +72,9 @@ def _refused(where: str, why: str) -> ModelError:
 
 
 def freeze_vision(module: Any, where: str) -> None:
-    """Trains the language model and the head alone. Raises ModelError where no name tells what the
-    language model is.
+    """Freezes everything but the language model and the head.
+
+    Raises ModelError if no parameter's name shows that it belongs to a language model.
     """
     language = {
         name for name, _ in module.named_parameters() if adapters.part_of_model(name) == "language"
@@ -86,8 +86,9 @@ def freeze_vision(module: Any, where: str) -> None:
 
 
 def hidden_states(module: Any, batch: Batch) -> Tensor:
-    """Final hidden states [M, D] of the rows that predict. Each completion is recomputed in the
-    backward, so one is held at a time.
+    """Final hidden states [M, D] of the rows that predict.
+
+    The backward recomputes each completion, so it holds the activations of one at a time.
     """
     lengths = batch.ragged.lengths.tolist()
     tokens, positions = torch.split(batch.tokens, lengths), torch.split(batch.positions, lengths, 1)
@@ -97,30 +98,32 @@ def hidden_states(module: Any, batch: Batch) -> Tensor:
 
 
 def prefill(module: Any, prefixes: Prefixes) -> list[Any]:
-    """transformers' own cache of each prompt's prefix."""
+    """Runs each prompt's prefix; returns transformers' cache of each."""
     positions = torch.split(prefixes.positions, prefixes.ragged.lengths.tolist(), 1)
-    return [_prefill(module, *one) for one in zip(prefixes.sources, positions, strict=True)]
+    pairs = zip(prefixes.sources, positions, strict=True)
+    return [_prefill(module, prompt, places) for prompt, places in pairs]
 
 
 def begin(prompts: list[Any], n: int) -> list[Any]:
-    """A copy of its prompt's cache for each of n completions of each prompt."""
+    """Copies each prompt's cache for each of n completions."""
     return [copy.deepcopy(cache) for cache in prompts for _ in range(n)]
 
 
 def decode(module: Any, batch: Batch, completions: Sequence[Any]) -> Tensor:
-    """Final hidden states [R, D] of one more row of every completion, each with its own cache."""
-    rows = [
-        module.model(
+    """Final hidden states [R, D] of the next row of every completion, over the caches
+    `completions`.
+    """
+    hidden = []
+    rows = zip(batch.tokens, batch.positions.unbind(1), completions, strict=True)
+    for token, place, cache in rows:
+        out = module.model(
             input_ids=token.view(1, 1),
             position_ids=_places(place[:, None]),
             past_key_values=cache,
             use_cache=True,
         )
-        for token, place, cache in zip(
-            batch.tokens, batch.positions.unbind(1), completions, strict=True
-        )
-    ]
-    return torch.cat([out.last_hidden_state[:, -1] for out in rows])
+        hidden.append(out.last_hidden_state[:, -1])
+    return torch.cat(hidden)
 
 
 def _prefill(module: Any, prompt: Prompt, positions: Tensor) -> Any:
@@ -135,7 +138,7 @@ def _prefill(module: Any, prompt: Prompt, positions: Tensor) -> Any:
 
 
 def _row(module: Any, prompt: Prompt, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Hidden states [T, D] of one completion's rows, behind the whole prompt."""
+    """Hidden states [T, D] of one completion's rows, computed together with the whole prompt."""
     start = torch.from_numpy(prompt.tokens[:-1].astype(np.int64)).to(tokens.device)
     before = torch.from_numpy(prompt.positions[:, :-1].astype(np.int64)).to(tokens.device)
     out = module.model(
