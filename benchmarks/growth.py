@@ -135,7 +135,7 @@ def measured(
 def timed(
     rows: Sequence[measuring.Row], runs: Mapping[Any, Callable[[], Any]], options: Namespace
 ) -> None:
-    """Times `runs`, which are keyed by axis and size; sets seconds and gflops in the row of each."""
+    """Times `runs`, keyed by axis and size, and sets seconds and gflops in the row of each."""
     times = measuring.interleaved(runs, 1 if options.quick else options.repeats, what="turns")
     for row in rows:
         row["seconds"] = min(times[row["axis"], row["size"]])

@@ -1,14 +1,15 @@
-"""The divergence kernel: head, loss and gradient in one pass over chunks of completion rows. See
-`opd.objective` for the mathematics.
+"""The divergence kernel: head, loss and gradient in one pass over chunks of completion rows.
+
+`opd.objective` has the mathematics.
 
 Legend: N rows (completion tokens), D hidden width, V vocabulary, K support, C rows of a chunk.
 Small letters s, t, m are log-probabilities of student, teacher and their mixture; p, q the
 probabilities of student and teacher.
 
-The gradient is computed in the forward, so the memory does not grow with N. It holds both policies'
-logits [C, V], of which the student's become the gradient, and two more arrays (one where the
-support is not the full vocabulary). On a CPU these two have only the rows of a block, so that
-everything between the products of a chunk stays in the caches.
+The forward also computes the gradient, so memory does not grow with N. A chunk holds both policies'
+logits [C, V], of which the student's are overwritten by the gradient, and two more arrays [C, V]
+(one for a support smaller than the vocabulary). On a CPU these two arrays have only the rows of a
+block, so that everything between the matrix products stays in the processor's caches.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ CHUNK_BYTES = 64 * 2**20
 """Size of one float32 array [C, V] at the default chunk."""
 
 LARGEST_DIFFERENCE = 80.0
-"""Bound of the difference of two log-probabilities: its exponential is finite in float32, and that
-of its negative nearly 0.
+"""The bound of a difference d of two log-probabilities: in float32 exp(d) is finite and exp(-d)
+nearly 0.
 """
 
 
 @dataclass
 class HeadResult:
-    """Statistics [N] of every row, and the gradient of sum(weights * ratio * divergence) to hidden
-    states [N, D] and head [V, D].
+    """The statistics [N] of all rows, and the gradient of sum(weights * ratio * divergence) with
+    respect to the student's hidden states [N, D] and head [V, D].
 
-    With `top`, the most likely tokens and their log-probabilities of both policies, [N, top] each,
-    best first.
+    `student_top` and `teacher_top` are the most likely tokens and their log-probabilities, [N, top]
+    each, best first; None if `top` was 0.
     """
 
     student_logprobs: Tensor
@@ -53,7 +54,7 @@ class HeadResult:
     teacher_top: tuple[Tensor, Tensor] | None = None
 
     def records(self, computed: Sequence[Group]) -> list[list[TokenStatistics]]:
-        """One record for every completion of the `computed` groups, whose tokens are the rows."""
+        """Cuts the rows into one record for each completion of the `computed` groups."""
         statistics = torch.stack([getattr(self, name) for name in STATISTICS], 1).float()
         student_top, teacher_top = (
             None
@@ -65,7 +66,7 @@ class HeadResult:
 
 
 def default_chunk(vocabulary: int) -> int:
-    """Rows of a chunk: as many as make a float32 array [C, V] of `CHUNK_BYTES`, at least 16."""
+    """The rows of a chunk: as many as fill a float32 array [C, V] of `CHUNK_BYTES`, at least 16."""
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
@@ -85,12 +86,14 @@ def divergence_head(
     train_head: bool = True,
     top: int = 0,
 ) -> HeadResult:
-    """Divergence of every row, from hidden states [N, D] and heads [V, D] of both policies.
+    """Computes the divergence of every row, from hidden states [N, D] and heads [V, D].
 
-    `tokens` [N] ids, `sampler_logprobs` [N] as recorded, `weights` [N]. Logits and everything
-    computed from them are float32 (float64 where the hidden states are), whatever the inputs.
-    `chunk` rows meet the head together; one array of the rows that pass together through everything
-    else has at most `block_bytes`. Without `train_head` there is no gradient to the head.
+    `tokens` [N] are ids, `sampler_logprobs` [N] the log-probabilities recorded when they were
+    sampled, `weights` [N] the rows' weights. Logits and everything computed from them are float32,
+    or float64 for hidden states in float64. `chunk` rows are multiplied with the heads together;
+    everything else runs on blocks of rows, whose arrays have at most `block_bytes` each. Without
+    `gradient` no gradient is computed, and without `train_head` none for the head. With `top`, the
+    `top` most likely tokens of both policies are returned too.
     """
     count = len(tokens)
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
@@ -132,7 +135,7 @@ def divergence_head(
                 if head_gradient is not None:
                     _add_product(head_gradient, logits_gradient.T, h)
                 del outer, logits_gradient
-            del logits, inputs, parts  # or they would live on through the next chunk
+            del logits, inputs, parts  # otherwise they would stay alive during the next chunk
     student_top, teacher_top = (_joined(policy) for policy in tops)
     columns = dict(zip(STATISTICS, statistics, strict=True))
     return HeadResult(
@@ -155,10 +158,11 @@ def _block(
     teacher: Tensor,
     statistics: Tensor,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fills `statistics` [C, 6] and overwrites the `student` logits [C, V] with their gradient; the
-    `teacher`'s are lost.
+    """Fills `statistics` [C, 6], and overwrites the `student` logits [C, V] with the gradient and
+    the `teacher` logits with intermediate values.
 
-    Returns the `top` likeliest tokens of both policies and their log-probabilities, [C, top] each.
+    Returns the `top` most likely tokens of both policies and their log-probabilities, [C, top]
+    each.
     """
     k, sampled = objective.support(student.shape[1]), objective.form == "sampled"
     full = k is None and not sampled
@@ -186,8 +190,8 @@ def _block(
         if gradient:
             s.addcmul_(p, s.sum(1, keepdim=True), value=-1).mul_(scale)
     else:
-        # The derivative to the logits is `inside` [C, K] at `ids` [C, K], and `outside` [C, 1]
-        # times p elsewhere.
+        # The derivative with respect to the logits is `inside` [C, K] at `ids` [C, K], and p times
+        # `outside` [C, 1] elsewhere.
         s_k = s.gather(1, ids)
         if sampled:
             divergence = s_token - t_token
@@ -206,8 +210,8 @@ def _block(
 
 
 def _policy(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [C, V], which overwrite `logits`, and probabilities, with one exponential
-    for both.
+    """Log-probabilities [C, V], which overwrite `logits`, and probabilities [C, V], both from one
+    exponential per logit.
     """
     if temperature != 1.0:
         logits.div_(temperature)
@@ -218,11 +222,11 @@ def _policy(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> Tensor:
-    """Divergence [C] over the full vocabulary; its derivative [C, V] to s overwrites `s`, and `t`
-    is lost.
+    """The divergence [C] over the full vocabulary. Overwrites `s` with the derivative [C, V] with
+    respect to s, and `t` with intermediate values.
 
-    The derivative may lack a multiple of p, here and in `_between`: a softmax's backward cancels
-    it, and its size would round off the rest.
+    Here and in `_between` the derivative may leave out a multiple of p. The backward of the softmax
+    cancels such a multiple, and adding it would only round off the other terms.
     """
     if alpha == 0.0:
         divergence = _dot(q, t.sub_(s))
@@ -232,8 +236,8 @@ def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> Tenso
         divergence = _dot(p, s.sub_(t))
         s.mul_(p)
         return divergence
-    # With d = t - s: s - m = -log(1 + alpha (exp(d) - 1)) and t - m = d + (s - m). Where d is
-    # beyond the bound, p is nearly 0.
+    # With d = t - s: s - m = -log(1 + alpha (exp(d) - 1)) and t - m = d + (s - m). Where the bound
+    # clamps d, p is nearly 0.
     d = s.neg_().add_(t).clamp_(max=LARGEST_DIFFERENCE)
     s_m = torch.expm1(d, out=t).mul_(alpha).log1p_().neg_()
     forward = _dot(q, d.add_(s_m))
@@ -242,9 +246,9 @@ def _in_place(s: Tensor, t: Tensor, p: Tensor, q: Tensor, alpha: float) -> Tenso
 
 
 def _rest(p: Tensor, ids: Tensor) -> Tensor:
-    """The sum of `p` [C, V] outside of `ids` [C, K], [C, 1]; `p` becomes 0 at the ids.
+    """The sum [C, 1] of `p` [C, V] outside of `ids` [C, K]; sets `p` to 0 at the ids.
 
-    A sum, and not 1 minus the others, which float32 cannot tell from 0 below 1e-7.
+    In float32, 1 minus the sum inside would lose every rest below 1e-7.
     """
     return p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
 
@@ -252,17 +256,17 @@ def _rest(p: Tensor, ids: Tensor) -> Tensor:
 def _on_support(
     s_k: Tensor, t_k: Tensor, s_rest: Tensor | None, t_rest: Tensor | None, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence [C] over the support (`s_k`, `t_k` [C, K]) and its tail, if given (probabilities
-    `s_rest`, `t_rest` [C, 1]).
+    """The divergence [C] over the support's log-probabilities `s_k`, `t_k` [C, K] and, if given,
+    the tail's probabilities `s_rest`, `t_rest` [C, 1].
 
-    Also its derivative to the logits (over T): on the support [C, K], and elsewhere in units of the
-    student's probability [C, 1]. Support and tail are a softmax too, so the only division by the
-    tail's probability is of a part of it.
+    Also returns the derivative with respect to the logits over T: on the support [C, K], and
+    elsewhere [C, 1] as a factor of the student's probability. Support and tail together are a
+    softmax, so only a fraction of the tail's probability is ever divided by that probability.
     """
     if s_rest is not None and t_rest is not None:
         divergence, inner = _between(_with_tail(s_k, s_rest), _with_tail(t_k, t_rest), alpha)
-        # Where the tail is at its bound its derivative is 0, apart from the multiple of p that
-        # `_between` leaves out.
+        # At LEAST_TAIL the tail's derivative is 0, up to the multiple of p that `_between` leaves
+        # out.
         left_out = float(alpha == 1.0)
         rate = torch.where(
             s_rest > LEAST_TAIL, inner[:, -1:] / s_rest.clamp(min=LEAST_TAIL), -left_out
@@ -275,13 +279,13 @@ def _on_support(
 
 
 def _with_tail(logprobs: Tensor, rest: Tensor) -> Tensor:
-    """`logprobs` [C, K] and a last bucket with the probability `rest` [C, 1]."""
+    """Appends a bucket with the probability `rest` [C, 1] to `logprobs` [C, K]."""
     return torch.cat([logprobs, rest.clamp(min=LEAST_TAIL).log()], 1)
 
 
 def _between(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Generalised Jensen-Shannon divergence [C] of two log-distributions [C, K], and its derivative
-    to s.
+    """The generalised Jensen-Shannon divergence [C] of two log-distributions [C, K], and the
+    derivative [C, K] with respect to s.
     """
     p, q = s.exp(), t.exp()
     if alpha == 0.0:
@@ -296,24 +300,26 @@ def _between(s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Logits [C, V] of `hidden` [C, D] and `head` [V, D], in float32 (float64 where they are)."""
+    """Logits [C, V] of `hidden` [C, D] and `head` [V, D], in float32 (float64 for float64)."""
     return _product(operand(hidden), operand(head).T)
 
 
 def operand(x: Tensor) -> Tensor:
-    """`x` in the precision of matrix products: bfloat16 stays on CUDA, where products of it return
-    float32; else float32 or 64.
+    """Converts `x` to the precision of matrix products.
+
+    On CUDA bfloat16 stays as it is, because products of bfloat16 can return float32 there;
+    float64 stays float64, everything else becomes float32.
     """
     return x if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.bfloat16) else x.float()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, also from operands of half precision, or in float64."""
+    """a @ b in float32 (from float32 or bfloat16) or in float64 (from float64)."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to `total`, which is float32 also where the operands have half precision."""
+    """Adds a @ b to `total`, which is float32 for operands in bfloat16."""
     if a.dtype == torch.bfloat16:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
@@ -321,12 +327,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum [C] of x * y over the last axis, without the array of products."""
+    """The sum [C] of x * y over the last axis, without an array of the products."""
     return torch.bmm(x[:, None], y[:, :, None])[:, 0, 0]
 
 
 def _joined(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
-    """Tokens and log-probabilities [N, top] of all chunks."""
+    """Concatenates (log-probabilities, tokens) of all blocks; returns tokens and log-probabilities
+    [N, top], or None without any.
+    """
     if not pieces:
         return None
     return torch.cat([ids for _, ids in pieces]), torch.cat([values for values, _ in pieces])

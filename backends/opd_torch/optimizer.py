@@ -1,4 +1,8 @@
-"""AdamW on float32 masters, clipping by global norm, and the teacher's moving average."""
+"""AdamW on float32 parameters, clipping by the global norm, and the teacher's moving average.
+
+Source: Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2, as torch.optim.AdamW
+computes it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from opd.types import Update, UpdateResult
 
 
 class Optimizer:
-    """AdamW with bias correction over the trained parameters, by name: two moments of each, and a
-    step count.
+    """AdamW with bias correction over the trained parameters: two moments for each parameter, by
+    name, and the number of steps taken.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -28,13 +32,13 @@ class Optimizer:
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """Both moments of every parameter, as state files name them."""
+        """Both moments of every parameter, by the names in state files."""
         first = {f"first.{name}": value for name, value in self.first.items()}
         return first | {f"second.{name}": value for name, value in self.second.items()}
 
     def apply(self, gradient: Mapping[str, Tensor], update: Update) -> UpdateResult:
-        """One step on `gradient`, which is overwritten; where its norm is not finite nothing
-        changes.
+        """Takes one step on `gradient`, which is overwritten. If the gradient's norm is not finite,
+        nothing changes.
         """
         norm = global_norm(gradient.values())
         if not math.isfinite(norm):
@@ -47,8 +51,9 @@ class Optimizer:
         self.step += 1
         gradients = [gradient[name].mul_(factor) for name in self.parameters]
         with torch.no_grad():
-            # One pass over each tensor, without a copy of any: theta <- (1 - lr * decay)
-            # theta - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon).
+            # One pass over each tensor, without a copy:
+            # theta <- (1 - lr * decay) * theta
+            #          - lr * (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + epsilon).
             torch._fused_adamw_(
                 list(self.parameters.values()),
                 gradients,
@@ -68,16 +73,16 @@ class Optimizer:
 
 
 def global_norm(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm of all tensors together."""
-    return float(
-        torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
-        )
-    )
+    """The Euclidean norm of all tensors together."""
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    return float(torch.linalg.vector_norm(norms))
 
 
 def move_teacher(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], rate: float) -> None:
-    """theta_T += rate * (theta_S - theta_T), in float32; 1 copies to the bit, 0 does nothing."""
+    """Computes teacher += rate * (student - teacher) in float32 and in place.
+
+    Rate 1 copies the student to the bit, rate 0 changes nothing.
+    """
     with torch.no_grad():
         for name, parameter in teacher.items():
             parameter.lerp_(student[name], rate)

@@ -1,5 +1,7 @@
-"""Image features of many prompts: images of one size run together, an image of two prompts runs
-once, and features of frozen towers are cached.
+"""Computes the image features of many prompts.
+
+Images of one size run together, prompts of equal key run once, and features of a frozen tower are
+cached.
 
 Legend: m images (or tiles) of one size, S visual tokens of all prompts.
 """
@@ -18,20 +20,16 @@ from opd.types import Prompt
 from opd_torch.device import Device
 
 Size: TypeAlias = tuple[int, int]
-"""Rows and columns, of patches or of pixels."""
+"""Rows and columns of an image, in patches or in pixels."""
 
 ImageBatch: TypeAlias = list[tuple[Size, NDArray[np.generic]]]
-"""A prompt's images as the tower takes them, in the order of their visual tokens, each with its
-size: images of one size run together.
-"""
+"""A prompt's images in the order of their visual tokens: the size, and the array for the tower."""
 
 Tower: TypeAlias = Callable[[Tensor, Size], list[Tensor]]
-"""Takes m images of one size and gives [m, tokens of each, width] of each level."""
+"""Computes features [m, tokens per image, width] for each level, from m images of one size."""
 
 Shape: TypeAlias = tuple[Size, tuple[int, ...]]
-"""The size of an image and the shape of its array, which are the same for all images that run
-together.
-"""
+"""The size of an image and the shape of the image's array; images with equal ones run together."""
 
 
 def visual_features(
@@ -40,10 +38,9 @@ def visual_features(
     tower: Tower,
     device: Device,
 ) -> list[Tensor]:
-    """Features [S, width] of all visual tokens in the order of `prompts`, of each level of the
-    `tower`.
+    """Computes features [S, width] for each level of the `tower`, in the order of `prompts`.
 
-    Prompts of equal key are computed once. Empty where no prompt has an image.
+    Prompts of equal key are computed once. The list is empty if no prompt has an image.
     """
     batches: dict[Shape, list[Any]] = {}
     places: dict[str, list[tuple[Shape, int]]] = {}
@@ -84,7 +81,10 @@ _uploaded: dict[tuple[str, torch.device], list[tuple[Size, Tensor]]] = {}
 def _on_device(
     prompt: Prompt, images_of: Callable[[Prompt], ImageBatch], device: Device
 ) -> list[tuple[Size, Tensor]]:
-    """A prompt's images on the device; above the budget the least recently used are dropped."""
+    """Uploads a prompt's images to the device, or finds them there.
+
+    Above `Device.uploaded_bytes` the least recently used images are dropped.
+    """
     images = _uploaded.pop((prompt.key, device.torch), None)
     if images is None:
         images = [
@@ -92,7 +92,7 @@ def _on_device(
             for size, image in images_of(prompt)
         ]
     _uploaded[prompt.key, device.torch] = images
-    over = sum(image.nbytes for held in _uploaded.values() for _, image in held)
+    over = sum(image.nbytes for uploaded in _uploaded.values() for _, image in uploaded)
     over -= device.uploaded_bytes
     for key in list(_uploaded)[:-1]:
         if over > 0:
@@ -101,38 +101,38 @@ def _on_device(
 
 
 def _stacked(images: list[Any]) -> Tensor:
-    """Images of one shape as one tensor, from tensors or arrays."""
+    """Stacks images of one shape, which are tensors or arrays."""
     if isinstance(images[0], Tensor):
         return torch.stack(images)
     return torch.from_numpy(np.stack(images))
 
 
 class FeatureCache:
-    """Features of a frozen tower by the prompt's key: computed once for rollout, student and
-    teacher.
+    """Caches the features of a frozen tower by the prompt's key, so that rollout, student and
+    teacher compute them once.
     """
 
-    def __init__(self, room: int) -> None:
-        """Holds at most `room` bytes; see `opd.memory.feature_bytes`."""
-        self.room = room
+    def __init__(self, capacity: int) -> None:
+        """Caches at most `capacity` bytes (`Device.feature_bytes`)."""
+        self.capacity = capacity
         self._levels: dict[str, list[Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all cached features."""
+        """The bytes of all cached features."""
         return sum(level.nbytes for levels in self._levels.values() for level in levels)
 
     def features(
         self, prompts: Sequence[Prompt], compute: Callable[[Sequence[Prompt]], list[Tensor]]
     ) -> list[Tensor]:
-        """Features [S, width] of each level, by `compute` for prompts that are not cached.
+        """Features [S, width] for each level; calls `compute` with the prompts that are not cached.
 
-        Above the room the least recently used features are dropped first, and then the newest.
+        Above the capacity the least recently used features are dropped first, then the newest.
         """
         wanted = {prompt.key: prompt for prompt in prompts if len(prompt.visual.index)}
         new = [prompt for key, prompt in wanted.items() if key not in self._levels]
         counts = [len(prompt.visual.index) for prompt in new]
-        # Copies, since a part of a tensor keeps all of it alive.
+        # Copies, because a view would keep the features of all prompts alive.
         parts = [
             [part.clone() for part in torch.split(level, counts)] if len(new) > 1 else [level]
             for level in compute(new)
@@ -141,7 +141,7 @@ class FeatureCache:
         computed = zip(new, zip(*parts, strict=True), strict=True)
         used |= {prompt.key: list(levels) for prompt, levels in computed}
         self._levels |= used
-        over = self.nbytes - self.room
+        over = self.nbytes - self.capacity
         for key in [*(key for key in self._levels if key not in wanted), *reversed(used)]:
             if over > 0:
                 over -= sum(level.nbytes for level in self._levels.pop(key))

@@ -242,7 +242,7 @@ def test_frozen_vision_tower(case, tmp_path, monkeypatch):
     assert relative_error(gradients_of(backend), {name: 2 * value for name, value in wanted.items()}) < 1e-6
     backend.sample([group.student for group in case.groups], np.full((5, 1, 1), 0.5, np.float32), Sampling())
     assert sum(seen) == 7
-    backend._student.feature_cache.room = 0
+    backend._student.feature_cache.capacity = 0
     backend.score(case.groups[:1], JSD)
     backend.score(case.groups[2:4], JSD)
     assert sum(seen) > 7
