@@ -114,22 +114,21 @@ def plan(
         raise click.UsageError(
             f"--measure runs on this machine, not on a {device_name}; leave out --device"
         )
-    found = resolve(recipe, {"model.path": model, "data.path": data}, overrides)
-    resolved = found.recipe
+    resolved = resolve(recipe, {"model.path": model, "data.path": data}, overrides)
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
     name = planning.backend_of(None, backend) if device_name == devices.HERE else backend
     chosen = devices.device(device_name, lambda: backends.planner(str(name)), memory)
-    first = planning.plan(resolved, chosen, name, assumed)
+    first = planning.plan(resolved.recipe, chosen, name, assumed)
     measured = None
     with show() as progress:
-        if found.line:
-            progress.note(found.line)
+        if resolved.line:
+            progress.note(resolved.line)
         if measures:
             from opd.plan.measure import measure
 
             measured = measure(first, progress.note)
     plans = planning.everywhere(first, list(devices.DEVICES.values()))
-    result = report(plans, resolved.model.path, measured)
+    result = report(plans, resolved.recipe.model.path, measured)
     if as_json:
         say_json(result)
     else:

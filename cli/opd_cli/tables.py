@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,79 +156,19 @@ def check_table(name: str, device: str, checks: Sequence[Result]) -> None:
 
 
 def planned(result: Mapping[str, Any]) -> None:
-    """Prints parameters, memory, stages and devices of a plan, and the largest step that fits."""
-    console, assumed, found = Terminal(), result["assumed"], result["memory"]
+    """Prints parameters, memory, stages and devices of a plan, and the largest step that fits.
+
+    `result` is the object that `opd plan --json` prints.
+    """
+    console = Terminal()
     say = partial(console.print, highlight=False, soft_wrap=True)
-    device, batch = result["device"]["name"], result["microbatch"]
-    say(cell(f"{result['model']} on {device}, {result['backend']}, {result['dtype']}", "bold"))
-    width, height = assumed["image"]
-    across, down = assumed["crop"]
-    say(
-        f"image {width}x{height}: prompt of {plural(assumed['prompt_tokens'], 'token')},"
-        f" {assumed['text_tokens']} of them text"
-    )
-    say(f"crop {across}x{down}: prompt of {plural(assumed['crop_prompt_tokens'], 'token')}")
-    for note in result["notes"]:
-        say(cell(note, "yellow"))
-    sizes = (
-        plural(assumed[f"{name}s"], name.replace("_", " ").split()[-1])
-        for name in ("prompt", "completion", "completion_token")
-    )
-    say("step: {} x {} of {}".format(*sizes))
-    few = (
-        ""
-        if batch["completions"] == assumed["completions"]
-        else f", {plural(batch['completions'], 'completion')} at a time"
-    )
-    say(
-        f"micro-batches: {batch['count']} of {plural(batch['groups'], 'prompt')}{few},"
-        f" {plural(batch['tokens'], 'token')} each"
-    )
-    say(f"sampled together: {plural(result['sampling']['groups'], 'prompt')}")
-    say()
-
-    table = _table("parameters", "all", "trained")
-    for part, count in result["parameters"].items():
-        table.add_row(part, _count(count["all"]), _count(count["trained"]))
-    table.add_row(
-        "sum",
-        *(
-            _count(sum(count[key] for count in result["parameters"].values()))
-            for key in ("all", "trained")
-        ),
-    )
-    console.print(table)
-
-    table = _table("memory", "bytes", "")
-    bound = {"kept image features": f"grows, to at most {_bytes(found['kept_features_bound'])}"}
-    for part, size in found["held"].items():
-        table.add_row(part, _bytes(size), bound.get(part, "always"))
-    for part, size in found["parts"].items():
-        rough = part in found["rough"]
-        table.add_row(
-            part,
-            ("~ " if rough else "") + _bytes(size),
-            "at times, roughly" if rough else "at times",
-        )
-    table.add_section()
-    for phase, size in found["phases"].items():
-        table.add_row(f"peak of {phase}", _bytes(size), "")
-    table.add_row("peak", _bytes(found["peak"]), f"of {_bytes(found['usable'])} usable")
-    table.add_row("checkpoint on disk", _bytes(found["disk"]), "")
-    console.print(table)
-    if found["checkpointed"]:
+    _say_step(say, result)
+    console.print(_parameters_table(result["parameters"]))
+    console.print(_memory_table(result["memory"]))
+    if result["memory"]["checkpointed"]:
         say("activations: each layer is recomputed in the backward pass")
         say()
-
-    table = _table(f"one step on {device}", "TFLOP", "seconds")
-    for name, stage in result["stages"].items():
-        table.add_row(name, _number(stage["operations"] / 1e12), _number(stage["seconds"]))
-    table.add_row(
-        "sum",
-        _number(sum(stage["operations"] for stage in result["stages"].values()) / 1e12),
-        _number(result["seconds"]),
-    )
-    console.print(table)
+    console.print(_stages_table(result))
     say(f"the whole run, {result['steps']} steps: {_number(result['hours'])} hours")
     if result["shorter"]:
         say(
@@ -236,54 +176,142 @@ def planned(result: Mapping[str, Any]) -> None:
             f" {result['shorter']['change']}"
         )
     say()
+    if result["measured"]:
+        console.print(_measured_table(result["measured"]))
+    console.print(_devices_table(result))
+    _say_assumptions(say, result)
+    say()
+    _say_largest_step(say, result)
 
-    if measured := result["measured"]:
-        table = _table("measured here", "planned", "measured")
-        for verb, seconds in measured["seconds"].items():
-            table.add_row(
-                f"{verb}, s a step", _number(measured["planned_seconds"][verb]), _number(seconds)
-            )
-        sums = (sum(measured[key].values()) for key in ("planned_seconds", "seconds"))
-        table.add_row("sum, s a step", *map(_number, sums))
-        table.add_row("peak", _bytes(measured["planned_peak"]), _bytes(measured["peak"]))
-        console.print(table)
 
+def _say_step(say: Callable[..., None], result: Mapping[str, Any]) -> None:
+    """Prints the planned step: sizes of images and prompts, notes, and micro-batches."""
+    device, batch, assumed = result["device"]["name"], result["microbatch"], result["assumed"]
+    say(cell(f"{result['model']} on {device}, {result['backend']}, {result['dtype']}", "bold"))
+    width, height = assumed["image"]
+    crop_width, crop_height = assumed["crop"]
+    crop_tokens = plural(assumed["crop_prompt_tokens"], "token")
+    say(
+        f"image {width}x{height}: prompt of {plural(assumed['prompt_tokens'], 'token')},"
+        f" {assumed['text_tokens']} of them text"
+    )
+    say(f"crop {crop_width}x{crop_height}: prompt of {crop_tokens}")
+    for note in result["notes"]:
+        say(cell(note, "yellow"))
+    say(
+        f"step: {plural(assumed['prompts'], 'prompt')} x"
+        f" {plural(assumed['completions'], 'completion')} of"
+        f" {plural(assumed['completion_tokens'], 'token')}"
+    )
+    at_once = ""
+    if batch["completions"] != assumed["completions"]:
+        at_once = f", {plural(batch['completions'], 'completion')} at a time"
+    say(
+        f"micro-batches: {batch['count']} of {plural(batch['groups'], 'prompt')}{at_once},"
+        f" {plural(batch['tokens'], 'token')} each"
+    )
+    say(f"sampled together: {plural(result['sampling']['groups'], 'prompt')}")
+    say()
+
+
+def _parameters_table(parameters: Mapping[str, Mapping[str, int]]) -> Table:
+    """All and trained parameters, by part of the model."""
+    table = _table("parameters", "all", "trained")
+    for part, count in parameters.items():
+        table.add_row(part, _count(count["all"]), _count(count["trained"]))
+    every = sum(count["all"] for count in parameters.values())
+    trained = sum(count["trained"] for count in parameters.values())
+    table.add_row("sum", _count(every), _count(trained))
+    return table
+
+
+def _memory_table(memory: Mapping[str, Any]) -> Table:
+    """Memory by part and by phase; a tilde marks a rough estimate."""
+    table = _table("memory", "bytes", "")
+    bound = {"kept image features": f"grows, to at most {_bytes(memory['kept_features_bound'])}"}
+    for part, size in memory["held"].items():
+        table.add_row(part, _bytes(size), bound.get(part, "always"))
+    for part, size in memory["parts"].items():
+        if part in memory["rough"]:
+            table.add_row(part, f"~ {_bytes(size)}", "at times, roughly")
+        else:
+            table.add_row(part, _bytes(size), "at times")
+    table.add_section()
+    for phase, size in memory["phases"].items():
+        table.add_row(f"peak of {phase}", _bytes(size), "")
+    table.add_row("peak", _bytes(memory["peak"]), f"of {_bytes(memory['usable'])} usable")
+    table.add_row("checkpoint on disk", _bytes(memory["disk"]), "")
+    return table
+
+
+def _stages_table(result: Mapping[str, Any]) -> Table:
+    """Operations and seconds of a step, by stage."""
+    table = _table(f"one step on {result['device']['name']}", "TFLOP", "seconds")
+    for name, stage in result["stages"].items():
+        table.add_row(name, _number(stage["operations"] / 1e12), _number(stage["seconds"]))
+    operations = sum(stage["operations"] for stage in result["stages"].values())
+    table.add_row("sum", _number(operations / 1e12), _number(result["seconds"]))
+    return table
+
+
+def _measured_table(measured: Mapping[str, Any]) -> Table:
+    """Seconds and peak of one micro-batch, as planned and as measured on this machine."""
+    table = _table("measured here", "planned", "measured")
+    planned = measured["planned_seconds"]
+    for verb, seconds in measured["seconds"].items():
+        table.add_row(f"{verb}, s a step", _number(planned[verb]), _number(seconds))
+    sums = sum(planned.values()), sum(measured["seconds"].values())
+    table.add_row("sum, s a step", *map(_number, sums))
+    table.add_row("peak", _bytes(measured["planned_peak"]), _bytes(measured["peak"]))
+    return table
+
+
+def _devices_table(result: Mapping[str, Any]) -> Table:
+    """The plan on every known device."""
     table = _table("devices", "TFLOP/s", "GB/s", "GB", "s a step", "hours", "peak", "")
     table.columns[0].no_wrap = True
-    for one in result["devices"]:
-        speed = _number(one["matmul"][result["dtype"]] / 1e12)
-        row = (
-            speed,
-            _number(one["bandwidth"] / 1e9),
-            f"{one['memory'] / 1e9:.0f}",
-            _number(one["seconds"]),
-            _number(one["hours"]),
+    for device in result["devices"]:
+        table.add_row(
+            device["name"],
+            _number(device["matmul"][result["dtype"]] / 1e12),
+            _number(device["bandwidth"] / 1e9),
+            f"{device['memory'] / 1e9:.0f}",
+            _number(device["seconds"]),
+            _number(device["hours"]),
+            _bytes(device["peak"]),
+            _fits(device),
         )
-        table.add_row(one["name"], *row, _bytes(one["peak"]), _fits(one))
-    console.print(table)
+    return table
+
+
+def _say_assumptions(say: Callable[..., None], result: Mapping[str, Any]) -> None:
+    """Prints the assumed shares of the devices' peaks, and the source of the device's numbers."""
     shares: dict[tuple[float, float], list[str]] = {}
-    for one in result["devices"]:
-        shares.setdefault((one["matmul_share"], one["bandwidth_share"]), []).append(one["name"])
-    for (products, moved), names in shares.items():
-        of = ", ".join(names) if len(names) < 3 else "all others"
-        say(f"taken: {products:.0%} of peak TFLOP/s, {moved:.0%} of peak GB/s ({of})")
+    for device in result["devices"]:
+        share = device["matmul_share"], device["bandwidth_share"]
+        shares.setdefault(share, []).append(device["name"])
+    for (matmul, bandwidth), names in shares.items():
+        devices = ", ".join(names) if len(names) < 3 else "all others"
+        say(f"taken: {matmul:.0%} of peak TFLOP/s, {bandwidth:.0%} of peak GB/s ({devices})")
     say("not counted: starting kernels, for which small models wait on a GPU")
-    say(cell(f"{device}: {result['device']['source']}"))
-    if batch["largest"] and result["sampling"]["largest"]:
-        say()
+    say(cell(f"{result['device']['name']}: {result['device']['source']}"))
+
+
+def _say_largest_step(say: Callable[..., None], result: Mapping[str, Any]) -> None:
+    """Prints the largest step that fits; if not even one prompt does, the changes that help."""
+    device, usable = result["device"]["name"], result["memory"]["usable"]
+    tokens, sample_tokens = result["microbatch"]["largest"], result["sampling"]["largest"]
+    if tokens and sample_tokens:
         say(f"largest step that fits on {device}:")
         say(
-            f"  --set rollout.microbatch_tokens={batch['largest']} --set"
-            f" rollout.sample_tokens={result['sampling']['largest']}"
+            f"  --set rollout.microbatch_tokens={tokens}"
+            f" --set rollout.sample_tokens={sample_tokens}"
         )
         return
-    say()
-    say(
-        f"not even one prompt fits on {device}; "
-        + ("one change each, and its peak:" if result["smaller"] else "no single change helps")
-    )
+    advice = "one change each, and its peak:" if result["smaller"] else "no single change helps"
+    say(f"not even one prompt fits on {device}; {advice}")
     for change, peak in sorted(result["smaller"].items(), key=lambda pair: int(pair[1])):
-        say(f"  {_bytes(peak):>8}  --set {change}" + ("  fits" if peak <= found["usable"] else ""))
+        say(f"  {_bytes(peak):>8}  --set {change}" + ("  fits" if peak <= usable else ""))
 
 
 def _fits(device: Mapping[str, Any]) -> Text:
