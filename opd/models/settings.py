@@ -291,7 +291,7 @@ def check(
         ):
             if value and LOOKS_READ.search(name):
                 logging.getLogger(__name__).warning(
-                    "%s: %s = %s is read by nobody, here and in transformers alike",
+                    "%s: %s = %s has no effect: neither opd nor transformers reads it",
                     file,
                     key,
                     shown(value),

@@ -82,7 +82,7 @@ class ProcessorEncoder(PromptEncoder):
         if "mrope_section" in json.dumps(self._config):
             raise ModelError(
                 f"{model}: models of type '{kind}' have positions of several axes, for which they"
-                " need a file in opd/families"
+                " need a file in opd/prompts/families"
             )
         image = self._config.get("image_token_id", self._config.get("image_token_index"))
         if not isinstance(image, int):
@@ -137,7 +137,7 @@ class ProcessorEncoder(PromptEncoder):
                 )
                 raise ModelError(
                     f"{self._model}: its processor gives {shape} as {name}, for which it needs a"
-                    " file in opd/families"
+                    " file in opd/prompts/families"
                 )
         index = np.flatnonzero(tokens == self._image_token).astype(np.int32)
         if bool(len(index)) != bool(images):

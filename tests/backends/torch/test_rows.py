@@ -198,7 +198,7 @@ def test_arrays_with_a_value_for_every_token_are_refused(case, monkeypatch):
     monkeypatch.setattr(
         transformers.LlavaProcessor, "__call__", lambda self, **given: call(self, **{**given, "return_mm_token_type_ids": True})
     )
-    with pytest.raises(ModelError, match="a value for every token as mm_token_type_ids, for which it needs a file in opd/families"):
+    with pytest.raises(ModelError, match="a value for every token as mm_token_type_ids, for which it needs a file in opd/prompts/families"):
         encoder.encode(noise((64, 40)), "digit?")
 
 
