@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from opd.types import Prompt
 
-ImageBatch: TypeAlias = list[tuple[Hashable, NDArray[Any]]]
+ImageBatch: TypeAlias = list[tuple[Hashable, NDArray[np.generic]]]
 """A prompt's images in the order of their visual tokens: the size that decides which run together,
 and an array, of one shape for each size."""
 
-Tower: TypeAlias = Callable[[NDArray[Any], Any], list[mx.array]]
+Tower: TypeAlias = Callable[[NDArray[np.generic], Any], list[mx.array]]
 """From m images of one size, and that size, to features [m, tokens of an image, D] by level."""
 
 
@@ -38,7 +38,7 @@ def visual_features(
     Prompts of equal key are computed once; without any image the list is empty. At most
     `pixel_bytes` of images run together, or one image.
     """
-    members: dict[Hashable, list[NDArray[Any]]] = defaultdict(list)
+    members: dict[Hashable, list[NDArray[np.generic]]] = defaultdict(list)
     places: dict[str, list[tuple[Hashable, int]]] = {}
     for prompt in prompts:
         if prompt.key in places or not len(prompt.visual.index):

@@ -101,7 +101,7 @@ class Idefics3(Family):
                 for real, tile in zip(reals, prompt.images["pixel_values"], strict=True)
             ]
 
-        def run(pixels: NDArray[Any], size: tuple[tuple[int, int], bytes]) -> list[mx.array]:
+        def run(pixels: NDArray[np.generic], size: tuple[tuple[int, int], bytes]) -> list[mx.array]:
             real = np.frombuffer(size[1], bool).reshape(size[0])
             positions = _positions(real, tower.embeddings.num_patches_per_side)
             keys = None if real.all() else np.flatnonzero(real).astype(np.int32)

@@ -7,7 +7,7 @@ Legend: m frames of one size, L patches of a frame, F values of a patch, D text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from opd_mlx.families.qwen3_vl import (
     QwenVL,
     VisionAttention,
     VisionBlock,
+    VisionTower,
     image_attention,
     merged,
     vision_angles,
@@ -34,6 +35,13 @@ from opd_mlx.layers.modules import FeedForward
 
 class _Block(VisionBlock, Protocol):
     mlp: FeedForward
+
+
+class _Tower(VisionTower, Protocol):
+    patch_size: int
+    window_size: int
+    blocks: Sequence[_Block]
+    fullatt_block_indexes: Sequence[int]
 
 
 class Qwen25VL(QwenVL):
@@ -82,7 +90,7 @@ class Qwen25VL(QwenVL):
     @override
     def tower(
         self,
-        visual: Any,
+        visual: _Tower,
         patches: mx.array,
         size: tuple[int, int],
         device: Device,
@@ -97,7 +105,7 @@ class Qwen25VL(QwenVL):
         hidden = patches.astype(kernel.dtype)[:, mx.array(order)] @ kernel
         angles = vision_angles(*size, visual.blocks[0].attn.head_dim, merge)[order]
         factors = mx.array(np.cos(angles)), mx.array(np.sin(angles))
-        blocks: list[_Block] = visual.blocks
+        blocks = visual.blocks
         for number, block in enumerate(blocks):
             cuts = [(count, 1)] if number in visual.fullatt_block_indexes else windows
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +25,8 @@ from opd_mlx.layers.attention import NormedHeads, attend, rotate
 from opd_mlx.layers.layer import KeysValues, Layer, checkpoint_if
 from opd_mlx.layers.modules import Map, Trunk
 from opd_mlx.vision import ImageBatch, visual_features
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 class VisionAttention(Protocol):
@@ -45,6 +47,23 @@ class VisionBlock(Protocol):
     norm2: Map
 
 
+class _Projection(Protocol):
+    weight: mx.array
+    bias: mx.array
+
+
+class _Patches(Protocol):
+    proj: _Projection
+
+
+class VisionTower(Protocol):
+    """A vision tower of Qwen, as mlx-vlm names its parts."""
+
+    spatial_merge_size: int
+    patch_embed: _Patches
+    merger: Map
+
+
 class _FeedForward(Protocol):
     linear_fc1: Map
     linear_fc2: Map
@@ -52,6 +71,14 @@ class _FeedForward(Protocol):
 
 class _Block(VisionBlock, Protocol):
     mlp: _FeedForward
+
+
+class _Tower(VisionTower, Protocol):
+    num_grid_per_side: int
+    pos_embed: Map
+    blocks: Sequence[_Block]
+    deepstack_visual_indexes: list[int]
+    deepstack_merger_list: Sequence[Map]
 
 
 class QwenVL(Family):
@@ -86,7 +113,7 @@ class QwenVL(Family):
     def features(
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float = 0
     ) -> list[mx.array]:
-        def run(patches: NDArray[Any], size: tuple[int, int]) -> list[mx.array]:
+        def run(patches: NDArray[np.generic], size: tuple[int, int]) -> list[mx.array]:
             return self.tower(module.vision_tower, mx.array(patches), size, device, recompute)
 
         return visual_features(prompts, frames, run, device.pixel_bytes)
@@ -147,7 +174,7 @@ class Qwen3VL(QwenVL):
     @override
     def tower(
         self,
-        visual: Any,
+        visual: _Tower,
         patches: mx.array,
         size: tuple[int, int],
         device: Device,
@@ -163,7 +190,7 @@ class Qwen3VL(QwenVL):
         angles = vision_angles(*size, visual.blocks[0].attn.head_dim, merge)
         factors = mx.array(np.cos(angles)), mx.array(np.sin(angles))
         levels: list[mx.array] = []
-        blocks: list[_Block] = visual.blocks
+        blocks = visual.blocks
         for number, block in enumerate(blocks):
 
             def run(hidden: mx.array, block: _Block = block) -> mx.array:
@@ -241,7 +268,7 @@ def vision_angles(height: int, width: int, head: int, merge: int) -> NDArray[np.
     return np.concatenate([angles, angles], axis=-1).astype(np.float32)
 
 
-def merged(grid: NDArray[Any], merge: int) -> NDArray[Any]:
+def merged(grid: NDArray[_Number], merge: int) -> NDArray[_Number]:
     """[..., rows, columns] as [..., L] in the order of patches.
 
     The merge x merge patches of a visual token stand together.

@@ -46,7 +46,7 @@ class _Layer(Protocol):
 
 def encode(
     tower: Any,
-    pixels: NDArray[Any],
+    pixels: NDArray[np.generic],
     positions: NDArray[np.int32],
     device: Device,
     recompute: float,
@@ -57,14 +57,14 @@ def encode(
     `positions` [L] are those of the patches. `real` holds the indices of patches that are no
     padding; None: all.
     """
-    kernel = tower.embeddings.patch_embedding.weight
+    kernel: mx.array = tower.embeddings.patch_embedding.weight
     side = kernel.shape[1]
     count, colours, height, width = pixels.shape
     # The kernel [D, side, side, colours] is as large as a patch, so it is one matrix product.
     cut = pixels.reshape(count, colours, height // side, side, width // side, side)
     cut = np.ascontiguousarray(cut.transpose(0, 2, 4, 3, 5, 1))
     patches = mx.array(cut.reshape(count, len(positions), -1)).astype(kernel.dtype)
-    bias = tower.embeddings.patch_embedding.bias
+    bias: mx.array = tower.embeddings.patch_embedding.bias
     hidden = patches @ kernel.reshape(len(kernel), -1).T + bias
     hidden = hidden + tower.embeddings.position_embedding(mx.array(positions))
     keys = None if real is None else mx.array(real)

@@ -163,12 +163,12 @@ def _rule(
         inputs[:, shift : shift + length] * kernel[:, shift]
         for shift in range(net.conv_kernel_size)
     )
-    convolved = nn.silu(sum(shifted))
+    convolved: mx.array = nn.silu(sum(shifted))
     query, key, value = mx.split(convolved, [net.key_dim, 2 * net.key_dim], axis=-1)
     heads = (part.reshape(batch, length, net.num_k_heads, -1) for part in (query, key))
     query, key = net._normalize_qk(*heads)
     value = value.reshape(batch, length, net.num_v_heads, -1)
-    softplus = nn.softplus(decay.astype(mx.float32) + bias)
+    softplus: mx.array = nn.softplus(decay.astype(mx.float32) + bias)
     decay = mx.exp(-mx.exp(rate.astype(mx.float32)) * softplus)
     beta = mx.sigmoid(beta).astype(mx.float32)
     if length == 1:

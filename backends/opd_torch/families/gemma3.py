@@ -72,7 +72,7 @@ class Gemma3(Decoder):
         dtype, layers = projector.mm_input_projection_weight.dtype, tower.encoder.layers
 
         def run(pixels: Tensor) -> list[Tensor]:
-            hidden = tower.embeddings(pixels.to(dtype))
+            hidden: Tensor = tower.embeddings(pixels.to(dtype))
             for number, layer in enumerate(layers):
                 hidden = checkpoint_if(number < recompute * len(layers), layer, hidden, None)
             return [projector(tower.post_layernorm(hidden))]

@@ -54,7 +54,7 @@ class Idefics3(Decoder):
         def run(tiles: Tensor) -> list[Tensor]:
             pixels, mask = torch.split(tiles.to(dtype), [3, 1], 1)
             real = max_pool2d(mask, tower.patch_size)[:, 0] > 0
-            hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=real)
+            hidden: Tensor = tower.embeddings(pixel_values=pixels, patch_attention_mask=real)
             keys = None
             if not bool(real.all()):
                 keys = real.flatten(1)[:, None, None].expand(-1, 1, hidden.shape[1], -1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,23 @@ from transformers.vision_utils import get_vision_position_ids
 from opd.types import Prompt
 from opd_torch.device import Device
 from opd_torch.families.decoder import Decoder
-from opd_torch.families.qwen3_vl import QwenVision, block, embed, frames
+from opd_torch.families.qwen3_vl import QwenVision, VisionTower, block, embed, frames
 from opd_torch.kernels.rotary import rotary_factors
 from opd_torch.layers.layer import checkpoint_if
 from opd_torch.vision import Size, visual_features
+
+
+class _Merger(Protocol):
+    mlp: Sequence[Any]
+
+    def __call__(self, rows: Tensor, /) -> Tensor: ...
+
+
+class _Tower(VisionTower, Protocol):
+    patch_size: int
+    window_size: int
+    fullatt_block_indexes: Sequence[int]
+    merger: _Merger
 
 
 class Qwen25VL(QwenVision, Decoder):
@@ -34,7 +47,7 @@ class Qwen25VL(QwenVision, Decoder):
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
     ) -> list[Tensor]:
         """Features of all visual tokens."""
-        visual = module.model.visual
+        visual: _Tower = module.model.visual
         return visual_features(
             prompts,
             lambda prompt: frames(prompt, visual),
@@ -43,7 +56,7 @@ class Qwen25VL(QwenVision, Decoder):
         )
 
 
-def _tower(visual: Any, patches: Tensor, size: Size, recompute: float) -> list[Tensor]:
+def _tower(visual: _Tower, patches: Tensor, size: Size, recompute: float) -> list[Tensor]:
     """Merged features [m, L / merge^2, width] of `patches` [m, L, ...].
 
     Patches stand window by window, windows of equal length together, so that each length is one
@@ -57,7 +70,7 @@ def _tower(visual: Any, patches: Tensor, size: Size, recompute: float) -> list[T
     cosines, sines = visual.rotary_pos_emb(hidden, places)
     angles = rotary_factors(*(x[order, None, None] for x in (cosines, sines)))
     for number, layer in enumerate(visual.blocks):
-        cut = () if number in visual.fullatt_block_indexes else windows
+        cut: Sequence[tuple[int, int]] = () if number in visual.fullatt_block_indexes else windows
         again = number < recompute * len(visual.blocks)
         hidden = checkpoint_if(again, block, layer, hidden, angles, cut)
     merged = visual.merger(hidden).view(len(patches), -1, visual.merger.mlp[-1].out_features)

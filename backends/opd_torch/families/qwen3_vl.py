@@ -7,7 +7,7 @@ tokens of all prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -29,6 +29,48 @@ from opd_torch.layers.attention import NormedHeads
 from opd_torch.layers.layer import checkpoint_if
 from opd_torch.layers.modules import FeedForward, Map
 from opd_torch.vision import ImageBatch, Size, visual_features
+
+
+class VisionAttention(Protocol):
+    """Attention of a vision tower, as transformers names its parts."""
+
+    num_heads: int
+    scaling: float
+    qkv: Map
+    proj: Map
+
+
+class VisionBlock(Protocol):
+    """A block of a vision tower, as transformers names its parts."""
+
+    attn: VisionAttention
+    norm1: Map
+    norm2: Map
+    mlp: FeedForward
+
+
+class _Patches(Protocol):
+    in_channels: int
+    temporal_patch_size: int
+    proj: nn.Conv3d
+
+
+class VisionTower(Protocol):
+    """A vision tower of Qwen, as transformers names its parts; `rotary_pos_emb` gives cosines and
+    sines.
+    """
+
+    spatial_merge_size: int
+    patch_embed: _Patches
+    rotary_pos_emb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    blocks: Sequence[VisionBlock]
+    merger: Map
+
+
+class _Tower(VisionTower, Protocol):
+    num_grid_per_side: int
+    pos_embed: Map
+    deepstack_merger_list: Sequence[Map]
 
 
 class QwenVision:
@@ -54,7 +96,7 @@ class Qwen3VL(QwenVision, Decoder):
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
     ) -> list[Tensor]:
         """Features of all visual tokens, and those of each deepstack layer."""
-        visual = module.model.visual
+        visual: _Tower = module.model.visual
         return visual_features(
             prompts,
             lambda prompt: frames(prompt, visual),
@@ -63,7 +105,7 @@ class Qwen3VL(QwenVision, Decoder):
         )
 
 
-def frames(prompt: Prompt, visual: Any) -> ImageBatch:
+def frames(prompt: Prompt, visual: VisionTower) -> ImageBatch:
     """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a
     frame.
 
@@ -83,7 +125,7 @@ def frames(prompt: Prompt, visual: Any) -> ImageBatch:
     return images
 
 
-def _tower(visual: Any, patches: Tensor, size: Size, recompute: float) -> list[Tensor]:
+def _tower(visual: _Tower, patches: Tensor, size: Size, recompute: float) -> list[Tensor]:
     """Merged features [m, L / merge^2, width] of `patches` [m, L, ...], and those of each deepstack
     layer.
     """
@@ -106,33 +148,15 @@ def _tower(visual: Any, patches: Tensor, size: Size, recompute: float) -> list[T
     return [level.view(len(patches), -1, level.shape[-1]) for level in levels]
 
 
-def embed(visual: Any, patches: Tensor) -> Tensor:
+def embed(visual: VisionTower, patches: Tensor) -> Tensor:
     """Embeddings [m, L, D] of `patches` [m, L, ...]: the convolution's kernel is as large as a
     patch, so it is one matrix product.
     """
     projection, patches = visual.patch_embed.proj, patches.flatten(2)
-    kernel = projection.weight
+    kernel: Tensor = projection.weight
     if kernel[0].numel() != patches.shape[-1]:
         kernel = kernel.sum(2)  # one moment stands for all
     return linear(patches.to(kernel.dtype), kernel.flatten(1), projection.bias)
-
-
-class VisionAttention(Protocol):
-    """Attention of a vision tower, as transformers names its parts."""
-
-    num_heads: int
-    scaling: float
-    qkv: Map
-    proj: Map
-
-
-class VisionBlock(Protocol):
-    """A block of a vision tower, as transformers names its parts."""
-
-    attn: VisionAttention
-    norm1: Map
-    norm2: Map
-    mlp: FeedForward
 
 
 def block(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ class Recorder:
         floating = all(parameter.is_floating_point() for parameter in model.module.parameters())
         self.records = model.device.records_steps and model.family is not None and floating
         self._shape: Hashable = None
-        self._graph: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
         """Runs `step`; a step of another `shape` has other tensors."""
@@ -38,13 +37,13 @@ class Recorder:
         elif shape != self._shape:
             self._shape, self._graph = shape, None
             step()
-        elif self._graph is not None or self._record(step):
-            self._graph.replay()
+        elif graph := self._graph or self._record(step):
+            graph.replay()
         else:
             step()
 
-    def _record(self, step: Callable[[], None]) -> bool:
-        """Records `step`; False if CUDA refuses, which runs none of it."""
+    def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """Records `step`; None if CUDA refuses, which runs none of it."""
         try:
             self._graph = None if self.refused else _recorded(step)
         except torch.OutOfMemoryError:
@@ -56,10 +55,10 @@ class Recorder:
                 "token steps run one by one, several times slower: CUDA cannot record them (%s)",
                 reason,
             )
-        return self._graph is not None
+        return self._graph
 
 
-def _recorded(step: Callable[[], None]) -> Any:
+def _recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """The graph of `step`, which does not run. `torch.cuda.graph` would first give all cached
     memory back to the device.
     """

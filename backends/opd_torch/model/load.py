@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,13 +73,10 @@ class Model:
         """Rows of the embedding."""
         return int(self.module.get_input_embeddings().num_embeddings)
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> torch.autocast:
         """A context in which matrix products compute in bfloat16, if that is the precision."""
         half = self.dtype == torch.bfloat16
-        context: AbstractContextManager[Any] = torch.autocast(
-            self.device.torch.type, torch.bfloat16, enabled=half
-        )
-        return context
+        return torch.autocast(self.device.torch.type, torch.bfloat16, enabled=half)
 
 
 def load_model(options: ModelOptions, device: Device) -> Model:
