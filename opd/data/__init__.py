@@ -1,8 +1,8 @@
-"""Examples from data files.
+"""Reads examples from data files.
 
-One rule: a fault of a row (image unreadable, box outside, field missing, malformed JSON) skips the
-row and counts it, and is fatal with `strict` or when no row is left; a fault of the file is always
-fatal. Fatal is a DataError of one line.
+A fault of a row (image unreadable, box outside, field missing, malformed JSON) skips the row and
+counts it; with `strict`, or if no row is left, it raises DataError. A fault of the whole file
+always raises DataError. The message is one line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["DataOptions", "Dataset", "open_data", "read_dataset", "spread"]
 
 
 class DataOptions(Options):
-    """Where examples come from."""
+    """The data that are trained on, and which rows are accepted."""
 
     path: PathText = Field(
         "tiny", min_length=1, description="A data file, or 'tiny' for the embedded task."
@@ -57,20 +57,20 @@ def open_data(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     count: int | None = None,
 ) -> Sequence[Example]:
-    """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task; not
-    `labelled`: without answers.
+    """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task. If not
+    `labelled`, the answers are removed.
 
-    With `count`, so many examples spread evenly over the file, and only their pictures are read;
-    see `spread`.
-    Raises DataError where the file cannot be used, and with `strict` at the first faulty row.
+    With `count`, at most so many examples, spread evenly over the file; only the images of rows
+    that are tried for it are read.
+    Raises DataError if the file cannot be used, and with `strict` for the first faulty row.
     """
     if path == "tiny":
         from opd.tiny import Scenes
 
         scenes = Scenes("train", 12800, labelled=labelled)
         return scenes if count is None else spread(scenes, count)
-    found = read_dataset(Path(path).expanduser(), strict, progress, max_image_pixels, count)
-    return found if labelled else found.without_answers()
+    dataset = read_dataset(Path(path).expanduser(), strict, progress, max_image_pixels, count)
+    return dataset if labelled else dataset.without_answers()
 
 
 def read_dataset(
@@ -80,11 +80,11 @@ def read_dataset(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     count: int | None = None,
 ) -> Dataset:
-    """Reads a file in the format that recognises it; every image is fully decoded once, to know
-    that it can be, and not kept.
+    """Reads a file in the format that recognises it; arguments and errors as in `open_data`.
 
-    Sizes and hashes of many images are kept beside the file, so that they are not decoded again:
-    see `opd.data.pictures`.
+    Every image is fully decoded once, to find damaged images, and then dropped. A store beside the
+    file records sizes and hashes of the images, so that the next run need not decode them
+    (`opd.data.pictures`).
     """
     reader = recognised(path)
     rows = reader.read(path)

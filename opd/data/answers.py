@@ -1,8 +1,8 @@
-"""Does a prediction say the reference answer? Rules without a judge, used only for measuring.
+"""Compares a prediction with the reference answer by fixed rules; used only for measuring.
 
-In order: with choices, the one choice that the prediction settles on; a number, by value; yes or
-no, by the first word; everything else word for word after normalisation. A prediction that hedges
-("B or C", "7 or 8") is wrong.
+With choices, the prediction must settle on the right choice. Otherwise the normalised texts must be
+equal; numbers are also compared by value, and yes or no by the prediction's first word. A
+prediction that hedges ("B or C", "7 or 8") is wrong.
 """
 
 from __future__ import annotations
@@ -40,12 +40,10 @@ _REASON = re.compile(r"\s+(?:because|since|as|is|which|for|and)\b")
 
 
 def matches(prediction: str, answer: str | Sequence[str], choices: Sequence[str] = ()) -> bool:
-    """Whether `prediction` says `answer`, which may be the letter or the text of one of `choices`.
-
-    Of several reference answers any is right.
-    """
+    """Whether `prediction` gives the reference `answer`, or one of several. With `choices`, an
+    answer is the letter or the text of a choice."""
     if not isinstance(answer, str):
-        return any(matches(prediction, one, choices) for one in answer)
+        return any(matches(prediction, reference, choices) for reference in answer)
     said = _final(prediction)
     if choices:
         right = chosen(answer, choices)
@@ -58,36 +56,31 @@ def matches(prediction: str, answer: str | Sequence[str], choices: Sequence[str]
             return True
     value = number(answer) if _is_number(answer) else None
     if value is not None:
-        found = number(_after_cue(said))
-        return value == (number(said) if found is None else found)
+        predicted = number(_after_cue(said))
+        return value == (number(said) if predicted is None else predicted)
     return wanted in {"yes", "no"} and normal(said).split()[:1] == [wanted]
 
 
 def normal(text: str) -> str:
-    """Case, punctuation, articles, white space and Unicode forms removed; a decimal point and a
-    minus sign stay."""
+    """The text without differences in case, punctuation, articles, white space and Unicode forms;
+    decimal points and minus signs stay."""
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['\u2019`]", "", text)
-    kept = "".join(
-        (
-            character
-            if character.isalnum()
-            or unicodedata.category(character).startswith("M")
-            or _in_number(text, place)
-            else " "
-        )
-        for place, character in enumerate(text)
-    )
-    words = kept.split()
+    characters = []
+    for place, character in enumerate(text):
+        is_mark = unicodedata.category(character).startswith("M")
+        stays = character.isalnum() or is_mark or _in_number(text, place)
+        characters.append(character if stays else " ")
+    words = "".join(characters).split()
     return " ".join([word for word in words if word not in ARTICLES] or words)
 
 
 def number(text: str) -> Decimal | None:
-    """The last number of a text, None where there is none or where it hedges between two.
+    """The last number of a text; None if there is none, or if the text hedges between two.
 
-    The last, because reasoning comes before its result ("3 red and 4 blue make 7"). Dates, times,
-    ranges and codes ("B52") are no numbers. A number word counts where the text has no digits and
-    one such word; "one" only alone, as it is mostly a pronoun.
+    The last number counts because reasoning comes before the result ("3 red and 4 blue make 7").
+    Dates, times, ranges and codes ("B52") are not numbers. A number word counts if it is the only
+    one and the text has no digits; "one" counts only alone, since it is mostly a pronoun.
     """
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold()
     words = [
@@ -98,31 +91,28 @@ def number(text: str) -> Decimal | None:
         )
         for word in text.replace("=", " ").split()
     ]
-    found = [
+    numbers = [
         (place, Decimal(match[1].replace(",", "")))
         for place, word in enumerate(words)
         if (match := _NUMBER.fullmatch(word))
     ]
-    if not found:
+    if not numbers:
         spelt = [word for word in words if word in NUMBER_WORDS]
-        return (
-            NUMBER_WORDS[spelt[0]]
-            if len(spelt) == 1 and (spelt != ["one"] or normal(text) == "one")
-            else None
-        )
-    if (
-        len(found) > 1
-        and found[-1][0] - found[-2][0] == 2
-        and words[found[-1][0] - 1] in {"or", "to"}
-        and found[-1][1] != found[-2][1]
-    ):
-        return None
-    return found[-1][1]
+        if len(spelt) != 1 or (spelt == ["one"] and normal(text) != "one"):
+            return None
+        return NUMBER_WORDS[spelt[0]]
+    place, value = numbers[-1]
+    if len(numbers) > 1:
+        place_before, value_before = numbers[-2]
+        joined = place - place_before == 2 and words[place - 1] in {"or", "to"}
+        if joined and value != value_before:
+            return None
+    return value
 
 
 def chosen(answer: str, choices: Sequence[str]) -> int | None:
-    """Index of the choice that a reference answer names, by its letter or else by its text; None
-    where it names none."""
+    """Index of the choice that a reference answer names, by letter or by text; None if it names
+    none."""
     letter = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
     if letter and (place := LETTERS.index(letter[1].upper())) < len(choices):
         return place
@@ -135,11 +125,12 @@ def chosen(answer: str, choices: Sequence[str]) -> int | None:
 
 
 def settled(said: str, choices: Sequence[str]) -> int | None:
-    """Index of the one choice that a prediction settles on; None where it names none, or several.
+    """Index of the choice that a prediction settles on; None if it names none or several.
 
-    In order: a letter after "answer is" or the like (the last such place), a letter at the
-    beginning that is set off ("B.", "(B) red"), a choice's text as the whole or as the only one
-    mentioned, a capital letter that stands alone. "A" before a word is an article.
+    The first rule that applies decides: the letter after the last "answer is" or similar words; a
+    letter at the beginning that is set off ("B.", "(B) red"); a choice's text that is the whole
+    prediction, or the only choice that is mentioned; a capital letter that stands alone. "A" before
+    a word is an article.
     """
     cued = _after_cue(said)
     texts = _texts(choices)
@@ -166,7 +157,8 @@ def settled(said: str, choices: Sequence[str]) -> int | None:
 
 
 def _leading_letter(said: str, count: int) -> int | None:
-    """A letter that is all there is, or that is set off from what follows."""
+    """Index of the choice whose letter begins the text, alone or set off from the rest; None if
+    there is no such letter. `count`: number of choices."""
     match = re.match(
         r"\s*[*_\"'`]*(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Za-z])(?:\s*[.):,\]*\"'`]|\s*$|\s*\n))",
         said,
@@ -179,14 +171,16 @@ def _leading_letter(said: str, count: int) -> int | None:
 
 
 def _index(letter: str, rest: str, count: int) -> int | None:
+    """Index of a letter among `count` choices; None if it is not one of them, or if `rest` hedges
+    with another choice."""
     hedge = _HEDGE.match(rest)
     place = LETTERS.index(letter.upper())
     return None if place >= count or (hedge and LETTERS.index(hedge[1]) < count) else place
 
 
 def _is_letter(letter: str, rest: str) -> bool:
-    """A letter that no word follows; a capital other than "A" and "I" is never a word, and a reason
-    may follow any letter."""
+    """Whether a letter with the text `rest` after it names a choice. A letter before a word does
+    only if it is a capital ("A" and "I" only before a reason), or if a hedge follows."""
     followed = re.match(r"\s+\w", rest) is not None
     return (
         not followed
@@ -196,19 +190,19 @@ def _is_letter(letter: str, rest: str) -> bool:
 
 
 def _mentioned(said: str, texts: Sequence[str]) -> set[int]:
-    """Choices whose text occurs in whole words, without those that occur only inside a longer one
-    ("red" in "dark red")."""
-    left = f" {said} "
-    found = set()
+    """Indices of the choices whose text occurs in `said` as whole words, and not only inside a
+    longer choice ("red" in "dark red")."""
+    remaining = f" {said} "
+    mentioned = set()
     for place in sorted(range(len(texts)), key=lambda place: len(texts[place]), reverse=True):
-        if texts[place] and f" {texts[place]} " in left:
-            found.add(place)
-            left = left.replace(f" {texts[place]} ", " | ")
-    return found
+        if texts[place] and f" {texts[place]} " in remaining:
+            mentioned.add(place)
+            remaining = remaining.replace(f" {texts[place]} ", " | ")
+    return mentioned
 
 
 def without_letters(choices: Sequence[str]) -> list[str]:
-    """The choices without the letters that some data sets put before each of them ("A. red")."""
+    """The choices without the letter that some data sets put before every choice ("A. red")."""
     stripped = [
         re.fullmatch(rf"\s*[(\[]?{letter}\s*[.):\]]\s*(.+)", choice, re.DOTALL)
         for letter, choice in zip(LETTERS, choices, strict=False)
@@ -218,31 +212,35 @@ def without_letters(choices: Sequence[str]) -> list[str]:
 
 
 def _texts(choices: Sequence[str]) -> list[str]:
+    """The normalised texts of the choices."""
     return [normal(choice) for choice in without_letters(choices)]
 
 
 def _final(prediction: str) -> str:
-    """What counts of a prediction: after any reasoning block, and inside a LaTeX box where there is
-    one."""
+    """The part of a prediction that counts: the text after a reasoning block, or the last LaTeX box
+    in it."""
     said = prediction.rpartition("</think>")[2]
     boxed = _BOXED.findall(said)
     return boxed[-1] if boxed else said
 
 
 def _after_cue(said: str) -> str:
-    """What follows the last "answer is", "Answer:" or the like; everything where there is none."""
-    # Bold marks would stand between the cue and its colon.
+    """The text after the last "answer is", "Answer:" or similar words; the whole text if there are
+    none."""
+    # Asterisks of bold text may stand between these words and the colon.
     plain = said.replace("*", "")
     cues = list(_CUE.finditer(plain))
     return plain[cues[-1].end() :] if cues else said
 
 
 def _is_number(text: str) -> bool:
+    """Whether the text is a single number."""
     words = text.strip().casefold().split()
     return len(words) == 1 and number(text) is not None
 
 
 def _in_number(text: str, place: int) -> bool:
+    """Whether the character at `place` is the decimal point or the minus sign of a number."""
     before, after = text[place - 1 : place] if place else "", text[place + 1 : place + 2]
     return after.isdigit() and (
         (text[place] == "." and before.isdigit()) or (text[place] == "-" and not before.isalnum())

@@ -1,5 +1,5 @@
-"""Evidence boxes in a row, checked and brought to pixels of the upright image. The unit is stated,
-never guessed."""
+"""Reads the evidence boxes of a row, checks them, and converts them to pixels of the upright image.
+The unit is never guessed."""
 
 from __future__ import annotations
 
@@ -15,38 +15,41 @@ BoxFormat: TypeAlias = Literal["pixels", "fraction", "per-mille"]
 Size: TypeAlias = tuple[int, int]
 
 TOLERANCE = 1.0
-"""Pixels by which a box may reach beyond its image: annotation tools round differently. The view
-cuts it off."""
+"""Pixels by which a box may reach beyond the image, since annotation tools round differently. The
+view cuts that part off."""
 
 ROUNDING = 0.5
-"""Thousandths by which a box in fractions or per-mille may reach beyond 0 and 1, or 1000: half a
-unit of the last place. It is cut off."""
+"""Thousandths by which a box in fractions or per-mille may reach beyond the image: half a unit of
+the last digit. That part is cut off."""
 
 
 def stated_format(row: Row, default: BoxFormat = "pixels") -> BoxFormat:
-    """The unit that a row, or a file's header, states."""
-    found = row.get("box_format")
-    if found is None:
+    """The unit of boxes that a row or the header of a file states, else `default`. Raises
+    DataError for an unknown unit."""
+    unit = row.get("box_format")
+    if unit is None:
         return default
-    if found not in get_args(BoxFormat):
+    if unit not in get_args(BoxFormat):
         raise DataError(
-            f"field 'box_format': unknown value {show(found)};"
-            f" {nearest(str(found), get_args(BoxFormat))}"
+            f"field 'box_format': unknown value {show(unit)};"
+            f" {nearest(str(unit), get_args(BoxFormat))}"
         )
-    return cast(BoxFormat, found)
+    return cast(BoxFormat, unit)
 
 
 def boxes(row: Row, sizes: Sequence[Size], unit: BoxFormat) -> tuple[Box, ...]:
-    """The boxes of a row whose images have these (width, height)."""
-    found = row.get("boxes")
-    if found is None:
+    """The boxes of a row in pixels; empty if the row has none. `sizes`: (width, height) of the
+    row's images in pixels. Raises DataError."""
+    entries = row.get("boxes")
+    if entries is None:
         return ()
-    if not isinstance(found, list):
-        raise wrong("boxes", found, "a list of boxes")
-    return tuple(_box(entry, sizes, unit) for entry in found)
+    if not isinstance(entries, list):
+        raise wrong("boxes", entries, "a list of boxes")
+    return tuple(_box(entry, sizes, unit) for entry in entries)
 
 
 def _box(entry: Any, sizes: Sequence[Size], unit: BoxFormat) -> Box:
+    """The box of one entry of the field boxes. Raises DataError."""
     if isinstance(entry, dict):
         _check_names(entry)
         image, corners = (0 if entry.get("image") is None else entry["image"]), entry.get("box")
@@ -96,8 +99,7 @@ def _box(entry: Any, sizes: Sequence[Size], unit: BoxFormat) -> Box:
 
 
 def _check_names(entry: dict[str, Any]) -> None:
-    """Raises DataError for a field that a box does not have and that seems to say something of its
-    place."""
+    """Raises DataError for a field of a box that may be a misspelling of image or box."""
     for name in entry:
         if name not in ("image", "box") and get_close_matches(
             name.lower(), ("image", "images", "image_id", "box", "bbox"), n=1, cutoff=0.6
@@ -109,7 +111,7 @@ def _check_names(entry: dict[str, Any]) -> None:
 
 
 def _fault(corners: Sequence[float], size: Size, unit: BoxFormat) -> str:
-    """Why a box makes no sense in a unit; empty where it does."""
+    """The reason why a box cannot be in `unit`, for a message; empty if it can."""
     (right, bottom), slack = {
         "pixels": (size, TOLERANCE),
         "fraction": ((1, 1), ROUNDING / 1000),
@@ -117,7 +119,7 @@ def _fault(corners: Sequence[float], size: Size, unit: BoxFormat) -> str:
     }[unit]
     x0, y0, x1, y1 = corners
     reaches_out = min(x0, y0) < -slack or x1 > right + slack or y1 > bottom + slack
-    # A box that lies wholly in the tolerance shows nothing.
+    # A box that lies wholly beyond the image is a fault even within the tolerance.
     if reaches_out or x0 >= right or y0 >= bottom or min(x1, y1) <= 0:
         return (
             f"is outside the image of {right} x {bottom} pixels"

@@ -1,4 +1,4 @@
-"""The options of a question: whether its text holds them, and its text with them."""
+"""Adds the choices of a multiple-choice question to its text, unless the text lists them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from string import ascii_uppercase as LETTERS  # noqa: N812
 from opd.data.answers import without_letters
 
 LONG = 12
-"""Characters from which an option's text does not stand in a question by chance."""
+"""From this many characters on, a choice's text does not occur in a question by chance."""
 
 _BETWEEN = re.compile(
     r"(?:[\W_]|\b[A-Za-z0-9]\b|\b(?:and|or|the|an|option|choice|answer|vs|versus)\b)*"
 )
-"""What may stand between two options of a list: signs, single letters and digits, and words that
-join."""
+"""Matches the text between two choices of a list: punctuation, single letters and digits, and
+conjunctions."""
 
 _LETTERED = r"(?:^|\n)\s*[*_(\[]*{letter}\s*[\])*_]*[.):\]]"
 
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
-    """The question, and below it one line for each option ("A. red"), unless it holds the options;
-    see `holds`."""
+    """The question, followed by a line for each choice ("A. red"); the question alone if it
+    `holds` the choices."""
     if not choices or holds(question, choices):
         return question
     texts = without_letters(choices)
@@ -35,11 +35,11 @@ def with_choices(question: str, choices: Sequence[str]) -> str:
 
 
 def holds(question: str, choices: Sequence[str]) -> bool:
-    """Whether a question holds its options.
+    """Whether a question lists its choices.
 
-    It does where all their texts stand in it as a list ("red, blue or green?", "A. red B. blue"),
-    or, if all are long, anywhere; where lines of it begin with all their letters; and where the
-    options are nothing but letters, which stand in the image.
+    It does if it contains the texts of all choices as a list ("red, blue or green?", "A. red B.
+    blue"), or anywhere if all are long; if lines of the question begin with the letters of all
+    choices; and if the choices are only letters, which then refer to the image.
     """
     letters = LETTERS[: len(choices)]
     if [_plain(choice).strip("().:[] ") for choice in choices] == list(letters.lower()):
@@ -58,20 +58,23 @@ def holds(question: str, choices: Sequence[str]) -> bool:
 
 
 def _plain(text: str) -> str:
+    """The text in lower case, with single spaces and compatible Unicode forms."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _places(said: str, texts: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Where each text stands in whole words, in order of place; None where one is missing.
+    """(start, end) of each text in `said`, as whole words and without overlaps, in ascending order;
+    None if a text is missing.
 
-    The longest texts are looked for first, from the end of the question on, where options stand.
+    Long texts are searched first. The last match counts, since choices stand at the end of a
+    question.
     """
     places: list[tuple[int, int]] = []
     for text in sorted(texts, key=len, reverse=True):
-        found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", said)]
+        spans = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", said)]
         free = [
             (start, end)
-            for start, end in found
+            for start, end in spans
             if all(end <= left or start >= right for left, right in places)
         ]
         if not free:

@@ -1,11 +1,11 @@
-"""From rows to a data set: reads many rows at once, keeps the usable ones, and counts the
-others."""
+"""Builds a data set from rows: reads rows on several threads, collects the usable ones, and records
+the others with their faults."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +19,21 @@ from opd.progress import Progress
 from opd.types import Example
 
 READERS = 8
-"""Threads that decode images while a file is read; Pillow decodes outside Python's lock."""
+"""Number of threads that decode images; Pillow releases Python's lock while it decodes."""
 
 TOLD = 20
-"""Faulty rows that are told one by one."""
+"""Number of faulty rows that are reported one by one."""
 
 Fault: TypeAlias = tuple[str, str]
+"""(file:line, reason) of a faulty row."""
 
 
 class Dataset(Sequence[Example]):
-    """The usable rows of a data file, in its order, or a few of them.
+    """The usable rows of a data file, in the order of the file; all, or some spread over the file.
 
-    `skipped` holds (file:line, reason) of every other row that was read. `fingerprint` is the
-    sha256 of the content, of the file and of every image of a usable row, so it does not depend on
-    where the files are. `notes` are lines that a person should read.
+    `skipped` lists the faults of all other rows that were read. `fingerprint` is the SHA-256 of the
+    content of the file and of the images of the examples, so it does not depend on where the files
+    are. `notes` are lines for a person.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class Dataset(Sequence[Example]):
         places: Sequence[int] = (),
         rows: int = 0,
     ) -> None:
-        """`places`: the number of each example's row among all `rows` of the file, faulty ones
-        too."""
+        """`places`: the index of each example's row among all `rows` of the file, including faulty
+        rows."""
         self._examples = tuple(examples)
         self.skipped = list(skipped)
         self.fingerprint = fingerprint
@@ -68,25 +69,25 @@ class Dataset(Sequence[Example]):
 
     @property
     def rows(self) -> int:
-        """Rows of the whole file, faulty ones too."""
+        """Number of rows in the whole file, including faulty rows."""
         return self._rows
 
     def without_answers(self) -> Dataset:
-        """The same rows for training alone."""
+        """The same data set without reference answers."""
         examples = [replace(example, answer=None) for example in self._examples]
         return Dataset(
             examples, self.skipped, self.fingerprint, self.notes, self._places, self._rows
         )
 
     def spread(self, count: int) -> list[Example]:
-        """At most `count` examples spread evenly over the file: the very ones that reading so few
-        rows of it gives."""
+        """At most `count` examples, spread evenly over the file: the same ones that `gather`
+        returns with this `count`."""
         usable = dict(zip(self._places, self._examples, strict=True))
         chosen = _spread(self._rows, count, lambda places: [usable.get(place) for place in places])
         return [usable[place] for place in chosen]
 
     def tell(self, progress: Progress) -> None:
-        """Tells the notes, and the rows that were skipped."""
+        """Reports the notes, and up to TOLD skipped rows."""
         for note in self.notes:
             progress.note(note)
         for source, reason in self.skipped[:TOLD]:
@@ -98,7 +99,7 @@ class Dataset(Sequence[Example]):
 
 
 def spread(examples: Sequence[Example], count: int) -> Sequence[Example]:
-    """At most `count` examples spread evenly over a data set."""
+    """At most `count` examples, spread evenly over a data set."""
     if isinstance(examples, Dataset):
         return examples.spread(count)
     count = min(count, len(examples))
@@ -113,10 +114,11 @@ def gather(
     progress: Progress,
     count: int | None = None,
 ) -> Dataset:
-    """Reads every row with `read_row(row, "file:line")`, which raises DataError for a fault; with
-    `count`, so many spread over the file.
+    """Reads all rows, or, with `count`, at most so many usable rows spread over the file.
 
-    `pictures` is what `read_row` reads images with.
+    `read_row(row, "file:line")` returns an example, or raises DataError for a faulty row; it reads
+    images with `pictures`. With `strict` the first faulty row raises DataError; so does a file
+    without a usable row.
     """
     read: dict[int, Example | Fault] = {}
 
@@ -129,15 +131,18 @@ def gather(
             return source, str(error)
 
     def take_all(places: Sequence[int]) -> list[Example | None]:
-        for place, found in zip(places, pool.map(take, places), strict=True):
-            progress.advance(1 if count is None or isinstance(found, Example) else 0)
-            read[place] = found
-            if strict and not isinstance(found, Example):
+        examples = []
+        for place, result in zip(places, pool.map(take, places), strict=True):
+            read[place] = result
+            example = result if isinstance(result, Example) else None
+            examples.append(example)
+            progress.advance(1 if count is None or example else 0)
+            if strict and not isinstance(result, Example):
+                source, reason = result
                 raise DataError(
-                    f"{file.path.parent / found[0]}: {found[1]} (a faulty row is fatal in strict"
-                    " mode)"
+                    f"{file.path.parent / source}: {reason} (a faulty row is fatal in strict mode)"
                 )
-        return [found if isinstance(found := read[place], Example) else None for place in places]
+        return examples
 
     total = len(file.rows)
     progress.begin("read", total if count is None else min(count, total))
@@ -145,66 +150,70 @@ def gather(
     try:
         chosen = set(_spread(total, total if count is None else count, take_all))
     finally:
-        # An interrupted or failed reading must not decode the rest of the images first.
+        # Without cancel_futures, an error or Ctrl-C would wait until all images are decoded.
         pool.shutdown(cancel_futures=True)
         stored = pictures.save()
-    usable = {place: found for place, found in sorted(read.items()) if isinstance(found, Example)}
-    skipped = [found for _, found in sorted(read.items()) if not isinstance(found, Example)]
+    usable: dict[int, Example] = {}
+    skipped: list[Fault] = []
+    for place, result in sorted(read.items()):
+        if isinstance(result, Example):
+            usable[place] = result
+        else:
+            skipped.append(result)
     if not usable and count != 0:
         first = f"; the first fault, in {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise DataError(f"{file.path}: no usable row of {total}{first}")
     examples = [example for place, example in usable.items() if place in chosen]
-    told = [*file.notes, *_told(pictures, stored)]
-    return Dataset(
-        examples, skipped, _fingerprint(file, examples, pictures), told, sorted(chosen), total
-    )
+    fingerprint = _fingerprint(file, examples, pictures)
+    notes = [*file.notes, *_notes(pictures, stored)]
+    return Dataset(examples, skipped, fingerprint, notes, sorted(chosen), total)
 
 
 def _spread(
     rows: int, count: int, usable: Callable[[Sequence[int]], Sequence[Example | None]]
 ) -> list[int]:
-    """Numbers of `count` usable rows of `rows`, spread evenly, in order; fewer where there are no
-    more.
+    """Indices in ascending order of `count` usable rows among `rows`, spread evenly; fewer if there
+    are fewer.
 
-    Each of `count` equal stretches of the file gives its first usable row; a stretch without any is
-    made up for by the first rows of the others. `usable` reads rows: None for a faulty one.
+    The file is divided into `count` equal sections, and the first usable row of each is chosen. For
+    a section without a usable row, the first untried row of the file that is usable is chosen.
+    `usable` reads rows, and returns None for a faulty one.
     """
     count = min(count, rows)
     if count < 1:
         return []
     starts = [index * rows // count for index in range(count)]
-    stretches = [
-        iter(range(start, end)) for start, end in zip(starts, [*starts[1:], rows], strict=True)
-    ]
+    ends = [*starts[1:], rows]
     chosen: list[int] = []
     tried: set[int] = set()
-    while stretches:
-        heads = [
-            (stretch, place) for stretch in stretches if (place := next(stretch, None)) is not None
-        ]
-        found = usable([place for _, place in heads])
-        tried.update(place for _, place in heads)
-        chosen += [place for (_, place), one in zip(heads, found, strict=True) if one is not None]
-        stretches = [stretch for (stretch, _), one in zip(heads, found, strict=True) if one is None]
-    left = iter([place for place in range(rows) if place not in tried])
-    for places in _chunks(left, READERS):
+    # One row of every section at a time, so that `usable` can read them on several threads.
+    sections = list(zip(starts, ends, strict=True))
+    while sections:
+        places = [place for place, _ in sections]
+        tried.update(places)
+        remaining = []
+        for (place, end), example in zip(sections, usable(places), strict=True):
+            if example is not None:
+                chosen.append(place)
+            elif place + 1 < end:
+                remaining.append((place + 1, end))
+        sections = remaining
+    untried = [place for place in range(rows) if place not in tried]
+    for start in range(0, len(untried), READERS):
         if len(chosen) >= count:
             break
-        found = usable(places)
-        chosen += [place for place, one in zip(places, found, strict=True) if one is not None]
+        places = untried[start : start + READERS]
+        for place, example in zip(places, usable(places), strict=True):
+            if example is not None:
+                chosen.append(place)
     return sorted(chosen[:count])
 
 
-def _chunks(numbers: Iterator[int], size: int) -> Iterator[list[int]]:
-    while chunk := [number for _, number in zip(range(size), numbers, strict=False)]:
-        yield chunk
-
-
-def _told(pictures: Pictures, stored: Path | None) -> list[str]:
+def _notes(pictures: Pictures, stored: Path | None) -> list[str]:
+    """Lines for a person about images of 10, 12 or 14 bits, and about the store of pictures."""
     notes = []
-    for bits, count in sorted(
-        Counter(one.bits for one in pictures.facts() if one.bits in (10, 12, 14)).items()
-    ):
+    depths = Counter(facts.bits for facts in pictures.facts() if facts.bits in (10, 12, 14))
+    for bits, count in sorted(depths.items()):
         word = "pictures hold" if count > 1 else "picture holds"
         notes.append(
             f"{count} {word} {bits} bits in 16 (no value above {(1 << bits) - 1}): stretched, as"
@@ -219,6 +228,7 @@ def _told(pictures: Pictures, stored: Path | None) -> list[str]:
 
 
 def _fingerprint(file: Rows, examples: Sequence[Example], pictures: Pictures) -> str:
+    """The SHA-256, in hexadecimal, of the file's content and of all images of the examples."""
     digest = hashlib.sha256(file.content)
     for example in examples:
         for image in (*example.images, *example.teacher_images):

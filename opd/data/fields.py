@@ -1,8 +1,8 @@
-"""Fields of a JSON row, with their types checked; null means absent everywhere, as converters write
-it for what they lack.
+"""Reads and checks fields of a JSON row. A field that is null counts as absent, since converters
+write null for missing values.
 
-A fault is a DataError that names the field, shows the value, cut where it is long, and says what
-would be right.
+A fault raises a DataError that names the field, shows the value, shortened, and says what is
+expected.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from opd.errors import DataError, shortened
 Row: TypeAlias = Mapping[str, Any]
 
 LARGEST = 1e300
-"""Numbers beyond this are treated as infinite: JSON integers may exceed any float."""
+"""Numbers beyond this count as infinite, since JSON integers may exceed any float."""
 
 SHOWN = 60
-"""Characters of a value, or of a name, that a message shows."""
+"""Number of characters of a value or name that a message shows."""
 
 ALIASES = {
     **dict.fromkeys(("bbox", "bboxes", "bounding_box", "bounding_boxes", "bboxs"), "boxes"),
@@ -34,23 +34,23 @@ ALIASES = {
     **dict.fromkeys(("label", "solution", "response", "ground_truth", "gt", "target"), "answer"),
     **dict.fromkeys(("options", "candidates"), "choices"),
 }
-"""What other formats call our fields."""
+"""Names of fields in other formats, and our names for the same fields."""
 
 OTHERS = {
-    *(
-        "height",
-        "width",
-        "image_id",
-        "question_id",
-        "image_size",
-        "image_width",
-        "image_height",
-        "question_type",
-        "answer_type",
-    ),
-    *("messages", "conversations", "extra_info"),
+    "height",
+    "width",
+    "image_id",
+    "question_id",
+    "image_size",
+    "image_width",
+    "image_height",
+    "question_type",
+    "answer_type",
+    "messages",
+    "conversations",
+    "extra_info",
 }
-"""Names that are near ours and mean something else."""
+"""Names that are similar to ours but mean something else."""
 
 _PICTURE = re.compile(
     r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{40,}"
@@ -60,28 +60,30 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def text(row: Row, field: str, wanted: str = "a text that is not empty") -> str | None:
-    """A text that is not blank; `wanted` is what the error calls it."""
-    found = row.get(field)
-    if found is not None and (not isinstance(found, str) or not found.strip()):
-        raise wrong(field, found, wanted)
-    return whole(field, found)
+    """The text of a field, which must not be blank; None if the field is absent. `wanted`: the
+    expected value in words. Raises DataError."""
+    value = row.get(field)
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise wrong(field, value, wanted)
+    return whole(field, value)
 
 
 def texts(row: Row, field: str, wanted: str = "a list of texts") -> tuple[str, ...]:
-    """A list of texts, none of them blank; empty where there is none."""
-    found = row.get(field)
-    if found is None:
+    """The list of texts of a field, none of them blank; empty if the field is absent. `wanted`: the
+    expected value in words. Raises DataError."""
+    values = row.get(field)
+    if values is None:
         return ()
-    if not isinstance(found, list) or not all(
-        isinstance(entry, str) and entry.strip() for entry in found
+    if not isinstance(values, list) or not all(
+        isinstance(entry, str) and entry.strip() for entry in values
     ):
-        raise wrong(field, found, wanted)
-    return tuple(str(whole(field, entry)) for entry in found)
+        raise wrong(field, values, wanted)
+    return tuple(str(whole(field, entry)) for entry in values)
 
 
 def whole(field: str, value: str | None) -> str | None:
-    """The text itself. Raises DataError where it holds half a character, which no tokenizer and no
-    file can take."""
+    """Returns `value`. Raises DataError if it holds half of a surrogate pair, which tokenizers and
+    files cannot hold."""
     if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
         raise DataError(
             f"field '{field}': {show(value)} holds half of a character (a lone surrogate); write"
@@ -91,11 +93,11 @@ def whole(field: str, value: str | None) -> str | None:
 
 
 def paths(row: Row, singular: str, folder: Path) -> tuple[Path, ...]:
-    """The path in field `singular`, or the list of paths in its plural; empty where there is
-    neither.
+    """The path in field `singular`, or the paths in the plural of that field; empty if both are
+    absent.
 
-    Paths are relative to `folder`; `~/` is the home folder. Raises DataError for what is a picture
-    itself, or a URL.
+    Paths are relative to `folder`; `~/` is the home folder. Raises DataError for other values,
+    such as an image as bytes or base64, or a URL.
     """
     plural = f"{singular}s"
     if row.get(singular) is not None and row.get(plural) is not None:
@@ -116,24 +118,24 @@ def paths(row: Row, singular: str, folder: Path) -> tuple[Path, ...]:
                 f"field '{field}': {show(entry)} is a URL; download the picture, and give its path"
             )
     one = text(row, singular, "a path")
-    found = (one,) if one else texts(row, plural, "a list of paths")
+    names = (one,) if one else texts(row, plural, "a list of paths")
     return tuple(
-        folder / (os.path.expanduser(path) if path.startswith("~/") else path) for path in found
+        folder / (os.path.expanduser(name) if name.startswith("~/") else name) for name in names
     )
 
 
 def is_number(value: Any) -> bool:
-    """True for numbers, the infinite ones and NaN too; Python's bool is none."""
+    """Whether a value is a number, which may be infinite or NaN. A bool is not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
-    """True for numbers that a float can hold."""
+    """Whether a value is a number that a float can hold."""
     return is_number(value) and -LARGEST < value < LARGEST
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value in words."""
     names = {
         dict: "an object",
         list: "a list",
@@ -145,24 +147,25 @@ def kind(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A JSON value for a message, cut where it is long."""
+    """A JSON value for a message, shortened to SHOWN characters."""
     if isinstance(value, str):
-        value = value[: 2 * SHOWN]  # before it is written out: a picture as text has megabytes
+        value = value[: 2 * SHOWN]  # json.dumps would copy megabytes of an image in base64
     return cut(json.dumps(value, ensure_ascii=False))
 
 
 def cut(text: str) -> str:
-    """A text for a message: without half characters, and cut where it is long."""
+    """A text for a message, shortened to SHOWN characters, without halves of surrogate pairs."""
     return shortened(text, SHOWN).encode("utf-8", "backslashreplace").decode()
 
 
 def wrong(field: str, value: Any, wanted: str) -> DataError:
-    """The error for a value of a wrong type."""
+    """The DataError for a field with a wrong value; `wanted`: the expected value in words."""
     return DataError(f"field '{field}': {show(value)} is not {wanted}")
 
 
 def missing(row: Row, field: str, wanted: str, known: Sequence[str]) -> DataError:
-    """The error for an absent field; names a field of the row that looks like a misspelt one."""
+    """The DataError for an absent field, which also names a field of the row that may be a
+    misspelling of it."""
     for name in row:
         if name not in known and (near := nearest_field(name, known)):
             return DataError(
@@ -173,7 +176,7 @@ def missing(row: Row, field: str, wanted: str, known: Sequence[str]) -> DataErro
 
 
 def nearest_field(name: str, known: Sequence[str]) -> str:
-    """The known field that an unknown name most likely means; empty where there is none."""
+    """The known field that an unknown name most likely means; empty if none is near."""
     plain = re.sub(r"[\W_]+", "_", name[:100]).strip("_").lower()
     if plain in known:
         return plain
@@ -186,7 +189,7 @@ def nearest_field(name: str, known: Sequence[str]) -> str:
 
 
 def _is_picture(value: str) -> bool:
-    """Whether a text is a picture in base64, with or without the head of a data URI."""
+    """Whether a text is an image in base64, or a data URI."""
     start = value.lstrip()[:2048]
     if start[:5].lower() == "data:":
         return True

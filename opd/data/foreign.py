@@ -1,4 +1,5 @@
-"""Data in somebody else's format: named, so that nobody looks for a misspelt field."""
+"""Recognises data in formats that opd does not read, so that the message names the format and not a
+missing field."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ ROWS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("V* Bench", ("text", "label")),
     ("an instruction data set", ("instruction",)),
 )
-"""Formats by fields that name them; the first that fits is told."""
+"""Names of formats, and the fields by which a row shows its format; the first match counts."""
 
 SIGNATURES = (
     (b"PAR1", "Parquet"),
@@ -48,12 +49,12 @@ MARKS = (
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
-"""Byte order marks."""
+"""Byte order marks, and their encodings."""
 
 
 def check_row(row: Row) -> None:
-    """Raises DataError for a row without a question whose fields are known to be somebody
-    else's."""
+    """Raises DataError for a row in a format of ROWS, unless it has our fields image and
+    question."""
     if row.get("question") is not None and (
         row.get("image") is not None or row.get("images") is not None
     ):
@@ -68,7 +69,7 @@ def check_row(row: Row) -> None:
 
 
 def check_file(path: Path, content: bytes) -> None:
-    """Raises DataError where a file is not JSON lines in UTF-8 but something known."""
+    """Raises DataError for a file of a known kind that is not JSON lines in UTF-8."""
     for mark, name in MARKS:
         if content.startswith(mark):
             raise DataError(f"{path}: the file is {name} text; save it as UTF-8")
@@ -92,7 +93,8 @@ def check_file(path: Path, content: bytes) -> None:
 
 
 def _is_table(line: bytes, sign: bytes) -> bool:
-    """Whether a line looks like the headings of a table: several short words and nothing else."""
+    """Whether a line looks like the header of a table with the separator `sign`: several short
+    words."""
     cells = [cell.strip().strip(b'"') for cell in line.split(sign)]
     return len(cells) > 1 and all(
         cell and len(cell) <= 40 and cell.replace(b"_", b"").replace(b" ", b"").isalnum()

@@ -1,4 +1,4 @@
-"""Image files that Pillow cannot open by itself: whose they are, and what opens them."""
+"""Recognises image files that Pillow alone cannot open, and loads the plugins that can."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 HEAD = 512
-"""Bytes of a file by which a format is known."""
+"""Number of bytes at the beginning of a file by which its format is recognised."""
 
 BRANDS = {
     **dict.fromkeys(
@@ -17,7 +17,7 @@ BRANDS = {
     ),
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
 }
-"""The brand after "ftyp" of ISO media files that hold pictures."""
+"""Brands of ISO media files, which follow "ftyp", and the image formats that they name."""
 
 SIGNATURES = (
     (b"\xff\x0a", "JPEG XL"),
@@ -31,8 +31,8 @@ PLUGINS = {
     "AVIF": ("pillow-avif-plugin", "pillow_avif", ""),
     "JPEG XL": ("pillow-jxl-plugin", "pillow_jxl", ""),
 }
-"""Of each format: the package to install, its module, and the function that adds it to Pillow where
-importing does not."""
+"""By format: the package to install, the module to import, and the function that registers the
+plugin; "" if importing does."""
 
 OTHERS = {
     "PDF": "a PDF, not an image; save its page as PNG or JPEG",
@@ -44,7 +44,8 @@ OTHERS = {
 
 
 def load_plugin(path: Path) -> bool:
-    """Adds the installed plugin for a file's format to Pillow; False where there is none to add."""
+    """Registers the plugin for a file's format with Pillow. Returns False if there is none, or it
+    is not installed."""
     _, module, register = PLUGINS.get(_format(path), ("", "", ""))
     if not module or find_spec(module) is None:
         return False
@@ -55,20 +56,21 @@ def load_plugin(path: Path) -> bool:
 
 
 def named(path: Path) -> str:
-    """A clause that says what a file is that Pillow cannot open, and what to do."""
-    found = _format(path)
-    if found in PLUGINS:
-        package, module, _ = PLUGINS[found]
-        if found in Image.OPEN or find_spec(module) is not None:
-            return f"a damaged {found} picture"
+    """A clause for a message about a file that Pillow cannot open: what it is, and what to do."""
+    format_name = _format(path)
+    if format_name in PLUGINS:
+        package, module, _ = PLUGINS[format_name]
+        if format_name in Image.OPEN or find_spec(module) is not None:
+            return f"a damaged {format_name} picture"
         return (
-            f"{found} pictures need {package}: pip install {package}, or save the picture as PNG or"
-            " JPEG"
+            f"{format_name} pictures need {package}: pip install {package}, or save the picture as"
+            " PNG or JPEG"
         )
-    return OTHERS.get(found, "not an image, or of an unknown format")
+    return OTHERS.get(format_name, "not an image, or of an unknown format")
 
 
 def _format(path: Path) -> str:
+    """The format of a file: a key of PLUGINS or OTHERS, or "" for any other."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if head[4:8] == b"ftyp":

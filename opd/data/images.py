@@ -1,7 +1,6 @@
-"""Image files as the models see them: upright, RGB, eight bits.
+"""Opens image files as the models see them: upright, RGB, eight bits.
 
-Boxes and crops are always in pixels of the upright image, which is what every viewer and annotation
-tool shows.
+Boxes and crops are in pixels of the upright image, as viewers and annotation tools show it.
 """
 
 from __future__ import annotations
@@ -22,24 +21,23 @@ from opd.errors import DataError, one_line, shortened
 from opd.types import MAX_IMAGE_PIXELS
 
 DEPTHS = (8, 10, 12, 14, 16)
-"""Bits that 16-bit pictures hold in practice: cameras and scanners store 10, 12 or 14 bits in
+"""Depths in bits of the values in a 16-bit image: cameras and scanners store 10, 12 or 14 bits in
 16."""
 
 SWAPPED = 5
-"""EXIF orientations from this one on exchange width and height."""
+"""EXIF orientations from this number on swap width and height."""
 
 PILLOW = r"PIL\."
-"""Modules whose warnings are not shown."""
+"""Matches the modules of Pillow, whose warnings are not shown."""
 
 _OPENING = threading.Lock()
 
 
 def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decodes a file (the first frame of an animation), or takes an image in memory, and makes it
-    upright and RGB.
+    """The image of a file (the first frame of an animation) or an image in memory, upright and RGB.
 
-    Raises DataError with the path where the file is missing, damaged, truncated, no image, or has
-    more than `max_pixels`.
+    Raises DataError, which names the path, if the file is missing, damaged, truncated, not an
+    image, or has more than `max_pixels` pixels.
     """
     if isinstance(source, Image.Image):
         return upright_rgb(source)
@@ -49,10 +47,11 @@ def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -
 
 @contextmanager
 def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
-    """A file whose header is read and whose pixels are not yet decoded; faults inside the block are
-    DataErrors of one line.
+    """Opens a file and reads the header, without decoding pixels. Errors, also those inside the
+    block, become a DataError of one line.
 
-    MemoryError stays what it is: it says nothing of a picture whose size is within the bound.
+    A MemoryError for an image within `max_pixels` is passed on, since it is not a fault of the
+    image.
     """
     _silence()
     within = False
@@ -61,7 +60,7 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
             raise DataError(f"image not found: {short(path)}")
         with _open(path) as image:
             if image.format == "EPS":
-                # Pillow has Ghostscript run it, where that is installed.
+                # Pillow would run Ghostscript if it is installed.
                 raise DataError("an EPS drawing is a program, which is never run; save it as PNG")
             check_size(image.size, max_pixels)
             within = True
@@ -72,15 +71,15 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
         raise DataError(f"{short(path)}: {error}") from error
     except Exception as error:
         # Damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError
-        # ...
-        if within and isinstance(error, MemoryError):  # not the header's fault: the machine is full
+        # and others.
+        if within and isinstance(error, MemoryError):  # the machine has no memory left
             raise
         raise DataError(f"image cannot be read: {short(path)}: {_reason(error)}") from error
 
 
 def image_size(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """The upright (width, height) of a picture, from the header of a file alone. Raises DataError
-    as `open_image` does for headers."""
+    """The upright (width, height) in pixels of an image, from the header of a file alone. Raises
+    DataError as `open_image` does, except for faults of the pixels."""
 
     def upright(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
@@ -93,7 +92,7 @@ def image_size(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises DataError where a picture of this (width, height) is above the bound."""
+    """Raises DataError for an image of this (width, height) with more than `max_pixels` pixels."""
     width, height = size
     if width * height > max_pixels:
         raise DataError(
@@ -103,26 +102,27 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def measured(image: Image.Image) -> tuple[tuple[int, int], int]:
-    """Decodes an opened file: its upright (width, height), and the bits that its values fill.
+    """Decodes an opened file. Returns the upright (width, height), and the depth in bits.
 
-    Bits are 8 for all but 16-bit pictures. Raises DataError for pixels that `upright_rgb` refuses.
+    The depth is one of DEPTHS for a 16-bit image, and 8 for any other. Raises DataError for pixels
+    that `upright_rgb` refuses.
     """
     bits = _decode(image)
     width, height = image.size
-    turned = _orientation(image) >= SWAPPED
-    return (height, width) if turned else (width, height), bits
+    swapped = _orientation(image) >= SWAPPED
+    return (height, width) if swapped else (width, height), bits
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation, lays transparent pixels on white, and converts every mode to
+    """Applies the EXIF orientation, puts transparent images on white, and converts every mode to
     RGB.
 
-    Sixteen bits are scaled to eight. Where no value of a 16-bit picture is above 255, 1,023, 4,095
-    or 16,383, its values are taken as of 8, 10, 12 or 14 bits: as 16 bits they would all be dark.
-    Raises DataError for pixels whose range is not known: floats and integers above 65,535.
+    Sixteen bits are scaled to eight. If the largest value of a 16-bit image is at most 255, 1,023,
+    4,095 or 16,383, the values are taken as 8, 10, 12 or 14 bits, since the image would be dark
+    otherwise. Raises DataError for pixels of unknown range: floats, and integers outside 0..65535.
     """
     _decode(image)
-    if _orientation(image) != 1:  # else `exif_transpose` would copy all pixels
+    if _orientation(image) != 1:  # `exif_transpose` would copy the pixels of an upright image too
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -136,16 +136,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def short(path: Path | str) -> str:
-    """A path for a message, cut in its middle where it is long."""
+    """A path for a message; a long one loses its middle."""
     shown = str(path)
     return shown if len(shown) <= 300 else f"{shown[:120]}...{shown[-120:]}"
 
 
 def _open(path: Path) -> Image.Image:
+    """Opens a file with Pillow or a plugin, without Pillow's own bound on pixels."""
     try:
         return Image.open(path)
     except Image.DecompressionBombError:
-        # The bound is the caller's, so Pillow's own is set aside while the header is read.
+        # The caller checks the size, so Pillow's own bound is lifted while the header is read.
         with _OPENING:
             bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
@@ -160,13 +161,14 @@ def _open(path: Path) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    found = image.getexif().get(0x0112, 1)
-    return found if isinstance(found, int) and 2 <= found <= 8 else 1
+    """The EXIF orientation, 1..8; 1, which is upright, if there is none."""
+    orientation = image.getexif().get(0x0112, 1)
+    return orientation if isinstance(orientation, int) and 2 <= orientation <= 8 else 1
 
 
 def _decode(image: Image.Image) -> int:
-    """Decodes the pixels, and returns the bits that the values of a picture fill: 8 for all but
-    16-bit ones."""
+    """Decodes the pixels. Returns the depth in bits: one of DEPTHS for a 16-bit image, 8 for any
+    other. Raises DataError for pixels of unknown range."""
     modes = _raw_modes(image)
     image.load()
     if image.mode == "F":
@@ -183,7 +185,7 @@ def _decode(image: Image.Image) -> int:
         return _depth(values)
     if not isinstance(image, ImageFile.ImageFile) or not any(";16" in mode for mode in modes):
         return 8
-    # Pillow keeps the upper eight bits of colours: nothing is lost but where all are small.
+    # Pillow keeps only the upper eight bits of a colour, which suffice unless all values are small.
     upper = np.asarray(image)
     colours = upper[..., :3] if image.mode.startswith("RGB") else upper[..., :1]
     if colours.max() >= 1 << (DEPTHS[-2] - 8):
@@ -192,20 +194,20 @@ def _decode(image: Image.Image) -> int:
 
 
 def _stretch(image: ImageFile.ImageFile, upper: NDArray[np.uint8]) -> int:
-    """Scales the colours of a 16-bit picture by the bits that they fill, in place, and returns
-    those."""
-    with Image.open(image.filename) as again:
-        modes = _raw_modes(again)
+    """Scales the colours of a 16-bit image by the depth of its values, in place; `upper` holds the
+    upper eight bits. Returns the depth in bits."""
+    with Image.open(image.filename) as reopened:
+        modes = _raw_modes(reopened)
         if len(modes) != 1 or not modes[0].startswith("RGB"):
             raise DataError(
                 "a picture of 16 bits whose values are all small would be dark; save it with 8 bits"
             )
-        # Read in the other byte order, the "upper" eight bits are the lower ones.
+        # Read in the other byte order, Pillow's "upper" eight bits are the lower eight bits.
         swapped = modes[0][:-1] + ("L" if modes[0].endswith("B") else "B")
-        (tile,) = again.tile
+        (tile,) = reopened.tile
         args = swapped if isinstance(tile.args, str) else (swapped, *(tile.args or ())[1:])
-        again.tile = [tile._replace(args=args)]
-        values = upper.astype(np.uint16) << 8 | np.asarray(again)
+        reopened.tile = [tile._replace(args=args)]
+        values = upper.astype(np.uint16) << 8 | np.asarray(reopened)
     bits = _depth(values[..., :3])
     scaled = np.asarray(_eight_bits(values[..., :3]))
     alpha = [] if image.mode == "RGB" else [upper[..., 3:]]
@@ -214,28 +216,29 @@ def _stretch(image: ImageFile.ImageFile, upper: NDArray[np.uint8]) -> int:
 
 
 def _depth(values: NDArray[Any]) -> int:
-    """The fewest bits of `DEPTHS` that hold all values."""
+    """The smallest of DEPTHS that holds all values."""
     largest = int(values.max())
     return next(bits for bits in DEPTHS if largest < 1 << bits)
 
 
 def _eight_bits(values: NDArray[Any]) -> Image.Image:
+    """The image of `values`, scaled from their depth to eight bits."""
     top = (1 << _depth(values)) - 1
-    # Rounded to the nearest, halves up. A table: 64-bit arithmetic on all pixels would take eight
-    # times the picture.
+    # Rounds to the nearest value, halves up. A table avoids 64-bit arithmetic on all pixels, which
+    # would take eight times the memory of the image.
     table = ((np.arange(top + 1, dtype=np.int64) * 510 + top) // (2 * top)).astype(np.uint8)
     return Image.fromarray(table[values])
 
 
 def _raw_modes(image: Image.Image) -> list[str]:
-    """How the pixels stand in an opened file that is not yet decoded, such as "RGB;16B"."""
+    """The formats of the pixels in an opened file that is not yet decoded, such as "RGB;16B"."""
     tiles = getattr(image, "tile", [])
     return [str(tile[3] if isinstance(tile[3], str) else (tile[3] or [""])[0]) for tile in tiles]
 
 
 def _silence() -> None:
-    """Keeps Pillow's warnings (of large pictures, odd EXIF blocks, palettes) from the screen: its
-    errors are told, with the row."""
+    """Hides Pillow's warnings (about large images, odd EXIF blocks, palettes). Errors are reported
+    with the row."""
     if not any(
         entry[0] == "ignore" and entry[3] is not None and entry[3].pattern == PILLOW
         for entry in warnings.filters
@@ -244,5 +247,5 @@ def _silence() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Pillow's reason in one line, without the path that the caller names anyway."""
+    """Pillow's reason in one line of at most 200 characters."""
     return shortened(one_line(error), 200)

@@ -1,4 +1,4 @@
-"""A JSONL file as numbered lines; whatever is wrong with the whole file is found here."""
+"""Reads a JSONL file into numbered lines, and checks the file as a whole."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from opd.paths import read_file
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a file that are not blank, with their numbers from 1, and the file's bytes.
-
-    Entries of a JSON array count as lines.
+    """A JSONL file: `content` is the bytes of the file, `rows` the lines that are not blank, with
+    their numbers from 1. Entries of a JSON array count as lines.
     """
 
     path: Path
@@ -27,8 +26,8 @@ class Lines:
 
 
 def read_lines(path: Path) -> Lines:
-    """Raises DataError where the file is missing, a folder, unreadable, empty, not UTF-8, or of a
-    format that is not read."""
+    """The lines of a file. Raises DataError if the file is missing, a folder, unreadable, empty,
+    not UTF-8, or in a known format that is not JSON lines."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; name the data file in it")
     if not path.exists():
@@ -46,8 +45,7 @@ def read_lines(path: Path) -> Lines:
             f"{path}:{line}: the file is not UTF-8 text (byte 0x{content[error.start]:02x}); save"
             " it as UTF-8"
         ) from error
-    # Only "\n" ends a row: str.splitlines would also cut at separators that JSON allows inside
-    # strings.
+    # str.splitlines is not used, since it also splits at separators that JSON allows in strings.
     rows = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: the file is empty")
@@ -55,7 +53,8 @@ def read_lines(path: Path) -> Lines:
 
 
 def parse(line: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises DataError, also where a field stands in it twice."""
+    """The JSON object of a line. Raises DataError if the line is not a JSON object, or has a field
+    twice."""
     try:
         row = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -66,18 +65,18 @@ def parse(line: str) -> dict[str, Any]:
 
 
 def _entries(path: Path, text: str, rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The entries of a JSON array, or the lines as they are. Raises DataError for one object over
-    many lines."""
+    """The entries of a JSON array as lines; `rows` if the file is not an array. Raises DataError
+    for a file that is one JSON object."""
     first = rows[0][1].strip()
     if first.startswith("["):
         try:
-            found = json.loads(text, object_pairs_hook=_once)
+            array = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError):
-            return rows  # each line is told as a faulty row
+            return rows  # every line becomes a faulty row
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        if any(isinstance(entry, dict) for entry in found):
-            return [(number, json.dumps(entry)) for number, entry in enumerate(found, start=1)]
+        if any(isinstance(entry, dict) for entry in array):
+            return [(number, json.dumps(entry)) for number, entry in enumerate(array, start=1)]
     if len(rows) > 1 and first.startswith("{") and not first.endswith("}"):
         try:
             whole = json.loads(text)
@@ -91,6 +90,7 @@ def _entries(path: Path, text: str, rows: list[tuple[int, str]]) -> list[tuple[i
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dictionary of `pairs`. Raises DataError if a name occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]

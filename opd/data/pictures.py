@@ -1,9 +1,8 @@
-"""Sizes and hashes of picture files: each picture is decoded once, and what was learnt of it is
-kept beside the data file.
+"""Reads sizes and hashes of image files. Every image is decoded once; a store beside the data file
+records the results for the next run.
 
-The store holds nothing that cannot be learnt again. An entry counts only for a file with the same
-size, inode, and times of its last change to content and to its record; a damaged store is ignored,
-and written anew as a whole.
+The store is a cache and may be deleted. An entry is valid only for a file with the same size,
+inode, modification time and change time. A damaged store is ignored and overwritten.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from opd.paths import read_file
 
 VERSION = 1
 POOL_PIXELS = 1 << 27
-"""Pixels that all threads together decode at a time, 134 million: half a gigabyte. A larger picture
-is decoded alone."""
+"""Largest number of pixels that all threads decode at once: 134 million, half a gigabyte. An image
+with more is decoded alone."""
 
-WORTH_PICTURES, WORTH_PIXELS = 32, 1 << 25
-"""The store is written once so many pictures, or pixels, were decoded: to read fewer again takes no
-time."""
+STORE_PICTURES, STORE_PIXELS = 32, 1 << 25
+"""The store is written if at least this many images, or pixels, were decoded; fewer are decoded in
+no time."""
 
 SETTLED = 0.2
-"""Seconds after which a file's times tell of any later change; 2 where they are whole seconds, as
-on FAT."""
+"""If a file was last modified this many seconds ago, any later change shows in its times; 2 seconds
+for file systems with times in whole seconds, such as FAT."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What reading an image file told: its upright (width, height) in pixels, the sha256 of the
-    file, or the `fault`.
+    """The result of reading an image file: upright `size` (width, height) in pixels, and `digest`,
+    the SHA-256 of the file; or the `fault`, for a message.
 
-    `bits`: the bits that the values of a 16-bit picture fill, 8 for every other picture.
+    `bits`: the depth of the values of a 16-bit image; 8 for any other image.
     """
 
     size: tuple[int, int]
@@ -57,56 +56,54 @@ class ImageFacts:
 
 
 class Pictures:
-    """Reads pictures for the rows of one data file; safe for threads. `store`: the data file whose
-    store is used, None for none."""
+    """Reads images for the rows of a data file; safe for threads. `store`: the data file whose
+    store is used; None: no store."""
 
     def __init__(self, max_pixels: int, store: Path | None = None) -> None:
         self._max_pixels = max_pixels
         self._store = store
-        self._kept = [] if store is None else [_load(place) for place in places(store)]
-        self._known: dict[Path, Future[ImageFacts]] = {}
+        self._stored = [] if store is None else [_load(path) for path in store_paths(store)]
+        self._facts: dict[Path, Future[ImageFacts]] = {}
         self._lock = threading.Lock()
         self._budget = PixelBudget(POOL_PIXELS)
         self._new: dict[str, list[Any]] = {}
         self._pixels = 0
 
     def __call__(self, path: Path) -> ImageFacts:
-        """What is known of a picture; a fault is a part of that, so that rows that share a picture
-        share it.
+        """The facts of an image, which several rows may share; a damaged image gives a fault.
 
-        Raises MemoryError where the machine has no room for the pixels, to all rows that wait for
-        them.
+        Raises MemoryError, in all rows that wait for the image, if memory does not suffice to
+        decode it.
         """
         with self._lock:
-            found = self._known.get(path)
-            if found is None:
-                mine = self._known[path] = Future()
-        if found is None:
+            future = self._facts.get(path)
+            is_first = future is None
+            if future is None:
+                future = self._facts[path] = Future()
+        if is_first:
             try:
-                mine.set_result(self._read(path))
+                future.set_result(self._read(path))
             except MemoryError as error:
-                mine.set_exception(error)
-            found = mine
-        return found.result()
+                future.set_exception(error)
+        return future.result()
 
     def facts(self) -> list[ImageFacts]:
-        """All pictures that were asked for."""
+        """The facts of all images that were read."""
         return [
             future.result()
-            for future in self._known.values()
+            for future in self._facts.values()
             if future.done() and not future.exception()
         ]
 
     def save(self) -> Path | None:
-        """Writes the store where that is worth it: beside the data file, or else in the user's
-        cache folder; its path, or None.
+        """Writes the store if enough images were decoded: beside the data file, else in the user's
+        cache folder. Returns the path of the store, or None if it was not written.
 
-        Processes that write at the same time replace each other's store as a whole. What cannot be
-        written is done without.
+        If several processes write at the same time, the last store replaces the others as a whole.
         """
-        if self._store is None or (len(self._new) < WORTH_PICTURES and self._pixels < WORTH_PIXELS):
+        if self._store is None or (len(self._new) < STORE_PICTURES and self._pixels < STORE_PIXELS):
             return None
-        for path in places(self._store):
+        for path in store_paths(self._store):
             temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,28 +122,27 @@ class Pictures:
         return None
 
     def _read(self, path: Path) -> ImageFacts:
+        """The facts of an image, from the store or by decoding."""
         try:
-            now, before = time.time_ns(), _state(path)
-            found = self._of_store(path, before) or self._decode(
-                path, before, _settled(before, now)
-            )
-            if not found.fault:
-                check_size(found.size, self._max_pixels)
-            return found
+            now, state = time.time_ns(), _state(path)
+            facts = self._from_store(path, state)
+            facts = facts or self._decode(path, state, _settled(state, now))
+            if not facts.fault:
+                check_size(facts.size, self._max_pixels)
+            return facts
         except DataError as error:
             return ImageFacts((0, 0), b"", f"{short(path)}: {error}")
         except MemoryError:
             raise
-        except Exception as error:  # the rows that wait for this picture must hear of it
-            return ImageFacts(
-                (0, 0),
-                b"",
-                f"image cannot be read: {short(path)}:"
-                f" {getattr(error, 'strerror', None) or type(error).__name__}",
-            )
+        except Exception as error:  # other rows may wait for this image, so the error is a result
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            return ImageFacts((0, 0), b"", f"image cannot be read: {short(path)}: {reason}")
 
-    def _of_store(self, path: Path, state: list[int]) -> ImageFacts | None:
-        for entry in (kept.get(self._name(path)) for kept in self._kept):
+    def _from_store(self, path: Path, state: list[int]) -> ImageFacts | None:
+        """The stored facts of an image; None if there is no valid entry for a file in this
+        `state`."""
+        for stored in self._stored:
+            entry = stored.get(self._name(path))
             if not isinstance(entry, list) or len(entry) != 8 or not state or entry[:4] != state:
                 continue
             *_, width, height, digest, bits = entry
@@ -159,11 +155,14 @@ class Pictures:
         return None
 
     def _name(self, path: Path) -> str:
-        """A picture's name in the store: a run may name the same data file from another folder."""
+        """The name of an image in the store: the path relative to the data file if it lies below,
+        so that it does not depend on the working folder."""
         folder = self._store.parent if self._store else Path()
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
     def _decode(self, path: Path, before: list[int], settled: bool) -> ImageFacts:
+        """Decodes an image. The result is stored if the file has not changed from the state
+        `before`, and is `settled`."""
         try:
             with (
                 opened(path, self._max_pixels) as image,
@@ -182,31 +181,31 @@ class Pictures:
 
 
 class PixelBudget:
-    """Bounds the pixels that all threads hold together: each alone is bounded, and eight of them
-    would fill the memory."""
+    """Bounds the number of pixels that all threads decode at once."""
 
     def __init__(self, pixels: int) -> None:
         self._pixels = pixels
-        self._held = 0
+        self._in_use = 0
         self._changed = threading.Condition()
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
-        """Waits until so many pixels fit; more than all fit where nobody else holds any."""
+        """Takes `pixels` of the budget while the block runs, and waits until they are free. An
+        image above the whole budget waits until it is alone."""
         pixels = min(pixels, self._pixels)
         with self._changed:
-            self._changed.wait_for(lambda: self._held + pixels <= self._pixels)
-            self._held += pixels
+            self._changed.wait_for(lambda: self._in_use + pixels <= self._pixels)
+            self._in_use += pixels
         try:
             yield
         finally:
             with self._changed:
-                self._held -= pixels
+                self._in_use -= pixels
                 self._changed.notify_all()
 
 
-def places(data: Path) -> tuple[Path, Path]:
-    """Where the store of a data file may be: beside it, or in the user's cache folder
+def store_paths(data: Path) -> tuple[Path, Path]:
+    """The two possible paths of the store of a data file: beside it, and in the user's cache folder
     ($XDG_CACHE_HOME, else ~/.cache)."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     key = hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:16]
@@ -217,25 +216,25 @@ def places(data: Path) -> tuple[Path, Path]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The entries of a store; none where it is missing or damaged."""
+    """The entries of a store; empty if the store is missing or damaged."""
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
-        found = json.loads(read_file(path))
-        if found["version"] == VERSION and isinstance(found["pictures"], dict):
-            return dict(found["pictures"])
+        store = json.loads(read_file(path))
+        if store["version"] == VERSION and isinstance(store["pictures"], dict):
+            return dict(store["pictures"])
     return {}
 
 
 def _state(path: Path) -> list[int]:
-    """Size, inode and times of a file; empty where it has none."""
+    """Size, inode, modification time and change time of a file; empty if it cannot be read."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return []
-    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _settled(state: list[int], now: int) -> bool:
-    """Whether a change from `now` on, in ns, would show in a file's times, which advance in
+    """Whether a change after `now`, in ns, would show in the file's times, which advance in
     steps."""
     if not state:
         return False

@@ -1,7 +1,7 @@
-"""A first look at all rows of a file, without any picture: its header, and fields that nobody
-reads.
+"""Surveys all rows of a file without reading images: parses the header, and finds unknown fields.
 
-The unit of boxes is never guessed, so whatever seems to state it and is not understood is fatal.
+The unit of boxes is never guessed, so a field that seems to state it under an unknown name raises
+DataError.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from opd.data.jsonl import Lines, parse
 from opd.errors import DataError, plural
 
 FIELDS = (
-    *(
-        "image",
-        "images",
-        "question",
-        "boxes",
-        "box_format",
-        "teacher_image",
-        "teacher_images",
-        "teacher_question",
-    ),
-    *("answer", "choices", "id", "weight"),
+    "image",
+    "images",
+    "question",
+    "boxes",
+    "box_format",
+    "teacher_image",
+    "teacher_images",
+    "teacher_question",
+    "answer",
+    "choices",
+    "id",
+    "weight",
 )
+"""The fields of a row."""
+
 SHOWN = 20
-"""Fields that are named at most."""
+"""Largest number of fields that a note names."""
 
 HEADER = '{"box_format": "pixels", "fraction" or "per-mille"}'
+"""The header of a file, for messages."""
 
 BOX_WORDS = {
     "box",
@@ -73,7 +77,7 @@ UNIT_NAMES = (
     "formatofboxes",
     "isnormalized",
 )
-"""Names without their underscores that state the unit of boxes, and so do names near them."""
+"""Names, without underscores, that state the unit of boxes; similar names do too."""
 
 PLAIN_NAMES = {
     "format",
@@ -88,30 +92,37 @@ PLAIN_NAMES = {
     "normalized",
     "normalised",
 }
-"""Names that state a unit where their value is one."""
+"""Names that state the unit of boxes if their value is in UNITS."""
 
 UNITS = {
-    *(
-        "pixel",
-        "pixels",
-        "px",
-        "fraction",
-        "fractions",
-        "relative",
-        "absolute",
-        "normalized",
-        "normalised",
-        "permille",
-        "percent",
-    ),
-    *("xyxy", "xywh", "cxcywh", "norm", "norm1", "norm1000", "real", "true", "false"),
+    "pixel",
+    "pixels",
+    "px",
+    "fraction",
+    "fractions",
+    "relative",
+    "absolute",
+    "normalized",
+    "normalised",
+    "permille",
+    "percent",
+    "xyxy",
+    "xywh",
+    "cxcywh",
+    "norm",
+    "norm1",
+    "norm1000",
+    "real",
+    "true",
+    "false",
 }
+"""Values, without punctuation, that state a unit or a format of boxes."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The unit of boxes that a file states, the rows without the header, and what a person is
-    told."""
+    """The result of `survey`: the unit of boxes that the file states, the numbered rows without the
+    header, and notes for a person."""
 
     box_format: BoxFormat
     rows: list[tuple[int, str]]
@@ -119,8 +130,8 @@ class Survey:
 
 
 def survey(lines: Lines) -> Survey:
-    """Looks at all rows. Raises DataError for a header that is not known, or not at the top, and
-    for a misspelt unit of boxes."""
+    """Surveys all rows of a file. Raises DataError for an unknown header, for a header that is not
+    the first line, and for a misspelt unit of boxes."""
     unit: BoxFormat = "pixels"
     rows, notes = lines.rows, []
     unknown: Counter[str] = Counter()
@@ -129,7 +140,7 @@ def survey(lines: Lines) -> Survey:
         try:
             row = parse(line)
         except DataError as error:
-            # A header that is not JSON would change the meaning of all rows that follow.
+            # Skipping a malformed header would change the unit of all rows that follow.
             if not re.search("image|question", line) and any(
                 map(_concerns_unit, re.findall(r"[\w-]+", line[:200]))
             ):
@@ -149,12 +160,12 @@ def survey(lines: Lines) -> Survey:
                 unknown.update(_unknown(row))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-    return Survey(unit, rows, [*notes, *_told(unknown)])
+    return Survey(unit, rows, [*notes, *_notes(unknown)])
 
 
 def is_header(row: Row, first: bool) -> bool:
-    """Whether a line holds settings, and nothing of a row. Only the first line of a file is a
-    header without a unit of boxes."""
+    """Whether a line is a header and not a row. A line without a unit of boxes is a header only if
+    it is the `first` of the file."""
     names = [name for name, value in row.items() if value is not None or name == "box_format"]
     if (
         not names
@@ -164,7 +175,7 @@ def is_header(row: Row, first: bool) -> bool:
         return False
     if any(_concerns_unit(name, row[name]) for name in names):
         return True
-    # A row may have misspelt what makes it one.
+    # A line with a misspelt field of a row is a row.
     near = {nearest_field(name, FIELDS) for name in names}
     return (
         first
@@ -174,6 +185,8 @@ def is_header(row: Row, first: bool) -> bool:
 
 
 def _header(row: Row, first: bool) -> BoxFormat:
+    """The unit of boxes that a header states. Raises DataError for an unknown header, or one that
+    is not the `first` line."""
     for name, value in row.items():
         if name == "box_format":
             continue
@@ -202,8 +215,7 @@ def _header(row: Row, first: bool) -> BoxFormat:
 
 
 def _check_unit(row: Row) -> None:
-    """Raises DataError where a row, or one of its boxes, states a unit by a name that is not
-    known."""
+    """Raises DataError if a row or a box in it states a unit under an unknown name."""
     for name, value in row.items():
         if value is not None and name not in FIELDS and _concerns_unit(name, value):
             raise DataError(
@@ -219,8 +231,7 @@ def _check_unit(row: Row) -> None:
 
 
 def _unknown(row: Row) -> list[str]:
-    """Names of fields that nobody reads, each once and in their order; those of boxes as
-    "boxes[].name"."""
+    """Names of the unknown fields of a row, each once; those of boxes as "boxes[].name"."""
     names = [name for name, value in row.items() if value is not None and name not in FIELDS]
     inside = [
         f"boxes[].{name}"
@@ -232,23 +243,23 @@ def _unknown(row: Row) -> list[str]:
 
 
 def _entries(row: Row) -> list[dict[str, Any]]:
-    found = row.get("boxes")
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    """The boxes of a row that are objects."""
+    boxes = row.get("boxes")
+    return [entry for entry in boxes if isinstance(entry, dict)] if isinstance(boxes, list) else []
 
 
-def _told(unknown: Counter[str]) -> list[str]:
-    """One note for each field that is near a known one, and one for all others."""
-    rows = {name: f"'{cut(name)}' ({plural(count, 'row')})" for name, count in unknown.items()}
-    near = {
-        name: found
-        for name in unknown
-        if "[]" not in name and (found := nearest_field(name, FIELDS))
-    }
-    notes = [
-        f"field {rows[name]} is not known; did you mean '{found}'?"
-        for name, found in list(near.items())[:SHOWN]
-    ]
-    others = [rows[name] for name in unknown if name not in dict(list(near.items())[:SHOWN])]
+def _notes(unknown: Counter[str]) -> list[str]:
+    """Notes about unknown fields: one for each field that is near a known one, and one for all
+    others."""
+    notes: list[str] = []
+    others: list[str] = []
+    for name, count in unknown.items():
+        counted = f"'{cut(name)}' ({plural(count, 'row')})"
+        near = "" if "[]" in name else nearest_field(name, FIELDS)
+        if near and len(notes) < SHOWN:
+            notes.append(f"field {counted} is not known; did you mean '{near}'?")
+        else:
+            others.append(counted)
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         notes.append(
@@ -259,7 +270,7 @@ def _told(unknown: Counter[str]) -> list[str]:
 
 
 def _concerns_unit(name: str, value: Any = None) -> bool:
-    """Whether a field states the unit of boxes, under a known name or another one."""
+    """Whether a field states the unit of boxes, under whatever name."""
     words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name[:100]).lower())
     joined = "".join(words)
     if set(words) & BOX_WORDS and set(words) & UNIT_WORDS:
@@ -274,6 +285,7 @@ def _concerns_unit(name: str, value: Any = None) -> bool:
 
 
 def _is_foreign(row: Row) -> bool:
+    """Whether a row has a known format of other programs."""
     try:
         foreign.check_row(row)
     except DataError:

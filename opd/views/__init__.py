@@ -1,7 +1,9 @@
-"""An example becomes what each policy sees: the student the whole images, the teacher a view.
+"""Turns an example into the images that each policy sees: the student sees the whole images, the
+teacher sees a view.
 
-The table below holds every view by the name that `view.kind` of a recipe has; a new one is a file
-here and a line there. A program adds its own by `register`, as `examples/04_a_view.py` shows.
+The table below holds every view by the name that `view.kind` of a recipe takes; a new view is a
+file in this folder and a line in the table. A program adds a view by `register`, as
+`examples/04_a_view.py` shows.
 """
 
 from opd.views.controls import Full, WrongCrop

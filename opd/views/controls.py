@@ -1,4 +1,5 @@
-"""Controls: views that should teach nothing, so that a gain on the evidence is seen to be one."""
+"""Controls: views from which the student should learn nothing, so that a gain by the evidence crop
+can be told from other effects of training."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ from opd.views.crop import check_evidence, crop_counts, crops, region
 from opd.views.view import Piece, Region, Size, View, ViewOptions, whole
 
 DRAWS = 32
-"""Random places tried for a wrong crop before the places that touch a border or an evidence box."""
+"""Number of random places that a wrong crop tries before the places that touch a border or an
+evidence box."""
 
 
 class Full(View):
-    """The student's images."""
+    """The control in which the teacher sees the same images as the student."""
 
     def pieces(
         self,
@@ -27,20 +29,22 @@ class Full(View):
         options: ViewOptions,
         max_pixels: int | None,
     ) -> list[Piece]:
-        """The image as it is."""
+        """The whole image."""
         return [whole(size)]
 
 
 class WrongCrop(View):
-    """Crops of the size that the evidence's would have, elsewhere in the image."""
+    """The control in which the teacher sees crops as large as the evidence crops, but elsewhere in
+    the image."""
 
     def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
-        """The example's images, even where it gives teacher images."""
+        """The example's images, even if the example has teacher images. Raises DataError if a box
+        is missing."""
         check_evidence(example, options)
         return example.images
 
     def counts(self, example: Example, options: ViewOptions) -> list[int]:
-        """As many as `Crop` gives."""
+        """The number of crops of each image, as in `Crop`."""
         return crop_counts(example, options)
 
     def pieces(
@@ -51,23 +55,24 @@ class WrongCrop(View):
         options: ViewOptions,
         max_pixels: int | None,
     ) -> list[Piece]:
-        """The crops of an image, each moved away from the evidence."""
+        """The crops of image `number`, each moved away from the evidence."""
         return crops(example, number, size, options, max_pixels, elsewhere)
 
 
 def elsewhere(right: Region, evidence: Sequence[Box], size: Size, id: str) -> Region:
-    """A region of the same size as `right`, with no overlap with the evidence where that is
-    possible, else with little; the image has `size`.
+    """A region of the same size as `right`, in an image of `size`, that does not overlap the
+    evidence; if every region does, the candidate that overlaps least.
 
-    Deterministic in `id`; most often one of several places drawn at random.
+    The result depends on `id`, which seeds random candidates; further candidates touch a border or
+    a box.
     """
     width, height = size
     across, down = right[2] - right[0], right[3] - right[1]
     key = int.from_bytes(hashlib.sha256(id.encode()).digest()[:16], "little")
     drawn = np.random.Generator(np.random.Philox(key=key)).random((DRAWS, 2))
     places = [(int(x * (width - across + 1)), int(y * (height - down + 1))) for x, y in drawn]
-    # A free place slid left and up until it touches a border or a box is still free, so these find
-    # one if there is any.
+    # Any free region stays free when it is moved left and up until it touches a border or a box, so
+    # these places include a free one if there is any.
     taken = [region(box, width, height) for box in evidence]
     lefts = {0, width - across, *(box[2] for box in taken)}
     tops = {0, height - down, *(box[3] for box in taken)}
@@ -81,4 +86,5 @@ def elsewhere(right: Region, evidence: Sequence[Box], size: Size, id: str) -> Re
 
 
 def _overlap(a: Region, b: Region) -> int:
+    """The area in pixels that two regions share."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

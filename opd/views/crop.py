@@ -1,6 +1,6 @@
-"""The teacher's view of Vision-OPD: crops around the evidence, enlarged.
+"""The view of Vision-OPD: the teacher sees enlarged crops around the evidence.
 
-All geometry is pure and ends in whole pixels (`opd.views.view.Region`).
+The functions here compute regions in whole pixels and never read an image.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from opd.types import Box, Example, ImageSource
 from opd.views.view import Piece, Region, Size, View, ViewOptions, whole
 
 MAX_ASPECT = 50
-"""A crop longer than this many times its width is widened, as far as the image reaches: image
-processors refuse ribbons."""
+"""Largest aspect ratio of a crop, since image processors refuse longer ones. A crop above it is
+widened as far as the image reaches."""
 
 Move: TypeAlias = Callable[[Region, Sequence[Box], Size, str], Region]
-"""From a crop's region, all boxes of the image, its size and a name of the crop to another
-region."""
+"""Moves a crop: maps the crop's region, all boxes of the image, the image's size and a name of the
+crop to another region."""
 
 
 class Crop(View):
-    """Crops around the boxes, or teacher images as an example gives them.
+    """Crops around the boxes; if an example has teacher images, those.
 
-    Crops stand in the place of their image, and an image without a box stays whole, so that "the
-    second image" in a question remains the second.
+    Crops take the place of their image, and an image without a box stays whole, so that "the second
+    image" in a question remains the second.
     """
 
     def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
-        """The teacher images where the example gives some, else its images."""
+        """The example's teacher images if there are any, else the images. Raises DataError if a box
+        is missing."""
         if example.teacher_images:
             return example.teacher_images
         check_evidence(example, options)
         return example.images
 
     def counts(self, example: Example, options: ViewOptions) -> list[int]:
-        """One for each teacher image that is given, else the crops of each image."""
+        """1 for each teacher image; without teacher images, the number of crops of each image."""
         if example.teacher_images:
             return [1] * len(example.teacher_images)
         return crop_counts(example, options)
@@ -50,14 +51,15 @@ class Crop(View):
         options: ViewOptions,
         max_pixels: int | None,
     ) -> list[Piece]:
-        """A teacher image as it is, or the crops of an image."""
+        """The whole teacher image `number`; without teacher images, the crops of image
+        `number`."""
         if example.teacher_images:
             return [whole(size)]
         return crops(example, number, size, options, max_pixels)
 
 
 def check_evidence(example: Example, options: ViewOptions) -> None:
-    """Raises DataError where an example has no boxes, or one that is in none of the images."""
+    """Raises DataError if an example has no boxes, or a box in an image that does not exist."""
     if not example.boxes or not all(0 <= box.image < len(example.images) for box in example.boxes):
         raise DataError(
             f"example {example.id}: the view '{options.kind}' needs boxes, each in one of the"
@@ -66,7 +68,8 @@ def check_evidence(example: Example, options: ViewOptions) -> None:
 
 
 def crop_counts(example: Example, options: ViewOptions) -> list[int]:
-    """The number of crops of each image, by its boxes; 1 where it has none."""
+    """The number of crops of each image: 1, or, with options.boxes = "each", one for each box and 1
+    for an image without a box."""
     if options.boxes == "hull":
         return [1] * len(example.images)
     return [
@@ -83,8 +86,8 @@ def crops(
     max_pixels: int | None,
     move: Move | None = None,
 ) -> list[Piece]:
-    """The crops around the boxes of image `number`, each moved by `move`; the whole image where it
-    has no box."""
+    """The crops around the boxes of image `number`, which has `size`, each moved by `move`; the
+    whole image if it has no box. Raises DataError for a box outside of the image."""
     boxes = [box for box in example.boxes if box.image == number]
     if not boxes:
         return [whole(size)]
@@ -100,7 +103,7 @@ def crops(
 
 
 def hull(boxes: Sequence[Box]) -> Box:
-    """The smallest box around all boxes, which are of one image."""
+    """The smallest box around `boxes`, which lie in the same image."""
     return Box(
         min(box.x0 for box in boxes),
         min(box.y0 for box in boxes),
@@ -113,11 +116,11 @@ def hull(boxes: Sequence[Box]) -> Box:
 def region(
     box: Box, width: int, height: int, margin: float = 0.0, margin_fraction: float = 0.0
 ) -> Region:
-    """The whole pixels that a box and its margin touch, inside an image of `width` x `height`; at
-    least one pixel.
+    """The whole pixels that a box with a margin covers in an image of `width` x `height`; at least
+    one pixel.
 
-    The part of a box that lies outside the image is cut off. Raises DataError where nothing of the
-    box is inside.
+    `margin` in pixels; `margin_fraction`: a further margin as a fraction of the box's longer side.
+    The part of a box outside the image is cut off. Raises DataError if the whole box is outside.
     """
     if min(box.x1, width) <= max(box.x0, 0) or min(box.y1, height) <= max(box.y0, 0):
         raise DataError(
@@ -126,7 +129,7 @@ def region(
         )
     across, down = box.x1 - box.x0, box.y1 - box.y0
     border = margin + margin_fraction * max(across, down)
-    # Margins along the shorter side grow where the crop would be a ribbon.
+    # If the crop would be longer than MAX_ASPECT allows, the margin of the shorter side grows.
     longest = max(across, down) + 2 * border
     beside = max(border, (longest / MAX_ASPECT - across) / 2)
     above = max(border, (longest / MAX_ASPECT - down) / 2)
@@ -141,11 +144,11 @@ def region(
 def enlarged(
     width: int, height: int, min_size: int = 1, enlarge: float = 1.0, max_pixels: int | None = None
 ) -> tuple[int, int]:
-    """The size of a crop for the teacher: `enlarge` times as large, or more where the shorter side
-    would stay below `min_size`.
+    """The (width, height) to which a crop is enlarged: `enlarge` times as large, or more if the
+    shorter side would stay below `min_size` pixels.
 
-    A crop is not enlarged above `max_pixels`, to which the image processor would bring it back; a
-    larger one keeps its size.
+    A crop is not enlarged above `max_pixels`, since the image processor would scale it down again;
+    a crop that is already larger keeps its size.
     """
     factor = max(enlarge, min_size / min(width, height))
     if max_pixels is not None and (most := math.sqrt(max_pixels / (width * height))) < factor:

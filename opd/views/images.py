@@ -1,5 +1,5 @@
-"""The images of both policies: the student sees the whole images, the teacher what the view of the
-recipe says."""
+"""Opens the images that each policy sees: the student sees the whole images, the teacher those of
+the recipe's view."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from opd.views.view import Piece, Region, Size, ViewOptions
 
 
 def student_images(example: Example) -> list[Image]:
-    """The example's images, upright and RGB. Raises DataError where one cannot be read."""
+    """The example's images, upright and RGB. Raises DataError if an image cannot be read."""
     return [open_image(source, example.max_image_pixels) for source in example.images]
 
 
 def teacher_images(
     example: Example, options: ViewOptions, max_pixels: int | None = MAX_PIXELS
 ) -> list[Image]:
-    """What the teacher sees, upright and RGB; `views_per_image` says how many of them stand in the
-    place of each image of the question.
+    """The images that the teacher sees, upright and RGB, in the order of the question's images;
+    `views_per_image` counts them for each of these.
 
-    No crop is enlarged above `max_pixels`. Raises DataError where the example does not have what
-    the view needs.
+    A crop is not enlarged above `max_pixels`. Raises DataError if an image cannot be read, or if
+    the example lacks what the view needs.
     """
     view, counts = options.view, []
     images: list[Image] = []
@@ -39,7 +39,7 @@ def teacher_images(
 
 
 def views_per_image(example: Example, options: ViewOptions) -> list[int]:
-    """How many of the teacher's images stand in the place of each image of the question."""
+    """The number of teacher's images in the place of each image of the question."""
     return options.view.counts(example, options)
 
 
@@ -49,8 +49,8 @@ def teacher_sizes(
     max_pixels: int | None = MAX_PIXELS,
     size_of: Callable[..., Size] = image_size,
 ) -> list[Size]:
-    """The sizes of `teacher_images`, from the headers of files; `size_of` may be an `image_size`
-    that remembers."""
+    """The sizes of `teacher_images`, read from the headers of files alone. `size_of`: `image_size`,
+    or the same with a cache. Raises DataError."""
     view, counts = options.view, []
     sizes: list[Size] = []
     for number, source in enumerate(view.sources(example, options)):
@@ -63,8 +63,8 @@ def teacher_sizes(
 
 
 def _check_counts(example: Example, options: ViewOptions, given: list[int]) -> None:
-    """Raises ValueError where a view gives other numbers of pieces than it promised: markers were
-    put into the question by those."""
+    """Raises ValueError if a view returns other numbers of pieces than its `counts`, by which
+    markers are put into the question."""
     promised = options.view.counts(example, options)
     if given != promised:
         raise ValueError(
@@ -73,14 +73,14 @@ def _check_counts(example: Example, options: ViewOptions, given: list[int]) -> N
 
 
 def _cut(image: Image, piece: Piece) -> Image:
-    """The pixels of a piece."""
+    """The pixels of a piece, resized."""
     changed = piece.change(image) if piece.change else image
     cut = _region(changed, piece.region)
     return cut if cut.size == piece.size else cut.resize(piece.size, Resampling.BICUBIC)
 
 
 def _region(image: Image, region: Region) -> Image:
-    """The pixels of a region; not by `Image.crop`, which warns of large ones or refuses them."""
+    """The pixels of a region. `Image.crop` is not used, since it refuses large regions."""
     left, top, right, bottom = region
     if region == (0, 0, *image.size):
         return image

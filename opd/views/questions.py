@@ -1,7 +1,7 @@
-"""An example's question as each policy is asked it: with the options of a choice, and with a marker
-for each image.
+"""The question of an example in the prompt of each policy: with the choices, and with a marker for
+each image.
 
-The options are part of the question: student and teacher are asked the same.
+Both policies get the choices, so that they answer the same question.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from opd.views.view import ViewOptions
 
 
 def student_question(example: Example) -> str:
-    """The question, with the options where it does not hold them."""
+    """The question, followed by the choices if it does not list them."""
     return with_choices(example.question, example.choices)
 
 
 def teacher_question(example: Example, options: ViewOptions) -> str:
-    """The same for the teacher; a marker is repeated for all views of its image, so that they stand
-    together in its place."""
+    """The teacher's question, followed by the choices if it does not list them. The marker of an
+    image is repeated for every view of this image."""
     question = example.question if example.teacher_question is None else example.teacher_question
-    first, *rest = with_choices(question, example.choices).split(IMAGE_MARKER)
-    # All images that have no marker follow the last one, so it is repeated by the encoder.
-    counts = [*views_per_image(example, options), *(1 for _ in rest)]
-    return first + "".join(
-        IMAGE_MARKER * (count if number < len(rest) else 1) + part
-        for number, (count, part) in enumerate(zip(counts, rest, strict=False), 1)
-    )
+    result, *rest = with_choices(question, example.choices).split(IMAGE_MARKER)
+    counts = views_per_image(example, options)
+    for number, part in enumerate(rest):
+        # The encoder repeats the last marker for all images that are left.
+        repeats = number < len(rest) - 1 and number < len(counts)
+        result += IMAGE_MARKER * (counts[number] if repeats else 1) + part
+    return result

@@ -1,7 +1,6 @@
-"""One row as the two policies see it, or the reason why it cannot be used.
+"""Encodes a row for both policies, or says why the row cannot be used.
 
-Training and measuring encode rows here alone, so that both skip the same rows, count them and name
-them.
+Training and measuring both encode rows here, so that they skip, count and name the same rows.
 """
 
 from __future__ import annotations
@@ -21,34 +20,36 @@ from opd.views.questions import student_question, teacher_question
 from opd.views.view import ViewOptions
 
 TOLD = 5
-"""Rows that are told one by one; further ones are counted."""
+"""Number of skipped rows that are reported one by one; further rows are only counted."""
 
-ITS_OWN = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S*\d\S*|\S+\.\w+:?")
-"""Parts of a message that belong to one row: quotations, paths, names of files and numbers."""
+SPECIFIC = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S*\d\S*|\S+\.\w+:?")
+"""Matches parts of a message that differ from row to row: quotations, paths, names of files and
+numbers."""
 
 
 class Unusable(DataError):
-    """A row cannot be used; `kind` is the reason without what belongs to this row alone."""
+    """A row cannot be used. `kind` is the reason without quotations, paths and numbers, so that
+    rows with the same fault can be counted."""
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
         self.kind = (
             kind
-            or re.sub(r"(\.\.\.[\s,x:;]*)+", "... ", ITS_OWN.sub("...", reason)).strip(" .:;,")
+            or re.sub(r"(\.\.\.[\s,x:;]*)+", "... ", SPECIFIC.sub("...", reason)).strip(" .:;,")
             or reason
         )
 
 
 class Skipped:
-    """The rows that could not be used: `reasons` by row, and `kinds` of reasons by row. A row is
-    told once, and only the first few are.
+    """Collects the rows that could not be used: `reasons` and `kinds` by the row's name. Tells
+    `progress` about the first TOLD rows.
 
-    Safe for threads: rows are encoded ahead on another thread.
+    Safe for threads, since rows are prefetched on another thread.
     """
 
     def __init__(self, progress: Progress, earlier: Iterable[Mapping[str, str]] = ()) -> None:
-        """`earlier`: those of an earlier part of the same run, as `records` gives them; they are
-        not told again."""
+        """`earlier`: the `records` of an earlier part of the same run, which are not reported a
+        second time."""
         self.reasons: dict[str, str] = {}
         self.kinds: dict[str, str] = {}
         self._progress = progress
@@ -59,7 +60,7 @@ class Skipped:
             self._handed += 1
 
     def add(self, example: Example, error: Unusable) -> None:
-        """Counts a row, and tells it where it is a new one."""
+        """Counts a row, and reports it if it is new and among the first TOLD."""
         row = name(example)
         with self._lock:
             new = row not in self.reasons
@@ -73,7 +74,7 @@ class Skipped:
             )
 
     def records(self) -> list[dict[str, str]]:
-        """Every row with its reason, in the order in which they fell out."""
+        """A record of every row, with "row", "reason" and "kind", in the order of `add`."""
         with self._lock:
             return [
                 {"row": row, "reason": reason, "kind": self.kinds[row]}
@@ -82,31 +83,31 @@ class Skipped:
 
     def new(self) -> list[dict[str, str]]:
         """The `records` since the last call."""
-        found = self.records()[self._handed :]
-        self._handed += len(found)
-        return found
+        records = self.records()[self._handed :]
+        self._handed += len(records)
+        return records
 
     def why(self) -> str:
-        """The reasons in words, the most frequent first, each with the number of its rows."""
+        """The kinds of reasons in words, as in `reasons`."""
         return reasons(row["kind"] for row in self.records())
 
 
 def reasons(kinds: Iterable[str]) -> str:
-    """Kinds of reasons in words, the most frequent first, each with the number of its rows."""
+    """Kinds of reasons in words, the most frequent first, each with the number of rows."""
     return ", ".join(
         f"{plural(count, 'row')}: {kind}" for kind, count in Counter(kinds).most_common()
     )
 
 
 def encode_student(encoder: Encoder, example: Example) -> Prompt:
-    """The prompt of the full image."""
+    """The student's prompt: the full images and the question. Raises DataError."""
     return encoder.encode(student_images(example), student_question(example))
 
 
 def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
-    """The same prompt with the images swapped for the teacher's, and the question where the example
-    gives another one."""
-    # an encoder may say up to which size its images keep what a crop is enlarged to
+    """The teacher's prompt: the images of `view`, and the example's teacher_question or question.
+    Raises DataError."""
+    # Some encoders say their largest image size; enlarging a crop above it would be useless.
     bound = getattr(encoder, "max_pixels", None)
     images = teacher_images(example, view, bound("teacher") if bound else MAX_PIXELS)
     return encoder.encode(images, teacher_question(example, view), "teacher")
@@ -117,11 +118,11 @@ def encode(
 ) -> tuple[Prompt, Prompt]:
     """The student's and the teacher's prompt of a row, each of at most `limit` tokens.
 
-    Raises Unusable where the row has none, and other errors of `opd.errors` where no row could have
-    one.
+    Raises Unusable for a fault of this row, and other errors of `opd.errors` for faults that
+    concern every row.
     """
     views = sum(views_per_image(example, view))
-    if limit and views > limit:  # a view takes a token or more: no need to cut any
+    if limit and views > limit:  # every view takes at least one token, so cutting can be skipped
         raise Unusable(f"{views:,} views, {above(limit)}", above(limit))
     with _guarded(example):
         prompts = encode_student(encoder, example), encode_teacher(encoder, example, view)
@@ -137,8 +138,8 @@ def lengths(
     view: ViewOptions,
     size_of: Callable[..., tuple[int, int]] = image_size,
 ) -> tuple[int, int]:
-    """Tokens of both prompts of a row, from the sizes of its images where the encoder can tell them
-    so; raises as `encode` does."""
+    """Number of tokens in the student's and the teacher's prompt of a row. Images are not decoded
+    if the encoder is a SizedEncoder; `size_of` then gives their sizes. Raises as `encode` does."""
     if not isinstance(encoder, SizedEncoder):
         student, teacher = encode(encoder, example, view)
         return len(student), len(teacher)
@@ -153,7 +154,8 @@ def lengths(
 
 @contextmanager
 def _guarded(example: Example) -> Iterator[None]:
-    """Makes a fault of one row Unusable; MemoryError is none of the row's."""
+    """Turns errors of one row into Unusable; MemoryError is passed on, since it would concern every
+    row."""
     for text in (example.question, example.teacher_question or "", *example.choices):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise Unusable("the question holds half of a surrogate pair, which is no character")
@@ -161,28 +163,26 @@ def _guarded(example: Example) -> Iterator[None]:
         yield
     except DataError as error:
         raise Unusable(str(error)) from error
-    except (OpdError, MemoryError):  # a machine without memory would lose every row, one by one
+    except (OpdError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # whatever the libraries that read images and texts raise for one of them
+    except Exception as error:  # image and text libraries raise errors of many classes
         raise Unusable(
             f"the row cannot be encoded: {one_line(error)}", "the row cannot be encoded"
         ) from error
 
 
 def too_long(tokens: int, limit: int) -> tuple[str, str]:
-    """The reason of a prompt above the limit, and its kind."""
+    """Reason and kind for a row whose longer prompt has `tokens` tokens."""
     return f"prompt of {plural(tokens, 'token')}, {above(limit)}", above(limit)
 
 
 def above(limit: int) -> str:
-    """The kind of reason of every row above the limit."""
+    """The kind of reason for rows with a prompt of more than `limit` tokens."""
     return f"above data.max_prompt_tokens = {limit}"
 
 
 def name(example: Example) -> str:
-    """How a row is called: its file and line, and its id where the data give one."""
+    """The name of a row in messages: file and line, and the id if the data give one."""
     if not example.source or example.source == example.id:
         return example.id
     return f"{example.source} ({example.id})"

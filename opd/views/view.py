@@ -1,8 +1,8 @@
-"""What a view is, and the table of all views, which `opd.views` fills.
+"""The interface of views, and the table of all views, which `opd.views` fills.
 
-A view says what the teacher sees in the place of each image of the question. It names regions and
-sizes alone; `opd.views.images` reads the files and cuts. So a prompt's length is known from the
-headers of the files, and a view is a few lines that need no picture to be tested.
+A view says what the teacher sees in the place of each image of the question. It only computes
+regions and sizes; `opd.views.images` reads and cuts the images. So the length of a prompt follows
+from the headers of the files, and a view can be tested without images.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ class Piece:
 
 
 def whole(size: Size) -> Piece:
-    """An image as it is."""
+    """The whole image, at the same size."""
     return Piece((0, 0, *size), size)
 
 
 class View(ABC):
-    """What the teacher sees of an example. A view keeps no state: threads share it."""
+    """Computes what the teacher sees of an example. Threads share a view, so it must not keep
+    state."""
 
     @abstractmethod
     def pieces(
@@ -56,48 +57,52 @@ class View(ABC):
         options: ViewOptions,
         max_pixels: int | None,
     ) -> list[Piece]:
-        """What stands in the place of image `number` (from 0), which has `size`, in its order.
+        """The pieces, in order, that take the place of image `number` (from 0) of `sources`, which
+        has `size`.
 
-        `max_pixels`: the pixels to which the image processor brings a larger piece back; None
-        where it has no bound. Raises DataError where the image gives no such view.
+        `max_pixels`: the image processor scales larger pieces down to this many pixels; None: it
+        has no bound. Raises DataError if the view cannot be made of this image.
         """
 
     def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
-        """The images that the pieces are cut from: the example's. Raises DataError where the
-        example lacks what the view needs."""
+        """The images from which the pieces are cut: by default the example's images. Raises
+        DataError if the example lacks what the view needs."""
         return example.images
 
     def counts(self, example: Example, options: ViewOptions) -> list[int]:
-        """The number of pieces in the place of each image, known before a file is opened."""
+        """The number of pieces in the place of each image of `sources`, without opening files."""
         return [1] * len(example.images)
 
 
 BUILT_IN: dict[str, View] = {}
-OWN: dict[str, View] = {}
+"""The views of opd, by name."""
+
+REGISTERED: dict[str, View] = {}
+"""The views that programs have registered, by name."""
 
 
 def register(name: str, view: View) -> None:
-    """Lets `view.kind = name` of a recipe mean `view`, in this process; an earlier registration of
-    the name is replaced.
+    """Makes `view` available in this process as `view.kind = name` of a recipe. A second
+    registration of the same name replaces the first.
 
-    A run records the name alone, so a process that resumes it has to register the view as well.
-    Raises ValueError where opd itself has a view of that name.
+    A run records only the name, so a process that resumes the run has to register the view too.
+    Raises ValueError for the name of a view of opd.
     """
     if name in BUILT_IN:
         raise ValueError(f"opd has a view '{name}' of its own; take another name")
-    OWN[name] = view
+    REGISTERED[name] = view
 
 
 def _known(kind: str) -> str:
-    """The name of a view. Raises PydanticCustomError where there is none of that name."""
-    if kind not in BUILT_IN and kind not in OWN:
-        known = nearest(kind, [*BUILT_IN, *OWN])
+    """Returns `kind`. Raises PydanticCustomError if no view has this name."""
+    if kind not in BUILT_IN and kind not in REGISTERED:
+        known = nearest(kind, [*BUILT_IN, *REGISTERED])
         raise PydanticCustomError("view", "no view has this name; {known}", {"known": known})
     return kind
 
 
 class ViewOptions(Options):
-    """What the teacher sees."""
+    """The images that the teacher sees."""
 
     kind: Annotated[str, AfterValidator(_known)] = Field(
         "crop",
@@ -136,5 +141,5 @@ class ViewOptions(Options):
 
     @property
     def view(self) -> View:
-        """The view of that kind."""
-        return BUILT_IN[self.kind] if self.kind in BUILT_IN else OWN[self.kind]
+        """The view that `kind` names."""
+        return BUILT_IN[self.kind] if self.kind in BUILT_IN else REGISTERED[self.kind]

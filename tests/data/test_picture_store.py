@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from opd.data import dataset, images, pictures, read_dataset, spread
-from opd.data.pictures import places
+from opd.data.pictures import store_paths
 from opd.errors import DataError
 from opd.types import Example
 
@@ -74,7 +74,7 @@ def test_few_rows_decode_few_pictures_and_are_those_of_the_whole(many: Path, dec
 
 def test_what_was_decoded_is_not_decoded_again(many: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = read_dataset(many)
-    store = places(many)[0]
+    store = store_paths(many)[0]
     assert len(decoded) == 200
     assert first.notes == [f"sizes and hashes of the pictures are kept in {store}: the next reading decodes only what has changed"]
     decoded.clear()
@@ -131,21 +131,21 @@ def test_a_picture_that_was_just_written_is_not_kept(many: Path, decoded: list[s
 )
 def test_a_damaged_store_is_ignored_and_replaced(many: Path, decoded: list[str], content: bytes) -> None:
     first = read_dataset(many)
-    whole = places(many)[0].read_bytes()
-    places(many)[0].write_bytes(content)
+    whole = store_paths(many)[0].read_bytes()
+    store_paths(many)[0].write_bytes(content)
     decoded.clear()
     assert read_dataset(many).fingerprint == first.fingerprint
     assert len(decoded) == 200
-    assert places(many)[0].read_bytes() == whole
+    assert store_paths(many)[0].read_bytes() == whole
 
 
 def test_a_wrong_entry_is_not_believed(many: Path, decoded: list[str]) -> None:
     first = read_dataset(many)
-    store = json.loads(places(many)[0].read_text())
+    store = json.loads(store_paths(many)[0].read_text())
     for number, spoilt in enumerate(([0, 10], ["20", 10], [-5, 10])):
         store["pictures"][f"{number}.png"][4:6] = spoilt
     store["pictures"]["3.png"][6] = "0" * 63 + "g"
-    places(many)[0].write_text(json.dumps(store))
+    store_paths(many)[0].write_text(json.dumps(store))
     decoded.clear()
     assert read_dataset(many).fingerprint == first.fingerprint
     assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]

@@ -12,7 +12,7 @@ from opd.testing.toy import ToyEncoder
 from opd.types import Box, Example
 from opd.views import Piece, View, ViewOptions, register, usable, whole
 from opd.views.images import student_images, teacher_images, teacher_sizes, views_per_image
-from opd.views.view import BUILT_IN, OWN
+from opd.views.view import BUILT_IN, REGISTERED
 
 
 class Halves(View):
@@ -34,7 +34,7 @@ class Halves(View):
 @pytest.fixture
 def own(monkeypatch):
     """What is registered is forgotten after the test."""
-    monkeypatch.setattr("opd.views.view.OWN", {})
+    monkeypatch.setattr("opd.views.view.REGISTERED", {})
     register("halves", Halves())
 
 
@@ -45,7 +45,7 @@ def example(width=40, height=30, seed=0):
 
 def test_the_names_of_the_product():
     assert sorted(BUILT_IN) == ["crop", "full", "wrong"]
-    assert not OWN
+    assert not REGISTERED
 
 
 @pytest.mark.usefixtures("own")

@@ -1,7 +1,7 @@
-"""Formats of data files. The table below holds them in the order in which they are asked; a new one
-is a file here and a line there.
+"""Formats of data files. The table below lists them in the order in which they are tried; a new
+format is a file in this folder and a line in the table.
 
-A program adds its own by `register`, as `examples/06_a_format.py` shows.
+A program adds a format by `register`, as `examples/06_a_format.py` shows.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from opd.paths import read_start
 __all__ = ["Format", "Rows", "recognised", "register"]
 
 START = 65_536
-"""Bytes at the beginning of a file by which it is recognised."""
+"""Number of bytes at the beginning of a file that `Format.recognise` gets."""
 
 BUILT_IN: list[Format] = [Own()]
-"""The last one reads what no other recognises, and says what is wrong with it."""
+"""The formats of opd. The last one reads every file that no other format recognises."""
 
 REGISTERED: dict[str, Format] = {}
+"""The formats that programs have registered, by name."""
 
 
 def register(reader: Format) -> None:
-    """Lets every data file that `reader` recognises be read by it, in this process.
+    """Makes `reader` read every data file that it recognises, in this process.
 
-    It is asked before the built-in formats; an earlier one of the same name is replaced.
+    Registered formats are tried before the built-in formats. A second registration of the same
+    name replaces the first.
     """
     REGISTERED[reader.name] = reader
 
 
 def recognised(path: Path) -> Format:
-    """The format of a file or folder: the first that recognises it, else our own."""
+    """The first format that recognises a file or folder, else our own format."""
     *others, last = [*REGISTERED.values(), *BUILT_IN]
     if not others:
         return last
     start = read_start(path, START)
-    return next((one for one in others if one.recognise(path, start)), last)
+    return next((reader for reader in others if reader.recognise(path, start)), last)

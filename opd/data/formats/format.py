@@ -1,4 +1,4 @@
-"""What a format is: how a file is recognised, and how it becomes rows of our own fields."""
+"""The interface of formats: recognise a file, and read it into rows with our fields."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Rows:
 
 
 class Format(Protocol):
-    """A reader of one format. It keeps no state, since it reads many files."""
+    """Reads files of one format. One object reads many files, so it must not keep state."""
 
     @property
     def name(self) -> str:
@@ -37,10 +37,10 @@ class Format(Protocol):
         ...
 
     def recognise(self, path: Path, start: bytes) -> bool:
-        """Whether a file or folder is of this format; `start` holds its first bytes (at most
-        65,536), none of a folder."""
+        """Whether a file or folder has this format. `start`: the first bytes of the file, at most
+        65,536; empty for a folder."""
         ...
 
     def read(self, path: Path) -> Rows:
-        """The rows of a file or folder. Raises DataError if it cannot be used as a whole."""
+        """The rows of a file or folder. Raises DataError if the whole file cannot be used."""
         ...

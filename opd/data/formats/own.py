@@ -39,11 +39,11 @@ from opd.errors import DataError, plural
 from opd.types import IMAGE_MARKER, Example
 
 LETTERED = len(ascii_uppercase)
-"""The most choices that have a letter."""
+"""Largest number of choices, since each has a letter."""
 
 TOGETHER = 4
-"""A row's pictures are held together while its prompt is made: at most so many times
-`data.max_image_pixels`."""
+"""The images of a row, which are in memory together while the prompt is encoded, have at most this
+many times `data.max_image_pixels` pixels."""
 
 
 class Own:
@@ -52,15 +52,15 @@ class Own:
     name = "opd's own rows"
 
     def recognise(self, path: Path, start: bytes) -> bool:
-        """Any text: `read` says what is wrong with one that holds other rows."""
+        """True for every file; `read` raises an error for a file with other rows."""
         return True
 
     def read(self, path: Path) -> Rows:
-        """The lines of a file that are rows. Raises DataError for a file of another kind."""
+        """The rows of a file. Raises DataError for a file that is not JSON lines."""
         lines = read_lines(path)
-        seen = survey(lines)
-        rows = [(number, partial(parse, line)) for number, line in seen.rows]
-        return Rows(path, lines.content, rows, seen.box_format, seen.notes)
+        surveyed = survey(lines)
+        rows = [(number, partial(parse, line)) for number, line in surveyed.rows]
+        return Rows(path, lines.content, rows, surveyed.box_format, surveyed.notes)
 
 
 def read_row(
@@ -71,8 +71,12 @@ def read_row(
     facts: Callable[[Path], ImageFacts],
     max_image_pixels: int,
 ) -> Example:
-    """The example of a row. `folder`: what paths are relative to; `facts` reads an image. Raises
-    DataError."""
+    """The example of a row. Raises DataError for a faulty row.
+
+    `source`: "file:line". `folder`: paths are relative to it. `box_format`: the unit of boxes if
+    the row does not state one. `facts` reads an image. `max_image_pixels`: larger images are
+    refused.
+    """
     foreign.check_row(row)
     images = paths(row, "image", folder)
     if not images:
@@ -124,18 +128,25 @@ def read_row(
 def _sizes(
     images: Sequence[Path], facts: Callable[[Path], ImageFacts], field: str, max_pixels: int
 ) -> list[tuple[int, int]]:
-    found = [facts(path) for path in images]
-    for fault in (one.fault for one in found if one.fault):
-        raise DataError(f"field '{field}': {fault}")
-    if (pixels := sum(one.size[0] * one.size[1] for one in found)) > TOGETHER * max_pixels:
+    """(width, height) of the images of a row. Raises DataError if an image cannot be read, or if
+    they are too large together."""
+    sizes = []
+    for path in images:
+        image = facts(path)
+        if image.fault:
+            raise DataError(f"field '{field}': {image.fault}")
+        sizes.append(image.size)
+    pixels = sum(width * height for width, height in sizes)
+    if pixels > TOGETHER * max_pixels:
         raise DataError(
-            f"field '{field}': {pixels} pixels in {len(found)} pictures, above {TOGETHER} x"
+            f"field '{field}': {pixels} pixels in {len(sizes)} pictures, above {TOGETHER} x"
             f" data.max_image_pixels = {max_pixels}"
         )
-    return [one.size for one in found]
+    return sizes
 
 
 def _check_markers(field: str, question: str, images: Sequence[Path], kind: str) -> None:
+    """Raises DataError if a question has more markers than there are images."""
     count = question.count(IMAGE_MARKER)
     if count > len(images):
         markers = plural(count, f"'{IMAGE_MARKER}' marker")
@@ -143,41 +154,44 @@ def _check_markers(field: str, question: str, images: Sequence[Path], kind: str)
 
 
 def _answer(row: Row, choices: Sequence[str]) -> str | tuple[str, ...] | None:
-    """The reference answer, or several of which any is right."""
-    found = row.get("answer")
-    if found is None or found == []:
+    """The reference answer or answers of a row; None if it has none. Raises DataError."""
+    value = row.get("answer")
+    if value is None or value == []:
         return None
-    answers = [
-        _one_answer(entry, choices) for entry in (found if isinstance(found, list) else [found])
-    ]
-    return answers[0] if len(answers) == 1 else tuple(answers)
+    entries = value if isinstance(value, list) else [value]
+    answers = tuple(_one_answer(entry, choices) for entry in entries)
+    return answers[0] if len(answers) == 1 else answers
 
 
-def _one_answer(found: Any, choices: Sequence[str]) -> str:
-    if not (isinstance(found, str) and found.strip()) and not is_finite(found):
-        raise wrong("answer", found, "a text or a number, or a list of them")
-    answer = str(whole("answer", str(found)))
+def _one_answer(value: Any, choices: Sequence[str]) -> str:
+    """One reference answer as text. Raises DataError if it is not a text or number, or names none
+    of the `choices`."""
+    if not (isinstance(value, str) and value.strip()) and not is_finite(value):
+        raise wrong("answer", value, "a text or a number, or a list of them")
+    answer = str(whole("answer", str(value)))
     if choices and chosen(answer, choices) is None:
         raise DataError(
-            f"field 'answer': {show(found)} is neither a letter nor the text of one of the"
+            f"field 'answer': {show(value)} is neither a letter nor the text of one of the"
             f" {plural(len(choices), 'choice')}"
         )
     return answer
 
 
 def _id(row: Row, source: str) -> str:
-    found = row.get("id")
-    if found is None:
+    """The id of a row, else `source`. Raises DataError."""
+    value = row.get("id")
+    if value is None:
         return source
-    if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
-        raise wrong("id", found, "a text or a whole number")
-    return str(whole("id", str(found)))
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise wrong("id", value, "a text or a whole number")
+    return str(whole("id", str(value)))
 
 
 def _weight(row: Row) -> float:
-    found = row.get("weight")
-    if found is None:
+    """The weight of a row, else 1. Raises DataError."""
+    value = row.get("weight")
+    if value is None:
         return 1.0
-    if not is_finite(found) or found < 0:
-        raise wrong("weight", found, "a number of at least 0")
-    return float(found)
+    if not is_finite(value) or value < 0:
+        raise wrong("weight", value, "a number of at least 0")
+    return float(value)
