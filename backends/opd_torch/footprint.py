@@ -1,4 +1,4 @@
-"""Bytes that a backward holds, roughly, and the share of layers to recompute instead."""
+"""Estimates the bytes that a backward holds, and chooses the share of layers to recompute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from opd_torch.model.load import Model
 
 
 def activation_bytes(model: Model, batch: Batch) -> int:
-    """Bytes that the backward of a batch holds; 0 without a family, which recomputes row by row."""
+    """The bytes that the backward of a batch holds. They are 0 without a family file, because those
+    models are recomputed row by row.
+    """
     if model.family is None:
         return 0
     prefixes = batch.prefixes
@@ -22,7 +24,7 @@ def activation_bytes(model: Model, batch: Batch) -> int:
 
 
 def prompt_bytes(model: Model, prompts: Sequence[Prompt], tokens: int) -> int:
-    """Bytes that a backward holds of the prompts' images and of `tokens` text tokens."""
+    """The bytes that a backward holds of the prompts' images and of `tokens` text tokens."""
     assert model.family is not None
     config = model.module.config
     patches = sum(model.family.patches(config, prompt) for prompt in prompts)
@@ -30,20 +32,19 @@ def prompt_bytes(model: Model, prompts: Sequence[Prompt], tokens: int) -> int:
 
 
 def estimate(config: Any, itemsize: int, fused: bool, tokens: int, patches: int) -> int:
-    """Bytes of what each layer's products keep of `tokens` text tokens and of `patches`.
+    """The bytes that a backward holds of `tokens` text tokens and `patches` patches.
 
-    `config` is transformers'; `itemsize` bytes has a number in computation. Fused kernels keep
-    less.
+    `config` is transformers' configuration, `itemsize` the bytes of a number in computation, and
+    `fused` says whether fused kernels run, which hold less.
     """
     text, vision = config.text_config, config.vision_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = text.num_attention_heads * head
     deltas = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
-    # How many rows of the hidden width, of the feed-forward's and of all heads a layer keeps: of
-    # the text, and of the tower.
-    wide, forward, attention, tower_wide, tower_forward = (
-        (8, 3, 4, 12, 2) if fused else (12, 4, 8, 16, 4)
-    )
+    # The numbers of rows that a layer keeps: rows of the hidden width, of the feed-forward's width
+    # and of the width of all heads in the trunk, then the first two in the tower.
+    kept_rows = (8, 3, 4, 12, 2) if fused else (12, 4, 8, 16, 4)
+    wide, forward, attention, tower_wide, tower_forward = kept_rows
     row = text.num_hidden_layers * (wide * text.hidden_size + forward * text.intermediate_size)
     row += (text.num_hidden_layers - deltas) * attention * heads
     per_token = itemsize * row + (deltas * delta_bytes(text, itemsize) if deltas else 0)
@@ -53,28 +54,26 @@ def estimate(config: Any, itemsize: int, fused: bool, tokens: int, patches: int)
 
 
 def delta_bytes(text: Any, itemsize: int) -> int:
-    """Bytes that a gated delta net's backward holds of a token, beside the rows of every layer; the
-    solve is float32.
+    """The bytes that the backward of a gated delta net holds per token, in addition to the rows of
+    every layer. The delta rule computes in float32.
     """
     heads, width = text.linear_num_value_heads, text.linear_key_head_dim
     keys, values = heads * width, heads * text.linear_value_head_dim
     channels = 2 * text.linear_num_key_heads * width + values
-    # Every chunk starts from a state of its own, and its tokens meet in six squares.
+    # A chunk keeps a state, and six matrices of CHUNK x CHUNK for each head.
     solve = 9 * keys + 9 * values + 6 * heads * CHUNK + 2 * width * values // CHUNK
     return int(itemsize * 3 * channels + 4 * solve)
 
 
 def recompute_share(model: Model, wanted: int) -> float:
-    """The share of layers to recompute in a backward that would hold `wanted` bytes."""
+    """The share of layers, 0 to 1, to recompute in a backward that would hold `wanted` bytes."""
     if wanted <= model.device.checkpoint_above:
         return 0.0
     return max(0.0, 1 - max(0, free_bytes(model)) / wanted) if model.device.gpu else 1.0
 
 
 def free_bytes(model: Model) -> int:
-    """Bytes of the GPU that nothing else will need before the gradient is complete, less a tenth as
-    a margin.
-    """
+    """The GPU's bytes that stay free until the gradient is complete, with a margin of a tenth."""
     device = model.device.torch
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     parameters = model.parameters.values()

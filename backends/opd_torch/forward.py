@@ -1,7 +1,6 @@
-"""The trunk: vision tower, prompt stream, completion stream, and the hidden states of exactly the
-rows that predict.
+"""The forward of the trunk: vision tower, prompt stream, completion stream.
 
-Legend: see `batch`.
+It computes the final hidden states of the rows that predict, and of no others. Legend: see `batch`.
 """
 
 from __future__ import annotations
@@ -22,22 +21,23 @@ from opd_torch.layers.layer import CompletionCache, KeysValues, checkpoint_if
 from opd_torch.model.load import Model
 
 PromptCache: TypeAlias = list[KeysValues]
-"""What every layer keeps of the prompts, [B, ...] each; in decoding without a family, transformers'
-cache of each prompt.
+"""The cache of all prompts, layer by layer. Without a family file decoding uses transformers' cache
+of each prompt instead.
 """
 
 
 def hidden_states(model: Model, batch: Batch, recompute: float = 0) -> Tensor:
-    """Final hidden states [M, D] of exactly the rows that predict completion tokens.
+    """Final hidden states [M, D] of the rows that predict completion tokens.
 
-    The first `recompute` share of the layers keeps no activations and runs again in the backward.
+    `recompute` is the share of layers, counted from the first, that the backward recomputes.
     """
     return complete(model, batch, prefill(model, batch.prefixes, recompute), recompute)
 
 
 def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCache:
-    """Runs all prompts' prefixes. Empty without a family, where every completion reads its prompt
-    by itself.
+    """Runs all prompts' prefixes and returns their cache.
+
+    Without a family file the cache is empty, because every completion's row contains the prompt.
     """
     family = model.family
     if family is None:
@@ -49,9 +49,10 @@ def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCac
     angles = family.angles(model.module, prefixes.positions, hidden)
     cache = []
     for number, layer in enumerate(model.layers):
-        last, again = number + 1 == len(model.layers), number < recompute * len(model.layers)
+        last = number + 1 == len(model.layers)
+        recompute_layer = number < recompute * len(model.layers)
         arguments = hidden, angles[layer.rotary], prefixes, last
-        hidden, keys_values = checkpoint_if(again, layer.prefix, *arguments)
+        hidden, keys_values = checkpoint_if(recompute_layer, layer.prefix, *arguments)
         cache.append(keys_values)
         if number + 1 < len(features) and not last:
             added = features[number + 1].to(hidden.dtype)
@@ -60,28 +61,28 @@ def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCac
 
 
 def complete(model: Model, batch: Batch, prompts: PromptCache, recompute: float = 0) -> Tensor:
-    """Final hidden states [M, D] of completion rows, over the cache of their prompts."""
+    """Final hidden states [M, D] of completion rows, over the cache of the prompts."""
     family = model.family
     if family is None:
         return rows.hidden_states(model.module, batch)
     hidden = family.embed(model.module, batch.tokens)
     angles = family.angles(model.module, batch.positions, hidden)
     for number, (layer, prefix) in enumerate(zip(model.layers, prompts, strict=True)):
-        again = number < recompute * len(model.layers)
+        recompute_layer = number < recompute * len(model.layers)
         arguments = hidden, angles[layer.rotary], prefix, batch
-        hidden = checkpoint_if(again, layer.completion, *arguments)
+        hidden = checkpoint_if(recompute_layer, layer.completion, *arguments)
     return family.text(model.module).norm(hidden)
 
 
 def prefill_to_decode(model: Model, prefixes: Prefixes) -> PromptCache:
-    """`prefill`, or without a family transformers' own cache of each prompt."""
+    """Runs `prefill`, or without a family file makes transformers' cache of each prompt."""
     if model.family is None:
         return rows.prefill(model.module, prefixes)
     return prefill(model, prefixes)
 
 
 def begin(model: Model, prompts: PromptCache, n: int) -> list[Any]:
-    """The caches of n completions of each prompt, before their first tokens."""
+    """The caches of n completions of each prompt, before the first token."""
     if model.family is None:
         return rows.begin(prompts, n)
     return [layer.begin(prefix, n) for layer, prefix in zip(model.layers, prompts, strict=True)]
@@ -94,10 +95,10 @@ def decode(
     completions: Sequence[Any],
     step: DecodeStep,
 ) -> Tensor:
-    """Final hidden states [R, D] of one more row of every completion, n to a prompt.
+    """Final hidden states [R, D] of the next row of every completion, n to a prompt.
 
-    The rows before are in the caches `completions` of `begin`; the new rows are added to them in
-    place.
+    `completions` are the caches that `begin` made. They hold the earlier rows, and the new rows are
+    added to them in place.
     """
     family = model.family
     if family is None:
@@ -110,8 +111,9 @@ def decode(
 
 
 def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:
-    """The caches of several `prefill_to_decode` as one. Empties `parts`, so that at most one layer
-    is held twice.
+    """Joins the caches of several calls of `prefill_to_decode`.
+
+    Empties `parts` layer by layer, so that at most one layer is in memory twice.
     """
     if model.family is None:
         return list(chain.from_iterable(parts))
@@ -125,12 +127,12 @@ def select_rows(
     chosen: NDArray[np.int64],
     completion_rows: Tensor,
 ) -> tuple[PromptCache, Sequence[Any]]:
-    """The caches of the prompts `chosen`, and of the completions `completion_rows`, as many of each
-    prompt.
+    """Selects the caches of the prompts `chosen` and of the completions `completion_rows`, of which
+    every chosen prompt has the same number.
     """
     if model.family is None:
-        kept = [completions[row] for row in completion_rows.tolist()]
-        return [prompts[prompt] for prompt in chosen], kept
+        selected = [completions[row] for row in completion_rows.tolist()]
+        return [prompts[prompt] for prompt in chosen], selected
     if len(chosen) < len(prompts[0][0]):
         prompts = reorder(prompts, chosen.tolist())
     cache: CompletionCache
@@ -140,7 +142,7 @@ def select_rows(
 
 
 def reorder(cache: PromptCache, prompts: Sequence[int]) -> PromptCache:
-    """The cache of some of its prompts, in the order given."""
+    """Selects `prompts` from the cache, in the given order."""
     index = torch.tensor(prompts, device=cache[0][0].device)
     return [
         (first.index_select(0, index), second.index_select(0, index)) for first, second in cache
@@ -148,7 +150,7 @@ def reorder(cache: PromptCache, prompts: Sequence[int]) -> PromptCache:
 
 
 def _features(model: Model, prompts: Sequence[Prompt], recompute: float) -> list[Tensor]:
-    """Image features of the prompts, from the cache where the tower is frozen."""
+    """The image features of the prompts, through the feature cache if the tower is frozen."""
     family = model.family
     assert family is not None
     if model.feature_cache is None:

@@ -1,9 +1,8 @@
-"""What differs between families of vision-language models once a prompt is encoded; one module per
-family.
+"""The families of vision-language models, one module for each.
 
 transformers' modules hold the parameters and compute projections, norms and feed-forward; a family
-builds the `Layer`s that call them. Everything else of this package is one code for all families.
-`opd_mlx.families` is the twin; the core has the families' encoding of prompts.
+builds the `Layer`s that call them. Everything else in this package is the same code for all
+families. `opd_mlx.families` is the twin; `opd.prompts.families` encodes the families' prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_type
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`. Raises ModelError, which names the nearest."""
+    """The family of a `model_type`. Raises ModelError, which names the nearest known one."""
     if model_type not in MODEL_TYPES:
         known = nearest(model_type, MODEL_TYPES)
         raise ModelError(

@@ -1,4 +1,4 @@
-"""The text half of a family: most language trunks differ in their layers' norms and gates alone."""
+"""The text half of a family. Most language trunks differ only in the norms and gates of layers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from opd_torch.layers.modules import Trunk
 
 
 class Decoder:
-    """The text half of `families.family.Family`, as Llama and Qwen have it; biases are the
-    projections' own.
-    """
+    """The text half of `families.family.Family` for trunks like Llama's and Qwen's."""
 
     image_blocks = False
 
@@ -28,18 +26,18 @@ class Decoder:
         return trunk
 
     def layers(self, module: Any) -> list[Layer]:
-        """Causal attention, within a layer's window where it has one."""
+        """Layers of causal attention, limited to the window of a layer that has one."""
         return [
             self.attention(layer, Visibility(getattr(layer.self_attn, "sliding_window", None)))
             for layer in self.text(module).layers
         ]
 
     def embed(self, module: Any, tokens: Tensor) -> Tensor:
-        """Embeddings [N, D], scaled by the embedding module itself where a family scales them."""
+        """Embeddings [N, D]; a family that scales them does so in the embedding module."""
         return self.text(module).embed_tokens(tokens)
 
     def angles(self, module: Any, positions: Tensor, hidden: Tensor) -> tuple[Angles, ...]:
-        """One rotation for all layers."""
+        """The rotary factors of all layers, which are the same."""
         positions = positions if len(positions) == 1 else positions[:, None]
         cosines, sines = self.text(module).rotary_emb(hidden[None], positions)
         return (rotary_factors(cosines[0, :, None], sines[0, :, None]),)

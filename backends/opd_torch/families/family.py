@@ -1,4 +1,4 @@
-"""What a family of vision-language models is, once a prompt is encoded.
+"""The protocol of a family of vision-language models.
 
 Legend: N packed rows, D hidden width, S visual tokens of all prompts.
 """
@@ -17,21 +17,21 @@ from opd_torch.layers.modules import Trunk
 
 
 class Family(Protocol):
-    """What the one forward of all families asks of each. `module` is transformers' model, and keeps
-    all parameters.
+    """What the forward, which is the same for all families, needs from each family. `module` is
+    transformers' model, which holds all parameters.
     """
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Values of `model_type` in config.json."""
+        """The values of `model_type` in config.json."""
 
     @property
     def architecture(self) -> str:
-        """The class in transformers."""
+        """The name of the class in transformers."""
 
     @property
     def image_blocks(self) -> bool:
-        """Whether tokens of an image see each other in both directions."""
+        """Whether the tokens of an image attend to each other in both directions."""
 
     def text(self, module: Any) -> Trunk:
         """The language trunk."""
@@ -40,27 +40,27 @@ class Family(Protocol):
         """The layers of the language trunk."""
 
     def embed(self, module: Any, tokens: Tensor) -> Tensor:
-        """Embeddings [N, D] of `tokens` [N], as the first layer takes them."""
+        """Embeddings [N, D] of `tokens` [N], for the first layer."""
 
     def angles(self, module: Any, positions: Tensor, hidden: Tensor) -> tuple[Angles, ...]:
-        """Rotary factors at `positions` [axes, N], one for each `Layer.rotary`, in the precision of
-        `hidden` or above.
+        """Rotary factors at `positions` [axes, N], one for each `Layer.rotary`, in at least the
+        precision of `hidden`.
         """
 
     def vision(self, module: Any) -> list[nn.Module]:
-        """All modules between pixels and the language trunk, projector included, frozen where
-        vision is not trained.
+        """All modules between pixels and the language trunk, with the projector. They are frozen
+        unless vision is trained.
         """
 
     def patches(self, config: Any, prompt: Prompt) -> int:
-        """Rows of the vision tower that a prompt's images take."""
+        """The number of rows of a prompt's images in the vision tower."""
 
     def features(
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
     ) -> list[Tensor]:
-        """Image features [S, D] in the order of visual tokens: for the embeddings, then those added
-        after the first layers.
+        """Image features [S, D] in the order of visual tokens: first those that replace embeddings,
+        then those that are added after each of the first layers.
 
-        Empty where no prompt has an image. The first `recompute` share of the tower's layers runs
-        again in the backward.
+        The list is empty if no prompt has an image. `recompute` is the share of the tower's layers,
+        counted from the first, that the backward recomputes.
         """

@@ -1,5 +1,5 @@
-"""Gemma 3: sliding and full layers with rotary bases of their own, images whose tokens see each
-other in both directions, four norms a layer.
+"""Gemma 3: layers with and without a sliding window, each kind with another rotary base; four norms
+per layer; the tokens of an image attend to each other in both directions.
 
 Source: `modeling_gemma3.py` of transformers 5.
 """
@@ -23,17 +23,15 @@ from opd_torch.vision import ImageBatch, visual_features
 
 
 class Gemma3(Decoder):
-    """The family of Gemma 3. The embedding module itself scales text; image features are not
-    scaled.
-    """
+    """The family of Gemma 3. The embedding module scales text; image features are not scaled."""
 
     model_types = ("gemma3",)
     architecture = "Gemma3ForConditionalGeneration"
     image_blocks = True
 
     def layers(self, module: Any) -> list[Layer]:
-        """Attention within the window, where there is one, to tokens before, and to the whole of a
-        token's own image.
+        """Layers that attend to earlier tokens within the layer's window, if it has one, and to all
+        tokens of the same image.
         """
         kinds = self._kinds(module)
         rotary = [sorted(set(kinds)).index(kind) for kind in kinds]
@@ -46,7 +44,7 @@ class Gemma3(Decoder):
         ]
 
     def angles(self, module: Any, positions: Tensor, hidden: Tensor) -> tuple[Angles, ...]:
-        """A rotation for each type of layer, in the order of their names."""
+        """The rotary factors of each type of layer, sorted by the types' names."""
         rotary, kinds = self.text(module).rotary_emb, sorted(set(self._kinds(module)))
         pairs = (rotary(hidden[None], positions, kind) for kind in kinds)
         return tuple(
@@ -58,7 +56,7 @@ class Gemma3(Decoder):
         return [module.model.vision_tower, module.model.multi_modal_projector]
 
     def patches(self, config: Any, prompt: Prompt) -> int:
-        """Every image has the same number of patches."""
+        """The patches of all images; every image has the same number."""
         if not prompt.images:
             return 0
         side = config.vision_config.image_size // config.vision_config.patch_size
@@ -91,7 +89,7 @@ class _Module(DecoderLayer, Protocol):
 
 
 class FourNorms(NormedHeads):
-    """Attention and feed-forward with a norm before each, and behind each."""
+    """Attention and feed-forward with a norm before and a norm after each."""
 
     module: _Module
 
@@ -105,5 +103,5 @@ class FourNorms(NormedHeads):
 
 
 def images(prompt: Prompt) -> ImageBatch:
-    """Size in pixels, and values [3, H, W], of each image."""
+    """The size in pixels and the values [3, H, W] of each image."""
     return [((image.shape[1], image.shape[2]), image) for image in prompt.images["pixel_values"]]

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: a Llama, and a tower that sees an image in tiles and once more as a whole.
+"""Idefics3 and SmolVLM: Llama's trunk, and a tower that gets an image in tiles and as a whole.
 
 Source: `modeling_idefics3.py` of transformers 5.
 """
@@ -37,7 +37,7 @@ class Idefics3(Decoder):
         return [module.model.vision_model, module.model.connector]
 
     def patches(self, config: Any, prompt: Prompt) -> int:
-        """Patches of all tiles."""
+        """The patches of all tiles."""
         if not prompt.images:
             return 0
         return (
@@ -47,7 +47,7 @@ class Idefics3(Decoder):
     def features(
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
     ) -> list[Tensor]:
-        """Features of all visual tokens, tile after tile."""
+        """The features of all visual tokens, tile after tile."""
         tower, connector = module.model.vision_model, module.model.connector
         dtype, layers = tower.embeddings.position_embedding.weight.dtype, tower.encoder.layers
 
@@ -66,15 +66,15 @@ class Idefics3(Decoder):
 
 
 class SmolVLM(Idefics3):
-    """The family of SmolVLM 2, whose modules are Idefics3's under another name."""
+    """The family of SmolVLM 2, which has Idefics3's modules under another name."""
 
     model_types = ("smolvlm",)
     architecture = "SmolVLMForConditionalGeneration"
 
 
 def tiles(prompt: Prompt) -> ImageBatch:
-    """Size in pixels of each tile, and its values [4, H, W]: colours, and 1 where they are no
-    padding.
+    """The size in pixels and the values [4, H, W] of each tile: three colours, and a mask that is 0
+    at padding.
     """
     mask = prompt.images["pixel_attention_mask"][:, None].astype(np.float32)
     masked = np.concatenate([prompt.images["pixel_values"], mask], 1)

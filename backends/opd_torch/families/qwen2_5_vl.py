@@ -1,5 +1,5 @@
-"""Qwen2.5-VL: projections with biases, mRoPE in chunks, a tower that attends within windows in most
-blocks.
+"""Qwen2.5-VL: projections with biases, and a tower whose blocks, except a few, attend within
+windows.
 
 Legend: m images of one size, L patches of an image, F values of a patch.
 """
@@ -59,8 +59,8 @@ class Qwen25VL(QwenVision, Decoder):
 def _tower(visual: _Tower, patches: Tensor, size: Size, recompute: float) -> list[Tensor]:
     """Merged features [m, L / merge^2, width] of `patches` [m, L, ...].
 
-    Patches stand window by window, windows of equal length together, so that each length is one
-    batch. No block sees the order.
+    Patches are reordered window by window, with windows of equal length together, so that each
+    length is one batch. The blocks' results do not depend on the order.
     """
     merge = visual.spatial_merge_size
     order, windows = _windows(size, merge, visual.window_size // merge // visual.patch_size)
@@ -70,17 +70,18 @@ def _tower(visual: _Tower, patches: Tensor, size: Size, recompute: float) -> lis
     cosines, sines = visual.rotary_pos_emb(hidden, places)
     angles = rotary_factors(*(x[order, None, None] for x in (cosines, sines)))
     for number, layer in enumerate(visual.blocks):
-        cut: Sequence[tuple[int, int]] = () if number in visual.fullatt_block_indexes else windows
-        again = number < recompute * len(visual.blocks)
-        hidden = checkpoint_if(again, block, layer, hidden, angles, cut)
+        full = number in visual.fullatt_block_indexes
+        within: Sequence[tuple[int, int]] = () if full else windows
+        recompute_block = number < recompute * len(visual.blocks)
+        hidden = checkpoint_if(recompute_block, block, layer, hidden, angles, within)
     merged = visual.merger(hidden).view(len(patches), -1, visual.merger.mlp[-1].out_features)
     return [merged.index_select(1, (order[:: merge**2] // merge**2).argsort())]
 
 
 @lru_cache(maxsize=256)
 def _windows(size: Size, merge: int, side: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Order [L] of an image's patches by windows of side x side visual tokens, and (how many,
-    patches of each) of each length.
+    """The order [L] of an image's patches by windows of side x side visual tokens, and a pair
+    (windows, patches of each) for each length of window.
 
     The merge x merge patches of a visual token stay together.
     """

@@ -1,5 +1,5 @@
-"""Qwen3.5: layers of gated delta net between layers of gated attention that rotate only a part of
-each head; Qwen3-VL's tower.
+"""Qwen3.5: gated delta nets, gated attention that rotates only a part of each head, and Qwen3-VL's
+tower.
 
 Source: `modeling_qwen3_5.py` of transformers 5.
 """
@@ -25,7 +25,7 @@ class Qwen35(Qwen3VL):
     architecture = "Qwen3_5ForConditionalGeneration"
 
     def layers(self, module: Any) -> list[Layer]:
-        """Gated delta nets, and gated attention."""
+        """Layers of gated delta net and of gated attention."""
         return [
             GatedDelta(layer) if hasattr(layer, "linear_attn") else GatedHeads(layer, Visibility())
             for layer in self.text(module).layers
@@ -33,18 +33,18 @@ class Qwen35(Qwen3VL):
 
 
 class GatedHeads(NormedHeads):
-    """Attention whose output is multiplied by a gate, which the projection of queries gives beside
-    them.
+    """Attention whose output is multiplied by a gate. The projection of queries also computes the
+    gate.
     """
 
     def query(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Queries [N, H, d] and their gate [N, H * d], head by head from one projection."""
+        """The queries [N, H, d] and the gate [N, H * d]."""
         attention = self.module.self_attn
         both = torch.unflatten(attention.q_proj(rows), -1, (-1, 2 * attention.head_dim))
         query, gate = both.chunk(2, -1)
         return query, gate.flatten(1)
 
     def finish(self, hidden: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        """Multiplies by the gate, then projects and adds."""
+        """Multiplies `mixed` by the sigmoid of the gate, then finishes as attention does."""
         assert gate is not None
         return super().finish(hidden, mixed.reshape(len(hidden), -1) * torch.sigmoid(gate), None)

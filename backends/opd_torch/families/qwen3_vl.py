@@ -1,8 +1,8 @@
-"""Qwen3-VL: norms on keys and queries; a tower whose middle layers feed the first layers of the
-text (deepstack).
+"""Qwen3-VL: norms on keys and queries, and a tower whose middle layers feed the first layers of the
+language trunk (deepstack).
 
-Legend: m images of one size, L patches of an image, F values of a patch, D vision width, S visual
-tokens of all prompts.
+Legend: m images of one size, L patches of an image, F values of a patch, D width of the tower, S
+visual tokens of all prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from opd_torch.vision import ImageBatch, Size, visual_features
 
 
 class VisionAttention(Protocol):
-    """Attention of a vision tower, as transformers names its parts."""
+    """The parts of a vision tower's attention, by transformers' names."""
 
     num_heads: int
     scaling: float
@@ -41,7 +41,7 @@ class VisionAttention(Protocol):
 
 
 class VisionBlock(Protocol):
-    """A block of a vision tower, as transformers names its parts."""
+    """The parts of a vision tower's block, by transformers' names."""
 
     attn: VisionAttention
     norm1: Map
@@ -74,14 +74,14 @@ class _Tower(VisionTower, Protocol):
 
 
 class QwenVision:
-    """Towers that take packed patches of any image size, cut by `image_grid_thw`."""
+    """The tower of the Qwen-VL families, which takes images of any size as packed patches."""
 
     def vision(self, module: Any) -> list[nn.Module]:
         """The tower; its merger is the projector."""
         return [module.model.visual]
 
     def patches(self, config: Any, prompt: Prompt) -> int:
-        """Rows of `pixel_values`."""
+        """The number of rows of `pixel_values`."""
         return len(prompt.images["pixel_values"]) if prompt.images else 0
 
 
@@ -95,7 +95,7 @@ class Qwen3VL(QwenVision, Decoder):
     def features(
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float
     ) -> list[Tensor]:
-        """Features of all visual tokens, and those of each deepstack layer."""
+        """The features of all visual tokens: of the merger, then of each deepstack layer."""
         visual: _Tower = module.model.visual
         return visual_features(
             prompts,
@@ -106,11 +106,11 @@ class Qwen3VL(QwenVision, Decoder):
 
 
 def frames(prompt: Prompt, visual: VisionTower) -> ImageBatch:
-    """Size, and patches [L, F], of every frame of a prompt's images; attention never leaves a
-    frame.
+    """The size and the patches [L, F] of every frame of a prompt's images, since attention stays
+    within a frame.
 
-    A patch shows several moments. Those of a still image are all alike: then one is left, [L,
-    channels, F / moments / channels], a view until images are put together.
+    A patch holds several moments. In a still image they are equal; then only the first is returned,
+    [L, channels, F / moments / channels], as a view.
     """
     grid = prompt.images["image_grid_thw"].tolist()
     sizes = [(rows, columns) for times, rows, columns in grid for _ in range(times)]
@@ -126,21 +126,21 @@ def frames(prompt: Prompt, visual: VisionTower) -> ImageBatch:
 
 
 def _tower(visual: _Tower, patches: Tensor, size: Size, recompute: float) -> list[Tensor]:
-    """Merged features [m, L / merge^2, width] of `patches` [m, L, ...], and those of each deepstack
-    layer.
+    """Features [m, L / merge^2, width] of `patches` [m, L, ...]: of the merger, then of each
+    deepstack layer.
     """
     grid = _grid(size, visual.num_grid_per_side, visual.spatial_merge_size)
-    taps, weights, places = (x.to(patches.device) for x in grid)
+    corners, weights, places = (x.to(patches.device) for x in grid)
     hidden = embed(visual, patches)
-    positions = (visual.pos_embed(taps) * weights[:, :, None]).sum(1)
+    positions = (visual.pos_embed(corners) * weights[:, :, None]).sum(1)
     hidden = hidden + positions.to(hidden.dtype)
     cosines, sines = visual.rotary_pos_emb(hidden, places)
     angles = rotary_factors(*(x[:, None, None] for x in (cosines, sines)))
     deepstack = list(getattr(visual, "deepstack_visual_indexes", ()))
     levels = []
     for number, layer in enumerate(visual.blocks):
-        again = number < recompute * len(visual.blocks)
-        hidden = checkpoint_if(again, block, layer, hidden, angles)
+        recompute_block = number < recompute * len(visual.blocks)
+        hidden = checkpoint_if(recompute_block, block, layer, hidden, angles)
         if number in deepstack:
             merger = visual.deepstack_merger_list[deepstack.index(number)]
             levels.append(merger(hidden))
@@ -149,27 +149,28 @@ def _tower(visual: _Tower, patches: Tensor, size: Size, recompute: float) -> lis
 
 
 def embed(visual: VisionTower, patches: Tensor) -> Tensor:
-    """Embeddings [m, L, D] of `patches` [m, L, ...]: the convolution's kernel is as large as a
-    patch, so it is one matrix product.
+    """Embeddings [m, L, D] of `patches` [m, L, ...]. The convolution's kernel is as large as a
+    patch, so one matrix product computes it.
     """
     projection, patches = visual.patch_embed.proj, patches.flatten(2)
     kernel: Tensor = projection.weight
     if kernel[0].numel() != patches.shape[-1]:
-        kernel = kernel.sum(2)  # one moment stands for all
+        kernel = kernel.sum(2)  # all moments are equal
     return linear(patches.to(kernel.dtype), kernel.flatten(1), projection.bias)
 
 
 def block(
     layer: VisionBlock, hidden: Tensor, angles: Tensor, windows: Sequence[tuple[int, int]] = ()
 ) -> Tensor:
-    """One transformer block on `hidden` [m, L, D]. `angles` [L, 1, 1, d / 2] of head width d.
+    """Runs one block of the tower on `hidden` [m, L, D]; `angles` are [L, 1, 1, d / 2] for heads of
+    width d.
 
-    Attention is within each image, or within each of its `windows`: (how many, patches of each),
-    one after the other.
+    Rows attend to their image, or to their window: `windows` are pairs (windows, patches of each)
+    in the order of rows.
     """
     attention = layer.attn
     packed = torch.unflatten(attention.qkv(layer.norm1(hidden)), -1, (3, attention.num_heads, -1))
-    # Queries and keys rotate in float32 and are rounded then, as in transformers.
+    # Queries and keys rotate in float32 and are rounded afterwards, as in transformers.
     heads = rotated_heads(packed, angles)
     if windows:
         mixed = torch.cat(list(_within(heads, windows, attention.scaling)), 1)
@@ -182,8 +183,8 @@ def block(
 def _within(
     heads: Sequence[Tensor], windows: Sequence[tuple[int, int]], scaling: float
 ) -> Iterator[Tensor]:
-    """Attention within windows, of queries, keys and values [m, L, H, d]: the rows of each length
-    of window.
+    """Yields the result of attention within windows for each length of window, from queries, keys
+    and values [m, L, H, d].
     """
     lengths = [count * length for count, length in windows]
     parts = zip(*(torch.split(x, lengths, 1) for x in heads), strict=True)
@@ -200,11 +201,11 @@ def _mix(heads: Sequence[Tensor], scaling: float) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _grid(size: Size, side: int, merge: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each patch of an image: its four neighbours in the table of positions, their weights, and
-    its row and column.
+    """For each patch of an image: four neighbouring entries of the table of positions, the weights
+    of these entries, and the patch's row and column.
     """
     grid = torch.tensor([[1, *size]])
-    taps, weights = get_vision_interpolation_indices_and_weights(
+    corners, weights = get_vision_interpolation_indices_and_weights(
         grid, side, align_corners=True, spatial_merge_size=merge
     )
-    return taps, weights, get_vision_position_ids(grid, merge)
+    return corners, weights, get_vision_position_ids(grid, merge)

@@ -1,11 +1,11 @@
-"""Functions with a backward of their own, where autograd would keep more, or pass over memory more
-often, than is needed.
+"""Functions with a hand-written backward, where autograd would keep more arrays or pass over memory
+more often.
 
-- `flash`: torch's private attention operators, which give the logarithms of sums.
+- `flash`: torch's private attention operators, which return the logarithms of sums.
 - `function`: `torch.autograd.Function` with types.
-- `fused`: Triton kernels of half-precision training on a GPU: norm, rotation, gate.
-- `joined`: attention over a prompt's keys and a completion's own, without copying the prompt's.
-- `pointwise`: norms and GELU in fewer passes than transformers' modules, which they replace.
+- `fused`: Triton kernels for half precision on a GPU: norm, rotation, gate.
+- `joined`: attention over the keys of prompt and completion, without copies of the prompt's keys.
+- `pointwise`: norms and GELU with fewer passes over memory; they replace transformers' modules.
 - `recorder`: token steps as CUDA graphs.
 - `rotary`: rotary positions as products of complex numbers.
 """

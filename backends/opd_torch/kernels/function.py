@@ -9,22 +9,22 @@ from torch import Tensor
 
 
 class Context(Protocol):
-    """Where a forward leaves tensors for its backward. Functions that leave more than tensors
-    extend it.
+    """Carries tensors from a forward to its backward. A function that needs more than tensors
+    extends this protocol.
     """
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keeps inputs or outputs of the forward; the backward reads them in `saved_tensors`."""
+        """Saves inputs or outputs of the forward; the backward reads them in `saved_tensors`."""
 
 
 class Function(torch.autograd.Function):
-    """A forward and its backward; see torch's class."""
+    """`torch.autograd.Function`: a forward and its backward."""
 
     if TYPE_CHECKING:
 
         @classmethod
         def apply(cls, *inputs: Any) -> Any:
-            """Runs the forward, whose outputs it returns."""
+            """Runs the forward and returns its outputs."""

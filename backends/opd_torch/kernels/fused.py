@@ -1,13 +1,13 @@
-"""Elementwise chains of half-precision training on a GPU as one Triton kernel each: inputs are read
-once, outputs written once.
+"""Triton kernels for half precision on a GPU, one for each chain of elementwise operations.
 
-Without these kernels the chains took 210 of the 670 ms of a student's forward and backward on an
-H200 (Qwen3-VL-4B, 4,096 tokens), all in passes over memory. The kernels compute in float32 and
-round once. Gradients of weights are sums of one partial sum of each program, so they do not depend
-on the order in which programs run.
+A kernel reads inputs once and writes outputs once. Without these kernels the chains took 210 of the
+670 ms of a student's forward and backward on an H200 (Qwen3-VL-4B, 4,096 tokens), all in passes
+over memory. The kernels compute in float32 and round once. Each program writes a partial sum of a
+weight's gradient, and torch adds them in a fixed order, so the result does not depend on the order
+in which programs run.
 
-Legend: N rows, D their width, H heads of width d of which w numbers rotate, F width of a
-feed-forward; m images, L patches of each.
+Legend: N rows, D width of a row, H heads of width d, of which w numbers rotate, F width of a
+feed-forward, m images, L patches of each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opd_torch.kernels.function import Context, Function
 
-# Triton comes with a torch for CUDA; without a GPU its interpreter runs the kernels for tests.
+# torch for CUDA includes Triton. Without a GPU, Triton's interpreter runs the kernels for tests.
 HERE = find_spec("triton") is not None and (
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 )
@@ -30,16 +30,14 @@ if HERE:
     import triton.language as tl
 
 PROGRAMS = 528
-"""Programs of a backward that sums a weight's gradient: four for each multiprocessor of an H100."""
+"""The programs of a backward with a weight's gradient: four for each multiprocessor of an H100."""
 
 NUMBERS = 2048
-"""Numbers in a program's tile of heads, or of a gate."""
+"""The numbers in a program's tile of heads or of a gate."""
 
 
 def usable(x: Tensor) -> bool:
-    """Whether these kernels compute on `x`: in bfloat16 on a GPU, by its own dtype or under
-    autocast.
-    """
+    """Whether these kernels take `x`: on a GPU, in bfloat16 or under autocast to bfloat16."""
     if not (HERE and x.is_cuda):
         return False
     if x.dtype == torch.bfloat16:
@@ -49,32 +47,32 @@ def usable(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight of rows [..., D], in `dtype`; `weight` is float32."""
+    """x / sqrt(mean(x^2) + epsilon) * weight for rows [..., D], in `dtype`; `weight` is float32."""
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = _Norm.apply(rows, weight, epsilon, dtype)
     return out.view(x.shape)
 
 
 def normed_rotated(heads: Tensor, weight: Tensor | None, epsilon: float, angles: Tensor) -> Tensor:
-    """Normalises `heads` [N, H, d] by `weight` [d] (`rms_norm`), if it is not None, and rotates
-    them in bfloat16.
+    """Normalises `heads` [N, H, d] by `weight` [d], if it is not None, and rotates them, as
+    `rms_norm` and `kernels.rotary.rotate` do; returns bfloat16.
 
-    `angles` [N, 1, w / 2] are those of `kernels.rotary.rotate`.
+    `angles` are [N, 1, w / 2].
     """
     out: Tensor = _Rotate.apply(heads[None], weight, epsilon, angles)
     return out[0]
 
 
 def rotated_heads(packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys of `packed` [m, L, 3, H, d], rotated by `angles` [L, 1, 1, d / 2], and its
-    values, [m, L, H, d] each.
+    """Cuts `packed` [m, L, 3, H, d] into queries, keys and values [m, L, H, d], and rotates queries
+    and keys by `angles` [L, 1, 1, d / 2].
     """
     query, key, value = _Heads.apply(packed, angles)
     return query, key, value
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of [N, F] each."""
+    """silu(gate) * up, [N, F] each."""
     out: Tensor = _Gated.apply(gate, up)
     return out
 
@@ -95,10 +93,8 @@ class _Norm(Function):
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         gradient = gradient.contiguous()
-        x_gradient, programs = (
-            torch.empty_like(x, memory_format=torch.contiguous_format),
-            min(len(x), PROGRAMS),
-        )
+        x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+        programs = min(len(x), PROGRAMS)
         parts = weight.new_empty(programs, len(weight))
         if programs:
             _norm_back[(programs,)](
@@ -153,7 +149,7 @@ class _Heads(Function):
         ctx: _HeadsContext, packed: Tensor, angles: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         angles = torch.view_as_real(angles).flatten(1)
-        both = packed[:, :, :2].flatten(2, 3)  # a view: keys stand right behind queries
+        both = packed[:, :, :2].flatten(2, 3)  # a view: queries and keys are adjacent
         out = torch.empty_like(both, memory_format=torch.contiguous_format)
         _rotate_all(both, None, 0.0, angles, out, out)
         ctx.save_for_backward(angles)
@@ -186,11 +182,8 @@ class _Gated(Function):
     @staticmethod
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        gradient, gate_gradient, up_gradient = (
-            gradient.contiguous(),
-            torch.empty_like(gate),
-            torch.empty_like(up),
-        )
+        gradient = gradient.contiguous()
+        gate_gradient, up_gradient = torch.empty_like(gate), torch.empty_like(up)
         if gate.numel():
             _gated_back[(triton.cdiv(gate.numel(), NUMBERS),)](
                 gradient, gate, up, gate_gradient, up_gradient, gate.numel(), NUMBERS
@@ -199,19 +192,21 @@ class _Gated(Function):
 
 
 def _width(x: Tensor) -> dict[str, int]:
-    """The block of one row, and as many warps as give each thread about ten of its numbers."""
+    """A kernel's block of one row, and so many warps that a thread has about ten numbers."""
     width = triton.next_power_of_2(x.shape[1])
     return {"WIDTH": width, "num_warps": min(16, max(1, width // 512))}
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x` with the numbers of a head side by side, as the kernels read them."""
+    """`x` with the numbers of a head side by side in memory, as the kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _sizes(heads: Tensor, angles: Tensor) -> dict[str, Any]:
-    """How kernels cut heads [m, L, H, d] into tiles: how many heads, the half of what rotates, and
-    the rest behind it.
+    """The sizes with which kernels cut heads [m, L, H, d] into tiles.
+
+    `half` is w / 2, `rest` d - w, `HALF` and `REST` the next powers of 2, `ROWS` the heads of a
+    tile.
     """
     half, rest = angles.shape[1] // 2, heads.shape[3] - angles.shape[1]
     blocks = {
@@ -239,7 +234,9 @@ def _rotate_all(
     out: Tensor,
     scales: Tensor,
 ) -> None:
-    """Rotates heads [m, L, H, d] into `out`, which is contiguous."""
+    """Normalises heads [m, L, H, d] if `weight` is not None, and writes the rotated heads into the
+    contiguous `out`, and the norms' factors into `scales`.
+    """
     sizes, norm = _sizes(heads, angles), weight is not None
     if sizes["rows"]:
         grid = (triton.cdiv(sizes["rows"], sizes["ROWS"]),)
@@ -264,8 +261,8 @@ def _rotate_all_back(
     scales: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """Writes the gradient to heads [m, L, H, d] into `out`; returns partial sums [programs, d] of
-    the weight's.
+    """Writes the gradient of heads [m, L, H, d] into `out`; returns partial sums [programs, d] of
+    the weight's gradient.
     """
     sizes, norm = _sizes(heads, angles), weight is not None
     programs = min(triton.cdiv(sizes["rows"], sizes["ROWS"]), PROGRAMS)
@@ -291,7 +288,7 @@ if HERE:
 
     @triton.jit
     def _norm(x, weight, out, scales, stride, width, epsilon, WIDTH: tl.constexpr):  # noqa: N803
-        """One row [D] of each program."""
+        """Each program computes one row [D]."""
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
         real = column < width
         values = tl.load(x + row * stride + column, mask=real, other=0.0).to(tl.float32)
@@ -313,7 +310,9 @@ if HERE:
         width,
         WIDTH: tl.constexpr,  # noqa: N803
     ):
-        """Every `num_programs`-th row, and this program's partial sum of the weight's gradient."""
+        """Each program computes every `num_programs`-th row, and a partial sum of the weight's
+        gradient.
+        """
         column = tl.arange(0, WIDTH)
         real = column < width
         factor, part = tl.load(weight + column, mask=real, other=0.0), tl.zeros([WIDTH], tl.float32)
@@ -338,8 +337,8 @@ if HERE:
         rows, length, count, half, rest,
         HALF: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
-        """`ROWS` heads of each program, in three parts: the first and the second half of what
-        rotates, and the rest.
+        """Each program computes `ROWS` heads in three parts: the first and the second half of the
+        rotating numbers, and the rest.
         """
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         token, column = row // count, tl.arange(0, HALF)[None, :]
@@ -382,8 +381,8 @@ if HERE:
         outer, middle, inner, o_outer, o_middle, o_inner, rows, length, count, half, rest,
         HALF: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
-        """Every `num_programs`-th tile of heads, and this program's partial sum of the weight's
-        gradient [d].
+        """Each program computes every `num_programs`-th tile of heads, and a partial sum [d] of the
+        weight's gradient.
         """
         column, wide = tl.arange(0, HALF)[None, :], tl.arange(0, 2 * HALF)[None, :]
         first_part, second_part = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
@@ -455,7 +454,7 @@ if HERE:
 
     @triton.jit
     def _gated(gate, up, out, count, BLOCK: tl.constexpr):  # noqa: N803
-        """`BLOCK` numbers of each program."""
+        """Each program computes `BLOCK` numbers."""
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = index < count
         x = tl.load(gate + index, mask=real, other=0.0).to(tl.float32)
@@ -464,7 +463,7 @@ if HERE:
 
     @triton.jit
     def _gated_back(gradient, gate, up, gate_gradient, up_gradient, count, BLOCK: tl.constexpr):  # noqa: N803
-        """`BLOCK` numbers of each program."""
+        """Each program computes `BLOCK` numbers."""
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = index < count
         incoming = tl.load(gradient + index, mask=real, other=0.0).to(tl.float32)

@@ -1,13 +1,13 @@
-"""Attention of completions over their prompt's keys and their own, without a copy of the prompt's
+"""Attention of completions over the keys of prompt and completion, without a copy of the prompt's
 keys for each completion.
 
-Two attentions, each by torch's fused kernel (`kernels.flash`): all rows of a prompt's completions
-over the prompt's keys, and each completion over its own keys, causally. The logarithms of their
-sums join their softmaxes. In the backward each kernel gets the joint output and the joint
-logarithm, with which its gradient is exactly its part of the whole gradient (as in ring attention,
-arXiv 2310.01889).
+torch's fused kernel (`kernels.flash`) runs twice: all rows of a prompt's completions attend to the
+prompt's keys, and each completion attends causally to the completion's keys. The logarithms of the
+two sums join the two softmaxes. In the backward each kernel gets the joint output and the joint
+logarithm; it then computes exactly its part of the whole gradient (as in ring attention, arXiv
+2310.01889).
 
-CUDA's kernel takes half precision and no mask, so prompts of unequal lengths run one by one there.
+CUDA's kernel takes no bias, so prompts of unequal lengths run one after the other there.
 
 Legend: M packed rows of completions, B prompts, P longest prefix, H query heads, G key-value heads,
 d head width.
@@ -28,6 +28,7 @@ from opd_torch.kernels.function import Context, Function
 from opd_torch.ragged import Ragged
 
 Part = tuple[slice, Ragged, slice, int, Tensor | None]
+"""Packed rows, the layout of these rows, prompts, number of keys, and bias."""
 
 
 def joined(
@@ -39,15 +40,15 @@ def joined(
     batch: Batch,
     scale: float,
 ) -> Tensor:
-    """Attention of completion rows `query` [M, H, d] over their prompt's keys [B, G, P, d] and
-    their own [M, G, d]: [M, H, d].
+    """Attention [M, H, d] of completion rows `query` [M, H, d] over the prompts' keys and values
+    [B, G, P, d] and the completions' [M, G, d].
     """
     mixed: Tensor = _Joined.apply(query, key, value, prefix_key, prefix_value, batch, scale)
     return mixed
 
 
 class _Context(Context, Protocol):
-    kept: list[flash.Kept]
+    for_backward: list[flash.ForBackward]
     batch: Batch
     scale: float
 
@@ -65,22 +66,22 @@ class _Joined(Function):
         scale: float,
     ) -> Tensor:
         ragged = batch.ragged
-        own_key, own_value = (ragged.pad(x).transpose(1, 2) for x in (key, value))
-        queries = ragged.pad(query).transpose(1, 2)
-        own, total, kept = flash.attention(queries, own_key, own_value, None, True, scale)
-        own, total = (ragged.unpad(x.transpose(1, 2)) for x in (own, total))
-        outs, sums, ctx.kept = [], [], [kept]
+        queries, keys, values = (ragged.pad(x).transpose(1, 2) for x in (query, key, value))
+        out, out_sum, for_backward = flash.attention(queries, keys, values, None, True, scale)
+        of_completion, completion_total = (ragged.unpad(x.transpose(1, 2)) for x in (out, out_sum))
+        outs, sums, ctx.for_backward = [], [], [for_backward]
         for rows, layout, prompts, length, bias in _parts(batch, query):
             queries = layout.pad(query[rows]).transpose(1, 2)
             keys, values = (x[prompts, :, :length] for x in (prefix_key, prefix_value))
-            out, part_sum, kept = flash.attention(queries, keys, values, bias, False, scale)
+            out, out_sum, for_backward = flash.attention(queries, keys, values, bias, False, scale)
             outs.append(layout.unpad(out.transpose(1, 2)))
-            sums.append(layout.unpad(part_sum.transpose(1, 2)))
-            ctx.kept.append(kept)
-        before, prefix_total = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, sums))
-        joint = torch.logaddexp(total, prefix_total)
-        share = torch.sigmoid(prefix_total - total)[..., None]
-        mixed = torch.lerp(own.to(share.dtype), before.to(share.dtype), share).to(query.dtype)
+            sums.append(layout.unpad(out_sum.transpose(1, 2)))
+            ctx.for_backward.append(for_backward)
+        of_prefix, prefix_total = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, sums))
+        joint = torch.logaddexp(completion_total, prefix_total)
+        share = torch.sigmoid(prefix_total - completion_total)[..., None]
+        of_completion, of_prefix = (x.to(share.dtype) for x in (of_completion, of_prefix))
+        mixed = torch.lerp(of_completion, of_prefix, share).to(query.dtype)
         ctx.batch, ctx.scale = batch, scale
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, mixed, joint)
         return mixed
@@ -88,25 +89,34 @@ class _Joined(Function):
     @staticmethod
     def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, prefix_key, prefix_value, mixed, joint = ctx.saved_tensors
-        ragged, kept = ctx.batch.ragged, iter(ctx.kept)
+        ragged, for_backward = ctx.batch.ragged, iter(ctx.for_backward)
 
         def back(
             layout: Ragged, rows: slice, keys: Sequence[Tensor], bias: Tensor | None, causal: bool
         ) -> tuple[Tensor, ...]:
             inputs = (layout.pad(x[rows]).transpose(1, 2) for x in (gradient, query, mixed))
             out_gradient, queries, out = inputs
-            # Divided by an infinite sum, padding has no weights and thus no gradient, whatever its
-            # scores are. CUDA's kernel reads the sums as contiguous, whatever their strides.
+            # An infinite sum makes the weights of padding 0, and so the gradient, whatever the
+            # scores there. CUDA's kernel assumes contiguous sums and ignores strides.
             totals = layout.fill(joint[rows], float("inf")).transpose(1, 2).contiguous()
             key, value = keys
             query_gradient, *others = flash.attention_backward(
-                out_gradient, queries, key, value, out, totals, next(kept), bias, causal, ctx.scale
+                out_gradient,
+                queries,
+                key,
+                value,
+                out,
+                totals,
+                next(for_backward),
+                bias,
+                causal,
+                ctx.scale,
             )
             return layout.unpad(query_gradient.transpose(1, 2)), *others
 
-        own = [ragged.pad(x).transpose(1, 2) for x in (key, value)]
-        of_query, *of_own = back(ragged, slice(None), own, None, True)
-        of_key, of_value = (ragged.unpad(x.transpose(1, 2)) for x in of_own)
+        completion = [ragged.pad(x).transpose(1, 2) for x in (key, value)]
+        of_query, *of_completion = back(ragged, slice(None), completion, None, True)
+        of_key, of_value = (ragged.unpad(x.transpose(1, 2)) for x in of_completion)
         of_prefix: list[Tensor] = []
         for rows, layout, prompts, length, bias in _parts(ctx.batch, query):
             before = [x[prompts, :, :length] for x in (prefix_key, prefix_value)]
@@ -122,8 +132,8 @@ class _Joined(Function):
 
 
 def _parts(batch: Batch, query: Tensor) -> Iterator[Part]:
-    """Packed rows that run together over their prompts' keys: the rows and their layout, the
-    prompts, how many keys, and their bias.
+    """Yields the parts that run together over the prompts' keys: packed rows, the rows' layout,
+    prompts, the number of keys, and the bias.
     """
     prefixes = batch.prefixes.ragged
     if prefixes.even or flash.takes_bias(query):

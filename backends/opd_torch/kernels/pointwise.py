@@ -1,7 +1,6 @@
-"""Norms and activations in fewer passes over memory than transformers' modules, which torch runs
-operation by operation.
+"""Norms and activations with fewer passes over memory than transformers' modules.
 
-For float32 on a CPU: RMSNorm and GELU with backwards of their own, which keep one array where
+For float32 on a CPU: RMSNorm and GELU with a hand-written backward, which keeps one array where
 autograd keeps three. For half precision on a GPU: `opd_torch.kernels.fused`.
 
 Legend: N rows, D their width.
@@ -21,8 +20,8 @@ from opd_torch.kernels.function import Context, Function
 from opd_torch.layers.modules import FeedForward
 
 INNER, CUBE = math.sqrt(8 / math.pi), 0.044715
-"""GELU is x sigmoid(INNER (x + CUBE x^3)), which equals the form with a tanh; an exponential takes
-a third of a tanh's time.
+"""GELU's tanh form equals x sigmoid(INNER (x + CUBE x^3)), and an exponential takes a third of the
+time of a tanh.
 """
 
 
@@ -30,14 +29,14 @@ def replace_modules(model: nn.Module, device: Device, dtype: torch.dtype) -> Non
     """Replaces transformers' norms and activations by modules of this file, with the same
     parameters.
 
-    This happens in float32 on a CPU, and in half precision on a GPU (`Device.fused`); elsewhere all
+    It does so for float32 on a CPU and for half precision on a GPU (`Device.fused`); otherwise all
     modules stay.
     """
     on_cpu = device.torch.type == "cpu" and dtype == torch.float32
     gelu = type(ACT2FN["gelu_pytorch_tanh"])
     for name, module in list(model.named_modules()):
-        # Norms that multiply by their weight have another attribute than those that multiply by 1 +
-        # weight. Some norms have a gate too: their names end in another way.
+        # Norms that multiply by the weight call epsilon `variance_epsilon`; norms that multiply by
+        # 1 + weight call it `eps`. Gated norms have another ending than RMSNorm, and stay.
         norm = type(module).__name__.endswith("RMSNorm")
         multiplies = hasattr(module, "variance_epsilon")
         if norm and device.fused:
@@ -50,8 +49,8 @@ def replace_modules(model: nn.Module, device: Device, dtype: torch.dtype) -> Non
 
 
 def feed_forward(mlp: FeedForward, rows: Tensor) -> Tensor:
-    """A layer's feed-forward on rows [N, D]; one kernel between its products where its gate is a
-    SiLU.
+    """A layer's feed-forward on rows [N, D]. On a GPU in half precision, a gate with SiLU is one
+    kernel.
     """
     silu = isinstance(getattr(mlp, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
     if silu and fused.usable(rows):
@@ -76,8 +75,8 @@ class RMSNorm(nn.Module):
 
 
 class HalfNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * (weight + more) over the last axis, rounded once, to the
-    precision of products.
+    """x / sqrt(mean(x^2) + epsilon) * (weight + more) over the last axis, computed in float32 and
+    rounded once. `more` is 0, or 1 in families whose norms multiply by 1 + weight.
     """
 
     def __init__(self, weight: nn.Parameter, epsilon: float, more: float) -> None:
@@ -86,7 +85,7 @@ class HalfNorm(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The factor [D] of normalised rows, in float32."""
+        """The factor [D] of normalised rows, weight + more, in float32."""
         wide = self.weight.float()
         return wide + self.more if self.more else wide
 
@@ -101,7 +100,7 @@ class HalfNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """GELU in its approximation by a tanh."""
+    """GELU in the approximation with a tanh."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Activates `x` of any shape."""
@@ -112,7 +111,7 @@ class GELU(nn.Module):
 
 
 def _normed(x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of mean square 1, and the factor [..., 1] that made them so."""
+    """Scales rows [..., D] to mean square 1; returns them and the factor [..., 1]."""
     scale = torch.add(epsilon, (x * x).sum(-1, keepdim=True), alpha=1 / x.shape[-1]).rsqrt_()
     return x * scale, scale
 
@@ -140,14 +139,14 @@ def _sigmoid(square: Tensor, x: Tensor) -> Tensor:
 
 
 class _Gelu(Function):
-    """GELU that keeps its derivative, so that the backward is one product."""
+    """GELU that stores the derivative in the forward, so that the backward is one product."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
         square = x * x
         sigmoid = _sigmoid(square, x)
-        # With s the sigmoid of u(x): d/dx x s = s + s (1 - s) x u', and x u' = INNER x (1 + 3 CUBE
-        # x^2).
+        # With s = sigmoid(u): d/dx (x s) = s + s (1 - s) x u', and
+        # x u' = INNER x (1 + 3 CUBE x^2).
         inner = square.mul_(3 * INNER * CUBE).add_(INNER).mul_(x)
         ctx.save_for_backward(torch.ops.aten.sigmoid_backward(inner, sigmoid).add_(sigmoid))
         return sigmoid.mul_(x)

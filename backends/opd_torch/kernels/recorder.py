@@ -1,9 +1,9 @@
-"""Token steps on a GPU as CUDA graphs: one launch a step, since the host takes far longer to launch
-a step's kernels than the GPU to run them.
+"""Records token steps on a GPU as CUDA graphs.
 
-A recorded step runs the same kernels on the same addresses every time. So a step changes its
-tensors in place. A step with other shapes than the last runs as it is, which also loads its
-kernels, and is recorded when it comes again.
+The host takes far longer to launch a step's kernels one by one than the GPU takes to run them; a
+graph is one launch. A recorded step runs the same kernels on the same addresses every time, so
+steps change tensors in place. When shapes change, the first step runs without recording, which also
+loads the kernels; the second is recorded.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from opd_torch.model.load import Model
 
 
 class Recorder:
-    """Runs steps of `model`, and records them where the device and the model allow it."""
+    """Runs steps of `model`, and records them if the device and the model allow it."""
 
     refused = False
-    """Whether CUDA has refused once in this process: it is logged once and not tried again."""
+    """Whether CUDA has refused to record in this process. It is logged once and not tried again."""
 
     def __init__(self, model: Model) -> None:
-        # Without a family file caches grow, and kernels over weights in few bits may do what cannot
-        # be recorded.
+        # Without a family file caches grow. Kernels for quantised weights may do what cannot be
+        # recorded.
         floating = all(parameter.is_floating_point() for parameter in model.module.parameters())
         self.records = model.device.records_steps and model.family is not None and floating
         self._shape: Hashable = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
-        """Runs `step`; a step of another `shape` has other tensors."""
+        """Runs `step`. Steps of equal `shape` must use the same tensors."""
         if not self.records:
             step()
         elif shape != self._shape:
@@ -43,7 +43,7 @@ class Recorder:
             step()
 
     def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """Records `step`; None if CUDA refuses, which runs none of it."""
+        """Records `step` without running it; returns None if CUDA refuses."""
         try:
             self._graph = None if self.refused else _recorded(step)
         except torch.OutOfMemoryError:
@@ -59,8 +59,9 @@ class Recorder:
 
 
 def _recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The graph of `step`, which does not run. `torch.cuda.graph` would first give all cached
-    memory back to the device.
+    """Records `step` as a graph without running it.
+
+    `torch.cuda.graph` would first return all cached memory to the device.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,11 +1,12 @@
-"""Rotary positions as products of complex numbers: two passes over memory forward and two backward,
-where transformers takes five and more.
+"""Rotary positions as products of complex numbers.
 
-A number of a head's first half and one of its second half rotate as a pair. Rotated heads have the
-two numbers of a pair side by side, which no product of a query and a key sees.
+They take two passes over memory in the forward and two in the backward; transformers takes five or
+more. Number i of a head's first half and number i of the second half rotate as a pair. Rotated
+heads hold the two numbers of a pair side by side. Queries and keys are reordered alike, so their
+products do not change.
 
-Legend: d head width, w the part of it that rotates, N packed rows; m images, L patches of each, H
-heads.
+Legend: d head width, w width of the part of a head that rotates, N packed rows, m images, L patches
+of each, H heads.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from opd_torch.layers.modules import Map
 
 
 def rotary_factors(cosines: Tensor, sines: Tensor) -> Tensor:
-    """Complex numbers [..., w / 2] from cosines and sines [..., w] whose halves are alike, in
-    float32 or above.
+    """Complex numbers [..., w / 2], in float32 or float64, from cosines and sines [..., w] whose
+    two halves are equal.
     """
     cosines, sines = (
         x[..., : x.shape[-1] // 2].to(torch.promote_types(x.dtype, torch.float32))
@@ -33,8 +34,8 @@ def rotary_factors(cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def rotate(heads: Tensor, angles: Tensor) -> Tensor:
-    """Rotates `heads` [N, H, d] by `angles` [N, 1, w / 2] from `rotary_factors`; numbers behind w
-    stay as they are.
+    """Rotates the first w numbers of `heads` [N, H, d] by `angles` [N, 1, w / 2], which
+    `rotary_factors` made.
     """
     if not torch.is_grad_enabled():
         return _rotated(heads, angles)
@@ -43,8 +44,8 @@ def rotate(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 def normed_rotated(heads: Tensor, norm: Map | None, angles: Tensor) -> Tensor:
-    """Normalises `heads` [N, H, d] by `norm`, if it is not None, and rotates them; in one kernel
-    where there is one.
+    """Normalises `heads` [N, H, d] by `norm`, if it is not None, and rotates them, on a GPU in half
+    precision by one kernel.
     """
     if fused.usable(heads) and (norm is None or isinstance(norm, HalfNorm)):
         weight, epsilon = (None, 0.0) if norm is None else (norm.scale, norm.epsilon)
@@ -53,8 +54,8 @@ def normed_rotated(heads: Tensor, norm: Map | None, angles: Tensor) -> Tensor:
 
 
 def rotated_heads(packed: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys of `packed` [m, L, 3, H, d], rotated by `angles` [L, 1, 1, d / 2], and its
-    values, [m, L, H, d] each.
+    """Cuts `packed` [m, L, 3, H, d] into queries, keys and values [m, L, H, d], and rotates queries
+    and keys by `angles` [L, 1, 1, d / 2].
     """
     if fused.usable(packed):
         return fused.rotated_heads(packed, angles)
@@ -71,15 +72,15 @@ def _rotated(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 def _rotate_pairs(heads: Tensor, angles: Tensor) -> Tensor:
-    """Rotated heads [..., w], with pairs side by side; products are rounded before they are added,
-    as in transformers.
+    """Rotates heads [..., w]; the result has pairs side by side. Products are rounded before they
+    are added, as in transformers.
     """
     first, second = heads.to(angles.real.dtype).chunk(2, -1)
     return torch.view_as_real(torch.complex(first, second).mul_(angles)).flatten(-2).to(heads.dtype)
 
 
 def _rotate_back(gradient: Tensor, angles: Tensor, out: Tensor) -> None:
-    """Writes the gradient to heads [..., w] into `out`, from the gradient to rotated heads."""
+    """Writes the gradient of heads [..., w] into `out`, from that of the rotated heads."""
     pairs = torch.unflatten(gradient.to(angles.real.dtype).contiguous(), -1, (-1, 2))
     back = torch.view_as_complex(pairs) * angles.conj()
     for half, part in zip(out.chunk(2, -1), (back.real, back.imag), strict=True):

@@ -1,1 +1,1 @@
-"""How the layers of a trunk mix tokens: attention, and the gated delta net."""
+"""The layers of the language trunk: attention, and the gated delta net."""

@@ -1,10 +1,10 @@
 """Two-stream attention: a prompt's tokens run once, and its n completions share their keys and
 values.
 
-Norms, projections and feed-forward are transformers' modules, on packed rows; only attention sees
-padding.
+Norms, projections and feed-forward are transformers' modules and run on packed rows; only attention
+runs on padded rows.
 
-Legend: see `layers.layer`; Q = H / G queries that share a key.
+Legend: see `layers.layer`; Q = H / G query heads that share a key-value head.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from opd_torch.layers.layer import Angles, KeysValues, stack_prompts
 from opd_torch.layers.modules import DecoderLayer, Map
 
 FIRST_BUFFER = 64
-"""Tokens that a completion's first buffer holds; a full buffer is replaced by one of twice the
-size.
-"""
+"""The tokens of a completion's first buffer; a full buffer is replaced by one of twice the size."""
 
 
 def buffer_length(count: int) -> int:
-    """Size in tokens of the buffer for a completion of `count` tokens."""
+    """The tokens of the buffer that holds a completion of `count` tokens."""
     return int(FIRST_BUFFER << max(0, -(-count // FIRST_BUFFER) - 1).bit_length())
 
 
 class _KeyCache:
-    """Keys and values of completions, [R, G, length, d], with zeros behind the last token."""
+    """The keys and values of completions, [R, G, buffer, d], with zeros behind the last token."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
 
     def append(self, key: Tensor, value: Tensor, step: DecodeStep) -> KeysValues:
-        """Adds one token's keys and values [R, G, d]; returns the first `step.count` tokens."""
+        """Adds the keys and values of one token [R, G, d]; returns those of the first `step.count`
+        tokens.
+        """
         if step.count > self.keys.shape[2]:
             more = (0, 0, 0, buffer_length(step.count) - self.keys.shape[2])
             self.keys, self.values = pad(self.keys, more), pad(self.values, more)
@@ -65,17 +65,17 @@ class AttentionLayer:
 
     @property
     def key_norm(self) -> Map | None:
-        """The norm over each head of keys; None for none."""
+        """The norm over each head of keys; None without a norm."""
         return None
 
     @property
     def query_norm(self) -> Map | None:
-        """The norm over each head of queries; None for none."""
+        """The norm over each head of queries; None without a norm."""
         return None
 
     def query(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Queries [N, H, d] of normalised rows, before norm and rotation, and the gate [N, H * d]
-        that `finish` takes.
+        """The queries [N, H, d] of normalised rows [N, D], before `query_norm` and rotation, and
+        the gate [N, H * d] for `finish`, or None.
         """
         attention = self.module.self_attn
         return torch.unflatten(attention.q_proj(rows), -1, (-1, attention.head_dim)), None
@@ -117,7 +117,7 @@ class AttentionLayer:
         cache: _KeyCache | None = None,
         step: DecodeStep | None = None,
     ) -> Tensor:
-        """Runs completion rows [M, D], or the next row of every completion in a `step`."""
+        """Runs completion rows [M, D], or in a `step` the next row of every completion."""
         normed = self.module.input_layernorm(hidden)
         key, value = self._keys_values(normed, angles)
         if cache is not None and step is not None:
@@ -126,7 +126,7 @@ class AttentionLayer:
         query, scale = query.to(value.dtype), self.module.self_attn.scaling
         if cache is not None and step is not None:
             masks = step.masks(batch.prefixes, self.visibility)
-            mixed = _one_more(query * scale, prefix, (key, value), masks)
+            mixed = _decode_step(query * scale, prefix, (key, value), masks)
         elif self.visibility.window is None and joinable(query, key):
             mixed = joined(query, key, value, *prefix, batch, scale)
         else:
@@ -143,7 +143,7 @@ class AttentionLayer:
         return keys, values
 
     def _keys_values(self, normed: Tensor, angles: Angles) -> KeysValues:
-        """Keys, with positions rotated in, and values [N, G, d] of normalised rows [N, D]."""
+        """The rotated keys, and the values, [N, G, d] each, of normalised rows [N, D]."""
         attention = self.module.self_attn
         key, value = (
             torch.unflatten(project(normed), -1, (-1, attention.head_dim))
@@ -182,16 +182,15 @@ def _masked(
     scale: float,
 ) -> Tensor:
     """Attention of completion rows [M, H, d] under `mask`, with a copy of the prompt's keys in
-    front of each completion's.
+    front of each completion's keys.
     """
-    before = (batch.owner.spread(x) for x in prefix)
-    own = (batch.ragged.pad(x).transpose(1, 2) for x in (key, value))
-    key, value = (torch.cat(both, 2) for both in zip(before, own, strict=True))
+    of_prefix = (batch.owner.spread(x) for x in prefix)
+    of_completion = (batch.ragged.pad(x).transpose(1, 2) for x in (key, value))
+    key, value = (torch.cat(both, 2) for both in zip(of_prefix, of_completion, strict=True))
     query = batch.ragged.pad(query)
     rows, length, heads, width = query.shape
     groups = key.shape[1]
-    # Queries that share a key stand one after the other in one row, so that no key is repeated for
-    # them.
+    # Query heads that share a key-value head become consecutive rows, so no key is repeated.
     query = query.view(rows, length, groups, -1, width).permute(0, 2, 3, 1, 4)
     query = query.reshape(rows, groups, -1, width)
     mask = mask.repeat(1, 1, heads // groups, 1)
@@ -200,19 +199,19 @@ def _masked(
     return batch.ragged.unpad(mixed.reshape(rows, length, heads, width))
 
 
-def _one_more(
+def _decode_step(
     query: Tensor,
     prefix: KeysValues,
-    own: KeysValues,
+    completion: KeysValues,
     masks: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    """Attention of one row of every completion, scaled queries [R, H, d], over the prompt's keys
-    and its completion's own.
+    """Attention of one row of every completion, with scaled queries [R, H, d], over the keys of
+    prompt and completion.
 
-    A prompt's keys are read once for all of its n completions. `masks` are those of
-    `DecodeStep.masks`.
+    A prompt's keys are read once for all of the prompt's n completions. `DecodeStep.masks` makes
+    the `masks`.
     """
-    prompt_mask, own_mask = masks
+    prompt_mask, completion_mask = masks
     prompts, groups, longest, width = prefix[0].shape
     query = query.view(prompts, -1, groups, query.shape[1] // groups, width)
     n, shared = query.shape[1], query.shape[3]
@@ -229,12 +228,14 @@ def _one_more(
     to_prefix = fold(query) @ prefix[0].transpose(2, 3)
     if prompt_mask is not None:
         to_prefix = to_prefix.masked_fill(~prompt_mask, float("-inf"))
-    to_own = query.flatten(0, 1) @ own[0].transpose(2, 3)
-    if own_mask is not None:
-        to_own = to_own.masked_fill(~own_mask, float("-inf"))
+    keys, values = completion
+    to_completion = query.flatten(0, 1) @ keys.transpose(2, 3)
+    if completion_mask is not None:
+        to_completion = to_completion.masked_fill(~completion_mask, float("-inf"))
     # One softmax over both parts, in float32.
-    scores = torch.cat([unfold(to_prefix), to_own], -1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(own[1].dtype, torch.float32))
-    weights = weights.to(own[1].dtype)
-    of_prefix, of_own = torch.split(weights, [longest, own[0].shape[2]], -1)
-    return unfold(fold(torch.unflatten(of_prefix, 0, (prompts, n))) @ prefix[1]) + of_own @ own[1]
+    scores = torch.cat([unfold(to_prefix), to_completion], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+    weights = weights.to(values.dtype)
+    of_prefix, of_completion = torch.split(weights, [longest, keys.shape[2]], -1)
+    from_prefix = unfold(fold(torch.unflatten(of_prefix, 0, (prompts, n))) @ prefix[1])
+    return from_prefix + of_completion @ values

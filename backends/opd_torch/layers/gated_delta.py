@@ -1,12 +1,11 @@
-"""Layers of gated delta net (arXiv 2412.06464): a prompt's state and its last inputs are handed to
-each of its completions.
+"""Gated delta nets (arXiv 2412.06464), which keep a state instead of keys and values.
 
-A prompt leaves the inputs of its last W - 1 tokens, which the convolution still sees, and the
-recurrent state. Both are only read, never written, so that n completions can start from them, and
-all of it is differentiable. Training, prefill and decoding run one code.
+A prompt leaves a recurrent state, and the inputs of the prompt's last W - 1 tokens, which the
+convolution still reads. Nothing overwrites the two, so n completions can start from them, and all
+of it is differentiable. Training, prefill and decoding run the same code.
 
-Legend: N packed rows, B rows of unequal length T, C channels of the convolution and W its width, H
-value heads, k and v widths of keys and values, c rows of a chunk.
+Legend: N packed rows, B rows of unequal length T, C channels of the convolution, W width of its
+kernel, H value heads, k and v widths of keys and values, c rows of a chunk.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from opd_torch.layers.modules import DecoderLayer, DeltaNet
 from opd_torch.ragged import Ragged
 
 _State: TypeAlias = tuple[Tensor, Tensor]
-"""The convolution's window [B, C, W - 1] and the recurrent state [B, H, k, v], of B prompts or
+"""The convolution's last inputs [B, C, W - 1] and the recurrent state [B, H, k, v], of B prompts or
 completions.
 """
 
 CHUNK = 64
-"""Rows that are solved at once."""
+"""The rows that the delta rule solves together."""
 
 
 class _StateCache:
@@ -74,7 +73,7 @@ class GatedDelta:
         cache: _StateCache | None = None,
         step: DecodeStep | None = None,
     ) -> Tensor:
-        """Runs completion rows [M, D], or the next row of every completion in a `step`."""
+        """Runs completion rows [M, D], or in a `step` the next row of every completion."""
         normed = self.module.input_layernorm(hidden)
         if cache is None:
             window, state = (batch.owner.spread(x) for x in prefix)
@@ -82,13 +81,13 @@ class GatedDelta:
             window, state = cache.state
         mixed, after = _mix(self.module.linear_attn, normed, batch.ragged, (window, state))
         if cache is not None:
-            # In place: a recorded step finds its state where it stood.
+            # In place, because a recorded step always reads the same tensors.
             for old, new in zip(cache.state, after, strict=True):
                 old.copy_(new)
         return self._finish(hidden, mixed)
 
     def begin(self, prefix: _State, n: int) -> _StateCache:
-        """A copy of the prompt's state for each of its n completions."""
+        """Copies each prompt's state for each of n completions."""
         window, state = prefix
         return _StateCache((window.repeat_interleave(n, 0), state.repeat_interleave(n, 0)))
 
@@ -106,8 +105,9 @@ class GatedDelta:
 def _mix(
     net: DeltaNet, normed: Tensor, ragged: Ragged, before: _State | None
 ) -> tuple[Tensor, _State]:
-    """The net over normalised rows [N, D]: outputs [N, H * v] before its projection, and the state
-    after each row's end.
+    """Runs the net over normalised rows [N, D], from the state `before` or from zeros.
+
+    Returns outputs [N, H * v] before the output projection, and the state at the end of each row.
     """
     inputs = ragged.pad(net.in_proj_qkv(normed)).transpose(1, 2)
     if before is None:
@@ -117,7 +117,7 @@ def _mix(
             inputs.new_zeros(*states, dtype=_wide(inputs)),
         )
     seen = torch.cat([before[0].to(inputs.dtype), inputs], -1)
-    # Where a row ends, the window behind it is the last W - 1 of what it has seen.
+    # The window after a row is the last W - 1 inputs that the row has seen.
     if ragged.even:
         window = seen[..., ragged.longest :]
     else:
@@ -127,7 +127,7 @@ def _mix(
     channels: Tensor = ACT2FN[net.activation](conv1d(seen, kernel, groups=len(kernel)))
     channels = channels.transpose(1, 2)
     query, key, value = torch.split(channels, [net.key_dim, net.key_dim, net.value_dim], -1)
-    # Rounded as transformers rounds it; padding neither decays the state nor writes to it.
+    # Rounded as in transformers. At padding both are 0, so padding leaves the state as it is.
     decay = -net.A_log.float().exp() * softplus(net.in_proj_a(normed).float() + net.dt_bias)
     rate = net.in_proj_b(normed).sigmoid()
     decay, rate = (ragged.fill(x, 0.0) for x in (decay, rate))
@@ -149,12 +149,12 @@ def gated_delta_rule(
     state: Tensor,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, H, v] and the last state [B, H, k, v].
+    """Computes outputs [B, T, H, v] and the last state [B, H, k, v] by the gated delta rule.
 
-    S_t = exp(decay_t) S_(t-1) + k_t rate_t (v_t - k_t' exp(decay_t) S_(t-1))', and output t is S_t'
-    q_t / sqrt(k). `query`, `key` [B, T, G, k] are normalised here, and each serves H / G value
-    heads. `value` [B, T, H, v]; `decay` <= 0 and `rate` [B, T, H]; `state` [B, H, k, v]. Chunks of
-    rows are solved at once (arXiv 2406.06484), in float32 or float64.
+    S_t = exp(decay_t) S_(t-1) + k_t rate_t (v_t - k_t' exp(decay_t) S_(t-1))', and output t is
+    S_t' q_t / sqrt(k). `query` and `key` [B, T, G, k] are normalised here, and each head serves
+    H / G value heads. `value` is [B, T, H, v], `decay` <= 0 and `rate` are [B, T, H], `state` is
+    [B, H, k, v]. The rows of a chunk are solved together (arXiv 2406.06484), in float32 or float64.
     """
     wide, length = _wide(value), value.shape[1]
     repeats = value.shape[2] // key.shape[2]
@@ -166,40 +166,41 @@ def gated_delta_rule(
     query, key = (x.repeat_interleave(repeats, 2) for x in (query, key))
     chunk = min(chunk, length)
     rest = -length % chunk
-    # [B, H, chunks, c, ...]; rows of zeros change nothing.
-    q, k, v = (
-        torch.unflatten(pad(x.to(wide), (0, 0, 0, 0, 0, rest)), 1, (-1, chunk)).permute(
-            0, 3, 1, 2, 4
-        )
-        for x in (query, key, value)
-    )
-    g, beta = (
-        torch.unflatten(pad(x.to(wide), (0, 0, 0, rest)), 1, (-1, chunk)).permute(0, 3, 1, 2)
-        for x in (decay, rate)
-    )
-    fallen = g.cumsum(-1)
+
+    def chunked(x: Tensor) -> Tensor:
+        """[B, T, heads, ...] as [B, heads, chunks, c, ...]; rows of zeros at the end have no effect
+        on the state.
+        """
+        padded = pad(x.to(wide), (*(0, 0) * (x.ndim - 2), 0, rest))
+        return torch.unflatten(padded, 1, (-1, chunk)).movedim(3, 1)
+
+    q, k, v, g, beta = (chunked(x) for x in (query, key, value, decay, rate))
+    # The logarithm of the decay since the start of the chunk, and the decay between any two rows.
+    decayed = g.cumsum(-1)
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
-    between = (fallen[..., :, None] - fallen[..., None, :]).masked_fill(later, float("-inf")).exp()
+    between = decayed[..., :, None] - decayed[..., None, :]
+    between = between.masked_fill(later, float("-inf")).exp()
     written = k * beta[..., None]
-    # Unit lower triangular; its diagonal is not read.
+    # Unit lower triangular; the solver does not read the diagonal.
     system = (written @ k.transpose(-1, -2)) * between
-    right = torch.cat([v * beta[..., None], written * fallen.exp()[..., None]], -1)
+    right = torch.cat([v * beta[..., None], written * decayed.exp()[..., None]], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     values, reads = torch.split(solved, [v.shape[-1], k.shape[-1]], -1)
     inner = (q @ k.transpose(-1, -2)) * between
-    q = q * fallen.exp()[..., None]
-    k = k * (fallen[..., -1:] - fallen).exp()[..., None]
+    q = q * decayed.exp()[..., None]
+    k = k * (decayed[..., -1:] - decayed).exp()[..., None]
     state = state.to(wide)
     out = []
     for number in range(q.shape[2]):
         new = values[:, :, number] - reads[:, :, number] @ state
         out.append(q[:, :, number] @ state + inner[:, :, number] @ new)
         state = (
-            state * fallen[:, :, number, -1].exp()[..., None, None]
+            state * decayed[:, :, number, -1].exp()[..., None, None]
             + k[:, :, number].transpose(-1, -2) @ new
         )
     return torch.cat(out, 2)[:, :, :length].transpose(1, 2), state
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """Float32, or float64 for `x` in float64."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,8 +1,8 @@
-"""What a layer of the trunk must do, in the two streams of prompts and completions.
+"""The protocol of a layer of the trunk, which runs prompts and completions in two streams.
 
-Legend: N packed rows of prompts, M of completions, B prompts, P longest prefix, R completions of
-all prompts, n of each where they are as many, T longest completion, D hidden width, H query heads,
-G key-value heads, d head width.
+Legend: N packed rows of prompts, M packed rows of completions, B prompts, P longest prefix, R
+completions of all prompts, n completions of each prompt where they are equally many, T longest
+completion, D hidden width, H query heads, G key-value heads, d head width.
 """
 
 from __future__ import annotations
@@ -20,31 +20,29 @@ _Inputs = TypeVarTuple("_Inputs")
 _Output = TypeVar("_Output")
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
-"""Keys, with positions rotated in, and values: [B, G, P, d] of prefixes, [R, G, T, d] of
-completions.
+"""Rotated keys, and values: [B, G, P, d] of prefixes, [R, G, T, d] of completions.
 
-A recurrent layer, which has no keys, gives the two tensors [B, ...] that its completions start
-from.
+A recurrent layer has the two tensors [B, ...] instead that completions start from.
 """
 
 Angles: TypeAlias = Tensor
-"""Rotary factors as complex numbers [N, 1, d / 2]; fewer where only a part of a head rotates
+"""Rotary factors as complex numbers [N, 1, w / 2], if w of a head's d numbers rotate
 (`kernels.rotary`).
 """
 
 
 class CompletionCache(Protocol):
-    """What a layer keeps of each completion's tokens in decoding."""
+    """A layer's cache of completions in decoding."""
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keeps the completions `rows`, indices into R."""
+        """Keeps only the completions `rows`, indices into R."""
 
 
 class Layer(Protocol):
-    """One layer of the trunk, as the two streams run it.
+    """One layer of the trunk.
 
-    `module` is transformers'; `rotary` says which of the family's angles it takes, and `visibility`
-    which keys its rows see.
+    `module` is transformers' layer, `rotary` the index of the layer's angles among the family's,
+    and `visibility` says which keys rows attend to.
     """
 
     module: Any
@@ -54,9 +52,9 @@ class Layer(Protocol):
     def prefix(
         self, hidden: Tensor, angles: Angles, prefixes: Prefixes, last: bool
     ) -> tuple[Tensor, KeysValues]:
-        """Runs prompt rows [N, D]: the rows after the layer, and what completions need of them.
+        """Runs prompt rows [N, D]; returns the rows after the layer, and the prompts' cache.
 
-        After the `last` layer nobody reads a prompt's rows, so they come back as they were.
+        Nothing reads a prompt's rows after the `last` layer, so that layer returns them unchanged.
         """
 
     def completion(
@@ -68,24 +66,24 @@ class Layer(Protocol):
         cache: Any = None,
         step: DecodeStep | None = None,
     ) -> Tensor:
-        """Runs completion rows [M, D] over `prefix`, the result of the layer's `prefix`.
+        """Runs completion rows [M, D] over `prefix`, the cache that the method `prefix` returned.
 
-        In a decoding `step` every completion has one row, n to a prompt, and `cache` from `begin`
-        holds the rows before; the row is added to the cache in place. Otherwise both are None.
+        In a decoding `step` each of a prompt's n completions has one row. `cache`, which `begin`
+        made, holds the earlier rows, and the row is added to it in place. Otherwise both are None.
         """
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:
-        """The cache of n completions of each prompt before their first tokens."""
+        """The cache of n completions of each prompt, before the first token."""
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
-        """The results of several calls of `prefix` as those of one call with all prompts."""
+        """Joins the caches of several calls of `prefix` into that of one call with all prompts."""
 
 
 def stack_prompts(tensors: Sequence[Tensor]) -> Tensor:
-    """[B, ...] from parts [b, ...], with zeros behind what is shorter than the longest.
+    """Concatenates parts [b, ...] to [B, ...], padded with zeros to the longest part.
 
-    The result is contiguous: prefill leaves keys token by token, and a token step wants them head
-    by head, or it would copy them every time.
+    The result is contiguous. Prefill leaves keys in the order of tokens, and every token step would
+    copy them to the order of heads.
     """
     if len(tensors) == 1:
         return tensors[0].contiguous()
@@ -100,8 +98,8 @@ def stack_prompts(tensors: Sequence[Tensor]) -> Tensor:
 def checkpoint_if(
     recompute: bool, function: Callable[[*_Inputs], _Output], *inputs: *_Inputs
 ) -> _Output:
-    """Calls `function`; if `recompute`, the backward calls it once more instead of keeping its
-    activations.
+    """Calls `function`. If `recompute`, the forward keeps no activations, and the backward calls
+    `function` once more.
     """
     if recompute and torch.is_grad_enabled():
         output: _Output = checkpoint(function, *inputs, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""What the layers read of transformers' modules, by transformers' names.
+"""Types for transformers' modules: the parts that the layers read, by transformers' names.
 
 Legend: N rows, D hidden width, H * d the width of all heads.
 """
@@ -15,18 +15,18 @@ Map: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class FeedForward(Protocol):
-    """A feed-forward; the three projections are there where it has a gate."""
+    """A feed-forward. One without a gate does not have the three projections."""
 
     gate_proj: Map
     up_proj: Map
     down_proj: Map
 
     def __call__(self, rows: Tensor, /) -> Tensor:
-        """Rows [N, D]."""
+        """Runs rows [N, D]."""
 
 
 class Attention(Protocol):
-    """Self-attention; `q_norm` and `k_norm` are there where heads are normalised."""
+    """Self-attention. `q_norm` and `k_norm` exist only in families that normalise heads."""
 
     head_dim: int
     scaling: float
@@ -70,7 +70,7 @@ class DecoderLayer(Protocol):
 
 
 class Trunk(Protocol):
-    """The language trunk; `rotary_emb` gives cosines and sines, and `config` is transformers'."""
+    """The language trunk; `rotary_emb` computes cosines and sines."""
 
     config: Any
     embed_tokens: Map

@@ -1,6 +1,4 @@
-"""Model folders in Hugging Face layout, as transformers' modules: loading, writing, and the names
-between.
-"""
+"""Reads model folders in Hugging Face layout into transformers' modules, and writes them."""
 
 from opd_torch.model.files import export_model, read_checkpoint, write_adapter, write_checkpoint
 from opd_torch.model.load import DTYPES, Model, copy_model, load_model, not_finite

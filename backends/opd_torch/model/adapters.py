@@ -1,5 +1,5 @@
-"""Low-rank adapters as peft's layers, injected into transformers' modules; and adapters merged into
-weights. See `opd.models.adapters`.
+"""Injects low-rank adapters as peft's layers into transformers' modules, and merges adapters into
+weights. `opd.models.adapters` has what both backends share.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from opd_torch.model.names import hugging_face
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer by Hugging Face name."""
+    """The shape (out, in) of every linear layer, by Hugging Face name."""
     return {
         name: (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()
@@ -25,7 +25,7 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
-    """Adds adapters of type `dtype` with their initial values; they alone are trained."""
+    """Adds adapters of type `dtype` with initial values, and freezes everything else."""
     from peft import LoraConfig, inject_adapter_in_model
 
     assert options.adapters is not None
@@ -41,9 +41,8 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
     inject_adapter_in_model(config, model)
     for layer in model.modules():
         if hasattr(layer, "cast_input_dtype_enabled"):
-            layer.cast_input_dtype_enabled = (
-                False  # autocast does it, to the compute dtype instead of the adapter's float32
-            )
+            # peft would cast inputs to the adapter's float32; autocast casts to the compute dtype.
+            layer.cast_input_dtype_enabled = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = torch.from_numpy(values[hugging_face(name)]).to(
@@ -52,7 +51,7 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
 
 
 def merge(model: nn.Module, tensors: Mapping[str, FloatArray], scale: float) -> None:
-    """Adds scale * B A to the weights of a model without adapter layers."""
+    """Adds scale * B A of an adapter's `tensors` to the weights of a plain model."""
     weights: dict[str, Tensor] = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in adapters.merged_updates(tensors, scale):

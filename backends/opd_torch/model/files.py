@@ -1,4 +1,4 @@
-"""Writes model folders in Hugging Face layout and adapters, and reads and writes state folders."""
+"""Writes model folders in Hugging Face layout and adapters, and reads and writes checkpoints."""
 
 from __future__ import annotations
 
@@ -24,32 +24,31 @@ from opd_torch.model.load import Model, master_dtype, read_model
 from opd_torch.model.names import stored_names
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Precisions as safetensors names them."""
+"""torch's types by safetensors' names."""
 
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
-"""Files of a state folder."""
+"""The files of a checkpoint."""
 
 
 def write_model(module: Any, family: Family | None, source: Path, folder: Path) -> None:
     """Writes all weights of `module`, with the names and precisions of `source`, and copies the
     data files of `source`.
 
-    Tensors that the model leaves out are written as they are. See `opd.models.inert` for what is
-    copied.
+    Stored tensors that the model does not read are copied. `opd.models.inert` says which files are
+    data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = tensor_headers(source)
     inert.copy_files(source, folder)
     config = read_json(folder / "config.json")
     if family is None:
-        # transformers restores the published names. It writes a configuration too, which the
-        # source's replaces below.
-        precision = STORED[
-            next(tensor.dtype for tensor in stored.values() if tensor.dtype in STORED)
-        ]
-        # A tied head has no name of its own.
-        own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-        weights = {name: x.to(precision) for name, x in module.state_dict().items() if name in own}
+        # transformers restores the published names. It also writes a configuration, which
+        # `inert.copy_files` overwrites below.
+        precision = next(STORED[x.dtype] for x in stored.values() if x.dtype in STORED)
+        # `state_dict` lists a tied head twice, `named_parameters` only as the embedding.
+        named = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        state = module.state_dict()
+        weights = {name: x.to(precision) for name, x in state.items() if name in named}
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
         module.save_pretrained(folder, state_dict=weights)
@@ -67,14 +66,14 @@ def write_model(module: Any, family: Family | None, source: Path, folder: Path) 
                 with safe_open(source / tensor.file, framework="pt") as file:
                     tensors[name] = file.get_tensor(name)
         write_tensors(folder / "model.safetensors", tensors)
-    if weight_formats.settings(config):  # the source's weights are packed, these are plain
+    if weight_formats.settings(config):  # the source's weights are packed, the written ones plain
         text = json.dumps(weight_formats.without_quantisation(config), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def export_model(student: Model, options: ModelOptions, folder: Path) -> None:
-    """Writes the student as a model folder; adapters are merged into the weights of the model as
-    they are stored.
+    """Writes the student as a model folder; adapters are merged into the stored weights of the base
+    model.
     """
     source = Path(options.path)
     if options.adapters is None:
@@ -90,7 +89,7 @@ def export_model(student: Model, options: ModelOptions, folder: Path) -> None:
 
 
 def write_adapter(student: Model, options: ModelOptions, folder: Path) -> None:
-    """Writes the student's adapters in PEFT's format. Raises RecipeError where all weights are
+    """Writes the student's adapters in PEFT's format. Raises RecipeError if all weights were
     trained.
     """
     if options.adapters is None:
@@ -103,7 +102,7 @@ def write_adapter(student: Model, options: ModelOptions, folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path, state: Sequence[Mapping[str, Tensor]], step: int) -> None:
-    """Writes student, teacher and moments, and the optimizer's step count beside the moments."""
+    """Writes student, teacher and moments by name; the moments' file also has the step count."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in zip(FILES, state, strict=True):
         metadata = {"step": str(step)} if name == FILES[-1] else {}
@@ -111,9 +110,9 @@ def write_checkpoint(folder: Path, state: Sequence[Mapping[str, Tensor]], step: 
 
 
 def read_checkpoint(folder: Path, state: Sequence[Mapping[str, Tensor]]) -> int:
-    """Overwrites student, teacher and moments with a state folder's; returns the step count.
+    """Overwrites student, teacher and moments with those of a checkpoint; returns the step count.
 
-    Raises FolderError, and changes nothing then.
+    Raises FolderError before anything is changed.
     """
     for name in FILES:
         if not (folder / name).is_file():
@@ -129,20 +128,21 @@ def read_checkpoint(folder: Path, state: Sequence[Mapping[str, Tensor]]) -> int:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Writes one safetensors file."""
+    """Writes one safetensors file. Raises OSError."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, file, metadata={"format": "pt", **metadata})
         as_new(file)
-    except SafetensorError as error:  # a full disk, in safetensors' words
+    except SafetensorError as error:  # what safetensors raises for a full disk
         raise OSError(f"{file}: {error}") from error
 
 
 def read_tensors(
     file: Path, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, which must hold those of `expected` by name and
-    shape. Raises FolderError.
+    """Reads tensors and metadata of one safetensors file.
+
+    Raises FolderError unless the tensors have the names and shapes of `expected`.
     """
     try:
         tensors = load_file(file)

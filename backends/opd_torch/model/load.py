@@ -32,17 +32,18 @@ from opd_torch.model.quantised import check_four_bits, four_bits
 from opd_torch.vision import FeatureCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-"""Compute precisions; parameters are float32, and float64 (for tests) is float64 throughout."""
+"""The types of computation by name. Trained parameters are float32, or float64 for "float64", which
+tests use.
+"""
 
 
 @dataclass(frozen=True)
 class Model:
-    """One policy: `module` is transformers' model, and keeps all parameters; `layers` run its
-    trunk.
+    """One policy: `module` is transformers' model, which holds all parameters, and `layers` run the
+    module's trunk.
 
-    `family` is None and `layers` are empty for a model without a family file. `dtype` is the
-    precision of computation. `feature_cache` holds image features where nothing that computes them
-    is trained, and is None elsewhere.
+    Without a family file `family` is None and `layers` is empty. `dtype` is the type of
+    computation. `feature_cache` caches image features, and is None if vision is trained.
     """
 
     family: Family | None
@@ -59,7 +60,7 @@ class Model:
 
     @cached_property
     def head_name(self) -> str:
-        """Name of the parameter that is the head: the embedding's where they are tied."""
+        """The name of the head's parameter, which is the embedding's for a tied head."""
         return head_name(self.module)
 
     @property
@@ -70,20 +71,21 @@ class Model:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """The number of rows of the embedding."""
         return int(self.module.get_input_embeddings().num_embeddings)
 
     def autocast(self) -> torch.autocast:
-        """A context in which matrix products compute in bfloat16, if that is the precision."""
+        """A context in which matrix products compute in bfloat16, if `dtype` is bfloat16."""
         half = self.dtype == torch.bfloat16
         return torch.autocast(self.device.torch.type, torch.bfloat16, enabled=half)
 
 
 def load_model(options: ModelOptions, device: Device) -> Model:
-    """The model of a folder, on `device`. Raises ModelError, RecipeError and BackendError.
+    """Loads the model of a folder on `device`. Raises ModelError, RecipeError and BackendError.
 
-    Trained parameters are float32: all, without those of the vision tower unless `tune_vision`, or
-    the adapters alone. Frozen weights under adapters are in the compute dtype.
+    Trained parameters are float32. With adapters only the adapters are trained, and the frozen
+    weights are in the compute dtype; otherwise all parameters are trained, those of the vision
+    tower only with `tune_vision`.
     """
     path = Path(options.path)
     dtype, masters = DTYPES[options.dtype], master_dtype(options.dtype)
@@ -111,8 +113,8 @@ def load_model(options: ModelOptions, device: Device) -> Model:
             rows.freeze_vision(module, str(path))
     cached = bool(vision) and not any(_trained(vision))
     replace_modules(module, device, dtype)
-    # The gradient of a lookup is then some rows instead of a table of zeros; the meta device has no
-    # sparse tensors.
+    # A sparse gradient has only the rows that were looked up, not the whole table. The meta device
+    # does not support sparse tensors.
     module.get_input_embeddings().sparse = device.torch.type != "meta"
     module = (module if options.four_bit else module.to(device.torch)).eval()
     broken = not_finite(module)
@@ -124,35 +126,35 @@ def load_model(options: ModelOptions, device: Device) -> Model:
 
 
 def _trained(modules: Iterable[nn.Module]) -> list[bool]:
-    """Whether each parameter of the modules is trained."""
+    """For each parameter of the modules, whether it is trained."""
     return [parameter.requires_grad for module in modules for parameter in module.parameters()]
 
 
 def not_finite(module: nn.Module) -> str | None:
-    """Name of a parameter that holds NaN or infinity; None where there is none."""
+    """The name of a parameter that contains NaN or infinity; None if all are finite."""
     for name, parameter in module.named_parameters():
         value = parameter.detach()
         if not value.is_floating_point() or value.is_meta:
             continue
-        # A sum reads as fast as memory allows, though the sum of large finite numbers may be
-        # infinite.
+        # The sum is the fastest test, but a sum of large finite numbers may be infinite.
         if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
             return hugging_face(name)
     return None
 
 
 def master_dtype(dtype: str) -> torch.dtype:
-    """The precision of trained parameters where computation is in `dtype`."""
+    """The type of trained parameters if the computation is in `dtype`."""
     return torch.float64 if dtype == "float64" else torch.float32
 
 
 def read_model(
     path: Path, dtype: torch.dtype, four_bit: torch.device | None = None
 ) -> tuple[Any, Family | None]:
-    """transformers' model of a folder in `dtype`, and its family, if it has a family file. Raises
-    ModelError.
+    """Reads a folder as transformers' model in `dtype`; also returns the model's family, or None
+    without a family file. Raises ModelError.
 
-    With `four_bit` it is on that device, and the language model's linear layers are in 4 bits.
+    With `four_bit` the model is on that device, and the linear layers of the language model are in
+    4 bits.
     """
     family = _family(path)
     architecture = getattr(
@@ -162,7 +164,7 @@ def read_model(
     kind = str(content.get("model_type"))
     weight_formats.check(content, stored, path)
     names.tell_left_out(stored, path)
-    # A bar of transformers' own would cut through the caller's progress display.
+    # transformers' progress bar would break the caller's progress display.
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     whole = path
@@ -189,7 +191,7 @@ def read_model(
                     "mlx",
                 )
             if kind == "gemma3":
-                config.vision_config.vision_use_head = False  # no forward reads it
+                config.vision_config.vision_use_head = False  # no forward uses the head
             with torch.device("meta"):
                 empty = architecture(config) if family else architecture.from_config(config)
             if family:
@@ -219,12 +221,11 @@ def read_model(
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    # transformers would make up random weights for missing ones.
-    unexpected = (
-        []
-        if family
-        else [name for name in report["unexpected_keys"] if not names.is_left_out(kind, name)]
-    )
+    # transformers initialises missing weights at random, so they are refused here.
+    unexpected = []
+    if family is None:
+        keys = report["unexpected_keys"]
+        unexpected = [name for name in keys if not names.is_left_out(kind, name)]
     wrong = [*report["missing_keys"], *unexpected, *report["mismatched_keys"]]
     if wrong:
         raise ModelError(
@@ -235,18 +236,18 @@ def read_model(
 
 
 def copy_model(model: Model) -> Model:
-    """A teacher: its own copy of every trained parameter; frozen parameters and the feature cache
-    are shared.
+    """Copies a model for the teacher: trained parameters are copied, frozen parameters and the
+    feature cache are shared.
     """
-    frozen = [one for one in model.module.parameters() if not one.requires_grad]
-    module = copy.deepcopy(model.module, {id(one): one for one in frozen})
+    frozen = [x for x in model.module.parameters() if not x.requires_grad]
+    module = copy.deepcopy(model.module, {id(x): x for x in frozen})
     layers = model.family.layers(module) if model.family else []
     return replace(model, module=module, layers=layers)
 
 
 def _family(path: Path) -> Family | None:
-    """The family of a model folder; None for a model that transformers can load and no family file
-    describes.
+    """The family of a model folder; None if transformers can load the model but there is no family
+    file. Raises ModelError.
     """
     if not (path / "config.json").is_file():
         if not path.is_dir():

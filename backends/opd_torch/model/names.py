@@ -1,4 +1,4 @@
-"""Names of parameters: transformers' modules, peft's layers in them, and the files."""
+"""Maps names of parameters between transformers' modules, peft's layers in them, and the files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opd.models.files import StoredTensor
 
 
 def hugging_face(name: str) -> str:
-    """A parameter's Hugging Face name, without what peft inserts."""
+    """The Hugging Face name of a parameter, without the parts that peft inserts."""
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
@@ -27,7 +27,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def head_name(model: Any) -> str:
-    """Name of the parameter that is the head: the embedding's where they are tied."""
+    """The name of the head's parameter, which is the embedding's for a tied head."""
     return str(
         next(
             name
@@ -38,21 +38,19 @@ def head_name(model: Any) -> str:
 
 
 def stored_names(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> dict[str, str]:
-    """The name in the files of every tensor that a forward may read, by parameter of `model`.
-    Raises ModelError.
-    """
+    """Maps every parameter of `model` to its name in the files. Raises ModelError."""
     kind = model.config.model_type
     used = names.used(kind, stored, path)
     return names.with_tie(kind, used) if model.config.tie_word_embeddings else used
 
 
 def check_stored(model: Any, stored: Mapping[str, StoredTensor], path: Path) -> None:
-    """Raises ModelError where the stored tensors are not those of `model`; transformers would make
-    up missing ones.
+    """Raises ModelError unless the stored tensors are those of `model`, because transformers would
+    initialise missing ones at random.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     actual = {name: stored[old].shape for name, old in stored_names(model, stored, path).items()}
-    # Some writers store a tied head beside the embedding.
+    # Some programs store a tied head in addition to the embedding.
     if model.config.tie_word_embeddings:
         actual.pop(names.HEAD, None)
     names.check(expected, actual, path)

@@ -1,6 +1,4 @@
-"""Frozen weights in few bits: 4-bit bases for adapters, through bitsandbytes (nf4; QLoRA, arXiv
-2305.14314).
-"""
+"""4-bit base models for adapters, by bitsandbytes (nf4; QLoRA, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -15,10 +13,11 @@ from opd.errors import BackendError
 from opd.models import adapters
 
 NEEDED = ("bitsandbytes", "accelerate")
+"""The packages that 4-bit weights need."""
 
 
 def check_four_bits(device: torch.device) -> None:
-    """Raises BackendError where 4-bit weights cannot be had."""
+    """Raises BackendError if the device or the installed packages do not support 4-bit weights."""
     if device.type != "cuda":
         raise BackendError(
             "model.tune = 'qlora' needs a CUDA GPU on torch; "
@@ -33,9 +32,10 @@ def check_four_bits(device: torch.device) -> None:
 
 
 def four_bits(layers: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of from_pretrained that load the language model's linear layers in 4 bits.
+    """The arguments with which `from_pretrained` loads the linear layers of the language model in 4
+    bits.
 
-    `layers` are the names of all linear layers.
+    `layers` are the names of all linear layers, `dtype` is the type of computation.
     """
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
