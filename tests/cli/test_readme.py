@@ -144,6 +144,26 @@ def test_the_tree_in_the_readme_is_there():
         assert [name for name in names if not (parent / name).exists()] == []
 
 
+FOLDERS = {
+    **{f"opd/{room}": "" for room in ("data", "method", "models", "plan", "prompts", "run", "views")},
+    "backends/opd_torch": "",
+    "backends/opd_mlx": "",
+    "cli": "opd_cli",
+}
+"""Folders of many files, whose page names each of them, and where the files are in the folder."""
+
+
+@pytest.mark.parametrize(("folder", "inner"), FOLDERS.items())
+def test_a_folder_of_many_files_has_a_page_that_names_them(folder, inner):
+    page = (ROOT / folder / "README.md").read_text()
+    named = set(re.findall(r"`([\w.]+(?:\.py|\.csv|/))`", page))
+    files = {path.name for path in (ROOT / folder / inner).glob("*.py")} - {"__init__.py"}
+    assert files - named - {"__main__.py"} == set()
+    places = (ROOT / folder / inner, ROOT / folder, ROOT / "opd", ROOT)
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+    assert "may import" in page or "imports" in page
+
+
 def texts(tree):
     """Every string of a module; what an f-string fills in is a NUL."""
     within = set()  # the parts of f-strings, which ast.walk gives after their whole
