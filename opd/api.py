@@ -1,7 +1,8 @@
-"""A program's view of opd: read data, open a model, measure its gap, train it, and read a run back.
+"""The functions that `opd` offers to programs: read data, open a model, measure the gap, train, and
+read a run back.
 
-Every function raises one of `opd.errors`, in one line, where its input is wrong or a run fails. All
-are silent; a `progress` (see `opd.progress.Progress`) hears what goes on.
+If an input is wrong or a run fails, a function raises an error of `opd.errors`, whose message is
+one line. The functions print nothing; they report to a `progress` (`opd.progress.Progress`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Sections(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Model:
-    """A model on a backend. `name`: the backend's; `recipe`: how the model is measured."""
+    """A model on a backend. `name`: the name of the backend. `recipe` says how the model is
+    measured."""
 
     recipe: Recipe
     name: str
@@ -58,11 +60,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Gap:
-    """What a model reads on the crop and not on the full image. Shares in 0..1, intervals of 95 %.
+    """The result of `measure_gap`. Shares are in 0..1, intervals are 95 % intervals.
 
-    `agreement` is over all `rows`; both accuracies and `gap` (crop less full image) are over the
-    `rows_with_answer`, and None where there are none. `answers` holds every answer, `skipped` the
-    rows that could not be used, each as {"row", "reason", "kind"}.
+    `agreement`: the share of all `rows` with equal answers on full image and crop. Both accuracies,
+    and `gap`, the crop's accuracy minus the full image's, are over the `rows_with_answer`; None if
+    there are none. `answers` lists every answer, `skipped` the rows that could not be used, each as
+    {"row", "reason", "kind"}.
     """
 
     rows: int
@@ -81,20 +84,21 @@ class Gap:
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk, finished or not; every property reads its file anew, and raises FolderError
-    where the file is damaged. Rows are plain dictionaries, as pandas takes them."""
+    """A run on disk, finished or not. Every property reads a file of the run when it is accessed,
+    and raises FolderError if the file is damaged. Rows are plain dictionaries, as pandas takes
+    them."""
 
     path: Path
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that the run was made with."""
+        """The recipe of the run."""
         return recipes.reread(self.path / CONFIG)
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the run came to: accuracies before and after, the verdict, seconds. Raises
-        FolderError where the run is not done."""
+        """The result of the run: accuracies before and after, the verdict, seconds. Raises
+        FolderError if the run is not finished."""
         try:
             return self._folder.read("summary.json")
         except FileNotFoundError as error:
@@ -110,12 +114,12 @@ class Run:
 
     @property
     def accuracy(self) -> Rows:
-        """One row for each measurement: step, accuracies, gap and agreement, with intervals."""
+        """One row for each measurement: step, and accuracies, gap and agreement with intervals."""
         return records.read(self._folder, records.ACCURACY)
 
     @property
     def answers(self) -> Rows:
-        """One row for each measured example before training, and one after (`when`)."""
+        """For each measured example one row before training and one after; "when" tells which."""
         return records.read(self._folder, records.ANSWERS)
 
     @property
@@ -125,12 +129,13 @@ class Run:
 
     @property
     def skipped(self) -> Rows:
-        """One row for each row of the data that could not be used: row, reason and kind."""
+        """One row for each row of the data that could not be used, with row, reason and kind."""
         return records.read(self._folder, records.SKIPPED)
 
     @property
     def result(self) -> Path:
-        """The folder of what was trained, in Hugging Face layout: model/, or adapter/."""
+        """The folder of the trained model or adapter, in Hugging Face layout: model/ or
+        adapter/."""
         return self.path / self.recipe.model.result
 
     @property
@@ -146,25 +151,27 @@ def read_data(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     progress: Progress | None = None,
 ) -> Sequence[Example]:
-    """The examples of a data file, or of the embedded task where `path` is "tiny".
+    """The examples of a data file, or of the embedded task if `path` is "tiny".
 
-    `count`: so many rows, spread evenly over the file. A faulty row is skipped, and is among
-    `skipped` of the `opd.data.Dataset` that a file gives; with `strict` it is an error, as is a
-    picture of more than `max_image_pixels`. Raises DataError.
+    `count`: at most so many rows, spread evenly over the file. A faulty row, such as one with an
+    image of more than `max_image_pixels` pixels, is skipped, and listed in `skipped` of the
+    `opd.data.Dataset` that is returned for a file; with `strict` it raises DataError. Raises
+    DataError if the file cannot be used.
     """
     progress = progress or Quiet()
-    there = str(path) if str(path) == "tiny" else _path(path, DataError)
-    found = open_data(there, strict, True, progress, max_image_pixels, count)
-    if isinstance(found, Dataset):
-        found.tell(progress)
-    return found
+    name = str(path) if str(path) == "tiny" else _path(path, DataError)
+    examples = open_data(name, strict, True, progress, max_image_pixels, count)
+    if isinstance(examples, Dataset):
+        examples.tell(progress)
+    return examples
 
 
 def recipe(source: str | Path | None = None, **sections: Unpack[Sections]) -> Recipe:
-    """A recipe: a preset ("tiny", "paper", "lora") or a TOML file, with the keys of `sections` set.
+    """The recipe of a preset ("tiny", "paper", "lora") or a TOML file, with the keys of `sections`
+    set.
 
-    Without a source it is that of the run which made `model.path`, else the preset for that model.
-    Raises RecipeError for an unknown key or a value out of range.
+    Without `source`, the recipe of the run that trained `model.path`, else the preset for that
+    model. Raises RecipeError for an unknown key or a value out of range.
     """
     return _resolved(source, sections, training=True).recipe
 
@@ -176,16 +183,16 @@ def open_model(
     progress: Progress | None = None,
     **sections: Unpack[Sections],
 ) -> Model:
-    """A model with its weights on a backend ("mlx", "cuda", "cpu"; None or "auto" picks one).
+    """Loads a model on a backend ("mlx", "cuda", "cpu"; None or "auto" picks one).
 
-    `path` is what `model.path` of a recipe takes: "tiny", a folder in Hugging Face layout, a run's
-    folder, or a Hugging Face id. A run's model is opened as the run measured it; `sections` change
-    that. Raises UserError where the model or the backend cannot be used.
+    `path`, as `model.path` of a recipe: "tiny", a folder in Hugging Face layout, a run folder, or a
+    Hugging Face id. The model of a run is opened with the run's recipe; `sections` set keys of it.
+    Raises UserError if the model or the backend cannot be used.
     """
     progress = progress or Quiet()
-    there = str(path) if str(path) == "tiny" else _path(path, ModelError)
+    name = str(path) if str(path) == "tiny" else _path(path, ModelError)
     given = _plain(sections)
-    given["model"] = {**given.get("model", {}), "path": there}
+    given["model"] = {**given.get("model", {}), "path": name}
     resolved = inherit.resolve(None, given, backend=backend, with_data=False)
     if resolved.line:
         progress.note(resolved.line)
@@ -199,12 +206,11 @@ def measure_gap(
     *,
     progress: Progress | None = None,
 ) -> Gap:
-    """Greedy answers of a model to examples, on the full image and on the evidence crop, and what
-    they say.
+    """Lets a model answer examples greedily, on the full image and on the evidence crop, and
+    returns accuracies, gap and answers.
 
-    Without `examples`, the rows that the model's recipe measures. The recipe also says how: `view`,
-    `measure.max_tokens` and `data.max_prompt_tokens`. Raises DataError where no example can be
-    used.
+    Without `examples`, the rows that the model's recipe measures. `view`, `measure.max_tokens` and
+    `data.max_prompt_tokens` of the recipe apply. Raises DataError if no example can be used.
     """
     progress = progress or Quiet()
     if examples is None:
@@ -239,12 +245,13 @@ def train(
 ) -> Run:
     """Trains a model into a new run folder, and returns the run.
 
-    `recipe` is one that `opd.recipe` made, or what that function takes; `sections` set keys of it.
-    `out`: the run's folder, else runs/NAME after recipe or data, then NAME-2 and so on; with
-    `force`, a run that is there is set aside as NAME~1. `monitors` hear of every step
-    (`opd.run.monitors.Monitor`). Raises UserError before anything is written, RunError where the
-    run cannot go on, and Stopped where `progress.stopping` asks for it; `resume` goes on from the
-    last checkpoint, after KeyboardInterrupt too.
+    `recipe`: a result of `opd.recipe`, or an argument of that function; `sections` set keys of it.
+    `out`: the run folder; None: runs/NAME, named after recipe or data, or NAME-2, ... if it exists.
+    With `force`, a run in `out` is renamed to NAME~1. `monitors` are told of every step
+    (`opd.run.monitors.Monitor`).
+    Raises UserError, before anything is written, if an input is wrong, RunError if the run fails,
+    and Stopped after `progress.stopping` became true. After these and after KeyboardInterrupt,
+    `resume` continues the run from the last checkpoint.
     """
     resolved = _resolved(recipe, sections, training=True, backend=backend)
     progress = progress or Quiet()
@@ -270,11 +277,11 @@ def resume(
     progress: Progress | None = None,
     monitors: Sequence[Monitor] = (),
 ) -> Run:
-    """Goes on with a run from its last checkpoint, to the same numbers as without the stop.
+    """Continues a run from the last checkpoint, with the same numbers as without the interruption.
 
-    `steps` extends the run; `data`, `measured` and `model` say where a file or folder was moved to.
-    Raises FolderError where the run's inputs are not what they were, unless `accept_changes`; else
-    as `train`.
+    `steps`: the new number of steps. `data`, `measured`, `model`: the new places of files that were
+    moved. Raises FolderError if the run's inputs have changed, unless `accept_changes`; otherwise
+    raises as `train` does.
     """
     changed = Changed(_text(data), _text(measured), _text(model), steps, accept_changes)
     trainer = session.resume(Path(_path(path)), backend, progress, changed)
@@ -284,7 +291,7 @@ def resume(
 
 
 def open_run(path: str | Path) -> Run:
-    """A run that was made before, finished or not. Raises FolderError where there is none."""
+    """The run in the folder `path`, finished or not. Raises FolderError if there is none."""
     run = Run(Path(_path(path)))
     RunFolder.open(run.path)
     return run
@@ -296,7 +303,7 @@ def _resolved(
     training: bool,
     backend: str | None = None,
 ) -> inherit.Resolved:
-    """The recipe of a source with `sections` set, and the backend that is asked for."""
+    """The recipe of `source` with `sections` set, and the backend to use."""
     given = _plain(sections)
     if not isinstance(source, Recipe):
         text = None if source is None else str(source)
@@ -306,7 +313,8 @@ def _resolved(
 
 
 def _plain(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections as a TOML file would give them. Raises RecipeError."""
+    """The sections with paths as text, as in a TOML file. Raises RecipeError for a section that is
+    not a mapping."""
     plain = {}
     for name, section in sections.items():
         if not isinstance(section, Mapping):
@@ -318,12 +326,12 @@ def _plain(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: str | Path | None) -> str | None:
-    """A path as text, where there is one."""
+    """A path as text, or None."""
     return None if path is None else str(path)
 
 
 def _path(path: str | Path, error: type[UserError] = FolderError) -> str:
-    """A path with `~` replaced. Raises `error` where no file can have it."""
+    """A path with `~` replaced. Raises `error` if no file can have the path."""
     try:
         return expanded(str(path))
     except ValueError as fault:

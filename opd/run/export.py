@@ -1,4 +1,5 @@
-"""A run's result as a folder that other programs load: a Hugging Face model, or a PEFT adapter."""
+"""Exports the result of a run as a folder that other programs load: a Hugging Face model or a PEFT
+adapter."""
 
 from __future__ import annotations
 
@@ -33,21 +34,22 @@ def export(
     progress: Progress,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the student of the run in `run` into the empty folder `out`; says what was exported.
+    """Writes the student of the run in `run` into the empty folder `out`. Returns a record of the
+    export, which `opd export --json` prints.
 
-    A finished run gives what it left behind; an unfinished one its newest checkpoint, on its own
-    backend or another one; with `step` the checkpoint of that step. `quantize`: bits per weight, by
-    MLX. Raises UserError before anything is written.
+    Of a finished run, the result is exported; of an unfinished run, the newest checkpoint, which
+    `backend` or the run's backend loads; with `step`, the checkpoint of that step. `quantize`: bits
+    per weight, needs MLX. Raises UserError before anything is written.
     """
     checkpoint = checkpoint_of(run)
     if checkpoint and step is None:
         run, step = checkpoint
     folder = RunFolder.open(run)
-    inputs.recorded(folder)  # damage is told
+    inputs.recorded(folder)  # raises FolderError if the folder is damaged
     recipe = recipes.reread(run / CONFIG)
     check_empty(out)
-    own: Kind = recipe.model.result
-    if kind == "adapter" and own == "model":
+    trained: Kind = recipe.model.result
+    if kind == "adapter" and trained == "model":
         raise RecipeError(
             f"run '{run}' trained all weights, so it has no adapter; export it with --as model"
         )
@@ -56,33 +58,31 @@ def export(
             "--quantize is for --as model: an adapter has no weights that could be quantised"
         )
     write = backends.quantizer() if quantize else None
-    result = folder.path / own
-    step, source, what = _chosen(folder, recipe, step)
-    finished = source == result
-    opened = (
-        None
-        if finished and kind == own
-        else _open(recipe, run, source, finished, _backend(run, backend), progress)
-    )
-    progress.note(what)
+    step, source, line = _source(folder, recipe, step)
+    finished = source == folder.path / trained
+    opened = None
+    if not finished or kind != trained:
+        opened = _open(recipe, run, source, finished, _backend(run, backend), progress)
+    progress.note(line)
 
-    def produce(target: Path) -> None:
+    def fill_whole(target: Path) -> None:
         if opened is not None:
-            opened[0].export(target, kind)
-            opened[1].save(target)
+            student, encoder = opened
+            student.export(target, kind)
+            encoder.save(target)
         else:
             copy_result(source, target)
-            if kind == "model":  # of an earlier version, perhaps
+            if kind == "model":  # results of earlier versions may lack the trained chat template
                 open_encoder(source).save(target)
 
     def fill(target: Path) -> None:
         if write is None:
-            produce(target)
+            fill_whole(target)
         else:
             with tempfile.TemporaryDirectory(
                 dir=target.parent, prefix=f"{target.name}.whole"
             ) as whole:
-                produce(Path(whole))
+                fill_whole(Path(whole))
                 write(Path(whole), target, quantize or 0)
         recipes.write_beside(recipe, target, step)
 
@@ -96,8 +96,8 @@ def export(
 
 
 def as_model(path: str, backend: str, progress: Progress) -> None:
-    """Lets the checkpoint in `path` be a model: writes its student, model or adapter, into it,
-    once. Nothing for any other folder."""
+    """If `path` is a checkpoint, exports its student into the checkpoint folder, as model/ or
+    adapter/, unless that is done already; `backend` loads the student. Raises UserError."""
     checkpoint = checkpoint_of(Path(path))
     if checkpoint is None:
         return
@@ -123,52 +123,46 @@ def as_model(path: str, backend: str, progress: Progress) -> None:
     replace_folder(result, fill, shared=True)
 
 
-def _chosen(folder: RunFolder, recipe: Recipe, step: int | None) -> tuple[int, Path, str]:
-    """The step that is exported, its folder, and what is told of it. Raises FolderError where there
-    is none."""
+def _source(folder: RunFolder, recipe: Recipe, step: int | None) -> tuple[int, Path, str]:
+    """The step to export, the folder that holds it, and a line that says so. Raises FolderError if
+    there is none."""
     result, run, steps = folder.path / recipe.model.result, folder.path, recipe.run.steps
-    there = dict(folder.checkpoints())
+    folders = dict(folder.checkpoints())
     if result.is_dir():
-        there[recipes.step_of(result, steps)] = result
-    if not there:
+        folders[recipes.step_of(result, steps)] = result
+    if not folders:
         raise FolderError(
             f"run '{run}' has neither {result.name}/ nor a checkpoint yet; go on with it: opd train"
             f" --resume {run}"
         )
     if step is None:
-        step = max(there)
-        # the last checkpoint stands before the result does
-        if step < steps or there[step] != result:
-            what = "its checkpoint" if there[step] != result else f"{result.name}/"
-            return (
-                step,
-                there[step],
-                f"run '{run}' is not finished: exporting {what} of step {step}, of {steps}",
-            )
-    elif step not in there:
-        listed = ", ".join(str(one) for one in sorted(there))
+        step = max(folders)
+        source = folders[step]
+        # The last checkpoint is written before the result.
+        if step < steps or source != result:
+            what = "its checkpoint" if source != result else f"{result.name}/"
+            line = f"run '{run}' is not finished: exporting {what} of step {step}, of {steps}"
+            return step, source, line
+    elif step not in folders:
+        listed = ", ".join(str(saved) for saved in sorted(folders))
         raise FolderError(
             f"run '{run}' has no checkpoint of step {step}; it has those of: {listed}"
         )
-    source = there[step]
-    return (
-        step,
-        source,
-        f"exporting {source}" if source == result else f"exporting the checkpoint of step {step}",
-    )
+    source = folders[step]
+    if source == result:
+        return step, source, f"exporting {source}"
+    return step, source, f"exporting the checkpoint of step {step}"
 
 
 def _open(
     recipe: Recipe, run: Path, source: Path, finished: bool, name: str, progress: Progress
 ) -> tuple[Backend, PromptEncoder]:
-    """The backend that holds the student: a checkpoint's, or, of a finished run, the base's weights
-    with the adapter added."""
-    model = (
-        recipe.model.model_copy(update={"path": str(run), "revision": "", "tune": "full"})
-        if finished
-        else recipe.model
-    )
-    with progress.pause():  # a base may have to be downloaded
+    """The encoder, and a backend with the student: that of the checkpoint in `source`, or, if the
+    run is `finished`, the base model with the adapter merged. Raises UserError."""
+    model = recipe.model
+    if finished:
+        model = model.model_copy(update={"path": str(run), "revision": "", "tune": "full"})
+    with progress.pause():  # the base model may be downloaded
         encoder, options = open_encoder(model.folder(weights=False)), model.options()
     backend = backends.load(name, options)
     if not finished:
@@ -177,6 +171,6 @@ def _open(
 
 
 def _backend(run: Path, chosen: str | None) -> str:
-    """The backend that was asked for, or the run's own."""
+    """The `chosen` backend, else the backend of the run."""
     made_with = recipes.read(str(run / CONFIG)).get("made_with", {})
     return chosen or str(made_with.get("backend", "auto"))

@@ -1,5 +1,5 @@
-"""Who hears what a run does: the run folder, the progress bar, and whoever else has these three
-functions."""
+"""The protocol by which a run reports events, and two implementations: the progress bar and the run
+folder."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ from opd.views.usable import Skipped
 
 
 class Monitor(Protocol):
-    """Hears of a run on every process, in the order in which things happen."""
+    """Receives the events of a run, in order, on every process."""
 
     def step(self, result: StepResult) -> None:
-        """A step is done, taken or not."""
+        """A step is done; `result` says whether it was taken."""
 
     def measured(self, step: int, accuracies: Mapping[str, Any]) -> None:
-        """The model was measured after `step` steps; see `opd.measure.gap.accuracies`."""
+        """The student was measured after `step` steps; `accuracies` as in
+        `opd.measure.gap.accuracies`."""
 
     def interrupted(self) -> None:
-        """The run ends before its last step."""
+        """The run ends before the last step."""
 
     def ended(self, summary: Mapping[str, Any]) -> None:
-        """The run is done."""
+        """The run is finished; `summary` is the content of summary.json."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Shows steps as they go by."""
+    """Shows steps on the progress bar."""
 
     progress: Progress
 
     def step(self, result: StepResult) -> None:
-        """Moves the bar on."""
+        """Advances the bar."""
         self.progress.step(result.metrics)
         self.progress.advance(1)
 
     def measured(self, step: int, accuracies: Mapping[str, Any]) -> None:
-        """Shows nothing: the table comes at the end."""
+        """Shows nothing, since a table follows at the end."""
 
     def interrupted(self) -> None:
-        """Shows nothing: the error says it."""
+        """Shows nothing, since an error follows."""
 
     def ended(self, summary: Mapping[str, Any]) -> None:
         """Shows nothing."""
@@ -57,8 +58,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Writes metrics, accuracies, summary, the rows that could not be used, and the completions of
-    every `every`-th step's first group (0: of none)."""
+    """Writes metrics, accuracies, summary and skipped rows into the run folder, and, every `every`
+    steps (0: never), the completions of the step's first group."""
 
     folder: RunFolder
     encoder: Encoder
@@ -66,7 +67,7 @@ class Recorded:
     skipped: Skipped
 
     def step(self, result: StepResult) -> None:
-        """To metrics.jsonl and rollouts.jsonl."""
+        """Appends to metrics.jsonl, rollouts.jsonl and skipped.jsonl."""
         self.folder.append(records.METRICS, result.metrics)
         if self.every and (result.metrics["step"] - 1) % self.every == 0 and result.statistics:
             for row in completions(result, self.encoder):
@@ -74,43 +75,42 @@ class Recorded:
         self.interrupted()
 
     def measured(self, step: int, accuracies: Mapping[str, Any]) -> None:
-        """To accuracy.jsonl: the gap as it closes."""
+        """Adds a row to accuracy.jsonl, in the place of rows of the same or later steps."""
         earlier = [row for row in records.read(self.folder, records.ACCURACY) if row["step"] < step]
         self.folder.rewrite(records.ACCURACY, [*earlier, {"step": step, **accuracies}])
 
     def interrupted(self) -> None:
-        """Rows that fell out since the last time, to skipped.jsonl."""
+        """Appends the rows that were skipped since the last call to skipped.jsonl."""
         for row in self.skipped.new():
             self.folder.append(records.SKIPPED, row)
 
     def ended(self, summary: Mapping[str, Any]) -> None:
-        """To summary.json."""
+        """Writes summary.json."""
         self.interrupted()
         self.folder.write("summary.json", summary)
 
 
 def completions(result: StepResult, encoder: Encoder) -> list[dict[str, Any]]:
-    """The first group's completions with their statistics, token by token."""
-    pair, group, statistics = (
-        result.rollout.pairs[0],
-        result.rollout.completions[0],
-        result.statistics[0],
-    )
-    return [
-        {
+    """Rows for rollouts.jsonl: the completions of the step's first group, with statistics of every
+    token."""
+    rows = []
+    first = zip(result.rollout.completions[0], result.statistics[0], strict=True)
+    for completion, statistics in first:
+        row = {
             "step": result.metrics["step"],
-            "id": pair.id,
+            "id": result.rollout.pairs[0].id,
             "text": encoder.decode(completion.tokens.tolist()),
             "finished": completion.finished,
             "tokens": completion.tokens.tolist(),
             "sampler_logprobs": _rounded(completion.logprobs),
-            **{
-                name: _rounded(values) for name, values in asdict(row).items() if values is not None
-            },
         }
-        for completion, row in zip(group, statistics, strict=True)
-    ]
+        for name, values in asdict(statistics).items():
+            if values is not None:
+                row[name] = _rounded(values)
+        rows.append(row)
+    return rows
 
 
 def _rounded(values: NDArray[np.float32] | Sequence[float]) -> list[float]:
+    """The values rounded to five decimals."""
     return [round(float(value), 5) for value in values]
