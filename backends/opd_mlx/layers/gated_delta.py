@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -171,9 +170,10 @@ def _rule(
     softplus: mx.array = nn.softplus(decay.astype(mx.float32) + bias)
     decay = mx.exp(-mx.exp(rate.astype(mx.float32)) * softplus)
     beta = mx.sigmoid(beta).astype(mx.float32)
+    result: tuple[mx.array, mx.array]
     if length == 1:
         result = gated_delta_ops(query, key, value, decay, beta, state, real)
     else:
         chunk = min(CHUNK, length)
         result = gated_delta_chunked(query, key, value, decay, beta, state, real, C=chunk)
-    return cast("tuple[mx.array, mx.array]", result)
+    return result
