@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["vision-opd[cuda]"]
+# [tool.uv.sources]
+# vision-opd = { path = ".." }
 # ///
 """Vision-OPD by hand: ten steps of the method, with the verbs of a backend and nothing around them.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["vision-opd", "matplotlib"]
+# [tool.uv.sources]
+# vision-opd = { path = ".." }
 # ///
 """The divergence on three tokens: what alpha, the tail and the top k do.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["vision-opd"]
+# [tool.uv.sources]
+# vision-opd = { path = ".." }
 # ///
 """A backend of one's own, and how the conformance suite finds what is wrong with it.
 

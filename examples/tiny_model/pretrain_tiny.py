@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["vision-opd[cuda]"]
+# [tool.uv.sources]
+# vision-opd = { path = "../.." }
+# ///
 """Pretrain the tiny model that `opd` ships, so that it reads a digit on a crop and often fails to
 find it on the full image.
 

@@ -59,6 +59,9 @@ def published(kind, text, vision, tied=True, **more):
 
 
 PUBLISHED = {
+    "Qwen3-VL-2B": published(
+        "qwen3_vl", text(2048, 6144, 28, 16, 8, head_dim=128, vocab_size=151_936), {**SMALL_TOWER, "out_hidden_size": 2048}
+    ),
     "Qwen3-VL-4B": published(
         "qwen3_vl", text(2560, 9728, 36, 32, 8, head_dim=128, vocab_size=151_936), {**SMALL_TOWER, "out_hidden_size": 2560}
     ),
@@ -145,14 +148,19 @@ def shape(name):
     return shape_of(AutoConfig.for_model(**PUBLISHED[name]).to_dict())
 
 
+def write_published(folder, name):
+    """A folder with a published Qwen3-VL's sizes, and its patches of 16 pixels."""
+    written(folder, PUBLISHED[name])
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    sized = {**settings, "patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sized))
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Qwen3-VL-4B's sizes."""
-    written(tmp_path, PUBLISHED["Qwen3-VL-4B"])
-    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    sized = {**settings, "patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(sized))
-    return tmp_path
+    return write_published(tmp_path, "Qwen3-VL-4B")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
