@@ -20,14 +20,14 @@ GROUP = 64
 
 
 def load(options: ModelOptions, device: Device | None = None) -> MlxBackend:
-    """Loads the model in `options.path`; `device`: MLX's default device as it is."""
+    """Loads the model of the folder `options.path`; without `device`, on MLX's default device."""
     from opd_mlx.backend import MlxBackend
 
     return MlxBackend(options, device)
 
 
 def state() -> State:
-    """MLX's default device."""
+    """Whether MLX runs here, and the name of its default device."""
     import platform
 
     import mlx.core as mx
@@ -38,10 +38,9 @@ def state() -> State:
 
 
 def quantize(source: Path, folder: Path, bits: int) -> None:
-    """Writes `source`, a model folder, with its language model in `bits` per weight.
+    """Writes the model folder `source` to `folder`, with `bits` per weight in the language model.
 
-    Quantisation and layout are mlx-vlm's own. Raises ModelError where mlx-vlm cannot load the
-    model.
+    mlx-vlm quantises and chooses the layout. Raises ModelError if mlx-vlm cannot load the model.
     """
     import contextlib
     import io
@@ -60,7 +59,8 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
     kind = str(stated.get("model_type"))
     published = family(kind).published(stated)
     with inert.inert(source) as whole:
-        # mlx-vlm reads another config.json, and must not run what the folder's own may name.
+        # mlx-vlm needs the published form of config.json, and must not run code that the folder's
+        # config.json may name.
         (whole / "config.json").write_text(json.dumps(published), encoding="utf-8")
         try:
             model, config = utils.load_model(whole, lazy=True), utils.load_config(whole)
@@ -74,7 +74,7 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
         def quantised(path: str, module: object) -> bool:
             return not utils.skip_multimodal_module(path) and allowed(path, module)
 
-        # mlx-vlm prints, and our stdout is for results.
+        # mlx-vlm prints to stdout, which is reserved for results.
         with contextlib.redirect_stdout(io.StringIO()):
             model, config = quantize_model(model, config, GROUP, bits, quant_predicate=quantised)
         utils.save_weights(folder, model)

@@ -1,12 +1,12 @@
 """Lays out prompts and completions of unequal lengths and counts as padded arrays.
 
-Everything is padded on the right, where no causal row looks. A prompt's last token predicts its
-completions' first tokens, so it runs with the completions: row t of a completion holds the token
-before target t. The rest of the prompt is a prefix, of which only keys and values are wanted; and a
-completion's last token, which predicts nothing, is no input.
+Everything is padded on the right, which causal rows do not see. A prompt's last token predicts the
+first token of each completion, so it runs with the completions: row t of a completion holds the
+token before target t. The rest of the prompt is the prefix, and completions use only the prefix's
+keys and values. A completion's last token predicts nothing, so it is not an input.
 
-Legend: B prompts, P tokens of the longest prompt without its last one, n completions of the largest
-group, T tokens of the longest completion, M completion tokens that are predicted, S visual tokens.
+Legend: B prompts, P tokens of the longest prefix, n completions of the largest group, T tokens of
+the longest completion, M predicted completion tokens, S visual tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from opd_mlx.kernels.scores import Seen
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which earlier tokens a layer's rows attend to: all, or the last `window`, their own included.
+    """Which keys a row of an attention layer may attend to: the row's and those of earlier tokens.
 
-    With `blocks`, tokens of one image in a prompt see each other in both directions.
+    `window` limits them to the last `window` keys, including the row's; None is no limit. With
+    `blocks`, the tokens of an image in a prompt also attend to later tokens of the same image.
     """
 
     window: int | None = None
@@ -35,22 +36,22 @@ class Visibility:
 
 @dataclass(frozen=True)
 class Masks:
-    """What is added to scores of completion rows, -inf at keys that a row does not see.
+    """What is added to the scores of completion rows: -inf at keys that a row does not see, else 0.
 
-    `prefix` is [B, 1, 1, T or 1, P], `own` [T, keys]; None: rows see all. The prefix has `width`
-    keys.
+    `prefix` [B, 1, 1, T or 1, P] is for the keys of the prefix, of which there are `width`, and
+    `completion` [T, keys] for those of the completion; None if rows see all of these keys.
     """
 
     prefix: mx.array | None
-    own: mx.array | None
+    completion: mx.array | None
     width: int
 
     def seen(self, rows: slice) -> list[Seen]:
-        """What some of the T rows see of their own keys, and of the prefix."""
-        own, prefix, keys = self.own, self.prefix, slice(0, rows.stop)
+        """What `rows` see of the completion's keys, and of the prefix's keys."""
+        completion, prefix, keys = self.completion, self.prefix, slice(0, rows.stop)
         every = slice(None) if prefix is None or prefix.shape[3] == 1 else rows
         return [
-            (keys, None if own is None else lambda _: own[rows, keys]),
+            (keys, None if completion is None else lambda _: completion[rows, keys]),
             (
                 slice(0, self.width),
                 None if prefix is None else lambda _: prefix[:, :, None, :, every],
@@ -62,11 +63,11 @@ class Masks:
 class Prefixes:
     """Prompts without their last tokens.
 
-    `tokens` [B * P], `positions` [axes, B * P], `shape` (B, P), `lengths` [B] of each; `even` if
-    all are of one length. `visual_rows` [S] are the rows of image tokens in the order of
-    `sources`; `images` [B, P] numbers the images of a prompt, and is -1 at text. `reach` [P] is
-    one past the last key that a row of any prompt sees if images see themselves in both
-    directions.
+    `tokens` are [B * P], `positions` [axes, B * P], `shape` is (B, P), `lengths` are [B], and
+    `even` says whether all lengths are equal. `visual_rows` [S] are the rows of image tokens in the
+    order of `sources`. `images` [B, P] is the number of the image at each token, -1 at text.
+    `reach` [P] is one past the last key that row p of any prompt sees, if the tokens of an image
+    attend to each other in both directions.
     """
 
     sources: Sequence[Prompt]
@@ -81,13 +82,13 @@ class Prefixes:
 
     @property
     def real(self) -> mx.array | None:
-        """[B, P], False where a prompt has ended; None where all are of one length."""
+        """False at padding, [B, P]; None if all prompts have equal lengths."""
         return None if self.even else mx.arange(self.shape[1]) < self.lengths[:, None]
 
     def mask(self, visibility: Visibility) -> mx.array | None:
-        """Which keys of a prompt its rows see, [B or 1, 1, P, P]; None: causality alone decides.
+        """Which keys a prompt's rows may attend to, [B or 1, 1, P, P]; None for plain causality.
 
-        Padding stands on the right, where no real row looks.
+        Padding is on the right, so causality already hides it from every real row.
         """
         if self._window(visibility) is None and not self._blocks(visibility):
             return None
@@ -95,7 +96,7 @@ class Prefixes:
         return self._sees(visibility, whole, whole, rows)[:, None]
 
     def seen(self, visibility: Visibility, rows: slice) -> Seen:
-        """What some of a prompt's rows see of it."""
+        """What `rows` of a prompt see of the prompt's keys."""
         window = self._window(visibility)
         last = int(self.reach[rows].max()) if self._blocks(visibility) else rows.stop
         keys = slice(0 if window is None else max(0, rows.start + 1 - window), last)
@@ -107,9 +108,9 @@ class Prefixes:
         return keys, mask
 
     def masks(self, visibility: Visibility, row: mx.array, keys: int) -> Masks:
-        """What completion rows of numbers `row` [T, 1] see of the prefix and of `keys` own keys."""
+        """The masks of completion rows with the numbers `row` [T, 1] for `keys` completion keys."""
         key = mx.arange(keys)
-        own = mx.where(key > row, -mx.inf, 0.0) if keys > 1 else None
+        completion = mx.where(key > row, -mx.inf, 0.0) if keys > 1 else None
         real, prefix = self.real, None
         if real is not None:
             prefix = mx.where(real, 0.0, -mx.inf)[:, None, None, None]
@@ -118,8 +119,8 @@ class Prefixes:
             distance = self.lengths[:, None, None] + row - mx.arange(self.shape[1])
             far = mx.where(distance < window, 0.0, -mx.inf)[:, None, None]
             prefix = far if prefix is None else prefix + far
-            own = mx.where((key > row) | (row - key >= window), -mx.inf, 0.0)
-        return Masks(prefix, own, self.shape[1])
+            completion = mx.where((key > row) | (row - key >= window), -mx.inf, 0.0)
+        return Masks(prefix, completion, self.shape[1])
 
     def _window(self, visibility: Visibility) -> int | None:
         window = visibility.window
@@ -129,7 +130,7 @@ class Prefixes:
         return visibility.blocks and len(self.visual_rows) > 0
 
     def _sees(self, visibility: Visibility, rows: slice, keys: slice, row: mx.array) -> mx.array:
-        """[B or 1, rows, keys], True where a row of number `row` [rows, 1] sees a key."""
+        """[B or 1, rows, keys], True where a row with the number `row` [rows, 1] sees a key."""
         key = mx.arange(keys.start, keys.stop)
         seen, window = (key <= row)[None], self._window(visibility)
         if self._blocks(visibility):
@@ -140,11 +141,11 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One token step of decoding: its `number` [1], and how many own rows every layer reads keys
-    of.
+    """One token step of decoding: the step's `number` [1], and the `count` of completion keys that
+    every layer reads.
 
-    `count` is number + 1, or more where `exact` is false: then a step that is compiled once reads
-    as much as those that come after it.
+    If `exact`, `count` is number + 1. Otherwise it may be more, because a compiled step always
+    reads the same number of keys.
     """
 
     number: mx.array
@@ -152,17 +153,20 @@ class DecodeStep:
     exact: bool
 
     def masks(self, prefixes: Prefixes, visibility: Visibility) -> Masks:
-        """What a completion's row sees."""
+        """The masks of the completions' rows."""
         masks = prefixes.masks(visibility, self.number[:, None], self.count)
-        return replace(masks, own=None) if self.exact and visibility.window is None else masks
+        if self.exact and visibility.window is None:
+            return replace(masks, completion=None)
+        return masks
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward: `prefixes`, and completion rows.
+    """The inputs of one forward: `prefixes`, and completion rows with `tokens` [B * n * T],
+    `positions` [axes, B * n * T] and `shape` (B, n, T).
 
-    Of these `tokens` [B * n * T], `positions` [axes, B * n * T], `shape` (B, n, T). `rows` [M] are
-    the completion rows that have a target, in order of group, completion and token; None: all.
+    `rows` [M] are the completion rows that have a target, in order of group, completion and token;
+    None for all rows.
     """
 
     prefixes: Prefixes
@@ -174,7 +178,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Targets:
-    """Completion tokens, their log-probabilities as recorded, and their weights, [M] each."""
+    """Completion tokens, the log-probabilities recorded when they were sampled, and weights, [M]
+    each.
+    """
 
     tokens: mx.array
     logprobs: mx.array
@@ -182,7 +188,10 @@ class Targets:
 
 
 def lay_out_prefixes(prompts: Sequence[Prompt], at_least: int = 1) -> Prefixes:
-    """Pads `prompts`, without their last tokens, to one length."""
+    """Pads `prompts`, without their last tokens, to one length of `at_least` tokens.
+
+    Raises ValueError if a prompt ends with an image token.
+    """
     lengths = [len(prompt) - 1 for prompt in prompts]
     count, width, axes = len(prompts), max(at_least, *lengths), len(prompts[0].positions)
     tokens = np.zeros((count, width), np.int32)
@@ -236,7 +245,7 @@ def lay_out(prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
 
 
 def lay_out_targets(groups: Sequence[Group]) -> Targets:
-    """Everything about completion tokens that is the same for both policies."""
+    """The targets of all completions of `groups`, which are the same for both policies."""
     completions = [completion for group in groups for completion in group.completions]
     weights = [values for group in groups for values in group.weights]
     tokens = np.concatenate([completion.tokens for completion in completions])

@@ -1,9 +1,7 @@
-"""The trunk: vision tower, prompt stream, completion stream, and hidden states of the rows that
-predict.
+"""The forward of the trunk: vision tower, prompt stream, completion stream.
 
-Nothing here evaluates: under `mx.vjp` it is one traced function of the parameters.
-
-Legend: see `batch`.
+It computes the final hidden states of the rows that predict. Nothing is evaluated here, so under
+`mx.vjp` the forward is one traced function of the parameters. Legend: see `batch`.
 """
 
 from __future__ import annotations
@@ -19,20 +17,19 @@ from opd_mlx.layers.layer import CompletionCache, KeysValues, Layer, checkpoint_
 from opd_mlx.model import Model
 
 PromptCache: TypeAlias = list[KeysValues]
-"""What every layer keeps of prompts for their completions."""
+"""The cache of all prompts, layer by layer."""
 
 
 def hidden_states(model: Model, batch: Batch, recompute: float = 0) -> mx.array:
-    """Final hidden states [M, D] of exactly the rows that predict completion tokens.
+    """Final hidden states [M, D] of the rows that predict completion tokens.
 
-    `recompute` is the share of layers, the first, that the backward recomputes instead of keeping
-    their activations.
+    `recompute` is the share of layers, counted from the first, that the backward recomputes.
     """
     return complete(model, batch, prefill(model, batch.prefixes, recompute), recompute)
 
 
 def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCache:
-    """What completions need of all prompts' prefixes, for every layer."""
+    """Runs all prompts' prefixes and returns their cache."""
     family, module = model.family, model.module
     hidden = family.embed(module, prefixes.tokens)
     features = model.features(prefixes.sources, recompute)
@@ -54,13 +51,13 @@ def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCac
         hidden, keys_values = run_layer(hidden, angles[layer.rotary])
         cache.append(keys_values)
         if number + 1 < len(features):
-            more = features[number + 1].astype(hidden.dtype)
-            hidden = hidden.at[prefixes.visual_rows].add(more)
+            added = features[number + 1].astype(hidden.dtype)
+            hidden = hidden.at[prefixes.visual_rows].add(added)
     return cache
 
 
 def complete(model: Model, batch: Batch, cache: PromptCache, recompute: float = 0) -> mx.array:
-    """Final hidden states [M, D] of the batch's `rows`, over the `cache` of its prompts."""
+    """Final hidden states [M, D] of the batch's `rows`, over the `cache` of the prompts."""
     return _completions(model, batch, cache, recompute, (), None)
 
 
@@ -71,20 +68,23 @@ def decode(
     caches: Sequence[CompletionCache],
     step: DecodeStep,
 ) -> mx.array:
-    """Final hidden states [B * n, D] of one more token of every completion.
+    """Final hidden states [B * n, D] of the next row of every completion.
 
-    `caches` hold the tokens before it, layer by layer.
+    `caches` hold the earlier rows, layer by layer; the new rows are added to them in place.
     """
     return _completions(model, batch, cache, 0, caches, step)
 
 
 def select_rows(cache: PromptCache, prompts: mx.array) -> PromptCache:
-    """The cache of some `prompts` [B']."""
+    """Selects `prompts` [B'] from the cache."""
     return [(first[prompts], second[prompts]) for first, second in cache]
 
 
 def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:
-    """The caches of several `prefill` as one; empties `parts` layer by layer."""
+    """Joins the caches of several calls of `prefill`.
+
+    Empties `parts` layer by layer, so that at most one layer is in memory twice.
+    """
     if len(parts) == 1:
         return parts[0]
     whole: PromptCache = []
@@ -95,7 +95,7 @@ def concatenate_caches(model: Model, parts: list[PromptCache]) -> PromptCache:
 
 
 def warm(model: Model, prompts: Sequence[Prompt]) -> None:
-    """Fills a frozen tower's feature cache with all images of `prompts`."""
+    """Fills the feature cache of a frozen tower with the images of `prompts`."""
     if model.feature_cache is not None:
         model.feature_cache.features(prompts)
 
@@ -127,9 +127,9 @@ def _completions(
             number: int = number,
             layer: Layer = layer,
         ) -> mx.array:
-            own = caches[number] if step else None
+            layer_cache = caches[number] if step else None
             mask = masks[layer.visibility]
-            return layer.completion(hidden, angles, batch.shape, prefix, mask, own, step)
+            return layer.completion(hidden, angles, batch.shape, prefix, mask, layer_cache, step)
 
         run_layer = checkpoint_if(number < recompute * len(model.layers), layer.module, run)
         hidden = run_layer(hidden, angles[layer.rotary], cache[number])

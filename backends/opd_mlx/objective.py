@@ -1,9 +1,9 @@
 """The divergence kernel: head, loss and gradient in one pass over chunks of completion rows.
 
-The gradient is made in the forward, and every chunk is evaluated before the next is begun, outside
-of any gradient trace: so memory does not grow with the rows. Everything between the products of a
-chunk can go block by block, in blocks that stay in a CPU's caches. `opd.objective` has the
-mathematics.
+`opd.objective` has the mathematics. The forward also computes the gradient, and every chunk is
+evaluated before the next begins, outside of any gradient trace, so memory does not grow with N.
+Everything between the matrix products of a chunk can run block by block, in blocks that stay in a
+CPU's caches.
 
 Legend: N rows (completion tokens), D hidden width, V vocabulary, K support, C rows of a chunk.
 Small letters s, t, m are log-probabilities of student, teacher and their mixture; p, q the
@@ -24,18 +24,19 @@ from opd.types import STATISTICS, Alternatives, Group, TokenStatistics
 from opd_mlx.kernels.sums import total
 
 CHUNK_BYTES = 64 * 1024**2
-"""Bytes of one [C, V] buffer.
+"""Size of one float32 array [C, V] at the default chunk.
 
-At most nine are alive at a time, or four where blocks are smaller than chunks.
+At most nine such arrays are alive at a time, or four if blocks are smaller than chunks.
 """
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    """Statistics [N] of every row, and the gradient of sum(weights * ratio * divergence).
+    """The statistics [N] of all rows, and the gradient of sum(weights * ratio * divergence) with
+    respect to the student's hidden states [N, D] and head [V, D].
 
-    The gradient is to hidden states [N, D] and head [V, D]. With `top`, the most likely tokens and
-    their log-probabilities of both policies, [N, top] each, best first.
+    `student_top` and `teacher_top` are the most likely tokens and their log-probabilities, [N, top]
+    each, best first; None if `top` was 0.
     """
 
     student_logprobs: mx.array
@@ -50,7 +51,7 @@ class HeadResult:
     teacher_top: tuple[mx.array, mx.array] | None = None
 
     def records(self, computed: Sequence[Group]) -> list[list[TokenStatistics]]:
-        """One record for every completion of the `computed` groups, whose tokens are the rows."""
+        """Cuts the rows into one record for each completion of the `computed` groups."""
         statistics = np.array(mx.stack([getattr(self, name) for name in STATISTICS], axis=1))
         student_top, teacher_top = (
             None if top is None else Alternatives(np.array(top[0]), np.array(top[1]))
@@ -60,7 +61,7 @@ class HeadResult:
 
 
 def default_chunk(vocabulary: int) -> int:
-    """Rows whose logits fill about CHUNK_BYTES; at least 16."""
+    """The rows of a chunk: as many as fill a float32 array [C, V] of CHUNK_BYTES, at least 16."""
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
@@ -80,12 +81,14 @@ def divergence_head(
     train_head: bool = True,
     top: int = 0,
 ) -> HeadResult:
-    """Statistics and gradients of N rows.
+    """Computes the divergence of every row, from hidden states [N, D] and heads [V, D].
 
-    Hidden states are [N, D], heads [V, D], `tokens`, `sampler_logprobs` and `weights` [N]. `chunk`
-    rows meet the head together; one array of the rows that go on together has at most
-    `block_bytes`. Everything after the hidden states is float32, or float64 if they are. Without
-    `train_head` there is no gradient to the head.
+    `tokens` [N] are ids, `sampler_logprobs` [N] the log-probabilities recorded when they were
+    sampled, `weights` [N] the rows' weights. Logits and everything computed from them are float32,
+    or float64 for hidden states in float64. `chunk` rows are multiplied with the heads together;
+    everything else runs on blocks of rows, whose arrays have at most `block_bytes` each. Without
+    `gradient` no gradient is computed, and without `train_head` none for the head. With `top`, the
+    `top` most likely tokens of both policies are returned too.
     """
     dtype = mx.float64 if student_hidden.dtype == mx.float64 else mx.float32
     shared = teacher_head is student_head
@@ -129,9 +132,10 @@ def _chunk(
     gradient: bool,
     top: int,
 ) -> tuple[dict[str, mx.array], mx.array | None]:
-    """Results by name, and the weighted gradient [C, V] to the student's logits if `gradient`.
+    """Computes a chunk's results by name and, if `gradient`, the weighted gradient [C, V] of the
+    student's logits.
 
-    `logits` [C, V] are the student's and the teacher's; the list is emptied. `block` rows go
+    `logits` [C, V] are the student's and the teacher's; the list is emptied. `block` rows run
     together.
     """
     count = len(tokens)
@@ -142,11 +146,11 @@ def _chunk(
     for start in range(0, count, block):
         rows = slice(start, start + block)
         some = [x[rows] for x in logits] if blocks else logits
-        part, slope = _block(some, tokens[rows], sampler[rows], objective, top)
+        part, logits_gradient = _block(some, tokens[rows], sampler[rows], objective, top)
         if gradient:
             factor = weights[rows] * part["ratio"] / objective.temperature
-            to_logits.append(slope * factor[:, None])
-        del slope
+            to_logits.append(logits_gradient * factor[:, None])
+        del logits_gradient
         if blocks:
             mx.eval(part, to_logits)
         parts.append(part)
@@ -161,11 +165,11 @@ def _concatenated(parts: list[dict[str, mx.array]]) -> dict[str, mx.array]:
 def _block(
     logits: list[mx.array], tokens: mx.array, sampler: mx.array, objective: Objective, top: int
 ) -> tuple[dict[str, mx.array], mx.array]:
-    """Results by name, and the gradient [C, V] of the divergence to the student's logits /
-    temperature.
+    """Computes a block's results by name, and the divergence's gradient [C, V] with respect to the
+    student's logits over the temperature.
 
-    Takes `logits` [C, V] of student and teacher out of their list, and evaluates one policy before
-    the other begins, so that no array lives longer than it is needed.
+    Removes the `logits` [C, V] of student and teacher from the list, and evaluates one policy
+    before the other begins, so that arrays are freed as early as possible.
     """
     part: dict[str, mx.array] = {}
     tokens = tokens.astype(mx.int32)[:, None]
@@ -202,9 +206,10 @@ def _policy(
     temperature: float,
     top: int,
 ) -> tuple[mx.array, mx.array]:
-    """Log-probabilities and probabilities [C, V] from the first of `logits`, which is taken.
+    """Log-probabilities and probabilities [C, V] of the first `logits`, which are removed from the
+    list.
 
-    Results by name go to `part`.
+    Adds the policy's results to `part` by name.
     """
     scaled = logits.pop(0) if temperature == 1.0 else logits.pop(0) / temperature
     logprobs, probabilities = _log_softmax(scaled)
@@ -223,9 +228,8 @@ def _policy(
 
 
 def _log_softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
-    """Logarithms of the softmax over the last axis, and the softmax, by one exponential a number.
-
-    Half the time of two: the exponential is what takes time here.
+    """The logarithm of the softmax over the last axis, and the softmax, by one exponential per
+    score, which takes half the time of two.
     """
     scores = scores - scores.max(-1, keepdims=True)
     powers = mx.exp(scores)
@@ -234,9 +238,9 @@ def _log_softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _rest(p: mx.array, ids: mx.array) -> mx.array:
-    """Probability [C, 1] that `p` [C, V] has outside of `ids` [C, K].
+    """The sum [C, 1] of `p` [C, V] outside of `ids` [C, K].
 
-    A sum of what is outside, not 1 minus what is inside: below 1e-7 float32 would lose that.
+    In float32, 1 minus the sum inside would lose every rest below 1e-7.
     """
     outside = mx.put_along_axis(p, ids, mx.zeros(ids.shape, p.dtype), axis=-1)
     return outside.sum(-1, keepdims=True)
@@ -245,11 +249,12 @@ def _rest(p: mx.array, ids: mx.array) -> mx.array:
 def _on_support(
     s: mx.array, t: mx.array, s_rest: mx.array, t_rest: mx.array, objective: Objective
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Divergence [C] over the support's log-probabilities [C, K] and its tail, and its derivative.
+    """The divergence [C] over the support's log-probabilities `s`, `t` [C, K] and the tail's
+    probabilities `s_rest`, `t_rest` [C, 1], if the objective has a tail.
 
-    The tail has the probabilities [C, 1]. The derivative is to the logits (over T): on the support
-    [C, K], and elsewhere in units of the student's probability [C, 1]. Support and tail are a
-    softmax too, so nothing is divided by the tail except its own parts.
+    Also returns the derivative with respect to the logits over T: on the support [C, K], and
+    elsewhere [C, 1] as a factor of the student's probability. Support and tail together are a
+    softmax, so only a fraction of the tail's probability is ever divided by that probability.
     """
     if not objective.tail:
         s, t = s - mx.logsumexp(s, -1, keepdims=True), t - mx.logsumexp(t, -1, keepdims=True)
@@ -261,8 +266,7 @@ def _on_support(
     p, q = (mx.concatenate([mx.exp(x), rest], axis=-1) for x, rest in pairs)
     s, t = (mx.concatenate([x, mx.log(rest)], axis=-1) for x, rest in pairs)
     divergence, inner = _between(s, t, p, q, objective.alpha)
-    # Where the bound holds the tail still, nothing moves it. At alpha 1 `_between` leaves out a
-    # multiple of p, whose part in the tail is missing then.
+    # At LEAST_TAIL the tail's derivative is 0, up to the multiple of p that `_between` leaves out.
     left_out = float(objective.alpha == 1.0)
     rate = mx.where(s_rest > LEAST_TAIL, inner[:, -1:] / s_rest, -left_out)
     mass = inner[:, :-1].sum(-1, keepdims=True) + rate * s_rest
@@ -272,20 +276,20 @@ def _on_support(
 def _between(
     s: mx.array, t: mx.array, p: mx.array, q: mx.array, alpha: float
 ) -> tuple[mx.array, mx.array]:
-    """Generalised Jensen-Shannon divergence [C] of two distributions [C, K], and its derivative to
-    s.
+    """The generalised Jensen-Shannon divergence [C] of two distributions `p`, `q` [C, K] with the
+    logarithms `s`, `t`, and the derivative [C, K] with respect to s.
 
-    The distributions are given with their logarithms. The derivative may lack a multiple of p: a
-    softmax cancels it, and beside it the rest would be rounded.
+    The derivative may leave out a multiple of p. The backward of the softmax cancels such a
+    multiple, and adding it would only round off the other terms.
     """
     if alpha == 0.0:
         return (q * (t - s)).sum(-1), -q
     if alpha == 1.0:
         inner = p * (s - t)
         return inner.sum(-1), inner
-    # Through the difference, which is exact where the two are close: s - m = log(p / m) and
-    # p - m = -alpha (q - p), and so for t. Where one of the two is next to nothing beside m, its
-    # logarithm has a bound, and weighs as little.
+    # From the difference q - p, which is exact where the two are close: s - m = log(p / m) and
+    # p - m = -alpha (q - p), and the same for t. Where p or q is tiny beside m, the logarithm is
+    # clamped; p or q, by which it is multiplied, makes the error negligible.
     numbers = mx.finfo(p.dtype)
     difference = q - p
     difference = difference / mx.maximum(p + alpha * difference, numbers.smallest_normal)
@@ -298,9 +302,8 @@ def _between(
 
 
 def _importance_ratio(student: mx.array, sampler: mx.array, clip: float | None) -> mx.array:
-    """Ratio [C] of the student's to the sampler's probability of each token, at most `clip`.
-
-    Without a clip the ratio is 1.
+    """The ratio [C] of the student's to the sampler's probability of each token, at most `clip`; 1
+    without a clip.
     """
     if clip is None:
         return mx.ones_like(student)

@@ -1,4 +1,4 @@
-"""AdamW with bias correction over float32 masters, clipping by the global norm, moving average.
+"""AdamW on float32 parameters, clipping by the global norm, and the teacher's moving average.
 
 Source: Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2, as torch.optim.AdamW
 computes it.
@@ -18,7 +18,9 @@ from opd_mlx.model import Parameters
 
 
 class Optimizer:
-    """AdamW over the trained parameters by name: two moments a parameter, and a step count."""
+    """AdamW with bias correction over the trained parameters: two moments for each parameter, by
+    name, and the number of steps taken.
+    """
 
     def __init__(self, parameters: Parameters, device: Device) -> None:
         self.parameters = parameters
@@ -27,9 +29,8 @@ class Optimizer:
         self._device = device
 
     def apply(self, gradient: Parameters, update: Update) -> UpdateResult:
-        """One step on `gradient`, which is consumed; changes the parameters' dictionary in place.
-
-        Nothing changes if the norm is not finite.
+        """Takes one step on `gradient`, which is emptied, and changes the parameters' dictionary in
+        place. If the gradient's norm is not finite, nothing changes.
         """
         norm = global_norm(gradient, self._device)
         if not np.isfinite(norm):
@@ -38,7 +39,7 @@ class Optimizer:
         scale = 1.0 if clip is None or norm == 0 else min(1.0, clip / norm)
         step = self.step + 1
         (b1, b2), rate = update.betas, update.learning_rate
-        # In double precision, so that each is rounded to float32 once.
+        # Computed in double precision, so that each number is rounded to float32 only once.
         decay = 1 - rate * update.weight_decay
         correction, root = rate / (1 - b1**step), float(np.sqrt(1 - b2**step))
         numbers = [
@@ -49,19 +50,19 @@ class Optimizer:
         state = self.parameters, self.first, self.second
         for names in _pieces(self.parameters, self._device.gradient_bytes):
             for name in names:
-                moved = adamw(gradient.pop(name), *(one[name] for one in state), *numbers)
-                for one, value in zip(state, moved, strict=True):
-                    one[name] = value
+                moved = adamw(gradient.pop(name), *(arrays[name] for arrays in state), *numbers)
+                for arrays, value in zip(state, moved, strict=True):
+                    arrays[name] = value
                 del moved, value
-            mx.eval([[one[name] for name in names] for one in state])
+            mx.eval([[arrays[name] for name in names] for arrays in state])
         self.step = step
         return UpdateResult(norm, taken=True)
 
 
 def global_norm(gradient: Parameters, device: Device) -> float:
-    """Euclidean norm over all tensors.
+    """The Euclidean norm of all tensors together.
 
-    Rows are summed one by one: MLX's sum over a whole array loses digits on the CPU.
+    Each row is summed separately, because on a CPU MLX's sum over a whole array loses digits.
     """
     total = 0.0
     for names in _pieces(gradient, device.gradient_bytes):
@@ -74,19 +75,22 @@ def global_norm(gradient: Parameters, device: Device) -> float:
 
 
 def move_teacher(teacher: Parameters, student: Parameters, rate: float, device: Device) -> None:
-    """theta_T += rate * (theta_S - theta_T), in float32 and in place; rate 1 copies to the bit."""
+    """Computes teacher += rate * (student - teacher) in float32 and in place.
+
+    Rate 1 copies the student to the bit, rate 0 changes nothing.
+    """
     share = mx.array(rate)
     nearer = elementwise(_nearer, device.compiles)
     for names in _pieces(student, device.gradient_bytes):
         for name in names:
-            one, other = teacher[name], student[name]
-            teacher[name] = other if rate == 1.0 else nearer(one, other, share)
-            del one, other
+            old, target = teacher[name], student[name]
+            teacher[name] = target if rate == 1.0 else nearer(old, target, share)
+            del old, target
         mx.eval([teacher[name] for name in names])
 
 
 def zeros(parameters: Parameters) -> Parameters:
-    """Float32 zeros of the same names and shapes."""
+    """Float32 zeros with the names and shapes of `parameters`."""
     return {name: mx.zeros(value.shape, mx.float32) for name, value in parameters.items()}
 
 
@@ -105,7 +109,7 @@ def _adamw(
     root: mx.array,
     epsilon: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """A parameter and its moments after a step."""
+    """The parameter `value` and the two moments after a step."""
     gradient = scale * gradient
     first = b1 * first + c1 * gradient
     second = b2 * second + c2 * mx.square(gradient)
@@ -118,9 +122,9 @@ def _nearer(teacher: mx.array, student: mx.array, share: mx.array) -> mx.array:
 
 
 def _pieces(parameters: Parameters, most: int) -> Iterator[list[str]]:
-    """All names, as many at a time as have `most` bytes.
+    """Yields all names in pieces of at most `most` bytes, or of one tensor.
 
-    MLX makes every array anew: all at once would be a copy of all.
+    MLX writes every result to a new array, so all parameters at once would be copied.
     """
     names, size = list[str](), 0
     for name, value in parameters.items():

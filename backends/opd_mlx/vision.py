@@ -1,10 +1,11 @@
-"""Visual features of all images of a call: images of one size run as one batch, each prompt once.
+"""Computes the image features of many prompts.
 
-An image is here what a vision tower attends within: a frame, or a tile. mlx-vlm's own forwards
-split attention image by image, and compute positions on the host with an evaluation in between.
-Its modules hold the parameters here too.
+Images of one size run together, prompts of equal key run once, and features of a frozen tower are
+cached. An image is here a frame or a tile, within which the tower attends. mlx-vlm's modules hold
+the parameters; mlx-vlm's forwards are not used, because they run image by image and evaluate in
+between.
 
-Legend: m images of one size, S visual tokens, D text width.
+Legend: m images of one size, S visual tokens of all prompts, D width of the language trunk.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from numpy.typing import NDArray
 from opd.types import Prompt
 
 ImageBatch: TypeAlias = list[tuple[Hashable, NDArray[np.generic]]]
-"""A prompt's images in the order of their visual tokens: the size that decides which run together,
-and an array, of one shape for each size."""
+"""A prompt's images in the order of their visual tokens: the size, and the array for the tower.
+Images of equal sizes have arrays of equal shapes, and run together."""
 
 Tower: TypeAlias = Callable[[NDArray[np.generic], Any], list[mx.array]]
-"""From m images of one size, and that size, to features [m, tokens of an image, D] by level."""
+"""Computes features [m, tokens per image, D] for each level, from m images of one size."""
 
 
 def visual_features(
@@ -33,9 +34,9 @@ def visual_features(
     tower: Tower,
     pixel_bytes: int,
 ) -> list[mx.array]:
-    """Features [S, D] of all visual tokens in the order of `prompts`, for each level of `tower`.
+    """Computes features [S, D] for each level of the `tower`, in the order of `prompts`.
 
-    Prompts of equal key are computed once; without any image the list is empty. At most
+    Prompts of equal key are computed once. The list is empty if no prompt has an image. At most
     `pixel_bytes` of images run together, or one image.
     """
     members: dict[Hashable, list[NDArray[np.generic]]] = defaultdict(list)
@@ -67,32 +68,35 @@ def visual_features(
 
 
 class FeatureCache:
-    """Features of a frozen tower by the prompt's key, for rollout, student and teacher."""
+    """Caches the features of a frozen tower by the prompt's key, so that rollout, student and
+    teacher compute them once.
+    """
 
     def __init__(
         self, compute: Callable[[Sequence[Prompt]], list[mx.array]], capacity: int
     ) -> None:
-        """Keeps at most `capacity` bytes."""
+        """Caches at most `capacity` bytes (`Device.feature_bytes`)."""
         self.capacity = capacity
         self._compute = compute
         self._levels: dict[str, list[mx.array]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the features that are kept."""
+        """The bytes of all cached features."""
         return sum(level.nbytes for levels in self._levels.values() for level in levels)
 
     def features(self, prompts: Sequence[Prompt]) -> list[mx.array]:
-        """Features as `compute` gives them, from the cache where it has them.
+        """Features [S, D] for each level; calls `compute` with each prompt that is not cached.
 
-        Above the capacity the cache forgets the oldest first, and then the newest of this call.
+        Above the capacity the least recently used features are dropped first, then the newest.
         """
         wanted = {prompt.key: prompt for prompt in prompts if len(prompt.visual.index)}
         by_key = {key: self._levels.pop(key) for key in wanted if key in self._levels}
         for key, prompt in wanted.items():
             if key not in by_key:
-                # One by one, so that no last bit depends on what ran beside it: a run that goes on
-                # from a checkpoint has another cache than the run that wrote it.
+                # Prompt by prompt, so that the result does not depend on the rest of the batch even
+                # in the last bit: a resumed run has another cache than the run that wrote the
+                # checkpoint.
                 by_key[key] = self._compute([prompt])
                 mx.eval(by_key[key])
         self._levels |= by_key

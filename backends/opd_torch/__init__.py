@@ -21,7 +21,10 @@ def load_cpu(options: ModelOptions) -> TorchBackend:
 
 
 def load_cuda(options: ModelOptions) -> TorchBackend:
-    """Loads the model on this process's GPU (`LOCAL_RANK`, as torchrun sets it, else the first)."""
+    """Loads the model on this process's GPU: number `LOCAL_RANK`, which torchrun sets, or 0.
+
+    Raises BackendError without a GPU.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -34,7 +37,7 @@ def load_cuda(options: ModelOptions) -> TorchBackend:
 
 
 def state_of_cpu() -> State:
-    """The CPU: it is always there."""
+    """The state of the CPU, which is always available."""
     import torch
 
     threads = torch.get_num_threads()
@@ -42,7 +45,7 @@ def state_of_cpu() -> State:
 
 
 def state_of_cuda() -> State:
-    """The first GPU that torch sees."""
+    """Whether torch sees a GPU, and the name of the first one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -56,8 +59,8 @@ def _load(options: ModelOptions, device: str) -> TorchBackend:
     from opd_torch.backend import TorchBackend
     from opd_torch.device import this_device
 
-    # Under torchrun every process finds the others here, unless the caller has initialised
-    # torch.distributed.
+    # Under torchrun the processes connect here, unless the caller has initialised torch.distributed
+    # before.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     return TorchBackend(options, this_device(device, options.dtype))

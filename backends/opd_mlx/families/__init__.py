@@ -1,8 +1,8 @@
-"""What differs between families of vision-language models once a prompt is encoded; one file each.
+"""The families of vision-language models, one module for each.
 
-mlx-vlm's modules hold the parameters, and the `Layer`s of `opd_mlx.layers` say how one of them
-computes. Everything else of this package is one code for all families. `opd.prompts.families` is
-the part of the prompt's encoding.
+mlx-vlm's modules hold the parameters and compute projections, norms and feed-forward; a family
+builds the `Layer`s that call them. Everything else in this package is the same code for all
+families. `opd_torch.families` is the twin; `opd.prompts.families` encodes the families' prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODEL_TYPES = {name: member for member in FAMILIES for name in member.model_type
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`. Raises ModelError."""
+    """The family of a `model_type`. Raises ModelError, which names the nearest known one."""
     if model_type not in MODEL_TYPES:
         known = nearest(model_type, MODEL_TYPES)
         raise ModelError(

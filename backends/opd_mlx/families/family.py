@@ -1,6 +1,6 @@
-"""What the trunk needs to know of a family of vision-language models.
+"""The protocol of a family of vision-language models.
 
-Legend: S visual tokens, D text width, B prompts, P prompt tokens.
+Legend: S visual tokens of all prompts, D width of the language trunk.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ from opd_mlx.layers.modules import Trunk
 
 
 class Family(Protocol):
-    """A family. `config` is config.json as transformers completes it
-    (`opd_mlx.model.read_config`)."""
+    """What the forward, which is the same for all families, needs from each family.
+
+    `module` is mlx-vlm's model, and `config` is config.json, completed by transformers
+    (`opd_mlx.model.read_config`).
+    """
 
     model_types: tuple[str, ...]
-    """Values of `model_type` in config.json."""
+    """The values of `model_type` in config.json."""
 
     names: Mapping[str, str]
-    """Prefixes of the parameters' names in mlx-vlm's module, and what stands for each in
-    transformers' module; the names end alike."""
+    """The prefixes of parameters' names in transformers' module, by the prefixes in mlx-vlm's
+    module. The rest of a name is equal in both."""
 
     raised: tuple[str, ...]
-    """Ends of Hugging Face names of vectors to which MLX's files, not Hugging Face's, add 1."""
+    """The endings of Hugging Face names of norms whose weights mlx-vlm stores with 1 added."""
 
     vision: tuple[str, ...]
-    """Prefixes, in mlx-vlm's module, of what makes image features: the tower and its projector."""
+    """The prefixes in mlx-vlm's module of the vision tower and the projector."""
 
     image_blocks: bool = False
-    """Whether tokens of an image see each other in both directions."""
+    """Whether the tokens of an image attend to each other in both directions."""
 
     def build(self, config: Mapping[str, Any], tied: bool) -> Any:
-        """mlx-vlm's module, with random parameters that are not computed.
+        """Builds mlx-vlm's module, with random parameters that are not evaluated.
 
-        It has no head of its own if `tied`. Raises ValueError for a text model that the family does
-        not compute.
+        If `tied`, the module has no head. Raises ValueError for a configuration that the family
+        does not support.
         """
 
     def text(self, module: Any) -> Trunk:
@@ -50,7 +53,7 @@ class Family(Protocol):
         """The layers of the language trunk."""
 
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
-        """Embeddings [..., D] of `tokens`, as the first layer takes them."""
+        """Embeddings [..., D] of `tokens`, for the first layer."""
 
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
         """Cosines and sines [rows, 1, E] at `positions` [axes, rows], for each `Layer.rotary`."""
@@ -58,18 +61,18 @@ class Family(Protocol):
     def features(
         self, module: Any, prompts: Sequence[Prompt], device: Device, recompute: float = 0
     ) -> list[mx.array]:
-        """Features [S, D] of all visual tokens in the order of `prompts`.
+        """Image features [S, D] in the order of visual tokens: first those that replace embeddings,
+        then those that are added after each of the first layers.
 
-        The first are for the embeddings, the others for what follows the first layers. Prompts of
-        equal key are computed once; without any image the list is empty. `recompute` is the share
-        of the tower's layers, the first, that the backward recomputes.
+        Prompts of equal key are computed once. The list is empty if no prompt has an image.
+        `recompute` is the share of the tower's layers, counted from the first, that the backward
+        recomputes.
         """
 
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config.json as published checkpoints have it, which is how mlx-vlm reads it.
-
-        transformers 5 writes some of it elsewhere.
+        """Converts a config.json to the form of published checkpoints, which mlx-vlm reads;
+        transformers 5 moves some keys.
         """
 
     def patches(self, config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
-        """Images of a prompt that go through the vision tower together, and patches of each."""
+        """Pairs (images, patches of each) of the prompt's images that attend together."""

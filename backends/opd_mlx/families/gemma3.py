@@ -1,7 +1,8 @@
-"""Gemma 3: sliding windows in most layers, images that see themselves in both directions.
+"""Gemma 3: layers with and without a sliding window, each kind with another rotary base; four norms
+per layer; the tokens of an image attend to each other in both directions.
 
-It has four norms a layer and two rotary bases. Source: `modeling_gemma3.py` of transformers 5.
-mlx-vlm's own forward has one mask for all layers and rounds the embeddings' scale.
+Source: `modeling_gemma3.py` of transformers 5. mlx-vlm's forward differs: it has one mask for all
+layers, and rounds the embeddings' scale.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from opd_mlx.layers.modules import DecoderLayer, Map, Trunk
 from opd_mlx.vision import ImageBatch, visual_features
 
 KINDS = ("sliding_attention", "full_attention")
-"""Types of layers, each with rotary angles of its own."""
+"""The types of layers, in the order of `Layer.rotary`."""
 
 
 class Gemma3(Family):
-    """Gemma 3 with images."""
+    """The family of Gemma 3."""
 
     model_types = ("gemma3",)
     image_blocks = True
@@ -54,7 +55,7 @@ class Gemma3(Family):
         if tied:
             module.language_model.pop("lm_head")
         ropes = [text["rope_parameters"][kind] for kind in KINDS]
-        # Beside the parameters: MLX takes no name that begins with an underscore for a parameter.
+        # MLX does not treat attributes that begin with an underscore as parameters.
         module._bases = [
             (rope["rope_theta"], rope.get("factor", 1.0), text["head_dim"]) for rope in ropes
         ]
@@ -79,7 +80,7 @@ class Gemma3(Family):
 
     @override
     def embed(self, module: Any, tokens: mx.array) -> mx.array:
-        # Scaled by the root of the width, in the type of the embedding.
+        # Scaled by the square root of the width, in the type of the embedding.
         embedded = self.text(module).embed_tokens(tokens)
         return embedded * mx.array(embedded.shape[-1] ** 0.5, embedded.dtype)
 
@@ -129,7 +130,7 @@ class _Module(DecoderLayer, Protocol):
 
 
 class FourNorms(NormedHeads):
-    """A layer that normalises what attention and feed-forward give before it adds them."""
+    """Attention and feed-forward with a norm before and a norm after each."""
 
     module: _Module
 
@@ -142,5 +143,5 @@ class FourNorms(NormedHeads):
 
 
 def images(prompt: Prompt) -> ImageBatch:
-    """Height and width, and values [3, height, width], of each image."""
+    """The size in pixels and the values [3, H, W] of each image."""
     return [(image.shape[1:], image) for image in prompt.images["pixel_values"]]

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: a Llama, and a SigLIP tower that sees an image in tiles and once more
+"""Idefics3 and SmolVLM: Llama's trunk, and a SigLIP tower that gets an image in tiles and as a
 whole.
 
 Source: `modeling_idefics3.py` of transformers 5.
@@ -26,7 +26,7 @@ from opd_mlx.vision import ImageBatch, visual_features
 
 
 class Idefics3(Family):
-    """Idefics3 and SmolVLM."""
+    """The family of Idefics3 and SmolVLM."""
 
     model_types = ("idefics3", "smolvlm")
     names: Mapping[str, str] = {
@@ -88,9 +88,9 @@ class Idefics3(Family):
         side = tower.embeddings.patch_size
 
         def tiles(prompt: Prompt) -> ImageBatch:
-            """Values [3, H, W] of each tile.
+            """The size and the values [3, H, W] of each tile.
 
-            A tile's size is the size in patches, and which of them are no padding.
+            The size consists of the size in patches and of the mask of patches, False at padding.
             """
             masks = prompt.images["pixel_attention_mask"].astype(bool)
             count, height, width = masks.shape
@@ -119,9 +119,9 @@ class Idefics3(Family):
 
 
 def _positions(real: NDArray[np.bool_], side: int) -> NDArray[np.int32]:
-    """Rows of the table of `side` x `side` positions for a tile's patches [L].
+    """The rows [L] in the table of `side` x `side` positions for a tile's patches.
 
-    A smaller tile is spread over the whole table.
+    A smaller tile is spread over the whole table. `real` is False at padding.
     """
     bounds = np.arange(1 / side, 1.0, 1 / side).astype(np.float32)
     sizes = zip(real.shape, (real[:, 0].sum(), real[0].sum()), strict=True)

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL: projections with biases, mRoPE in chunks, a tower with windows in most blocks.
+"""Qwen2.5-VL: projections with biases, and a tower whose blocks, except a few, attend within
+windows.
 
 Source: `modeling_qwen2_5_vl.py` of transformers 5.
 
@@ -45,7 +46,7 @@ class _Tower(VisionTower, Protocol):
 
 
 class Qwen25VL(QwenVL):
-    """Qwen2.5-VL."""
+    """The family of Qwen2.5-VL."""
 
     model_types = ("qwen2_5_vl",)
 
@@ -68,7 +69,7 @@ class Qwen25VL(QwenVL):
 
     @override
     def published(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        # The text's sizes stand beside all else.
+        # Published files have the language model's sizes at the top level.
         text = {k: value for k, value in config.get("text_config", {}).items() if k != "model_type"}
         rope = text.get("rope_parameters", {})
         if "rope_theta" in rope:
@@ -96,8 +97,8 @@ class Qwen25VL(QwenVL):
         device: Device,
         recompute: float,
     ) -> list[mx.array]:
-        # Patches stand window by window, windows of equal length together, so that each length is
-        # one batch. No block sees the order.
+        # Patches are reordered window by window, with windows of equal length together, so that
+        # each length is one batch. The blocks' results do not depend on the order.
         frames, count = patches.shape[:2]
         projection, merge = visual.patch_embed.proj, visual.spatial_merge_size
         kernel = projection.weight.transpose(4, 1, 2, 3, 0).reshape(-1, projection.weight.shape[0])
@@ -128,7 +129,9 @@ def _within(
     cuts: list[tuple[int, int]],
     device: Device,
 ) -> mx.array:
-    """Attention of hidden [m, L, width] within windows; `cuts`: (length, how many) in order."""
+    """Attention of hidden [m, L, width] within windows; `cuts` are pairs (length, windows) in the
+    order of rows.
+    """
     parts, start = [], 0
     for length, many in cuts:
         rows = slice(start, start + length * many)
@@ -144,10 +147,10 @@ def _within(
 def _windows(
     height: int, width: int, merge: int, window: int
 ) -> tuple[NDArray[np.int32], list[tuple[int, int]]]:
-    """Order [L] of an image's patches by windows of `window` patches a side, shortest first.
+    """The order [L] of an image's patches by windows of `window` x `window` patches, shortest
+    first, and a pair (length, windows) for each length of window.
 
-    Also (length, how many) of each length. The merge x merge patches of a visual token stay
-    together.
+    The merge x merge patches of a visual token stay together.
     """
     row, column = merged(np.indices((height, width)), merge)
     side = window // merge * merge

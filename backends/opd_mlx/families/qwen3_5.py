@@ -1,4 +1,5 @@
-"""Qwen3.5: most layers are gated delta nets; the others attend, with a gate on what they find.
+"""Qwen3.5: gated delta nets, gated attention that rotates only a part of each head, and Qwen3-VL's
+tower.
 
 Source: `modeling_qwen3_5.py` of transformers 5.
 """
@@ -21,10 +22,10 @@ from opd_mlx.layers.layer import Layer
 
 
 class Qwen35(Qwen3VL):
-    """Qwen3.5. The tower is Qwen3-VL's, without features for further layers."""
+    """The family of Qwen3.5; its tower has no deepstack layers."""
 
     model_types = ("qwen3_5",)
-    # As `sanitize` of mlx-vlm does; the norm in a delta net multiplies by its weight alone.
+    # As in mlx-vlm's `sanitize`. The norm in a delta net multiplies by the weight, without the 1.
     raised = (
         ".input_layernorm.weight",
         ".post_attention_layernorm.weight",
@@ -55,8 +56,8 @@ class Qwen35(Qwen3VL):
         args, model = module.language_model.args, module.language_model.model
 
         def centred(width: int) -> Any:
-            # The model's norms multiply by 1 + weight. mlx-vlm adds the 1 to the weight, which a
-            # weight decay would then pull to another point.
+            # The model's norms multiply by 1 + weight. mlx-vlm adds the 1 to the weight; weight
+            # decay would then pull the factor to 0 instead of 1.
             norm = RMSNorm(width, args.rms_norm_eps)
             norm.weight = mx.zeros(width)
             return norm
@@ -88,7 +89,9 @@ class Qwen35(Qwen3VL):
 
 
 class GatedHeads(NormedHeads):
-    """What attention finds is multiplied by a gate, which the projection of queries gives too."""
+    """Attention whose output is multiplied by a gate. The projection of queries also computes the
+    gate.
+    """
 
     @override
     def query(self, rows: mx.array) -> tuple[mx.array, mx.array | None]:

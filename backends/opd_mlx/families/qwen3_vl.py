@@ -1,8 +1,9 @@
-"""Qwen3-VL: q/k norms, interleaved mRoPE, a tower that also gives features for the first layers.
+"""Qwen3-VL: norms on keys and queries, and a tower whose middle layers feed the first layers of the
+language trunk (deepstack).
 
 The tower has learned and rotary positions. Source: `modeling_qwen3_vl.py` of transformers 5.
 
-Legend: m frames of one size, L patches of a frame, F values of a patch, D text width.
+Legend: m frames of one size, L patches of a frame, F values of a patch, D width of the trunk.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _Number = TypeVar("_Number", bound=np.generic)
 
 
 class VisionAttention(Protocol):
-    """Attention of a vision tower, as mlx-vlm names its parts."""
+    """The parts of a vision tower's attention, by mlx-vlm's names."""
 
     num_heads: int
     head_dim: int
@@ -40,7 +41,7 @@ class VisionAttention(Protocol):
 
 
 class VisionBlock(Protocol):
-    """A block of a vision tower, as mlx-vlm names its parts; `mlp` differs between families."""
+    """The parts of a vision tower's block, by mlx-vlm's names; `mlp` differs between families."""
 
     attn: VisionAttention
     norm1: Map
@@ -57,7 +58,7 @@ class _Patches(Protocol):
 
 
 class VisionTower(Protocol):
-    """A vision tower of Qwen, as mlx-vlm names its parts."""
+    """The parts of Qwen's vision tower, by mlx-vlm's names."""
 
     spatial_merge_size: int
     patch_embed: _Patches
@@ -82,7 +83,7 @@ class _Tower(VisionTower, Protocol):
 
 
 class QwenVL(Family):
-    """What the Qwen-VL families share."""
+    """The code that all Qwen-VL families share."""
 
     names: Mapping[str, str] = {
         "language_model.model.": "model.language_model.",
@@ -103,7 +104,7 @@ class QwenVL(Family):
 
     @override
     def angles(self, module: Any, positions: mx.array, dtype: mx.Dtype) -> tuple[KeysValues, ...]:
-        # mlx-vlm's rotary module deals the axes out over the frequencies.
+        # mlx-vlm's rotary module assigns the axes of positions to frequencies.
         layers = module.language_model.model.layers
         attention = next(layer.self_attn for layer in layers if "self_attn" in layer)
         cosines, sines = attention.rotary_emb(mx.zeros((), dtype), positions[:, None])
@@ -126,7 +127,9 @@ class QwenVL(Family):
         device: Device,
         recompute: float,
     ) -> list[mx.array]:
-        """Merged features [m, L / merge^2, D] of `patches` [m, L, F], and of further levels."""
+        """Features [m, L / merge^2, D] of `patches` [m, L, F]: of the merger, then of each
+        deepstack layer.
+        """
         raise NotImplementedError
 
     @override
@@ -140,7 +143,7 @@ class QwenVL(Family):
 
 
 class Qwen3VL(QwenVL):
-    """Qwen3-VL."""
+    """The family of Qwen3-VL."""
 
     model_types: tuple[str, ...] = ("qwen3_vl",)
 
@@ -208,9 +211,8 @@ class Qwen3VL(QwenVL):
 
 
 def frames(prompt: Prompt) -> ImageBatch:
-    """Size in patches, and patches [L, F], of every frame of a prompt's images.
-
-    Attention never leaves a frame.
+    """The size in patches and the patches [L, F] of every frame of a prompt's images, since
+    attention stays within a frame.
     """
     grid = prompt.images["image_grid_thw"]
     sizes = [(int(h), int(w)) for t, h, w in grid for _ in range(t)]
@@ -221,9 +223,9 @@ def frames(prompt: Prompt) -> ImageBatch:
 def image_attention(
     attention: VisionAttention, hidden: mx.array, factors: tuple[mx.array, mx.array], device: Device
 ) -> mx.array:
-    """Full attention within each image of hidden [..., L, width].
+    """Attention of hidden [..., L, width] within each image.
 
-    The rotary `factors`, cosines and sines, broadcast to [..., heads, L, head width].
+    `factors` are cosines and sines that broadcast to [..., heads, L, head width].
     """
     *lead, patches, width = hidden.shape
     qkv = attention.qkv(hidden)
@@ -239,9 +241,8 @@ def image_attention(
 def _interpolation(
     height: int, width: int, side: int, merge: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Bilinear resampling of the learned side x side positions to an image's patches.
-
-    Indices and weights, both [4, L], in the order of patches.
+    """Bilinear interpolation of the learned side x side positions at an image's patches: indices
+    and weights of the four corners, [4, L] each.
     """
     rows, columns = (np.linspace(0, side - 1, count, dtype=np.float32) for count in (height, width))
     row, column = rows.astype(np.int32), columns.astype(np.int32)
@@ -257,9 +258,8 @@ def _interpolation(
 
 @lru_cache(maxsize=256)
 def vision_angles(height: int, width: int, head: int, merge: int) -> NDArray[np.float32]:
-    """Rotary angles [L, head width].
-
-    A quarter of the frequencies is for the row, a quarter for the column, and both come again.
+    """The rotary angles [L, head width]: a quarter for rows, a quarter for columns, and both
+    quarters repeated.
     """
     exponents = np.arange(0, head // 2, 2, dtype=np.float32) / (head // 2)
     frequencies = 1.0 / 10000.0**exponents
@@ -269,9 +269,8 @@ def vision_angles(height: int, width: int, head: int, merge: int) -> NDArray[np.
 
 
 def merged(grid: NDArray[_Number], merge: int) -> NDArray[_Number]:
-    """[..., rows, columns] as [..., L] in the order of patches.
-
-    The merge x merge patches of a visual token stand together.
+    """Reorders [..., rows, columns] to [..., L] in the order of patches, in which the merge x merge
+    patches of a visual token are consecutive.
     """
     *lead, height, width = grid.shape
     blocks = grid.reshape(*lead, height // merge, merge, width // merge, merge)

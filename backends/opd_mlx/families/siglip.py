@@ -1,9 +1,9 @@
 """The SigLIP tower, which Gemma 3 and Idefics3 share.
 
-It has learned positions, and full attention within an image or tile. mlx-vlm gives its last norm
-another epsilon, and attends to padding.
+It has learned positions and full attention within an image or tile. mlx-vlm's forward differs: its
+last norm has another epsilon, and rows attend to padding.
 
-Legend: m images of one size, L patches of an image, D tower width.
+Legend: m images of one size, L patches of an image, D width of the tower.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def encode(
 ) -> mx.array:
     """Hidden states [m, L, D] of `pixels` [m, 3, height, width].
 
-    `positions` [L] are those of the patches. `real` holds the indices of patches that are no
-    padding; None: all.
+    `positions` [L] are the patches' rows in the table of positions. `real` has the indices of
+    patches that are not padding; None if there is no padding.
     """
     kernel: mx.array = tower.embeddings.patch_embedding.weight
     side = kernel.shape[1]
     count, colours, height, width = pixels.shape
-    # The kernel [D, side, side, colours] is as large as a patch, so it is one matrix product.
+    # The kernel [D, side, side, colours] is as large as a patch, so one matrix product computes it.
     cut = pixels.reshape(count, colours, height // side, side, width // side, side)
     cut = np.ascontiguousarray(cut.transpose(0, 2, 4, 3, 5, 1))
     patches = mx.array(cut.reshape(count, len(positions), -1)).astype(kernel.dtype)
@@ -82,7 +82,7 @@ def encode(
 
 
 def patches(config: Mapping[str, Any], prompt: Prompt) -> list[tuple[int, int]]:
-    """Images of a prompt, which go through the tower together, and patches of each."""
+    """The pair (images, patches of each) of a prompt, whose images run together."""
     pixels = prompt.images.get("pixel_values", np.zeros((0, 0, 0, 0)))
     count, _, height, width = pixels.shape
     return [(count, height * width // config["vision_config"]["patch_size"] ** 2)]

@@ -1,4 +1,4 @@
-"""Activations in operations that every device has: `mlx.nn`'s are compiled, for a CPU by g++."""
+"""Activations from plain operations, because MLX compiles those of `mlx.nn`, on a CPU with g++."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """The tanh form of GELU as x * sigmoid: the same function, which takes one exponential."""
+    """GELU's tanh form, written with a sigmoid, which takes one exponential."""
     return x * mx.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * mx.square(x)))
 
 
 def exact_gelu(x: mx.array) -> mx.array:
-    """x * Phi(x), with the normal distribution's integral."""
+    """x * Phi(x), where Phi is the cumulative normal distribution."""
     return x * (1 + mx.erf(x / math.sqrt(2))) / 2

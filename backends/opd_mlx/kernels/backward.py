@@ -1,11 +1,10 @@
-"""A backward that is built before the gradients that it starts from are known.
+"""A backward that is built before the gradients of the outputs are known.
 
-`mx.vjp` wants cotangents before the function has run. Computing them within the trace, in the
-backward of a custom function, would keep every array of the forward alive (84 in a trial whose
-backward reads 25), and checkpoints would save nothing. So the backward starts from buffers that
-are filled once the outputs are known: as MLX's documentation has it, what is written through a
-NumPy view of an array is in the array. `Backward.start` checks that this holds on the device at
-hand.
+`mx.vjp` needs the gradients of the outputs before the function has run. If they were computed
+inside the trace, in the backward of a custom function, every array of the forward would stay alive
+(84 arrays in a trial whose backward reads 25), and checkpoints would save nothing. So the backward
+starts from buffers that are filled after the forward, through NumPy views: MLX's documentation says
+that a write through such a view changes the array. `Backward.start` checks this on every use.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ import mlx.core as mx
 import numpy as np
 
 
-class _Here(threading.local):
-    """Whether this thread builds a backward."""
+class _ThreadState(threading.local):
+    """Whether this thread is building a backward."""
 
     traced = False
 
 
-_HERE = _Here()
+_STATE = _ThreadState()
 
 
 def traced() -> bool:
-    """Whether this thread is building a `Backward` of what it computes now."""
-    return _HERE.traced
+    """Whether the current computation of this thread is traced for a `Backward`."""
+    return _STATE.traced
 
 
 class Backward:
-    """`outputs` of `function` at `primals`, not evaluated yet, and the backward to the primals.
+    """The `outputs` of `function` at `primals`, not evaluated yet, and the backward to the primals.
 
-    Evaluate the outputs, then give `start` the gradients to them.
+    Evaluate the outputs, then call `start` with the outputs' gradients.
     """
 
     def __init__(
@@ -58,18 +57,18 @@ class Backward:
             self._starts = [mx.zeros(output.shape) for output in self.outputs]
             return cast("mx.array", end(self.outputs))
 
-        _HERE.traced = True
+        _STATE.traced = True
         try:
             _, self._gradients = mx.vjp(whole, list(primals), [mx.zeros(())])
         finally:
-            _HERE.traced = False
+            _STATE.traced = False
         mx.eval(self._starts)
 
     def start(self, gradients: Sequence[mx.array]) -> list[mx.array]:
-        """Gradients to the primals from the float32 `gradients` to the outputs.
+        """The gradients of the primals, from the float32 `gradients` of the outputs.
 
-        They are not evaluated yet, and this object keeps nothing of them. Raises RuntimeError where
-        MLX does not see what the backward starts from.
+        They are not evaluated yet, and this object drops all arrays. Raises RuntimeError if MLX
+        does not see the written gradients.
         """
         for start, gradient in zip(self._starts, gradients, strict=True):
             np.copyto(np.array(start, copy=False), np.array(gradient))

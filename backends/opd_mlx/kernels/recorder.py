@@ -1,9 +1,9 @@
-"""Compiles elementwise functions, and token steps, which the host builds more slowly than a GPU
-runs.
+"""Compiles elementwise functions and token steps.
 
-A compiled step reads and writes arrays of the same shapes every time. So the step finds what
-changes in the lists of a state, and writes it back there; a step whose shapes differ from the last
-step's is run as it is, and compiled when those shapes come again.
+The host takes longer to build a token step than a GPU takes to run it; a compiled step is built
+once. A compiled step reads and writes arrays of the same shapes every time, so it reads changing
+arrays from the lists of a state and writes them back there. When shapes change, the first step runs
+without compilation; the second is compiled.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import mlx.core as mx
 
 @cache
 def elementwise(function: Callable[..., Any], compiles: bool) -> Callable[..., Any]:
-    """An elementwise `function` of arrays of any shape, as one kernel if MLX `compiles`."""
+    """Compiles an elementwise `function` of arrays of any shape to one kernel, if `compiles`."""
     return mx.compile(function, shapeless=True) if compiles else function
 
 
 class Recorder:
-    """Runs steps that change the arrays in `state`, and compiles them if MLX `compiles`.
+    """Runs steps that change the arrays in `state`, and compiles them if `compiles`.
 
-    `state` consists of lists and dictionaries; all other arrays that a step reads must have been
-    computed, and be the same in all steps of one shape.
+    `state` consists of lists and dictionaries. All other arrays that a step reads must be
+    evaluated, and the same in all steps of one shape.
     """
 
     def __init__(self, state: dict[str, Any], compiles: bool) -> None:
@@ -35,7 +35,9 @@ class Recorder:
         self._compiled: Callable[[], list[mx.array]] | None = None
 
     def run(self, shape: Hashable, step: Callable[[], list[mx.array]]) -> list[mx.array]:
-        """What `step` returns, not evaluated; steps of different shapes have different `shape`."""
+        """Runs `step` and returns its result, not evaluated. Steps of equal `shape` must have
+        arrays of equal shapes.
+        """
         if not self.compiles:
             return step()
         if shape != self._shape:

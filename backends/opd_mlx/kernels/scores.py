@@ -1,9 +1,10 @@
-"""Attention that keeps no scores: it computes them block by block, and again in the backward.
+"""Attention that computes scores block by block, and recomputes them in the backward.
 
-MLX has no fused attention with a gradient: within `mx.vjp` its own call keeps the weights of all
-heads for the backward, rows times keys. Here a block of rows meets no key that none of them sees,
-which is half of a prompt's scores; and blocks are chained, since MLX would compute many at once.
-Few scores are kept all the same: recomputing them takes longer than they are worth.
+MLX has no fused attention with a gradient: within `mx.vjp` MLX's call keeps the weights of all
+heads, rows times keys, for the backward. Here a block of rows skips the keys that none of its rows
+sees, which are half of a prompt's scores. Blocks depend on one another, because MLX would otherwise
+compute many at once. If there are only a few scores, they are kept, since recomputing them would
+not be worth the time.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, in plain operations and with whole
 rows.
@@ -24,14 +25,14 @@ from opd_mlx.device import Device
 from opd_mlx.kernels.backward import traced
 
 Source: TypeAlias = tuple[mx.array, mx.array]
-"""Keys and values [B, J, n, K, E], or [B, J, 1, K, E], which all n read."""
+"""Keys and values [B, J, n, K, E], or [B, J, 1, K, E] for all n completions."""
 
 Seen: TypeAlias = tuple[slice, Callable[[mx.array], mx.array] | None]
-"""What some rows see of a source: a slice of its keys, and a mask or None.
+"""What some rows see of a source: a slice of the source's keys, and a mask or None.
 
-The mask is a function from the rows' numbers [R, 1] to what is added to scores [B, J, n, G, R, K],
--inf where a row does not see a key. A function, since the masks of all blocks are as many as the
-scores: it is computed with its block, and freed with it.
+The mask is a function of the rows' numbers [R, 1] that returns what is added to the scores
+[B, J, n, G, R, K]: -inf where a row does not see a key. It is a function so that a mask is computed
+and freed with the block, because the masks of all blocks are as large as the scores.
 """
 
 
@@ -56,14 +57,18 @@ def attention(
         inputs: Sequence[mx.array], gradients: Sequence[mx.array], outputs: Sequence[mx.array]
     ) -> list[mx.array]:
         to_inputs = blocks.backward(gradients[0], outputs, *inputs)
-        return [one.astype(part.dtype) for one, part in zip(to_inputs, inputs, strict=True)]
+        return [x.astype(part.dtype) for x, part in zip(to_inputs, inputs, strict=True)]
 
     flat = [part for source in sources for part in source]
     return cast("list[mx.array]", run(query, *flat))[0]
 
 
 class _Blocks:
-    """The T rows in blocks within the device's bounds: slices of rows, and what each slice sees."""
+    """Cuts the T rows into blocks within the device's bounds.
+
+    `rows` are the slices, `seen` is what each slice sees of every source, and `keep` says whether
+    the scores are kept for the backward.
+    """
 
     def __init__(
         self,
@@ -73,10 +78,10 @@ class _Blocks:
         device: Device,
     ) -> None:
         length, width = query.shape[-2:]
-        a_key = 4 * query.size // (length * width)  # bytes of one row's scores of one key
+        key_bytes = 4 * query.size // (length * width)  # of the scores of one row and key
         keys = sum(key.shape[-2] for key, _ in sources)
-        rows = max(1, min(device.score_block_rows, device.score_block_bytes // (a_key * keys)))
-        count = -(-length // rows)
+        fitting = device.score_block_bytes // (key_bytes * keys)
+        count = -(-length // max(1, min(device.score_block_rows, fitting)))
         ends = [length * number // count for number in range(count + 1)]
         self.rows = [slice(*pair) for pair in pairwise(ends)]
         self.seen = [list(seen(rows)) for rows in self.rows]
@@ -85,13 +90,13 @@ class _Blocks:
             for rows, sources_seen in zip(self.rows, self.seen, strict=True)
             for keys, _ in sources_seen
         )
-        self.keep = traced() and a_key * scores <= device.kept_score_bytes
+        self.keep = traced() and key_bytes * scores <= device.kept_score_bytes
 
     def forward(self, query: mx.array, *flat: mx.array) -> list[mx.array]:
-        """The result in the queries' type; then what the backward needs, block by block.
+        """Returns the result in the queries' type, then arrays for the backward, block by block.
 
-        That is the logarithms of the powers' sums, or the sums and the powers where scores are
-        kept.
+        These are the logarithm of each row's sum of exponentials, or if scores are kept the sums
+        and the exponentials.
         """
         keys, values = _sources(flat)
         mixed_blocks: list[mx.array] = []
@@ -117,20 +122,21 @@ class _Blocks:
     def backward(
         self, gradient: mx.array, outputs: Sequence[mx.array], query: mx.array, *flat: mx.array
     ) -> list[mx.array]:
-        """Gradients to the queries and to all keys and values, from the one to the result.
+        """The gradients of the queries and of all keys and values, from the `gradient` of the
+        result.
 
-        With weights w and dw = gradient v', d scores are w (dw - sum of w dw), where that sum is
-        gradient . mixed. Weights are powers over their sums; the gradient is divided by these
-        instead.
+        With weights w and dw = gradient v', the gradient of the scores is w (dw - sum of w dw), and
+        the sum of w dw is gradient . mixed. If scores are kept, w is an exponential over the row's
+        sum; the gradient is divided by the sum instead.
         """
         keys, values = _sources(flat)
-        mixed, *kept = outputs
+        mixed, *for_backward = outputs
         queries: list[mx.array] = []
         gradients = [
             mx.zeros_like(part) for pair in zip(keys, values, strict=True) for part in pair
         ]
         for rows, seen in zip(self.rows, self.seen, strict=True):
-            # A block begins once there is a gradient, and the block before it has ended.
+            # A block begins when the gradient is computed and the block before it has ended.
             block, outer = mx.depends(
                 [
                     query[..., rows, :].astype(mx.float32),
@@ -139,13 +145,13 @@ class _Blocks:
                 [gradient, *queries[-1:], *gradients],
             )
             if self.keep:
-                sums, *powers = kept[: 1 + len(keys)]
-                kept = kept[1 + len(keys) :]
+                sums, *powers = for_backward[: 1 + len(keys)]
+                for_backward = for_backward[1 + len(keys) :]
                 outer = outer / sums
             else:
                 scores = _scores(block, rows, keys, seen)
-                powers = [mx.exp(part - kept[0]) for part in scores]
-                kept = kept[1:]
+                powers = [mx.exp(part - for_backward[0]) for part in scores]
+                for_backward = for_backward[1:]
             dots = -(outer * mixed[..., rows, :]).sum(-1, keepdims=True)
             inner = mx.concatenate([outer, dots], axis=-1)
             parts = []
@@ -166,7 +172,7 @@ class _Blocks:
 
 
 def _sources(flat: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-    """Keys, and values, of all sources, in float32."""
+    """The keys of all sources and the values of all sources, in float32."""
     parts = [part.astype(mx.float32) for part in flat]
     return parts[::2], parts[1::2]
 
@@ -174,7 +180,7 @@ def _sources(flat: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
 def _scores(
     block: mx.array, rows: slice, keys: Sequence[mx.array], seen: Sequence[Seen]
 ) -> list[mx.array]:
-    """Scores [B, J, n, G, R, K] of a block's queries among the keys that they see, by source."""
+    """The scores [B, J, n, G, R, K] of a block's queries and the keys that they see, by source."""
     numbers = mx.depends(mx.arange(rows.start, rows.stop)[:, None], block)
     by_source = []
     for key, (at, mask) in zip(keys, seen, strict=True):
@@ -185,9 +191,10 @@ def _scores(
 
 
 def _folded(rows: mx.array, like: mx.array) -> mx.array:
-    """Rows [B, J, n, G, R, ...] as [B, J, n or 1, rows, ...], as the keys `like` have it.
+    """Reshapes rows [B, J, n, G, R, ...] to [B, J, n or 1, rows, ...], with the leading axes of the
+    keys `like`.
 
-    So all rows that read the same keys are one product, which reads these keys once.
+    All rows that read the same keys then take one product, which reads these keys once.
     """
     return rows.reshape(*like.shape[:3], -1, rows.shape[-1])
 
@@ -200,5 +207,5 @@ def _total(parts: Sequence[mx.array]) -> mx.array:
 
 
 def _and_ones(value: mx.array) -> mx.array:
-    """`value` [..., E] and a column of ones."""
+    """Appends a column of ones to `value` [..., E]."""
     return mx.concatenate([value, mx.ones((*value.shape[:-1], 1), value.dtype)], axis=-1)

@@ -1,18 +1,18 @@
-"""Sums over a whole vocabulary, which float32 loses if it adds one number after the other."""
+"""Sums over a vocabulary. Added one after the other in float32, small numbers would be lost."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
 BLOCK = 8**3
-"""Numbers that are summed together: about the root of a vocabulary."""
+"""The numbers of a block: about the square root of a vocabulary."""
 
 FEW = 128
-"""Numbers that may be added one after the other."""
+"""The most numbers that may be added one after the other."""
 
 
 def in_blocks(values: mx.array) -> mx.array:
-    """The last axis, filled up with zeros, in blocks: [..., V] becomes [..., blocks, BLOCK]."""
+    """Pads the last axis with zeros and cuts it into blocks: [..., V] to [..., blocks, BLOCK]."""
     *rows, width = values.shape
     if width % BLOCK:
         values = mx.pad(values, [*((0, 0) for _ in rows), (0, -width % BLOCK)])
@@ -20,7 +20,7 @@ def in_blocks(values: mx.array) -> mx.array:
 
 
 def block_sums(values: mx.array) -> mx.array:
-    """Sums [..., blocks] of the blocks of `in_blocks`, by eights.
+    """The sums [..., blocks] of the blocks of `in_blocks`, eight numbers at a time.
 
     Added one after the other, 511 rare ids beside a likely one would be lost.
     """
@@ -28,10 +28,10 @@ def block_sums(values: mx.array) -> mx.array:
 
 
 def total(values: mx.array) -> mx.array:
-    """The sum [..., 1] over the last axis; added one after the other, float32 loses 1e-3 of it.
+    """The sum [..., 1] over the last axis. Added one after the other, float32 would lose 1e-3 of
+    it.
 
-    Parts of equal width need no copy that is filled up; the widths of published vocabularies have
-    such parts.
+    A width that divides into equal parts, as in published vocabularies, needs no padded copy.
     """
     while (width := values.shape[-1]) > FEW:
         part = next((size for size in range(FEW, 15, -1) if width % size == 0), None)

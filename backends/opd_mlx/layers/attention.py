@@ -1,10 +1,10 @@
 """Two-stream attention: a prompt's tokens run once, and its n completions share their keys and
 values.
 
-A layer's `prefix` runs prompt tokens and gives their keys and values; its `completion` runs
-completion tokens over `[prompt keys | own keys]`. Training runs the one and then the other;
-sampling keeps what the first gave and runs the second a token at a time. Norms, projections and
-feed-forward are mlx-vlm's modules, on flat rows, so that each is one matrix product.
+A layer's `prefix` runs prompt tokens and returns their keys and values; `completion` runs
+completion tokens over the keys of prompt and completion. Training runs both once; sampling runs
+`prefix` once and `completion` token by token. Norms, projections and feed-forward are mlx-vlm's
+modules and run on flat rows, so that each projection is one matrix product.
 
 Legend: see `layer`.
 """
@@ -27,7 +27,7 @@ from opd_mlx.layers.modules import DecoderLayer, FeedForward
 
 
 def buffer_length(count: int, first: int) -> int:
-    """Length of the buffer that holds `count` tokens: `first`, doubled until it suffices."""
+    """The tokens of the buffer that holds `count` tokens: `first`, doubled until it suffices."""
     return int(first << max(0, -(-count // first) - 1).bit_length())
 
 
@@ -38,7 +38,7 @@ def attend(
     if device.fused_attention and not traced():
         from mlx_vlm.models.base import ensure_fused_sdpa
 
-        # It pads widths, such as 72, that Metal's fused kernel does not take.
+        # mlx-vlm pads head widths, such as 72, that Metal's fused kernel does not take.
         mixed: mx.array = ensure_fused_sdpa(query, key, value, scale)
         return mixed
     whole = slice(0, key.shape[-2]), None
@@ -49,13 +49,17 @@ def attend(
 
 @dataclass
 class _Buffers:
-    """Keys and values of decoded tokens, [B, H / G, n, buffer, E]; zeros behind the last."""
+    """The keys and values of completions, [B, H / G, n, buffer, E], with zeros behind the last
+    token.
+    """
 
     arrays: list[mx.array]
     first: int
 
     def append(self, keys: mx.array, values: mx.array, step: DecodeStep) -> KeysValues:
-        """Adds one token's keys and values [B, H / G, n, 1, E]; returns the first `step.count`."""
+        """Adds the keys and values of one token [B, H / G, n, 1, E]; returns those of the first
+        `step.count` tokens.
+        """
         for place, new in enumerate((keys, values)):
             buffer = self.arrays[place]
             if step.count > buffer.shape[3]:
@@ -66,13 +70,16 @@ class _Buffers:
         return keys[..., : step.count, :], values[..., : step.count, :]
 
     def select_rows(self, prompts: mx.array, columns: mx.array) -> None:
-        """Keeps some prompts, and of their completions some columns."""
+        """Keeps only some prompts [B'], and of their completions some columns [B', n']."""
         places = columns[:, None, :, None, None]
         self.arrays[:] = [mx.take_along_axis(part[prompts], places, axis=2) for part in self.arrays]
 
 
 class AttentionLayer:
-    """A `Layer` that attends. Families with other norms, gates or masks override its parts."""
+    """A layer of attention and feed-forward; `layers.layer.Layer` describes the public methods.
+
+    Families with other norms or gates override `normalised`, `query`, `key` and `finish`.
+    """
 
     def __init__(
         self,
@@ -88,20 +95,22 @@ class AttentionLayer:
         self._scale, self._device = module.self_attn.scale, device
 
     def normalised(self, hidden: mx.array) -> mx.array:
-        """Rows as the projections take them."""
+        """The rows after the norm before attention."""
         return self.module.input_layernorm(hidden)
 
     def query(self, rows: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Queries [rows, H, E] of normalised rows, without positions, and a gate for `finish`."""
+        """The queries [rows, H, E] of normalised rows, before rotation, and the gate for `finish`
+        or None.
+        """
         return self.module.self_attn.q_proj(rows).reshape(len(rows), self._heads, -1), None
 
     def key(self, rows: mx.array) -> mx.array:
-        """Keys [rows, H / G, E] of normalised rows, without positions."""
+        """The keys [rows, H / G, E] of normalised rows, before rotation."""
         projected = self.module.self_attn.k_proj(rows)
         return projected.reshape(len(rows), self._keys, -1)
 
     def finish(self, hidden: mx.array, mixed: mx.array, gate: mx.array | None) -> mx.array:
-        """Output projection of `mixed` [rows, H * E] and feed-forward, both added to the rows."""
+        """Adds the projection of `mixed` [rows, H * E] and the feed-forward to the rows."""
         hidden = hidden + self.module.self_attn.o_proj(mixed)
         return hidden + feed_forward(self.module.mlp, self.module.post_attention_layernorm(hidden))
 
@@ -113,7 +122,7 @@ class AttentionLayer:
         mask: mx.array | None,
         last: bool,
     ) -> tuple[mx.array, KeysValues]:
-        """Prompt rows after the layer, and their keys and values."""
+        """Runs prompt rows [B * P, D]."""
         *projected, gate = self._project(self.normalised(hidden), angles)
         query, key, value = (
             rows.reshape(*prefixes.shape, *rows.shape[1:]).transpose(0, 2, 1, 3)
@@ -147,18 +156,18 @@ class AttentionLayer:
         cache: _Buffers | None,
         step: DecodeStep | None,
     ) -> mx.array:
-        """Completion rows after the layer."""
+        """Runs completion rows [B * n * T, D], or in a `step` the next row of every completion."""
         query, key, value, gate = self._project(self.normalised(hidden), angles)
         key, value = (
             rows.reshape(*shape, *rows.shape[1:]).transpose(0, 3, 1, 2, 4) for rows in (key, value)
         )
-        # [B, H / G, n, G, T, E]: n, G and T fold into the queries of the prompt's keys, which are
-        # then read once.
+        # [B, H / G, n, G, T, E]: the axes n, G and T fold into one, so that the prompt's keys are
+        # read once.
         query = query.reshape(*shape, self._keys, self._heads // self._keys, -1)
         query = query.transpose(0, 3, 1, 4, 2, 5)
         if cache is not None and step is not None:
             key, value = cache.append(key, value, step)
-            mixed = _one_more(query * self._scale, prefix, (key, value), masks)
+            mixed = _decode_step(query * self._scale, prefix, (key, value), masks)
         else:
             shared = (prefix[0][:, :, None], prefix[1][:, :, None])
             sources = [(key, value), shared]
@@ -167,49 +176,46 @@ class AttentionLayer:
         return self.finish(hidden, mixed, gate)
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:
-        """Buffers without any token."""
+        """The empty cache of n completions of each prompt."""
         shapes = [(*part.shape[:2], n, 0, part.shape[-1]) for part in prefix]
         arrays = [mx.zeros(shape, part.dtype) for shape, part in zip(shapes, prefix, strict=True)]
         return _Buffers(arrays, self._device.cache_tokens)
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
-        """Keys and values padded on the right, like the prompts."""
+        """Keys and values of all prompts, padded on the right to the longest."""
         width = max(keys.shape[2] for keys, _ in prefixes)
-        keys, values = (
-            mx.concatenate(
-                [
-                    mx.pad(part, [(0, 0), (0, 0), (0, width - part.shape[2]), (0, 0)])
-                    for part in parts
-                ]
-            )
-            for parts in zip(*prefixes, strict=True)
-        )
+
+        def padded(part: mx.array) -> mx.array:
+            return mx.pad(part, [(0, 0), (0, 0), (0, width - part.shape[2]), (0, 0)])
+
+        keys = mx.concatenate([padded(keys) for keys, _ in prefixes])
+        values = mx.concatenate([padded(values) for _, values in prefixes])
         return keys, values
 
     def _project(
         self, rows: mx.array, angles: KeysValues
     ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
-        """Queries [rows, H, E], keys and values [rows, H / G, E] with positions, and the gate."""
+        """Rotated queries [rows, H, E], rotated keys and values [rows, H / G, E], and the gate."""
         query, gate = self.query(rows)
         value = self.module.self_attn.v_proj(rows).reshape(len(rows), self._keys, -1)
         return rotate(query, *angles), rotate(self.key(rows), *angles), value, gate
 
 
 class NormedHeads(AttentionLayer):
-    """Queries and keys are normalised head by head."""
+    """Attention that normalises queries and keys head by head."""
 
     def query(self, rows: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Normalised queries."""
+        """Queries after the norm, before rotation."""
         query, gate = super().query(rows)
         return self.module.self_attn.q_norm(query), gate
 
     def key(self, rows: mx.array) -> mx.array:
-        """Normalised keys."""
+        """Keys after the norm, before rotation."""
         return self.module.self_attn.k_norm(super().key(rows))
 
 
 def feed_forward(module: FeedForward, rows: mx.array) -> mx.array:
-    """mlx-vlm's feed-forward with a gate by SiLU."""
+    """Runs mlx-vlm's feed-forward with a SiLU gate."""
     return module.down_proj(swiglu(module.gate_proj(rows), module.up_proj(rows)))
 
 
@@ -218,7 +224,7 @@ def rotary_factors(
 ) -> KeysValues:
     """Cosines and sines [rows, 1, width] at rotary `positions` [rows].
 
-    Positions are divided by `factor` (linear scaling).
+    Linear scaling divides the positions by `factor`.
     """
     exponents = mx.arange(0, width, 2, dtype=mx.float32) / width
     frequencies = 1.0 / base**exponents / factor
@@ -229,7 +235,7 @@ def rotary_factors(
 
 
 def rotate(heads: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
-    """Rotates as many of the heads' first widths as there are angles."""
+    """Rotates the first numbers of each head, as many as `cosines` and `sines` have."""
     rest = None
     if cosines.shape[-1] < heads.shape[-1]:
         heads, rest = mx.split(heads, [cosines.shape[-1]], axis=-1)
@@ -238,22 +244,25 @@ def rotate(heads: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     return rotated if rest is None else mx.concatenate([rotated, rest], axis=-1)
 
 
-def _one_more(query: mx.array, prefix: KeysValues, own: KeysValues, masks: Masks) -> mx.array:
-    """Attention of one token of each completion, [B, H / G, n, G, 1, E].
+def _decode_step(
+    query: mx.array, prefix: KeysValues, completion: KeysValues, masks: Masks
+) -> mx.array:
+    """Attention of one row of every completion, with scaled queries [B, H / G, n, G, 1, E], over
+    the keys of prompt and completion.
 
-    It reads the shared prefix and the completion's own keys. Products are in the type of the keys:
-    a cast of the keys would be as large as they are.
+    A prompt's keys are read once for all of the prompt's n completions. Products are in the type of
+    the keys, because casting the keys would copy them.
     """
     batch, heads, count, groups, _, width = query.shape
     folded = query.reshape(batch, heads, -1, width)
     shared = (folded @ prefix[0].swapaxes(-1, -2)).reshape(batch, heads, count, groups, -1)
     if masks.prefix is not None:
         shared = shared + masks.prefix.astype(shared.dtype)
-    alone = query.squeeze(-2) @ own[0].swapaxes(-1, -2)
-    if masks.own is not None:
-        alone = alone + masks.own.astype(alone.dtype)
+    alone = query.squeeze(-2) @ completion[0].swapaxes(-1, -2)
+    if masks.completion is not None:
+        alone = alone + masks.completion.astype(alone.dtype)
     weights = mx.softmax(mx.concatenate([shared, alone], axis=-1), axis=-1, precise=True)
     shared, alone = mx.split(weights, [shared.shape[-1]], axis=-1)
     from_prefix = shared.reshape(batch, heads, count * groups, -1) @ prefix[1]
-    mixed = from_prefix.reshape(batch, heads, count, groups, width) + alone @ own[1]
+    mixed = from_prefix.reshape(batch, heads, count, groups, width) + alone @ completion[1]
     return mixed[..., None, :]

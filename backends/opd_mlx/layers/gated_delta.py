@@ -1,10 +1,10 @@
-"""Gated delta nets, which keep a state instead of keys.
+"""Gated delta nets (arXiv 2412.06464), which keep a state instead of keys and values.
 
-A prompt's n completions start from its state, and from the last inputs of the short convolution.
-The delta rule in chunks is mlx-vlm's.
+A prompt leaves a recurrent state, and the last inputs of the short convolution; the prompt's n
+completions start from them. mlx-vlm computes the delta rule, in chunks.
 
-Legend: B prompts, P prompt tokens, n completions of each, T completion tokens, K kernel of the
-convolution, C its channels.
+Legend: B prompts, P prompt tokens, n completions of each, T completion tokens, K width of the
+convolution's kernel, C channels of the convolution.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ from opd_mlx.layers.layer import CompletionCache, KeysValues
 from opd_mlx.layers.modules import DecoderLayer, DeltaNet
 
 CHUNK = 64
-"""Tokens that the delta rule solves together."""
+"""The rows that the delta rule solves together."""
 
 
 @dataclass
 class _State:
-    """In decoding: the state [B * n, heads, value width, key width] in float32, and the last inputs
-    [B * n, K - 1, C] of the convolution."""
+    """The cache of completions: the state [B * n, heads, value width, key width] in float32, and
+    the last inputs [B * n, K - 1, C] of the convolution.
+    """
 
     arrays: list[mx.array]
     prompts: int
 
     def select_rows(self, prompts: mx.array, columns: mx.array) -> None:
-        """Keeps some prompts, and of their completions some columns."""
+        """Keeps only some prompts [B'], and of their completions some columns [B', n']."""
         n = len(self.arrays[0]) // self.prompts
         rows = (prompts[:, None] * n + columns).reshape(-1)
         self.arrays[:], self.prompts = [part[rows] for part in self.arrays], len(prompts)
 
 
 class GatedDelta:
-    """A recurrent `Layer`.
+    """A layer of gated delta net and feed-forward; `layers.layer.Layer` describes the public
+    methods.
 
-    Its "keys and values" are the state and the convolution's window after each prompt, [B, ...].
+    Instead of keys and values, a prompt leaves the state and the convolution's last inputs,
+    [B, ...].
     """
 
     rotary = 0
@@ -61,16 +64,17 @@ class GatedDelta:
         mask: mx.array | None,
         last: bool,
     ) -> tuple[mx.array, KeysValues]:
-        """Prompt rows after the layer, and what completions start from.
+        """Runs prompt rows [B * P, D].
 
-        Padding changes no state: it neither decays nor writes, and the window ends with the prompt.
+        Padding leaves the state as it is: it neither decays the state nor writes to it, and the
+        window ends with the prompt's last row.
         """
         net, (count, width) = self.module.linear_attn, prefixes.shape
         rows = self.module.input_layernorm(hidden).reshape(count, width, -1)
         state = mx.zeros((count, net.num_v_heads, net.head_v_dim, net.head_k_dim), mx.float32)
         before = mx.zeros((count, net.conv_kernel_size - 1, net.conv_dim), rows.dtype)
         mixed, state, inputs = self._mix(rows, state, before, prefixes.real)
-        # Inputs stand K - 1 places later than their rows.
+        # Row t's input is at place t + K - 1, behind the zeros before the prompt.
         places = prefixes.lengths[:, None] + mx.arange(net.conv_kernel_size - 1)
         window = mx.take_along_axis(inputs, places[..., None], axis=1)
         return (hidden if last else self._finish(hidden, mixed)), (state, window)
@@ -85,7 +89,10 @@ class GatedDelta:
         cache: _State | None,
         step: DecodeStep | None,
     ) -> mx.array:
-        """Completion rows after the layer. Padded rows stand behind all real ones."""
+        """Runs completion rows [B * n * T, D], or in a `step` the next row of every completion.
+
+        Padding is behind all real rows, so it does not reach them.
+        """
         batch, n, length = shape
         rows = self.module.input_layernorm(hidden).reshape(batch * n, length, -1)
         state, window = (cache if cache is not None else self.begin(prefix, n)).arrays
@@ -95,11 +102,11 @@ class GatedDelta:
         return self._finish(hidden, mixed)
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:
-        """The prompt's state, once for each completion."""
+        """Copies each prompt's state for each of n completions."""
         return _State([mx.repeat(part, n, axis=0) for part in prefix], len(prefix[0]))
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
-        """All states and windows."""
+        """The states of all prompts."""
         state, window = (mx.concatenate(list(parts)) for parts in zip(*prefixes, strict=True))
         return state, window
 
@@ -110,20 +117,20 @@ class GatedDelta:
     def _mix(
         self, rows: mx.array, state: mx.array, window: mx.array, real: mx.array | None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """The delta net over `rows` [rows, T, D] that follow `state` and `window`.
+        """Runs the net over `rows` [rows, T, D], from `state` and `window`.
 
-        Returns its output before the projection, the state after it, and all inputs
+        Returns the output before the output projection, the state at the end, and all inputs
         [rows, K - 1 + T, C] of the convolution. `real` [rows, T] is False at padding.
         """
         net = self.module.linear_attn
         projected, before = net.in_proj_qkv(rows), net.conv_kernel_size - 1
         inputs = mx.concatenate([window, projected], axis=1)
-        # Cut by `split`: the gradient of a slice is as large as what it was cut from.
+        # `split`, because the gradient of a slice is as large as the whole array.
         cuts = list(range(self._segment, rows.shape[1], self._segment))
         whole = (projected, net.in_proj_a(rows), net.in_proj_b(rows))
         parts = [mx.split(part, cuts, axis=1) for part in whole]
         reals = [None] * (len(cuts) + 1) if real is None else mx.split(real, cuts, axis=1)
-        # Arguments, since a checkpoint gives no gradient to what its function closes over.
+        # Arguments, because `mx.checkpoint` drops the gradient of arrays in a closure.
         weights = net.conv1d.weight[..., 0], net.A_log, net.dt_bias
         outputs = []
         for part, decay, beta, real_part in zip(*parts, reals, strict=True):
@@ -150,14 +157,14 @@ def _rule(
     rate: mx.array,
     bias: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """Convolution and delta rule over projections of T rows: the output, and the state after it.
+    """Runs convolution and delta rule over T rows; returns the output and the state at the end.
 
-    `inputs` of the convolution begin with its window.
+    `inputs` [rows, K - 1 + T, C] of the convolution begin with the window.
     """
     from mlx_vlm.models.qwen3_5.gated_delta import gated_delta_chunked, gated_delta_ops
 
     batch, length = decay.shape[:2]
-    # As a sum of shifted inputs, whose gradient is cheap on every device.
+    # The convolution as a sum of shifted inputs, whose gradient is cheap on every device.
     shifted = (
         inputs[:, shift : shift + length] * kernel[:, shift]
         for shift in range(net.conv_kernel_size)

@@ -1,4 +1,4 @@
-"""A layer of the trunk, as the two streams of prompts and completions run it.
+"""The protocol of a layer of the trunk, which runs prompts and completions in two streams.
 
 Legend: B prompts, P prompt tokens, n completions of each, T completion tokens (1 in decoding), H
 heads in G groups over H / G key-value heads, E head width.
@@ -18,27 +18,29 @@ _Inputs = ParamSpec("_Inputs")
 _Output = TypeVar("_Output")
 
 KeysValues: TypeAlias = tuple[mx.array, mx.array]
-"""Keys, with positions rotated in, and values: [B, H / G, P, E] of prompts, and of completions
-[B, H / G, n, T, E]. For a recurrent layer: whatever two arrays its completions start from."""
+"""Rotated keys, and values: [B, H / G, P, E] of prefixes, [B, H / G, n, T, E] of completions.
+
+A recurrent layer has the two arrays [B, ...] instead that completions start from.
+"""
 
 
 class CompletionCache(Protocol):
-    """What a layer keeps of the tokens decoded so far.
+    """A layer's cache of completions in decoding.
 
-    `arrays` is one list of two arrays; it stays the same list while the arrays change.
+    `arrays` is a list of two arrays. The arrays in it are replaced, but the list stays the same.
     """
 
     arrays: list[mx.array]
 
     def select_rows(self, prompts: mx.array, columns: mx.array) -> None:
-        """Keeps some `prompts` [B'], and of their completions some `columns` [B', n']."""
+        """Keeps only some `prompts` [B'], and of their completions some `columns` [B', n']."""
 
 
 class Layer(Protocol):
     """One layer of the trunk.
 
-    `module` is mlx-vlm's; `rotary` is the index of the family's angles that the layer takes, and
-    `visibility` chooses its masks.
+    `module` is mlx-vlm's layer, `rotary` the index of the layer's angles among the family's, and
+    `visibility` says which keys rows attend to.
     """
 
     module: Any
@@ -53,10 +55,10 @@ class Layer(Protocol):
         mask: mx.array | None,
         last: bool,
     ) -> tuple[mx.array, KeysValues]:
-        """Prompt rows [B * P, D] after the layer, and what completions need of them.
+        """Runs prompt rows [B * P, D]; returns the rows after the layer, and the prompts' cache.
 
-        After the `last` layer nobody reads a prompt's rows, so they are not computed there. `mask`
-        is `Prefixes.mask` of the layer's visibility.
+        Nothing reads a prompt's rows after the `last` layer, so that layer returns them unchanged.
+        `mask` is `Prefixes.mask` of the layer's visibility.
         """
 
     def completion(
@@ -69,17 +71,18 @@ class Layer(Protocol):
         cache: Any,
         step: DecodeStep | None,
     ) -> mx.array:
-        """Completion rows [B * n * T, D] after the layer; `shape` is (B, n, T).
+        """Runs completion rows [B * n * T, D] over `prefix`, the cache that the method `prefix`
+        returned; `shape` is (B, n, T).
 
-        `prefix` is what the method `prefix` returned. In a decode `step` T is 1, and `cache`, which
-        `begin` made, holds earlier tokens; otherwise both are None.
+        In a decoding `step` T is 1. `cache`, which `begin` made, holds the earlier rows, and the
+        row is added to it in place. Otherwise both are None.
         """
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:
-        """The cache of n completions of each prompt, before their first tokens."""
+        """The cache of n completions of each prompt, before the first token."""
 
     def join(self, prefixes: Sequence[KeysValues]) -> KeysValues:
-        """What several calls of `prefix` returned, as if one call had."""
+        """Joins the caches of several calls of `prefix` into that of one call with all prompts."""
 
 
 def checkpoint_if(

@@ -1,4 +1,4 @@
-"""What the layers read of mlx-vlm's modules, by mlx-vlm's names.
+"""Types for mlx-vlm's modules: the parts that the layers read, by mlx-vlm's names.
 
 Legend: N rows, D hidden width.
 """
@@ -22,11 +22,11 @@ class FeedForward(Protocol):
     down_proj: Map
 
     def __call__(self, rows: mx.array, /) -> mx.array:
-        """Rows [N, D]."""
+        """Runs rows [N, D]."""
 
 
 class Attention(Protocol):
-    """Self-attention; `q_norm` and `k_norm` are there where heads are normalised."""
+    """Self-attention. `q_norm` and `k_norm` exist only in families that normalise heads."""
 
     scale: float
     q_proj: Map
@@ -38,7 +38,7 @@ class Attention(Protocol):
 
 
 class _Convolution(Protocol):
-    """A convolution; its weight is [channels, kernel, 1]."""
+    """A convolution; `weight` is [channels, kernel, 1]."""
 
     weight: mx.array
 

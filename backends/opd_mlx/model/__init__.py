@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face layout as mlx-vlm's modules, and back."""
+"""Reads model folders in Hugging Face layout into mlx-vlm's modules, and writes them."""
 
 from opd_mlx.model.files import (
     Checkpoint,

@@ -1,8 +1,8 @@
-"""Low-rank adapters as mlx-lm's layers, put into mlx-vlm's modules; and adapters merged into
+"""Puts low-rank adapters as mlx-lm's layers into mlx-vlm's modules, and merges adapters into
 weights.
 
-mlx-lm keeps A as [in, r] and B as [r, out]: `transposed` stands between its layout and PEFT's. See
-also `opd.models.adapters`.
+mlx-lm stores A as [in, r] and B as [r, out]; `transposed` converts to PEFT's layout and back.
+`opd.models.adapters` has what both backends share.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from opd.models import adapters
 from opd.types import FloatArray, ModelOptions
 
 SIDES = {".lora_a": adapters.A, ".lora_b": adapters.B}
-"""How mlx-lm's names of an adapter's tensors end, and how PEFT's do."""
+"""PEFT's endings of the names of an adapter's tensors, by mlx-lm's endings."""
 
 LinearLayers: TypeAlias = Mapping[str, tuple[str, tuple[int, int]]]
-"""Path in the module and (out, in) of every linear layer, by Hugging Face name."""
+"""The path in the module and the shape (out, in) of every linear layer, by Hugging Face name."""
 
 
 def linear_layers(module: Any, names: Mapping[str, str]) -> LinearLayers:
-    """Every linear layer of `module`; `names` maps names of its parameters to Hugging Face's."""
+    """Every linear layer of `module`; `names` maps MLX names of parameters to Hugging Face's."""
     layers = {}
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.QuantizedLinear):
@@ -40,7 +40,7 @@ def linear_layers(module: Any, names: Mapping[str, str]) -> LinearLayers:
 def add_adapters(
     module: Any, options: ModelOptions, layers: LinearLayers
 ) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Puts adapters into the module, which then has nothing else to train.
+    """Puts adapters into the module, and freezes everything else.
 
     Returns the adapters' float32 values, and their Hugging Face names, by MLX name.
     """
@@ -60,8 +60,8 @@ def add_adapters(
             names[path + ours] = name + theirs
             parameters[path + ours] = transposed(name + theirs, mx.array(values[name + theirs]))
     module.update_modules(tree_unflatten(wrapped))
-    # A frozen parameter is no input of a checkpointed layer, and so gets no gradient there;
-    # quantised weights have none to give.
+    # A checkpointed layer computes gradients of all parameters that are not frozen, and quantised
+    # weights have no gradient.
     module.freeze()
     for _, layer in wrapped:
         layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
@@ -69,9 +69,9 @@ def add_adapters(
 
 
 def transposed(name: str, value: mx.array) -> mx.array:
-    """A tensor between mlx-lm's layout and PEFT's, either way; `name` is PEFT's.
+    """Converts a tensor between mlx-lm's layout and PEFT's, in either direction; `name` is PEFT's.
 
-    The sides of an adapter are transposed, other tensors stay.
+    A and B of an adapter are transposed, other tensors stay as they are.
     """
     return mx.contiguous(value.T) if name.endswith((adapters.A, adapters.B)) else value
 
@@ -79,7 +79,7 @@ def transposed(name: str, value: mx.array) -> mx.array:
 def merge(
     tensors: Mapping[str, mx.array], adapter: Mapping[str, FloatArray], scale: float
 ) -> dict[str, mx.array]:
-    """`tensors` by Hugging Face name, with scale * B A of the `adapter` added in float32."""
+    """Adds scale * B A of the `adapter` in float32 to `tensors`, which go by Hugging Face name."""
     merged = dict(tensors)
     for name, change in adapters.merged_updates(adapter, scale):
         added = mx.array(np.ascontiguousarray(change))
@@ -90,7 +90,10 @@ def merge(
 def merge_adapter(
     options: ModelOptions, tensors: Mapping[str, mx.array], layers: LinearLayers | None = None
 ) -> Mapping[str, mx.array]:
-    """The stored tensors, with the adapter that the options name added; it must fit `layers`."""
+    """Merges the adapter that the options name into the stored `tensors`.
+
+    Raises ModelError or RecipeError if the adapter does not fit `layers`.
+    """
     if options.adapter is None:
         return tensors
     if layers is None:

@@ -1,4 +1,4 @@
-"""Writes model folders, and writes and reads checkpoints, in Hugging Face's names and layouts."""
+"""Writes model folders in Hugging Face layout and adapters, and reads and writes checkpoints."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from opd_mlx.model.names import Parameters, channels_last, hugging_face
 from opd_mlx.model.quantised import dequantised, quantisation
 
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors")
-"""Files of a checkpoint."""
+"""The files of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Both policies' trained parameters, the optimizer's moments and its step count."""
+    """The trained parameters of both policies, the optimizer's moments and step count."""
 
     student: Parameters
     teacher: Parameters
@@ -38,12 +38,12 @@ class Checkpoint:
 
 
 def write_model(model: Model, options: ModelOptions, parameters: Parameters, folder: Path) -> None:
-    """Writes a Hugging Face model folder: the source's data files, and what was trained in its
-    dtypes.
+    """Writes the student as a Hugging Face model folder, with the data files and the types of the
+    source folder.
 
-    Adapters are merged. Weights that were stored quantised are written plain; weights that
-    `four_bit` quantised on loading are written as they are stored. `opd.models.inert` says which
-    files are data.
+    Adapters are merged. Weights that the source stores quantised are written dequantised; weights
+    that `four_bit` quantised on loading are written as they are stored. `opd.models.inert` says
+    which files are data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inert.copy_files(model.folder, folder)
@@ -74,7 +74,9 @@ def write_model(model: Model, options: ModelOptions, parameters: Parameters, fol
 def write_adapter(
     model: Model, options: ModelOptions, parameters: Parameters, folder: Path
 ) -> None:
-    """Writes the trained adapters in PEFT's format. Raises RecipeError if there are none."""
+    """Writes the student's adapters in PEFT's format. Raises RecipeError if all weights were
+    trained.
+    """
     if options.adapters is None:
         raise RecipeError(
             "there is no adapter to export: all weights were trained; export the model"
@@ -86,7 +88,7 @@ def write_adapter(
 
 
 def write_checkpoint(folder: Path, model: Model, state: Checkpoint) -> None:
-    """Writes FILES, by Hugging Face name."""
+    """Writes a checkpoint to FILES; tensors go by Hugging Face name."""
     folder.mkdir(parents=True, exist_ok=True)
     rename = model.to_hugging_face
     moments = {f"first.{name}": value for name, value in rename(state.first).items()}
@@ -98,9 +100,9 @@ def write_checkpoint(folder: Path, model: Model, state: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path, model: Model, like: Parameters) -> Checkpoint:
-    """Reads what `write_checkpoint` of either backend wrote.
+    """Reads a checkpoint that either backend wrote.
 
-    The tensors must be those of `like` by name and shape. Raises FolderError.
+    Raises FolderError unless the tensors have the names and shapes of `like`.
     """
     for name in FILES:
         if not (folder / name).is_file():
@@ -125,9 +127,9 @@ def _write_tensors(file: Path, tensors: Mapping[str, mx.array], **metadata: str)
 def _read_tensors(
     file: Path, model: Model, like: Parameters, prefixes: Sequence[str]
 ) -> tuple[dict[str, Parameters], dict[str, str]]:
-    """Parameters by prefix, and metadata, of a checkpoint's file.
+    """Reads parameters by prefix, and metadata, from a file of a checkpoint.
 
-    The file must hold those of `like` by name and shape. Raises FolderError.
+    Raises FolderError unless the tensors have the names and shapes of `like`.
     """
     try:
         loaded = mx.load(str(file), return_metadata=True)

@@ -1,7 +1,7 @@
 """Reads model folders in Hugging Face layout into mlx-vlm's modules.
 
-The modules hold no state of ours: parameters live in flat dictionaries by MLX name, and are put
-into the modules for the time of a computation (`Model.bound`).
+Trained parameters are not in the modules but in flat dictionaries by MLX name; `Model.bound` puts
+them into the modules during a computation.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 @dataclass(frozen=True)
 class Model:
-    """`module` is mlx-vlm's, and keeps the frozen parameters; `names` maps MLX to Hugging Face
-    names.
+    """A model: `module` is mlx-vlm's model, which holds the frozen parameters, and `layers` run the
+    module's trunk.
 
-    `config` is config.json as transformers completes it; `feature_cache` holds image features if
-    nothing that makes them is trained; `frozen_head` is the head if it is not trained.
+    `config` is config.json, completed by transformers. `names` maps MLX names to Hugging Face's.
+    `tied` says whether the embedding is the head. `dtype` is the type of computation.
+    `feature_cache` caches image features, and is None if vision is trained. `frozen_head` is the
+    head if it is not trained.
     """
 
     folder: Path
@@ -57,42 +59,42 @@ class Model:
 
     @property
     def head_name(self) -> str:
-        """Name of the parameter that is the head: the embedding's where they are tied."""
+        """The name of the head's parameter, which is the embedding's for a tied head."""
         ending = "embed_tokens.weight" if self.tied else "lm_head.weight"
         return next(name for name in self.names if name.endswith(ending))
 
     @property
     def embedding_name(self) -> str:
-        """Name of the parameter in which tokens are looked up."""
+        """The name of the embedding's parameter."""
         return next(name for name in self.names if name.endswith("embed_tokens.weight"))
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """The number of rows of the embedding."""
         return int(self.config["text_config"]["vocab_size"])
 
     def head(self, parameters: Parameters) -> mx.array:
-        """The head [V, D]: float32, or in the compute dtype where it is frozen."""
+        """The head [V, D], in float32, or in the compute dtype if it is frozen."""
         return parameters[self.head_name] if self.frozen_head is None else self.frozen_head
 
     def features(self, prompts: Sequence[Prompt], recompute: float = 0) -> list[mx.array]:
-        """Features of all visual tokens of `prompts`, by level, from the cache if there is one."""
+        """The image features of `prompts` by level, through the feature cache if there is one."""
         if self.feature_cache is not None:
             return self.feature_cache.features(prompts)
         return self.family.features(self.module, prompts, self.device, recompute)
 
     @contextmanager
     def bound(self, parameters: Parameters) -> Iterator[None]:
-        """Within the context the module computes with `parameters`, cast to the compute dtype."""
+        """A context in which the module computes with `parameters`, cast to the compute dtype."""
         self._put({name: value.astype(self.dtype) for name, value in parameters.items()})
         try:
             yield
-        finally:  # the module must keep neither a traced array nor a copy alive
+        finally:  # otherwise the module would keep traced arrays and copies alive
             nothing = mx.array(0.0)
             self._put(dict.fromkeys(parameters, nothing))
 
     def to_hugging_face(self, parameters: Parameters) -> dict[str, mx.array]:
-        """The same by Hugging Face name and in Hugging Face's layouts."""
+        """Converts `parameters` to Hugging Face's names and layouts."""
         return {
             self.names[name]: transposed(self.names[name], channels_second(value))
             for name, value in parameters.items()
@@ -103,7 +105,8 @@ class Model:
 
 
 def load_model(options: ModelOptions, device: Device) -> tuple[Model, Parameters]:
-    """The model, and what is trained as float32 masters: all parameters, or the adapters alone.
+    """Loads the model of a folder. Also returns the trained parameters in float32: those of the
+    adapters, or all of them, with the vision tower's only if `tune_vision`.
 
     Raises ModelError and RecipeError.
     """
@@ -145,7 +148,7 @@ def load_model(options: ModelOptions, device: Device) -> tuple[Model, Parameters
     else:
         model, parameters = _adapters_trained(model, options, tensors)
     with model.bound(parameters):
-        pass  # so that the module lets go of the random weights it was made with
+        pass  # this drops the random weights that the module was made with
     mx.eval(parameters, module.parameters())
     broken = not_finite(model, parameters)
     if broken:
@@ -154,21 +157,21 @@ def load_model(options: ModelOptions, device: Device) -> tuple[Model, Parameters
 
 
 def not_finite(model: Model, parameters: Parameters) -> str | None:
-    """Hugging Face name of a parameter that holds NaN or infinity; None: none does."""
+    """The Hugging Face name of a parameter with NaN or infinity in it; None if all are finite."""
     held = {**dict(tree_flatten(model.module.parameters())), **parameters}
     floats = {k: value for k, value in held.items() if mx.issubdtype(value.dtype, mx.floating)}
-    # A sum reads as fast as memory allows; of large numbers it may be infinite by itself.
+    # The sum is the fastest test, but a sum of large finite numbers may be infinite.
     sums = {name: value.sum() for name, value in floats.items()}
     mx.eval(sums)
     for name, total in sums.items():
         if not np.isfinite(total.item()) and not mx.isfinite(floats[name]).all().item():
-            plain = name.replace(".linear.", ".")  # of an adapted layer
+            plain = name.replace(".linear.", ".")  # mlx-lm inserts this in adapted layers
             return str(model.names.get(plain, plain))
     return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a supported architecture as transformers completes it, with every default.
+    """Reads the config.json of a supported architecture, with every default of transformers.
 
     Raises ModelError.
     """
@@ -187,22 +190,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        # transformers would take the settings of MLX's quantisation for its own.
-        found = AutoConfig.for_model(**weight_formats.without_quantisation(config))
-        completed, plain = found.to_dict(), settings.defaults(found)
+        # transformers would misread the settings of MLX's quantisation.
+        read = AutoConfig.for_model(**weight_formats.without_quantisation(config))
+        completed, plain = read.to_dict(), settings.defaults(read)
         settings.check(completed, plain, config, path, "mlx", "cpu")
-        # mlx-vlm's own classes read keys that transformers does not know.
-        known, quantised = (
-            settings.without_unknown(completed, plain),
-            weight_formats.mlx_settings(config),
-        )
-        return {**known, "quantization": quantised}
+        # mlx-vlm's classes would read keys that transformers ignores.
+        known = settings.without_unknown(completed, plain)
+        return {**known, "quantization": weight_formats.mlx_settings(config)}
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"{path} cannot be used: {one_line(error)}") from error
 
 
 def stored_tensors(folder: Path, kind: Family) -> dict[str, mx.array]:
-    """All tensors of the folder's safetensors files by Hugging Face name, not yet read from disk.
+    """All tensors of the folder's safetensors files by Hugging Face name. MLX reads them from disk
+    when they are evaluated.
 
     Raises ModelError.
     """
@@ -212,7 +213,7 @@ def stored_tensors(folder: Path, kind: Family) -> dict[str, mx.array]:
             loaded = mx.load(str(folder / file), return_metadata=True)
             part, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
             if metadata.get("format") == "mlx":
-                # Names and layouts are MLX's, and some norms count from 1.
+                # mlx-vlm saved it, with MLX's names and layouts, and with 1 added to some norms.
                 part = {hugging_face(kind, k): channels_second(value) for k, value in part.items()}
                 part = {
                     k: value - 1 if k.endswith(kind.raised) else value for k, value in part.items()
@@ -227,7 +228,7 @@ def stored_tensors(folder: Path, kind: Family) -> dict[str, mx.array]:
 def _all_trained(
     model: Model, options: ModelOptions, tensors: Mapping[str, mx.array]
 ) -> tuple[Model, Parameters]:
-    """A model whose parameters are all trained, or all but the vision tower's."""
+    """Sets up a model whose parameters are all trained, or all but the vision tower's."""
     parameters = {
         name: channels_last(tensors[original]).astype(mx.float32)
         for name, original in model.names.items()
@@ -242,7 +243,7 @@ def _all_trained(
 def _adapters_trained(
     model: Model, options: ModelOptions, tensors: Mapping[str, mx.array]
 ) -> tuple[Model, Parameters]:
-    """A model whose adapters alone are trained, over a base that may stand in 4 bits."""
+    """Sets up a model whose adapters are trained, over a base that may be in 4 bits."""
     module, dtype = model.module, model.dtype
     frozen = {name: channels_last(tensors[original]) for name, original in model.names.items()}
     frozen = {
@@ -259,7 +260,7 @@ def _adapters_trained(
     parameters, trained = add_adapters(module, options, linear)
     model = replace(
         model,
-        # Anew: quantised and adapted modules took the place of those that were there.
+        # New layers, because quantised and adapted modules have replaced the old ones.
         layers=model.family.layers(module, model.config, model.device),
         names={**model.names, **trained},
         frozen_head=frozen[model.head_name],
@@ -278,11 +279,11 @@ def _with_feature_cache(model: Model) -> Model:
 def _used(
     config: Mapping[str, Any], stored: Mapping[str, mx.array], folder: Path
 ) -> tuple[dict[str, mx.array], bool]:
-    """Tensors that a forward reads, by their names in transformers' module, and whether weights
-    are tied.
+    """The tensors that a forward reads, by name in transformers' module, and whether the head is
+    tied.
 
-    transformers decides that so too: a head that the files hold beside the embedding, and that
-    differs from it, is the head.
+    As in transformers, a stored head that differs from the embedding is used even if config.json
+    says that the head is tied.
     """
     older = names.used(config["model_type"], stored, folder)
     tied = bool(config["tie_word_embeddings"])
@@ -302,5 +303,5 @@ def _used(
     return {name: value for name, value in used.items() if not (same and name in head)}, same
 
 
-def _equal(one: mx.array, other: mx.array | None) -> bool:
-    return other is not None and one.shape == other.shape and bool(mx.array_equal(one, other))
+def _equal(a: mx.array, b: mx.array | None) -> bool:
+    return b is not None and a.shape == b.shape and bool(mx.array_equal(a, b))

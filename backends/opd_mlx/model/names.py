@@ -1,7 +1,7 @@
-"""Names and layouts of tensors: MLX's in the modules, Hugging Face's in files.
+"""Converts names and layouts of tensors between MLX's modules and Hugging Face's files.
 
-They differ in a prefix, and in the kernels of convolutions, whose channels MLX keeps last. No
-other tensor has more than two axes.
+Names differ in a prefix. Layouts differ in the kernels of convolutions, whose channels are last in
+MLX; all other tensors have at most two axes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ Parameters: TypeAlias = dict[str, mx.array]
 
 
 def hugging_face(family: Family, name: str) -> str:
-    """The name in transformers' module of a parameter of mlx-vlm's."""
+    """The name in transformers' module of a parameter in mlx-vlm's module."""
     prefix = next((prefix for prefix in family.names if name.startswith(prefix)), "")
     return family.names.get(prefix, "") + name.removeprefix(prefix)
 
 
 def channels_last(value: mx.array) -> mx.array:
-    """The kernel of a convolution [out, channel, ...] as MLX convolves; other tensors as they are.
+    """Moves the channels of a convolution's kernel [out, channel, ...] last, as MLX needs them;
+    other tensors stay as they are.
 
-    Contiguous, as a step leaves it: so a restored run computes what the run would have, to the bit.
+    The result is contiguous like a parameter after a step, so that a resumed run computes the same
+    numbers to the bit.
     """
     return mx.contiguous(mx.moveaxis(value, 1, -1)) if value.ndim > 2 else value
 
 
 def channels_second(value: mx.array) -> mx.array:
-    """The kernel of a convolution [out, channel, ...] as files have it; others as they are."""
+    """Moves the channels of a convolution's kernel second, as in files; other tensors stay as they
+    are.
+    """
     return mx.contiguous(mx.moveaxis(value, -1, 1)) if value.ndim > 2 else value

@@ -1,8 +1,8 @@
-"""Frozen weights in few bits: 4-bit bases for adapters, and checkpoints that are stored so.
+"""4-bit base models for adapters, and checkpoints that are stored quantised, as in mlx-community.
 
-The mlx-community has such checkpoints. A quantised layer is stored as `weight` (packed), `scales`
-and `biases`; config.json says how under `quantization`, and for single layers under their path in
-it. Embedding and head are dequantised once: the divergence reads the whole head at every step.
+A quantised layer is stored as `weight` (packed), `scales` and `biases`. config.json describes the
+quantisation under `quantization`, and that of single layers there under the layer's path. Embedding
+and head are dequantised on loading, because the divergence reads the whole head at every step.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from mlx import nn
 BITS = 4
 
 GROUPS = (64, 32)
-"""Weights that share a scale, if the width divides by so many; a layer of another width stays."""
+"""Numbers of weights that share a scale. The first that divides a layer's width is used; a layer
+of another width stays as it is."""
 
 TABLES = ("embed_tokens", "lm_head")
+"""Layers that are dequantised on loading."""
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a checkpoint's layers are quantised: group size, bits and mode.
+    """A checkpoint's quantisation: group size, bits and mode.
 
-    `default` is for all layers, `exceptions` for single layers by Hugging Face name.
+    `default` is that of all layers, `exceptions` that of single layers by Hugging Face name.
     """
 
     default: Mapping[str, Any]
     exceptions: Mapping[str, Mapping[str, Any]]
 
     def of(self, layer: str) -> dict[str, Any]:
-        """What `mx.dequantize` and `to_quantized` take for a layer."""
+        """The arguments of `mx.dequantize` and `to_quantized` for a layer."""
         return {**self.default, **self.exceptions.get(layer, {})}
 
 
 def quantisation(config: Mapping[str, Any], rename: Callable[[str], str]) -> Quantisation | None:
-    """The checkpoint's quantisation, or None; `rename` gives Hugging Face names to MLX's."""
+    """The checkpoint's quantisation, or None; `rename` maps MLX names to Hugging Face's."""
     stored = config.get("quantization")
     if not stored:
         return None
@@ -54,7 +56,7 @@ def quantisation(config: Mapping[str, Any], rename: Callable[[str], str]) -> Qua
 def dequantised(
     tensors: Mapping[str, mx.array], stored: Quantisation | None, tables: bool = False
 ) -> dict[str, mx.array]:
-    """`tensors` by Hugging Face name with plain weights; `tables`: embedding and head alone."""
+    """Dequantises `tensors` by Hugging Face name; with `tables` only the embedding and the head."""
     plain = dict(tensors)
     if stored is None:
         return plain
@@ -73,7 +75,7 @@ def quantise_alike(
     stored: Quantisation | None,
     rename: Callable[[str], str],
 ) -> None:
-    """Makes those layers of `module` quantised ones whose scales are among `tensors`."""
+    """Replaces the layers of `module` whose scales are among `tensors` by quantised ones."""
     if stored is None:
         return
 
