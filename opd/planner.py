@@ -22,36 +22,55 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 absent."""
 
 
-class Row(NamedTuple):
-    """Bytes that a layer's backward holds of a row.
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a language model or of a vision tower.
 
-    They are given for each number of its `width`; of its `norms`; of what its feed-forward's
-    `wide` products give; of all `query` and `key` heads; of heads that are `turned` (normalised,
-    or rotated out of one product of queries, keys and values); of a `gate` on heads. In a layer
-    with a recurrence `recurrence` more are held, and `passing` pass by in its backward.
+    Numbers of a row: of the hidden `width`; of all `norms` of that width; of what the `wide`
+    products of the feed-forward give; of all `query` and `key` heads; of a `gate` on heads; and of
+    heads that are `turned`: normalised, or rotated out of one product of queries, keys and values.
+    `window`: rows back to which it attends; None: all. `state`: numbers of a recurrence's state.
+    `products`: weights by which a row is multiplied; `cached`: those that make what a cache holds;
+    `last`: those of the last product, which no backward computes again; 0 where a norm follows it.
     """
 
-    width: float
-    norms: float
-    wide: float
-    query: float
-    key: float
-    turned: float = 0.0
-    gate: float = 0.0
-    recurrence: float = 0.0
-    passing: float = 0.0
+    width: int
+    norms: int
+    wide: int
+    query: int
+    key: int
+    gate: int
+    turned: int
+    window: int | None
+    state: int
+    products: int
+    cached: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a micro-batch: `count` sequences of `length`, each of which attends to `before` rows
+    of a prompt."""
+
+    kind: Literal["patches", "prompts", "completions"]
+    count: int
+    length: int
+    before: int = 0
+
+    @property
+    def total(self) -> int:
+        """All rows."""
+        return self.count * self.length
 
 
 class Lengths(NamedTuple):
-    """Rows of a micro-batch: of each prompt `before` tokens, `completions` of `tokens` each, and
-    `images` of `patches` each."""
+    """All rows of a micro-batch. Images of a prompt are as many sequences as a tower cuts them
+    into."""
 
-    prompts: int
-    before: int
-    completions: int
-    tokens: int
-    images: int
-    patches: int
+    patches: Rows
+    prompts: Rows
+    completions: Rows
 
 
 @dataclass(frozen=True)
@@ -59,42 +78,29 @@ class Footprint:
     """What a backend holds of a step, in bytes; the core counts the rest exactly.
 
     `estimate`: what the backend takes activations to be; above `recompute_above` layers run again,
-    and numbers between layers, of `stream` bytes, are all that is held. `backward`: the share of a
-    layer's activations that passes by in its backward; `forward`: in a forward without one, the
-    shares of its rows and of its recurrence. `copies`: in which layers each completion copies its
-    prompt's keys and values. `blocks`: whether tokens of an image see each other. `scores`: of a
-    head's score of two rows, held where a call has at most the second number of bytes; rows of a
-    block, which sees no later ones; and bytes that pass by at most. `frozen`: of a frozen weight;
-    `cast`: of a trained weight in the copies that products take, where layers are held and where
-    they run again, `cast_tables` where embeddings have such copies; `head_copy`: of a head's weight
-    in its copy. `head`: float32 arrays [rows, V] in the head stage, of a chunk and of a block, and
-    the bytes of either at most; `head_late`: those of a chunk that are left where a head's gradient
-    is made; 0: all. `sums`: of gradients that are added up at a time, beside the largest; None
-    where a layer's own are freed before. `cache_sums`: of a number in the sums of gradients to keys
-    and values that a prompt's pass gives; 0 where these stand in its graph, and have sums later.
-    `apply`: beside the gradient in the optimizer's step, at most. `keeps_tokens`: tokens of prompts
-    up to which a rollout's pass is kept for the gradient.
+    and numbers between layers, of `stream` bytes, are all that is held. `layer`: what a layer holds
+    of rows for its backward, and what passes by in that. `blocks`: whether tokens of an image see
+    each other. `frozen`: of a frozen weight; `cast`: of a trained weight in the copy that products
+    take, which is freed while layers run again unless `keeps_casts`. `chunk`: of a float32 array
+    [rows, V] in the head stage, at most; `head`: how many there are, and how many beside a head's
+    gradient; `head_copy`: of a head's weight in a copy for it. `sums`: of gradients that are added
+    up at a time, beside the largest; 0 where each is freed before. `apply`: beside the gradient in
+    the optimizer's step, at most. `keeps_tokens`: tokens of prompts up to which a rollout's pass is
+    kept for the gradient.
     """
 
     estimate: Callable[[Lengths], int]
-    prompt: Row
-    completion: Row
-    patch: Row
-    copies: Literal["never", "windows", "always"]
+    layer: Callable[[Layer, Rows], tuple[float, float]]
     blocks: bool
-    scores: tuple[int, int, int, int]
     stream: int
     recompute_above: int
-    backward: float
-    forward: tuple[float, float]
     frozen: int
-    cast: tuple[int, int]
-    cast_tables: bool
+    cast: int
+    keeps_casts: bool
+    chunk: int
+    head: tuple[float, float]
     head_copy: int
-    head: tuple[float, float, int, int]
-    head_late: int
-    sums: int | None
-    cache_sums: int
+    sums: int
     apply: int
     keeps_tokens: int
 
@@ -104,7 +110,8 @@ class Machine:
     """This machine's device: `memory` bytes, of which a run may take the share `usable`.
 
     `product` gives a call that multiplies [rows, side] by [side, side] in a type of numbers, and
-    waits for the result. `resident`: the backend's `peak_memory` counts all bytes of the process.
+    waits for the result; where `packed`, also in "packed" and "packed back": by weights in 4 bits,
+    and by their transpose. `resident`: the backend's `peak_memory` counts all bytes of the process.
     """
 
     name: str
@@ -112,6 +119,7 @@ class Machine:
     usable: float
     gpu: bool
     product: Callable[[int, int, str], Callable[[], object]]
+    packed: bool = False
     resident: bool = False
 
 
@@ -122,18 +130,10 @@ class Planner(Protocol):
         """Names and shapes of all parameters of a model without adapters. Raises ModelError."""
 
     def footprint(
-        self,
-        options: ModelOptions,
-        config: Config,
-        largest: int,
-        lengths: tuple[int, int],
-        here: bool,
+        self, options: ModelOptions, config: Config, largest: int, here: bool
     ) -> Footprint:
-        """What the backend holds of a step.
-
-        `lengths`: tokens of a prompt and of a completion. `largest`: numbers of the largest
-        parameter. `here`: on this machine, else on a GPU of the kind that the backend runs on.
-        """
+        """What the backend holds of a step. `largest`: numbers of the largest parameter. `here`: on
+        this machine, else on a GPU of the kind that the backend runs on."""
 
     def machine(self) -> Machine:
         """This machine's device. Raises BackendError where it has none."""

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from opd.errors import ModelError
 from opd.memory import host_memory
-from opd.planner import Config, Footprint, Lengths, Machine, Row, Shapes
+from opd.planner import Config, Footprint, Layer, Lengths, Machine, Rows, Shapes
 from opd.types import ModelOptions
 from opd_mlx.device import this_device
 from opd_mlx.families import family
@@ -38,64 +38,54 @@ class BackendPlanner:
         }
 
     def footprint(
-        self,
-        options: ModelOptions,
-        config: Config,
-        largest: int,
-        lengths: tuple[int, int],
-        here: bool,
+        self, options: ModelOptions, config: Config, largest: int, here: bool
     ) -> Footprint:
-        """Of a row, in the type of computation: norms, sums, what products take."""
+        """A row keeps, in the type of computation, norms, sums and what products take."""
         full, half = options.adapters is None, options.dtype == "bfloat16"
         device, item, text = this_device(), 2 if half else 4, config["text_config"]
         gelu = "gelu" in str(text.get("hidden_activation") or text.get("hidden_act"))
-        gated = config["vision_config"]["hidden_act"] == "silu"
 
-        def row(length: int, query: int, key: int) -> Row:
-            wide = (4 + full + gelu) / 2
-            found = Row(2 * item, 2 * item, wide * item, query * item, key * item, gate=3.0 * item)
-            if "linear_num_value_heads" not in text:
-                return found
-            # The rule is solved in whole chunks, or in one that is shorter; a long row holds none,
-            # and its backward solves a segment at a time.
-            plain = float(delta_bytes(text, 1, segment=0))
-            solved = delta_bytes(text, 1, device.delta_segment) - plain
-            chunks = -(-length // CHUNK) * CHUNK if length > CHUNK else length * length / CHUNK
-            solved *= chunks / length
-            plain *= 1.0 if full else 0.65  # without gradients to convolution and norm
-            if length > device.delta_segment:
-                passing = solved * device.delta_segment / length
-                return found._replace(recurrence=plain, passing=passing)
-            return found._replace(recurrence=plain + solved, passing=-0.4 * (plain + solved))
+        def layer(one: Layer, rows: Rows) -> tuple[float, float]:
+            heads = config["vision_config" if rows.kind == "patches" else "text_config"]
+            count = heads.get("num_attention_heads") or heads["num_heads"]
+            if rows.kind == "patches":
+                row = 12.0 * one.width + 4 * one.wide
+            else:
+                row = 2 * (one.width + one.norms) + (4 + full + gelu) / 2 * one.wide
+                row += 5 * one.query + 4 * one.key + 3.0 * one.gate
+            held = rows.total * item * row
+            if not one.state:
+                scores = 4 * count * rows.total * (rows.before + rows.length)
+                held += min(scores, device.kept_score_bytes)
+                return held, held + min(2 * scores, 4 * device.score_block_bytes)
+            # The rule is solved in whole chunks, or in a shorter one, whose squares are smaller. A
+            # backward of long rows holds nothing of it, and solves a segment at a time.
+            length, segment = rows.length, device.delta_segment
+            plain = delta_bytes(text, length, segment=0)
+            chunks = -(-length // CHUNK) * CHUNK / length if length > CHUNK else length / CHUNK
+            solved = (delta_bytes(text, length, segment=length) - plain) * chunks
+            held += rows.count * (plain + solved * (length <= segment))
+            return held, held + rows.count * solved * segment / length * (length > segment)
 
-        def wanted(rows: Lengths) -> int:
-            images = [(rows.images, rows.patches)] * rows.prompts
-            return estimate(config, item, device, rows[:4], images)
+        def wanted(lengths: Lengths) -> int:
+            patches, prompts, new = lengths
+            images = [(patches.count // prompts.count, patches.length)] * prompts.count
+            rows = prompts.count, prompts.length, new.count // prompts.count, new.length
+            return estimate(config, item, device, rows, images)
 
-        before, tokens = lengths
         return Footprint(
             estimate=wanted,
-            prompt=row(before, 4, 5),
-            completion=row(tokens, 5, 3),
-            patch=Row(12.0 * item, 0.0, (2.5 if gated else 5.0) * item, 0.0, 0.0),
-            copies="never",
+            layer=layer,
             blocks=family(config["model_type"]).image_blocks,
-            scores=(
-                *(4, device.kept_score_bytes, device.score_block_rows),
-                4 * device.score_block_bytes,
-            ),
             stream=item,
             recompute_above=device.checkpoint_above,
-            backward=1.0,
-            forward=(0.6, 0.5),
             frozen=item,
-            cast=(item * (half and full),) * 2,
-            cast_tables=True,
+            cast=item * (half and full),
+            keeps_casts=True,
+            chunk=CHUNK_BYTES,
+            head=(3.0 if here and not device.gpu else 8.0, 2.0),
             head_copy=4 * (half and not full),
-            head=(3.0, 5.0, CHUNK_BYTES, device.head_block_bytes if here else CHUNK_BYTES),
-            head_late=2,
             sums=device.gradient_bytes,
-            cache_sums=4,
             apply=3 * max(device.gradient_bytes, 4 * largest),
             keeps_tokens=0 if half else device.prefill_tokens,
         )
@@ -104,12 +94,18 @@ class BackendPlanner:
         """The Mac's GPU, or the processor."""
         device, memory = this_device(), host_memory()
 
-        def product(rows: int, side: int, dtype: str) -> Callable[[], object]:
-            a, b = (mx.ones((n, side), dtype=getattr(mx, dtype)) for n in (rows, side))
-            return lambda: mx.eval(a @ b)
+        def product(rows: int, side: int, numbers: str) -> Callable[[], object]:
+            packed = numbers.startswith("packed")
+            kind = mx.float32 if packed else getattr(mx, numbers)
+            a, b = (mx.ones((n, side), dtype=kind) for n in (rows, side))
+            if not packed:
+                return lambda: mx.eval(a @ b)
+            weights, back = mx.quantize(b), numbers == "packed back"
+            return lambda: mx.eval(mx.quantized_matmul(a, *weights, transpose=not back))
 
         if not device.gpu:
-            return Machine("CPU", memory, 0.9, False, product)
+            # On a processor such products are plain loops; on Metal they keep up with others.
+            return Machine("CPU", memory, 0.9, False, product, packed=True)
         usable = (device.memory or 0.75 * memory) / memory
         return Machine(device.name, memory, usable, True, product)
 

@@ -47,22 +47,22 @@ def estimate(config: Any, itemsize: int, fused: bool, tokens: int, patches: int)
     wide, forward, attention, tower_wide, tower_forward = kept_rows
     row = text.num_hidden_layers * (wide * text.hidden_size + forward * text.intermediate_size)
     row += (text.num_hidden_layers - deltas) * attention * heads
-    per_token = itemsize * row + (deltas * delta_bytes(text, itemsize) if deltas else 0)
+    per_token = itemsize * row + (deltas * sum(delta_bytes(text, itemsize)) if deltas else 0)
     per_patch = tower_wide * vision.hidden_size + tower_forward * vision.intermediate_size
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
     return int(tokens * per_token + itemsize * depth * patches * per_patch)
 
 
-def delta_bytes(text: Any, itemsize: int) -> int:
+def delta_bytes(text: Any, itemsize: int) -> tuple[int, int]:
     """The bytes that the backward of a gated delta net holds per token, in addition to the rows of
-    every layer. The delta rule computes in float32.
+    every layer: those of its convolution, and those of the delta rule, which computes in float32.
     """
     heads, width = text.linear_num_value_heads, text.linear_key_head_dim
     keys, values = heads * width, heads * text.linear_value_head_dim
     channels = 2 * text.linear_num_key_heads * width + values
     # A chunk keeps a state, and six matrices of CHUNK x CHUNK for each head.
     solve = 9 * keys + 9 * values + 6 * heads * CHUNK + 2 * width * values // CHUNK
-    return int(itemsize * 3 * channels + 4 * solve)
+    return itemsize * 3 * channels, 4 * solve
 
 
 def recompute_share(model: Model, wanted: int) -> float:

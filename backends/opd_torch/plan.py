@@ -10,7 +10,7 @@ import transformers
 
 from opd.errors import BackendError
 from opd.memory import host_memory
-from opd.planner import Config, Footprint, Lengths, Machine, Row, Shapes
+from opd.planner import Config, Footprint, Layer, Lengths, Machine, Rows, Shapes
 from opd.types import ModelOptions
 from opd_torch.device import this_device
 from opd_torch.families import family
@@ -33,68 +33,53 @@ class BackendPlanner:
         return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
     def footprint(
-        self,
-        options: ModelOptions,
-        config: Config,
-        largest: int,
-        lengths: tuple[int, int],
-        here: bool,
+        self, options: ModelOptions, config: Config, largest: int, here: bool
     ) -> Footprint:
-        """Of a row: float32 norms, casts of what enters products; less where kernels are fused."""
+        """A row keeps float32 norms and casts of what enters products; less where kernels are
+        fused."""
         full, half, gpu = options.adapters is None, options.dtype == "bfloat16", self._gpu
-        its = _config(config)
-        device, item, text = this_device("cpu"), 2 if half else 4, its.text_config
-        if gpu and half:
-            wide = 4.1 if full else 3.75
-            row = Row(0.0, 4.0, wide, 1.35 * wide, 1.35 * wide, gate=wide)
-        else:
-            # Of a norm the row and what is normalised, of a product in half precision its input.
-            casts = 5 if half and full else 2
-            row = Row(
-                *(casts * item, 4.0 * (1 + full), 2.0 * item, 2.0 * item, 2.0 * item),
-                turned=4.0 + item * full,
-                gate=3.0 * item,
-            )
+        its, device, item = _config(config), this_device("cpu"), 2 if half else 4
 
-        def with_rule(length: int) -> Row:
-            # The delta rule is solved in whole chunks, or in one that is shorter.
-            if not hasattr(text, "linear_num_value_heads"):
-                return row
-            heads, rule = text.linear_num_value_heads, delta_bytes(text, 0)
-            convolved, values = delta_bytes(text, item) - rule, heads * text.linear_value_head_dim
-            # Norm and gate take tokens as they are.
-            rule -= 24 * values
-            chunks = -(-length // CHUNK) * CHUNK / length if length > CHUNK else 1.0
-            held = convolved + 24 * values + chunks * rule - 24 * heads * max(0, CHUNK - length)
-            if not full:  # without gradients to convolution and norm
-                held -= convolved / 3 + 8 * values
-            return row._replace(recurrence=held, passing=-0.2 * held)
+        def layer(one: Layer, rows: Rows) -> tuple[float, float]:
+            entering = one.wide + one.query + one.key + one.gate
+            if rows.kind == "patches":
+                row = 8.0 * one.norms + 2 * item * entering
+            elif gpu and half:
+                fused = entering + 0.35 * (one.query + one.key)
+                row = 4 * one.norms + (4.1 if full else 3.75) * fused
+            else:
+                row = 4.0 * (1 + full) * (one.norms + one.turned) + 2 * item * (
+                    one.width + entering
+                )
+            if one.state:
+                # A long row is solved in whole chunks. Without gradients to convolution and norm
+                # less is held.
+                chunks = -(-rows.length // CHUNK) * CHUNK if rows.length > CHUNK else rows.length
+                convolved, solved = delta_bytes(its.text_config, item)
+                rule = convolved + 0.9 * solved * chunks / rows.length
+                row += rule * (1 if full else 0.85)
+            # Where keys are not joined, each completion copies those of its prompt.
+            copied = one.window is not None or (gpu and not half)
+            held = rows.total * row + 2 * item * one.key * rows.count * rows.before * copied
+            return held, 0.35 * held
 
-        def wanted(rows: Lengths) -> int:
-            tokens = rows.before + rows.completions * rows.tokens
-            patches = rows.images * rows.patches
-            return estimate(its, item, gpu and half, rows.prompts * tokens, rows.prompts * patches)
+        def wanted(lengths: Lengths) -> int:
+            patches, prompts, new = (rows.total for rows in lengths)
+            return estimate(its, item, gpu and half, prompts + new, patches)
 
         return Footprint(
             estimate=wanted,
-            prompt=with_rule(lengths[0]),
-            completion=with_rule(lengths[1]),
-            patch=Row(0.0, 4.0 + item, 2.0 * item, 2.0 * item, 2.0 * item, turned=item),
-            copies="always" if gpu and not half else "windows",
+            layer=layer,
             blocks=family(its.model_type).image_blocks,
-            scores=(0, 0, 0, 0),
             stream=4,
             recompute_above=device.checkpoint_above,
-            backward=0.4,
-            forward=(0.6, 0.55),
             frozen=4 if full else item,
-            cast=(item * (half and full), 0),
-            cast_tables=False,
-            head_copy=(item * full + 4 * (not gpu)) * half,
-            head=(2.0, 1.2, CHUNK_BYTES, CHUNK_BYTES if gpu else device.head_block_bytes),
-            head_late=0,
-            sums=None,
-            cache_sums=0,
+            cast=item * (half and full),
+            keeps_casts=False,
+            chunk=CHUNK_BYTES,
+            head=(3.2, 3.2) if gpu else (2.0, 2.0),
+            head_copy=4 * (half and not gpu),
+            sums=0,
             apply=0,
             keeps_tokens=0 if half else device.prefill_tokens,
         )

@@ -142,6 +142,7 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
 
     first = plans[0]
     found, seconds, work = first.memory, first.seconds, first.work
+    few = work.split or work.completions
     trained, shorter = first.shape.trained(first.options), first.shorter()
     return {
         "model": model,
@@ -175,8 +176,8 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
         "microbatch": {
             "groups": work.together,
             "count": work.calls,
-            "completions": work.split or work.completions,
-            "tokens": work.together * work.longest + work.count * work.tokens,
+            "completions": few,
+            "tokens": work.together * (work.longest + few * work.tokens),
             "largest": first.largest,
         },
         "sampling": {"groups": work.sampled, "largest": first.largest_sample},

@@ -117,7 +117,7 @@ def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Te
     """New adapters: A is uniform in +-1/sqrt(in) as in PEFT, drawn from the seed and the tensor's
     name; B is zero, so that the model computes the same at first."""
     tensors: Tensors = {}
-    for name in _chosen(options, layers):
+    for name in chosen_layers(options, layers):
         out, width = layers[name]
         place = np.frombuffer(hashlib.sha256(f"{name}{A}".encode()).digest()[:24], np.uint64)
         drawn = randomness.generator(options.seed, randomness.Purpose.ADAPTER, *place).random(
@@ -128,7 +128,7 @@ def _fresh(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> Te
     return tensors
 
 
-def _chosen(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> list[str]:
+def chosen_layers(options: AdapterOptions, layers: Mapping[str, tuple[int, int]]) -> list[str]:
     """Names of the layers that get an adapter. Raises RecipeError as `check_targets` does."""
     language = {
         name: name.rpartition(".")[2] for name in layers if part_of_model(name) == "language"

@@ -1,14 +1,15 @@
 """Estimates a run's parameters, memory and time from config.json, before any weights are there.
 
-`shape` holds the shapes of a model's parameters, `work` counts operations, `memory` bytes,
-`devices` knows how fast and how large devices are, and `measure` runs a micro-batch to compare;
-this module puts them together for a recipe.
+`shape` holds the shapes of a model's parameters, `step` lengths, `work` counts operations, `memory`
+bytes, `devices` knows how fast and how large devices are, and `measure` runs a micro-batch to
+compare; this module puts them together for a recipe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from PIL.Image import new
@@ -21,13 +22,14 @@ from opd.memory import feature_bytes
 from opd.plan.devices import HERE, Device
 from opd.plan.memory import Memory, memory
 from opd.plan.shape import Shape, read_config
-from opd.plan.work import Stage, View, Work, stages
+from opd.plan.step import View, Work
+from opd.plan.work import Stage, stages
 from opd.planner import Footprint
 from opd.prompts.encoder import PromptEncoder
 from opd.run import preflight
 from opd.run.recipe import Recipe
 from opd.types import AdapterOptions, Example, ModelOptions, Policy
-from opd.views.images import teacher_sizes
+from opd.views.crop import teacher_sizes
 from opd.views.usable import too_long
 
 IMAGE, TEXT_TOKENS = (1024, 768), 64
@@ -52,11 +54,9 @@ class Assumed:
 class Plan:
     """A recipe's step on one device, and all that it is worked out from.
 
-    `rough`: the backend's footprint. `text`: tokens of a prompt beside its image's.
-    `smaller_images`:
-    half of the student's pixels, and what both policies see with that bound; None where the family
-    has no such bound. `notes`: how many rows of the data are above the limit of a prompt, in the
-    words of training.
+    `text`: tokens of a prompt beside its image's. `smaller_images`: half of the student's pixels,
+    and what both policies see with that bound; None where the family has no such bound. `notes`:
+    how many rows of the data are above the limit of a prompt, in the words of training.
     """
 
     recipe: Recipe
@@ -65,24 +65,35 @@ class Plan:
     work: Work
     device: Device
     backend: str
-    rough: Footprint
     text: int
     image: tuple[int, int]
     crop: tuple[int, int]
     smaller_images: tuple[int, View, View] | None
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def rough(self) -> Footprint:
+        """The backend's footprint."""
+        largest, here = max(map(prod, self.shape.shapes.values())), self.device.name == HERE
+        planner = backends.planner(self.backend)
+        return planner.footprint(self.options, self.shape.config, largest, here)
+
     @property
     def features(self) -> int:
         """Bytes of a frozen tower's features that are kept at most."""
         return feature_bytes(self.device.memory)
 
-    @property
+    @cached_property
     def memory(self) -> Memory:
         """Memory of the step."""
-        return memory(self.shape, self.options, self.work, self.rough, self.features)
+        return self.memory_of()
 
-    @property
+    def memory_of(self, **changed: int) -> Memory:
+        """Memory of the step with some sizes of its `work` changed."""
+        work = replace(self.work, **changed)  # type: ignore[arg-type]
+        return memory(self.shape, self.options, work, self.rough, self.features)
+
+    @cached_property
     def stages(self) -> dict[str, Stage]:
         """Work of the step by stage."""
         again = self.memory.checkpointed
@@ -92,12 +103,17 @@ class Plan:
     def seconds(self) -> dict[str, float]:
         """Each stage's time at the assumed shares of the device's peaks: products or what they
         read, whichever is longer, and the passes between them."""
-        rate = self.device.matmul_share * self.device.matmul[self.options.dtype]
-        bandwidth = self.device.bandwidth_share * self.device.bandwidth
-        return {
-            name: max(stage.operations / rate, stage.moved / bandwidth) + stage.passed / bandwidth
-            for name, stage in self.stages.items()
-        }
+        device = self.device
+        rate = device.matmul_share * device.matmul[self.options.dtype]
+        bandwidth = device.bandwidth_share * device.bandwidth
+        forth, back = device.packed or (rate, rate)
+
+        def seconds(name: str, stage: Stage) -> float:
+            packed = stage.packed / (back if name == "student backward" else forth)
+            products = packed + (stage.operations - stage.packed) / rate
+            return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
+
+        return {name: seconds(name, stage) for name, stage in self.stages.items()}
 
     @property
     def hours(self) -> float:
@@ -115,18 +131,21 @@ class Plan:
         work = self.work
         groups = [count * work.group for count in range(work.prompts, 0, -1)]
         parts = [work.longest + n * work.tokens for n in range(work.completions - 1, 0, -1)]
-        return next((size for size in (*groups, *parts) if self._fits(budget=size)), 0)
+        return self._first((*groups, *parts), "budget", "accumulate", "apply")
 
     @property
     def largest_sample(self) -> int:
         """The largest rollout.sample_tokens that fits; 0 where not even one group does."""
-        rooms = (count * self.work.sample for count in range(self.work.prompts, 0, -1))
-        return next((size for size in rooms if self._fits(room=size)), 0)
+        rooms = [count * self.work.sample for count in range(self.work.prompts, 0, -1)]
+        return self._first(rooms, "room", "rollout")
 
-    def _fits(self, **size: int) -> bool:
-        found = self.sized(**size).memory.phases
-        phases = ("accumulate", "apply") if "budget" in size else ("rollout",)
-        return all(found[phase] <= self.usable for phase in phases)
+    def _first(self, sizes: Sequence[int], name: str, *phases: str) -> int:
+        """The first size of the work's `name` with which the phases fit; 0 where none does."""
+        for size in sizes:
+            found = self.memory_of(**{name: size}).phases
+            if max(found[phase] for phase in phases) <= self.usable:
+                return size
+        return 0
 
     def sized(self, **changed: int | View) -> Plan:
         """The plan of a step with some fields of its `work` changed."""
@@ -146,20 +165,19 @@ class Plan:
         adapters = AdapterOptions(choice.rank, choice.alpha, choice.targets)
         low_rank = replace(options, tune_vision=False, adapters=adapters)
         if options.adapters is None:
-            found["model.tune=lora"] = _on(self, low_rank, self.device, self.backend)
+            found["model.tune=lora"] = replace(self, options=low_rank)
         if not options.four_bit:
-            packed = replace(low_rank, four_bit=True)
-            found["model.tune=qlora"] = _on(self, packed, self.device, self.backend)
+            found["model.tune=qlora"] = replace(self, options=replace(low_rank, four_bit=True))
         if options.dtype == "float32":
             bfloat16 = replace(options, dtype="bfloat16")
-            found["model.dtype=bfloat16"] = _on(self, bfloat16, self.device, self.backend)
+            found["model.dtype=bfloat16"] = replace(self, options=bfloat16)
         return found
 
     @property
     def least(self) -> int:
         """The peak of the step that takes least: one group sampled, and one completion, or one
         group differentiated at a time."""
-        return min(self.sized(room=1, budget=size).memory.peak for size in (1, self.work.group))
+        return min(self.memory_of(room=1, budget=size).peak for size in (1, self.work.group))
 
     def smaller(self) -> dict[str, int]:
         """Least peaks with one thing changed, by what to set, where below the plan's own."""
@@ -194,17 +212,8 @@ def plan(
     options, pixels = recipe.model.options(weights=False), recipe.model.pixels()
     config, name = read_config(options.path), backend_of(device, backend)
     shape = Shape(config, backends.planner(name).parameters(config))
-    shape.check(options)
-    image, crop = assumed.image, assumed.crop
-    examples = _data(recipe) if image is None or crop is None else []
-    notes, rows = [], MANY
-    if examples:
-        encoder = PromptEncoder(options.path, **pixels)
-        found = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
-        notes, rows = found.lines(), found.rows
-    if image is None or crop is None:
-        sizes = _of_data(recipe, examples)
-        image, crop = image or sizes[0], crop or (sizes[1] if image is None else _half(image))
+    shape.adapters(options)  # refuses unknown targets before anything is worked out
+    image, crop, rows, notes = _seen(recipe, assumed, PromptEncoder(options.path, **pixels))
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
 
     def views(**bounds: int | None) -> tuple[View, View]:
@@ -224,9 +233,8 @@ def plan(
         smaller = half, *views(**{**pixels, "max_pixels": half})
     except UserError:
         smaller = None
-    rough = _rough(shape, options, work, device, name)
     about = text, image, crop, smaller, tuple(notes)
-    return Plan(recipe, shape, options, work, device, name, rough, *about)
+    return Plan(recipe, shape, options, work, device, name, *about)
 
 
 def view(
@@ -263,55 +271,44 @@ def view(
 
 def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:
     """The plan, and the same step on all other devices whose backend is installed."""
-    plans, missing = [plan], set()
+    plans, missing = [], set()
     for device in devices:
         try:
             plans += [on(plan, device)] if device.name != plan.device.name else []
         except BackendError as error:
             missing.add(f"devices of another backend are left out: {error}")
-    return [replace(plan, notes=(*plan.notes, *sorted(missing))), *plans[1:]]
+    return [replace(plan, notes=(*plan.notes, *sorted(missing))), *plans]
 
 
 def on(plan: Plan, device: Device) -> Plan:
     """The same step on another device and its own backend. Raises BackendError."""
-    return _on(plan, plan.options, device, backend_of(device, None))
+    return replace(plan, device=device, backend=backend_of(device, None))
 
 
-def _on(plan: Plan, options: ModelOptions, device: Device, backend: str) -> Plan:
-    rough = _rough(plan.shape, options, plan.work, device, backend)
-    return replace(plan, options=options, device=device, backend=backend, rough=rough)
+def _seen(
+    recipe: Recipe, assumed: Assumed, encoder: PromptEncoder
+) -> tuple[tuple[int, int], tuple[int, int], int, list[str]]:
+    """Sizes of the image and of its crop, as assumed or of the data's first row; how many rows the
+    data have, and what preflight says of them.
 
-
-def _rough(shape: Shape, options: ModelOptions, work: Work, device: Device, name: str) -> Footprint:
-    largest = max(map(prod, shape.shapes.values()))
-    where = (work.student.before, work.tokens), device.name == HERE
-    return backends.planner(name).footprint(options, shape.config, largest, *where)
-
-
-def _data(recipe: Recipe) -> Sequence[Example]:
-    """The rows of the recipe's data that are looked at before training; none of a real model
-    without data of its own."""
-    if recipe.data.path == "tiny" and recipe.model.path != "tiny":
-        return []
-    options, most = recipe.data, preflight.SAMPLE
-    pixels = options.max_image_pixels
-    return open_data(options.path, options.strict, max_image_pixels=pixels, count=most)
-
-
-def _of_data(
-    recipe: Recipe, examples: Sequence[Example]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sizes of the first row's image and of its crop; without rows the assumed ones."""
-    if not examples:
-        return IMAGE, _half(IMAGE)
-    example = examples[0]
-    full = [image_size(source, example.max_image_pixels) for source in example.images]
-    crop = teacher_sizes(example, recipe.view)
-    if len(full) != 1 or len(crop) != 1:
-        what = "a row of several images cannot be planned; say --image and --crop"
-        raise DataError(f"{example.source or example.id}: {what}")
-    return full[0], crop[0]
-
-
-def _half(image: tuple[int, int]) -> tuple[int, int]:
-    return max(1, image[0] // 2), max(1, image[1] // 2)
+    A real model without data of its own is not planned on the embedded data.
+    """
+    image, crop, data = assumed.image, assumed.crop, recipe.data
+    examples: Sequence[Example] = []
+    if (image is None or crop is None) and (data.path != "tiny" or recipe.model.path == "tiny"):
+        pixels, most = data.max_image_pixels, preflight.SAMPLE
+        examples = open_data(data.path, data.strict, max_image_pixels=pixels, count=most)
+    rows, notes = MANY, []
+    if examples:
+        looked = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
+        rows, notes = looked.rows, looked.said()
+    if examples and image is None:
+        first = examples[0]
+        full = [image_size(source, first.max_image_pixels) for source in first.images]
+        part = teacher_sizes(first, recipe.view)
+        if len(full) != 1 or len(part) != 1:
+            what = "a row of several images cannot be planned; say --image and --crop"
+            raise DataError(f"{first.source or first.id}: {what}")
+        image, crop = full[0], crop or part[0]
+    width, height = image = image or IMAGE
+    return image, crop or (max(1, width // 2), max(1, height // 2)), rows, notes

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib.resources import files
 
 from opd.errors import RecipeError, nearest
@@ -26,16 +27,17 @@ HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE = 0.7, 0.3
 """Shares of what is measured here (`benchmarks.plan_against_step`): a processor multiplies the few
 rows of a token step well below the speed at which it copies."""
 
-MEASURE_SECONDS, SIDE, GPU_SIDE, WIDE = 0.4, 768, 4096, 8192
-"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU; and of
-one that is only read."""
+MEASURE_SECONDS, SIDE, GPU_SIDE, WIDE, PACKED_ROWS = 0.4, 768, 4096, 8192, 32
+"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU; of one
+that is only read; and rows that are multiplied by weights in 4 bits."""
 
 
 @dataclass(frozen=True)
 class Device:
     """`matmul` FLOP/s by type of numbers, dense; `bandwidth` bytes a second; `memory` bytes, of
     which a run may take the share `usable`; `memories` that it is sold with; `backend` that runs on
-    it."""
+    it. `packed`: FLOP/s of products with weights in 4 bits, and with their transposes; None where
+    they take as long as any."""
 
     name: str
     matmul: dict[str, float]
@@ -47,6 +49,7 @@ class Device:
     matmul_share: float = MATMUL_SHARE
     bandwidth_share: float = BANDWIDTH_SHARE
     memories: tuple[float, ...] = ()
+    packed: tuple[float, float] | None = None
 
 
 def _published() -> dict[str, Device]:
@@ -74,9 +77,8 @@ def device(name: str, planner: Callable[[], Planner], memory: float | None = Non
     sized = re.fullmatch(r"(.*\S)\s+(\d+)\s?gb", name.casefold())
     plain = sized[1] if sized else name.casefold()
     if plain not in known:
-        wanted = nearest(plain, known)
-        for folded, one in known.items():
-            wanted = re.sub(rf"(?<=['\s]){re.escape(folded)}(?=['.,]|$)", one, wanted)
+        close = get_close_matches(plain, known, n=1, cutoff=0.5)
+        wanted = nearest(known[close[0]] if close else plain, known.values())
         raise RecipeError(f"--device '{name}': no such device; {wanted}")
     found = this_machine(planner().machine()) if known[plain] == HERE else DEVICES[known[plain]]
     size = 1e9 * float(memory or (sized[2] if sized else 0))
@@ -86,27 +88,36 @@ def device(name: str, planner: Callable[[], Planner], memory: float | None = Non
 
 
 def this_machine(here: Machine) -> Device:
-    """This machine's device: one of DEVICES with its own memory, or measured in a second."""
-    named = [one for one in DEVICES if one.casefold() in here.name.casefold()]
-    if named and "laptop" not in here.name.casefold():
-        found = replace(DEVICES[max(named, key=len)], name=HERE, memories=())
-        source = f"{here.name}; {found.source}"
-        return replace(found, memory=float(here.memory), usable=here.usable, source=source)
+    """This machine's device: one of DEVICES with its own memory, or measured in some seconds."""
+    memory, name = float(here.memory), here.name.casefold()
+    named = [one for one in DEVICES if one.casefold() in name and "laptop" not in name]
+    if named:
+        found = DEVICES[max(named, key=len)]
+        found = replace(found, name=HERE, memory=memory, usable=here.usable, memories=())
+        return replace(found, source=f"{here.name}; {found.source}")
+
+    def rate(rows: int, side: int, numbers: str) -> float:
+        """Operations a second."""
+        return 2.0 * rows * side**2 * _per_second(here.product(rows, side, numbers), here.gpu)
+
     side = GPU_SIDE if here.gpu else SIDE
     types = ("float32", "bfloat16") if here.gpu else ("float32",)
-    calls = {dtype: _per_second(here.product(side, side, dtype), here.gpu) for dtype in types}
-    rates = {dtype: 2.0 * side**3 * count for dtype, count in calls.items()}
+    matmul = {numbers: rate(side, side, numbers) for numbers in types}
     # One row reads a matrix larger than any cache, as a token step reads weights.
-    read = _per_second(here.product(1, WIDE, "float32"), here.gpu)
-    matmul = {"bfloat16": rates["float32"], **rates}
-    about = (
-        float(here.memory),
+    bandwidth = 2.0 * rate(1, WIDE, "float32")
+    packed = [rate(PACKED_ROWS, SIDE, kind) for kind in ("packed", "packed back") if here.packed]
+    return Device(
+        HERE,
+        {"bfloat16": matmul["float32"], **matmul},
+        bandwidth,
+        memory,
         here.usable,
         "auto",
         f"{here.name}, measured in {' and '.join(types)}",
+        HERE_MATMUL_SHARE,
+        HERE_BANDWIDTH_SHARE,
+        packed=(packed[0], packed[1]) if packed else None,
     )
-    shares = HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE
-    return Device(HERE, matmul, 4.0 * WIDE**2 * read, *about, *shares)
 
 
 def _per_second(run: Callable[[], object], gpu: bool) -> float:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from operator import itemgetter
 
-from opd.models.adapters import part_of_model
-from opd.plan.shape import Layer, Shape, item_of, sees
-from opd.plan.work import View, Work
-from opd.planner import Footprint, Row
+from opd.plan.activations import held_of
+from opd.plan.shape import Shape, item_of, sees
+from opd.plan.step import Work
+from opd.planner import Footprint
 from opd.types import ModelOptions
 
 KEPT_FEATURES = "kept image features"
@@ -46,22 +45,6 @@ class Memory:
         return max(self.phases.values())
 
 
-@dataclass(frozen=True)
-class Activations:
-    """What a backward holds of a micro-batch's images, prompts and completions, and of each what
-    passes by in the backward of one layer."""
-
-    images: float
-    prompts: float
-    completions: float
-    layer: tuple[float, float, float]
-
-    @property
-    def total(self) -> float:
-        """All that is held at the end of the forward."""
-        return self.images + self.prompts + self.completions
-
-
 def memory(
     shape: Shape,
     options: ModelOptions,
@@ -76,78 +59,53 @@ def memory(
     they need. `room` bytes hold a frozen tower's features at most.
     """
     trained, item = sum(shape.trained(options).values()), item_of(options)
-    full, gradient, table = options.adapters is None, 4 * trained, prod(shape.table)
-    wanted = rough.estimate(work.lengths)
+    gradient, casts, table = 4 * trained, rough.cast * trained, prod(shape.table)
+    full, seen = options.adapters is None, sees(options)
+    lengths = work.lengths(work.together, work.student)
+    wanted = rough.estimate(lengths)
     again = wanted > rough.recompute_above if recompute is None else recompute
-    held = _held(shape, options, work, rough, room)
-    before, weights = sum(held.values()), trained - table * (full and not rough.cast_tables)
-    casts = rough.cast[0] * weights
+    held = held_bytes(shape, options, work, rough, room)
+    before = sum(held.values())
 
-    def passing(view: View, prompts: int) -> float:
-        """The widest layer of a forward without a backward, of the tower or of the prompts; of a
-        layer with a recurrence its rows are gone where that runs."""
-        share, solved = rough.forward
-        text = max(
-            max(share * (one.held(rough.prompt) - rule), solved * rule)
-            for one in shape.layers
-            for rule in [rough.prompt.recurrence * one.recurs]
-        )
-        image = share * max(one.held(rough.patch) for one in shape.tower)
-        return prompts * max(view.before * text, view.patches * image)
-
-    # Sampling: one layer's pass over the prompts, or token steps over keys and values.
-    chunks, blocks, most, block = rough.head
-    copies = rough.head_copy * table
-    own = ROOM << max(0, -(-work.tokens // ROOM) - 1).bit_length()
+    # Sampling: one layer's pass over the prompts, or token steps over keys and values. The pass
+    # waits for the gradient where it is small.
+    prompts = work.lengths(work.sampled, work.student)
+    prompts = prompts._replace(completions=replace(prompts.completions, count=0))
+    image, prompt, _ = (held_of(shape, options, rows, rough) for rows in prompts)
+    few = work.sampled * work.student.tokens <= rough.keeps_tokens
+    kept = few and rough.estimate(prompts) <= rough.recompute_above
     read = work.sampled * shape.cache(work.student.before, item)
-    grown = work.sampled * work.completions * shape.cache(own, item)
-    drawn = min(work.sampled * work.completions * shape.table[0], most // 4)
-    # A rollout's pass over its prompts waits for the gradient where it is small.
-    alone = replace(
-        work, completions=0, teacher=work.student, budget=work.sampled * work.student.tokens
-    )
-    few = alone.budget <= rough.keeps_tokens
-    kept = few and rough.estimate(alone.lengths) <= rough.recompute_above
-    waits = kept * activations(shape, options, alone, rough, recompute=False).total
-    logits = DRAWN * drawn + copies
-    first = waits + read * (waits > 0 and rough.cache_sums > 0)
-    rollout = max(first, read) + max(passing(work.student, work.sampled), grown + logits)
+    own = ROOM << max(0, -(-work.tokens // ROOM) - 1).bit_length()
+    rows = work.sampled * work.completions
+    grown = rows * shape.cache(own, item)
+    logits = DRAWN * min(rows * shape.table[0], rough.chunk // 4) + rough.head_copy * table
+    waits = max(read, kept * (image.total * seen + prompt.total))
+    rollout = waits + max(image.forward, prompt.forward, grown + logits)
 
-    # The gradient. Hidden states, their gradient and the head's stand beside the buffers of logits.
-    student = activations(shape, options, work, rough, again)
-    summed, many = gradient * (work.calls > 1), work.count * work.tokens
-    rows = max(16, most // (4 * shape.table[0]))
-    chunk = 4 * shape.table[0] * min(many, rows)
-    buffers = chunks * chunk + blocks * min(chunk, block) + (1 + full) * copies
-    states = many * shape.table[1] * (2 * item + 4) + 4 * table * full
-    if full and rough.head_late:
-        # Of the first chunk after its buffers, of every later one beside their sum.
-        later = 4 * table * (many > rows)
-        buffers = max(buffers - 4 * table + later, rough.head_late * chunk + later)
-    sums = shape.sums(options, rough.sums)
-    tower, prompt, completion = (
-        max(layer, sums) if rough.sums is None else layer + sums for layer in student.layer
-    )
-    if not work.split and not summed:
-        completion = student.layer[2]
-    asked = work.together * shape.cache(work.student.before, rough.cache_sums or item)
-    taught = work.together * shape.cache(work.teacher.before, item)
-    served = waits * (work.sampled == work.together == work.prompts)
-    early, late = (asked, 0) if rough.cache_sums else (0, asked)
-    text = student.images + student.prompts + early + rough.cast[again] * weights
-    done = 0 if again else student.completions / len(shape.layers)
+    # The gradient: the teacher's pass, the head, and the backward of each part, of which the later
+    # are gone.
+    image, prompt, completion = (held_of(shape, options, one, rough, again) for one in lengths)
+    taught = work.lengths(work.together, work.teacher)[:2]
+    teacher = max(held_of(shape, options, one, rough).forward for one in taught)
+    images, summed = image.total * seen, gradient * (work.calls > 1)
+    most, late = rough.head
+    count = min(lengths.completions.total, max(16, rough.chunk // (4 * shape.table[0])))
+    chunk, of_head = 4 * count * shape.table[0], 4 * table * full
+    head = max(most * chunk, late * chunk * full + of_head) + rough.head_copy * table
+    sums = shape.sums(options, rough.sums) if rough.sums else 0
+    text = images + prompt.total + casts * (rough.keeps_casts or not again)
     accumulate = max(
-        summed + served + casts + taught + passing(work.teacher, work.together),
-        text + summed + student.completions + states + max(buffers, completion),
-        text + gradient + late + max(done + completion, prompt),
-        student.images + gradient + tower,
+        summed + casts + teacher,
+        text + summed + completion.total + max(head, of_head + completion.layer + sums),
+        text + gradient + sums + max(completion.layer, prompt.layer),
+        images + gradient + (image.layer + sums) * seen,
     )
     parts = {
         "gradient": gradient,
         "weights in bfloat16": casts,
-        "activations": student.total,
-        "one layer": max(student.layer),
-        "head chunks": buffers + states,
+        "activations": images + prompt.total + completion.total,
+        "one layer": max(image.layer * seen, prompt.layer, completion.layer),
+        "head chunks": head,
         "key-value cache": read + grown,
         "sampled logits": logits,
     }
@@ -156,70 +114,16 @@ def memory(
         "accumulate": before + int(accumulate),
         "apply": before + gradient + min(gradient, rough.apply),
     }
-    ints = {name: int(size) for name, size in parts.items()}
+    ints = {name: int(size) for name, size in parts.items() if size}
     return Memory(held, ints, phases, again, disk=4 * gradient)
 
 
-def activations(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool
-) -> Activations:
-    """What the student's forward holds; with `recompute`, each layer's inputs, and one layer
-    whole."""
-    view, item, config = work.student, item_of(options), shape.config
-    images, before = work.together * sees(options), work.together * view.before
-    many, narrow = work.count * work.tokens, item * shape.narrow(options)
-    score, most, block, at_most = rough.scores
-
-    def layer(one: Layer, row: Row, rows: float, pairs: float, beside: float) -> list[float]:
-        """What is held, and what passes by in the backward."""
-        scores = score * pairs * (not one.recurs)
-        kept = rows * one.held(row) + beside + scores * (scores <= most)
-        passes = rows * row.passing * one.recurs + min(2 * scores, at_most)
-        return [kept, rough.backward * kept + passes]
-
-    heads: int = config["text_config"]["num_attention_heads"]
-    patches, of_tower = images * view.patches, shape.tower
-    pairs = images * view.pairs / len(of_tower) * shape.tower_heads
-    tower = [layer(one, rough.patch, patches, pairs, 0) for one in of_tower]
-    prompts, completions = [], []
-    for one, window in zip(shape.layers, shape.windows, strict=True):
-        pairs = heads * before * min(view.before, (view.before + block) / 2)
-        prompts.append(layer(one, rough.prompt, before, pairs, before * narrow))
-        pairs = heads * many * (view.before + min(work.tokens, (work.tokens + block) / 2))
-        copied = rough.copies == "always" or (rough.copies == "windows" and window is not None)
-        beside = many * narrow + 2 * item * work.count * one.key * view.before * copied
-        completions.append(layer(one, rough.completion, many, pairs, beside))
-    if not shape.layers[-1].recurs:
-        # The last layer gives of a prompt the keys and values for completions alone.
-        prompts[-1] = [4 * item * before * shape.layers[-1].key, 0.0]
-    held = [sum(kept for kept, _ in each) for each in (tower, prompts, completions)]
-    largest = [
-        max(map(sum if recompute else itemgetter(1), each))
-        for each in (tower, prompts, completions)
-    ]
-    held[2] += work.count * 4 * shape.states
-    if recompute:
-        row = rough.stream * sum(one.width for one in shape.layers)
-        held = [
-            patches * item * sum(one.width for one in of_tower),
-            before * row + work.together * shape.cache(view.before, item),
-            many * row,
-        ]
-    # Inputs and outputs of the projector's products; of completions the states that the head reads.
-    merged = 2 * item * sum(size[1] for size in shape.parts["projector"].values() if len(size) == 2)
-    held[0] += images * view.visual * merged
-    held[2] += many * shape.table[1] * 12
-    return Activations(held[0], held[1], held[2], (largest[0], largest[1], largest[2]))
-
-
-def _held(
+def held_bytes(
     shape: Shape, options: ModelOptions, work: Work, rough: Footprint, room: float
 ) -> dict[str, int]:
+    """What is held from step to step."""
     trained, full = sum(shape.trained(options).values()), options.adapters is None
-    language = (
-        prod(size) for name, size in shape.linears.items() if part_of_model(name) == "language"
-    )
-    packed = sum(language) * options.four_bit
+    packed = shape.packed * options.four_bit
     plain = sum(shape.parameters.values()) - packed - trained * full
     visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
     parts = {

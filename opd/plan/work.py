@@ -1,20 +1,21 @@
-"""The work of one step: lengths, and operations and bytes moved by stage.
+"""The work of one step: operations and bytes moved by stage.
 
 An operation is a multiplication or an addition: 2 for each weight and row, and 4 for each pair of
 rows that attend and each number of their heads. What passes over memory between products is rough.
-
-Legend: n completions of a prompt. A group is a prompt with its n completions, and what they share
-is computed once; a prompt's last token runs with the completions, whose first token it predicts.
+What completions of a prompt share is computed once.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from math import ceil, prod
+from operator import add
 from typing import NamedTuple
 
+from opd.plan.activations import held_of
 from opd.plan.shape import Shape, item_of, sees
-from opd.planner import Footprint, Lengths
+from opd.plan.step import View, Work
+from opd.planner import Footprint, Rows
 from opd.types import ModelOptions
 
 FORWARD, BACKWARD = 3, 5
@@ -26,97 +27,54 @@ HEAD, DRAW, OPTIMIZER, AVERAGE = 20, 10, 24, 3
 step, and where the teacher moves."""
 
 
-class View(NamedTuple):
-    """An image as a policy sees it: `patches`, which make `visual` of the prompt's `tokens`, and
-    pairs of patches that attend to each other in all layers of the tower together; cut into
-    `pieces` for the tower."""
-
-    patches: int
-    pairs: int
-    visual: int
-    tokens: int
-    pieces: int = 1
-
-    @property
-    def before(self) -> int:
-        """Tokens that run as the prompt: all but the last."""
-        return self.tokens - 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step: `prompts` groups of `completions` completions of `tokens` tokens each.
-
-    Micro-batches that are differentiated have `budget` padded tokens, those that are sampled have
-    `room`. `rows` of the data differ; 0: no more than the step's own.
-    """
-
-    prompts: int
-    completions: int
-    tokens: int
-    student: View
-    teacher: View
-    budget: int
-    room: int = 0
-    rows: int = 0
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longer prompt."""
-        return max(self.student.tokens, self.teacher.tokens)
-
-    @property
-    def group(self) -> int:
-        """Padded tokens of one group where it is differentiated."""
-        return self.longest + self.completions * self.tokens
-
-    @property
-    def sample(self) -> int:
-        """Padded tokens of one group where it is sampled."""
-        return self.student.tokens + self.completions * self.tokens
-
-    @property
-    def together(self) -> int:
-        """Groups of a micro-batch; a group above the budget is alone."""
-        return min(self.prompts, max(1, self.budget // self.group))
-
-    @property
-    def split(self) -> int:
-        """Completions of a group that run at a time; 0: all (`opd.method.microbatch`)."""
-        few = max(1, (self.budget - self.longest) // self.tokens)
-        return few if self.together == 1 and few < self.completions else 0
-
-    @property
-    def count(self) -> int:
-        """Completions that run at a time, of all groups of a micro-batch."""
-        return self.together * (self.split or self.completions)
-
-    @property
-    def calls(self) -> int:
-        """Micro-batches of a step."""
-        return math.ceil(self.prompts / self.together)
-
-    @property
-    def lengths(self) -> Lengths:
-        """Rows of a micro-batch that is differentiated."""
-        student, few = self.student, self.split or self.completions
-        rows = self.together, student.before, few, self.tokens
-        return Lengths(*rows, student.pieces, student.patches // student.pieces)
-
-    @property
-    def sampled(self) -> int:
-        """Groups that are sampled together."""
-        return min(self.prompts, max(1, self.room // self.sample))
-
-
 @dataclass(frozen=True)
 class Stage:
     """A stage of a step: `operations` at the speed of products, which read `moved` bytes meanwhile;
-    `passed` bytes of elementwise work take time of their own."""
+    `passed` bytes of elementwise work take time of their own. `packed`: the operations whose
+    weights are held in 4 bits; in a backward, their transposes."""
 
     operations: float
     moved: float = 0.0
     passed: float = 0.0
+    packed: float = 0.0
+
+    def __add__(self, other: Stage) -> Stage:
+        return Stage(*map(add, astuple(self), astuple(other)))
+
+    def __mul__(self, times: float) -> Stage:
+        return Stage(*(times * size for size in astuple(self)))
+
+
+class Cost(NamedTuple):
+    """Operations of a forward: `products` with weights, `mixing` of rows among each other; and the
+    bytes that are `held` for its backward.
+
+    Among the products, `first`: those whose inputs take no gradient; `last`: those that no backward
+    computes again, since nobody needs their results; `packed`: the share that 4 bits hold.
+    """
+
+    products: float
+    mixing: float
+    held: float
+    first: float
+    last: float
+    packed: bool
+
+    @property
+    def forward(self) -> Stage:
+        """The forward."""
+        operations = self.products + self.mixing
+        return Stage(operations, 0.0, FORWARD * self.held, self.products * self.packed)
+
+    def backward(self, full: bool) -> Stage:
+        """Gradients of inputs, and of weights where all are trained."""
+        operations = self.products * (1 + full) + 2 * self.mixing - self.first
+        return Stage(operations, 0.0, BACKWARD * self.held, self.products * self.packed)
+
+    @property
+    def again(self) -> Stage:
+        """What a backward computes again."""
+        return self.forward + Stage(-self.last, packed=-self.last * self.packed)
 
 
 def stages(
@@ -126,96 +84,79 @@ def stages(
 
     With `recompute`, layers are computed twice.
     """
-    n, full, seen = work.completions, options.adapters is None, sees(options)
-    new, trained = n * work.tokens, shape.trained(options)
-    head, count = 2.0 * math.prod(shape.table), sum(trained.values())
-    weights, width = shape.products, shape.tower[0].width
-    visual = work.student.visual + work.teacher.visual
-    look = seen or work.prompts * visual * shape.feature > room
-    a_token, a_new, a_patch = (
-        sum(layer.held(row) for layer in layers)
-        for layers, row in (
-            (shape.layers, rough.prompt),
-            (shape.layers, rough.completion),
-            (shape.tower, rough.patch),
-        )
-    )
-
-    def tower(view: View) -> tuple[float, float]:
-        products = view.patches * weights["vision"] + view.visual * weights["projector"]
-        return 2.0 * products, 4.0 * width * view.pairs
-
-    def prompt(view: View) -> tuple[float, float]:
-        # Of the last layer only what is handed to completions is computed.
-        products = 2.0 * view.before * (weights["language"] - shape.unhanded)
-        return products, _mixing(shape, 0, view.before, handed=1)
-
-    def completed(view: View) -> tuple[float, float]:
-        return 2.0 * new * weights["language"], n * _mixing(shape, view.before, work.tokens)
-
-    student, teacher = work.student, work.teacher
-    image, read, own = tower(student), prompt(student), completed(student)
-    forward = sum(read) + sum(own)
-    products = read[0] + own[0] + image[0] * seen
+    full, seen, trained = options.adapters is None, sees(options), shape.trained(options)
+    visual = work.prompts * (work.student.visual + work.teacher.visual)
+    looks = seen or visual * shape.feature > room
+    image, prompt, own = costs(shape, options, work, work.student, rough)
+    taught = costs(shape, options, work, work.teacher, rough)
+    back = [prompt, own, image] if seen else [prompt, own]
+    rows = work.completions * work.tokens
+    head, logits = 2.0 * rows * prod(shape.table), 4.0 * rows * shape.table[0]
     # Of adapters; the gradients of their inputs and of their weights are as many each.
-    low_rank = 0.0 if full else 2.0 * trained["language"] * (student.before + new)
-    backward = products * (1 + full) + 2 * (read[1] + own[1] + image[1] * seen + low_rank)
-    logits, decoded = 4.0 * shape.table[0] * new, new * a_new
-    prompts, patches = student.before * a_token, student.patches * a_patch
-    crop = teacher.before * a_token + teacher.patches * a_patch
-    # Of each stage of one group: operations, and bytes passed.
-    each = {
-        "rollout prefill": (sum(read) + sum(image), FORWARD * (prompts + patches)),
-        "rollout decode": (sum(own) + new * head, FORWARD * decoded + DRAW * logits),
-        "teacher forward": (
-            sum(tower(teacher)) + sum(prompt(teacher)) + sum(completed(teacher)),
-            FORWARD * (crop + decoded),
-        ),
-        "student forward": (
-            forward + low_rank + sum(image) * look,
-            FORWARD * (prompts + decoded + patches * look),
-        ),
-        "student backward": (backward, BACKWARD * (prompts + decoded + patches * seen)),
-        "recomputation": (
-            (forward + low_rank + sum(image) * seen) * recompute,
-            FORWARD * (prompts + decoded + patches * seen) * recompute,
-        ),
+    beside = 0.0 if full else 2.0 * trained["language"] * (work.student.before + rows)
+    low_rank, count = Stage(beside), sum(trained.values())
+    group = {
+        "rollout prefill": prompt.forward + image.forward,
+        "rollout decode": own.forward + Stage(head, passed=DRAW * logits),
+        "teacher forward": sum((one.forward for one in taught), Stage(0.0)),
+        "student forward": prompt.forward + own.forward + image.forward * looks + low_rank,
+        "student backward": sum((one.backward(full) for one in back), low_rank * 2),
+        "recomputation": sum((one.again for one in back), low_rank) * recompute,
         # Logits of both policies, and the gradients of hidden states and of a trained head.
-        "head and divergence": ((3 + full) * new * head, HEAD * logits),
+        "head and divergence": Stage((3 + full) * head, passed=HEAD * logits),
     }
-    found = {
-        name: Stage(work.prompts * operations, passed=work.prompts * passed)
-        for name, (operations, passed) in each.items()
-    }
-    moved = _read(shape, work, item_of(options))
-    return found | {
-        "rollout decode": replace(found["rollout decode"], moved=moved),
+    step = {name: stage * work.prompts for name, stage in group.items()}
+    moved = read(shape, work, item_of(options))
+    return step | {
+        "rollout decode": replace(step["rollout decode"], moved=moved),
         "optimizer": Stage(15.0 * count, passed=4.0 * OPTIMIZER * count),
         "teacher's average": Stage(3.0 * count, passed=4.0 * AVERAGE * count),
     }
 
 
-def _read(shape: Shape, work: Work, item: int) -> float:
+def costs(
+    shape: Shape, options: ModelOptions, work: Work, view: View, rough: Footprint
+) -> tuple[Cost, Cost, Cost]:
+    """An image, its prompt without the last token, and all completions of the prompt."""
+    whole = replace(work, budget=work.group).lengths(1, view)
+    images, prompts, new = (held_of(shape, options, rows, rough).total for rows in whole)
+    embedded, merged = 2.0 * view.patches * shape.embedding, 2.0 * view.visual * shape.projector
+    layers = 2.0 * view.patches * sum(one.products for one in shape.tower)
+    last = 2.0 * view.patches * sum(one.last for one in shape.tower)
+    mixing, products = 4.0 * shape.tower[0].width * view.pairs, embedded + layers + merged
+    image = Cost(products, mixing, images, embedded, embedded + merged + last, False)
+    # Tokens of an image see each other in both directions, or only those before them.
+    each = view.visual // view.pieces
+    later = rough.blocks * view.pieces * each * (each - 1) / 2
+    packed = options.four_bit
+    prompt = text_cost(shape, whole.prompts, prompts, packed, later)
+    return image, prompt, text_cost(shape, whole.completions, new, packed)
+
+
+def text_cost(shape: Shape, rows: Rows, held: float, packed: bool, later: float = 0.0) -> Cost:
+    """Rows through all layers, where `later` pairs attend beside those in order; of a prompt the
+    last layer computes only what a cache holds."""
+    products = last = mixing = 0.0
+    for layer in shape.layers:
+        cached = rows.kind == "prompts" and layer is shape.layers[-1]
+        products += layer.cached if cached else layer.products
+        last += 0 if cached else layer.last
+        mixing += 6.0 * layer.state * rows.length
+        if not cached:
+            reach = layer.window or rows.before + rows.length
+            free = max(0, min(rows.length, reach - rows.before))
+            pairs = free * (rows.before + (free + 1) / 2) + (rows.length - free) * reach
+            mixing += 4.0 * layer.query * (pairs + later)
+    total = 2.0 * rows.total
+    return Cost(total * products, rows.count * mixing, held, 0.0, total * last, packed)
+
+
+def read(shape: Shape, work: Work, item: int) -> float:
     """Bytes that token steps read: weights once for all that is sampled together, keys and values.
 
     Those of a prompt are read once for its completions, and of a completion half on average.
     """
-    calls = math.ceil(work.prompts / work.sampled)
-    weights = calls * item * (shape.products["language"] + math.prod(shape.table))
+    products = sum(one.products for one in shape.layers) + prod(shape.table)
+    weights = ceil(work.prompts / work.sampled) * item * products
     own = work.completions * shape.cache(work.tokens // 2, item)
     return work.tokens * (weights + work.prompts * (shape.cache(work.student.before, item) + own))
-
-
-def _mixing(shape: Shape, before: int, length: int, handed: int = 0) -> float:
-    """Operations of `length` tokens with each other and with `before` tokens, of which each sees
-    its window or all, without those of the last `handed` layers; or of states, read, written and
-    read."""
-    found = 6.0 * shape.states * length
-    layers = list(zip(shape.layers, shape.windows, strict=True))
-    for layer, window in layers[: len(layers) - handed]:
-        reach = window or before + length
-        free = max(0, min(length, reach - before))
-        found += (
-            4.0 * layer.query * (free * before + free * (free + 1) / 2 + (length - free) * reach)
-        )
-    return found
