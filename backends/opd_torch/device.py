@@ -4,8 +4,6 @@ down.
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -14,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from opd.errors import out_of_memory
-from opd.memory import feature_bytes, host_memory
+from opd.memory import feature_bytes, host_memory, peak_resident
 from opd_torch.objective import CHUNK_BYTES
 
 P = ParamSpec("P")
@@ -101,8 +99,7 @@ class Device:
         """Largest number of bytes allocated on the GPU, or held by the process on the CPU."""
         if self.gpu:
             return int(torch.cuda.max_memory_allocated(self.torch))
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return resident if sys.platform == "darwin" else resident * 1024
+        return peak_resident()
 
 
 def this_device(name: str, dtype: str = "float32") -> Device:

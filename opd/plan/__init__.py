@@ -301,7 +301,7 @@ def _seen(
     rows, notes = MANY, []
     if examples:
         looked = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
-        rows, notes = looked.rows, looked.said()
+        rows, notes = looked.rows, looked.lines()
     if examples and image is None:
         first = examples[0]
         full = [image_size(source, first.max_image_pixels) for source in first.images]

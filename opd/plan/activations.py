@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from opd.models.adapters import part
+from opd.models.adapters import part_of_model
 from opd.plan.shape import Shape, item_of
 from opd.planner import Footprint, Rows
 from opd.types import ModelOptions
@@ -39,7 +39,7 @@ def held_of(
         cache = rows.count * shape.cache(rows.length, item) * (rows.kind == "prompts")
         total = float(rows.total * (rough.stream if text else item) * width + cache)
     else:
-        adapted = sum(part(name) == "language" for name in shape.adapters(options)) * text
+        adapted = sum(part_of_model(name) == "language" for name in shape.adapters(options)) * text
         narrow = item * adapted * (options.adapters.rank if options.adapters else 0)
         total = sum(kept for kept, _ in each) + rows.total * narrow
     if rows.kind == "completions":

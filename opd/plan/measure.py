@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from opd import registry as backends
 from opd.errors import RecipeError
-from opd.models import inert
+from opd.memory import forget_peak_resident, peak_resident
+from opd.models.random_weights import write_random_model
 from opd.plan import Plan
 from opd.plan.memory import KEPT_FEATURES
-from opd.planner import Shapes
 from opd.prompts.encoder import PromptEncoder
 from opd.types import Completion, Group, Policy, Prompt, Sampling, Update
 
@@ -35,9 +31,6 @@ VERBS = {
     "move_teacher": ("teacher's average",),
 }
 """A plan's stages by the verb of a backend that runs them."""
-
-BLOCK = 2**20
-"""Random numbers, of which all weights are made."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +56,16 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
             f"--measure: {most}; make the step smaller as the plan without --measure says"
         )
     machine = backends.planner(plan.backend).machine()
-    _forget_peak()
-    before = _resident()
+    forget_peak_resident()
+    before = peak_resident()
     encoder = PromptEncoder(plan.options.path, **plan.recipe.model.pixels())
     question = _question(encoder, plan.text)
     with tempfile.TemporaryDirectory() as folder:
         say(f"writing {sum(map(prod, plan.shape.shapes.values())) / 1e6:,.0f} M random weights")
-        inert.copy_files(Path(plan.options.path), Path(folder))
-        write_weights(Path(folder) / "model.safetensors", plan.shape.shapes)
+        write_random_model(Path(plan.options.path), Path(folder), plan.shape.shapes)
         options = replace(plan.options, path=Path(folder), adapter=None)
         backend = backends.load(plan.backend, options)
-    _forget_peak()
+    forget_peak_resident()  # loading holds files that training does not
 
     def prompt(size: tuple[int, int], policy: Policy) -> Prompt:
         pixels = rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
@@ -121,42 +113,8 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
     )
 
 
-def write_weights(file: Path, shapes: Shapes) -> None:
-    """Random weights of these shapes in bfloat16: norms of one, biases of zero."""
-    block = np.random.default_rng(0).standard_normal(BLOCK, np.float32) / 50
-    random, one = block.view(np.uint32) >> 16, np.array([0x3F80])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            flat = one if "norm" in name and name.endswith("weight") else np.zeros(1)
-            values = np.resize(random if len(shape) > 1 else flat, BLOCK).astype(np.uint16)
-            for start in range(0, prod(shape), BLOCK):
-                out.write(values[: prod(shape) - start].tobytes())
-
-
 def _question(encoder: PromptEncoder, text: int) -> str:
     """A question with which a prompt without images has about `text` tokens."""
     bare, words = len(encoder.encode([], "")), max(0, text - len(encoder.encode([], "")))
     found = max(1, len(encoder.encode([], " a" * words)) - bare)
     return " a" * (words * words // max(found, words, 1))
-
-
-def _resident() -> int:
-    """Bytes of this process at its peak until now."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
-
-
-def _forget_peak() -> None:
-    """Has Linux count the peak of resident bytes anew; loading holds files that training does
-    not."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return

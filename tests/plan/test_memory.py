@@ -16,7 +16,7 @@ from opd.objective import Objective
 from opd.plan import view
 from opd.plan.memory import memory
 from opd.plan.shape import Shape, read_config
-from opd.plan.work import Work
+from opd.plan.step import Work
 from opd.prompts.encoder import PromptEncoder
 from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
 from tests.support import random_models
@@ -78,7 +78,7 @@ class Measured:
         one = Work(2, n, length, *seen, budget=0)
         self.work = replace(one, budget=one.group)  # two micro-batches of one group
         largest = max(map(prod, self.shape.shapes.values()))
-        self.rough = planner.footprint(self.options, config, largest, (seen[0].before, length), here=True)
+        self.rough = planner.footprint(self.options, config, largest, here=True)
         return encoder
 
     def plan(self, checkpointed):
@@ -249,9 +249,10 @@ def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, 
 
         computes = measured.backend._student
         batch = lay_out([measured.group.student], tokens, torch.device("cpu"))
+    lengths = measured.work.lengths(1, measured.work.student)
     assert measured.rough.recompute_above == computes.device.checkpoint_above
     found = activation_bytes(computes, batch)
-    assert measured.rough.estimate(measured.work.lengths) == found
+    assert measured.rough.estimate(lengths) == found
     for bound in (found, found - 1):
         rough = replace(measured.rough, recompute_above=bound)
         assert memory(measured.shape, measured.options, measured.work, rough, 2**30).checkpointed == (found > bound)
