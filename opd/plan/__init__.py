@@ -256,17 +256,14 @@ def view(
         pieces, _, *sides = prompt.images["pixel_values"].shape
         sides = [side // vision["patch_size"] for side in sides]
 
-    # Some towers attend within windows, but in some layers.
+    # Some towers attend within windows, but for some layers.
     merge, layers = vision.get("spatial_merge_size", 1), range(len(shape.tower))
     window = vision.get("window_size", 0) // merge // vision["patch_size"] * merge
-    whole = sum(number in vision.get("fullatt_block_indexes", layers) for number in layers)
-    cut = [divmod(side, window or side) for side in sides]
-    apart = prod(
-        many * (window or side) ** 2 + rest**2
-        for (many, rest), side in zip(cut, sides, strict=True)
-    )
-    pairs = pieces * (whole * prod(sides) ** 2 + (len(layers) - whole) * apart)
-    return View(pieces * prod(sides), pairs, len(prompt.visual.index), text + marks, pieces)
+    whole = vision.get("fullatt_block_indexes", layers)
+    reach = [max(sides) if number in whole else window for number in layers]
+    cut = (prod(side // w * w**2 + (side % w) ** 2 for side in sides) for w in reach)
+    visual = len(prompt.visual.index)
+    return View(pieces * prod(sides), pieces * sum(cut), visual, text + marks, pieces)
 
 
 def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:

@@ -58,7 +58,8 @@ def memory(
     On a GPU backends keep the activations that fit in what is free, so the peak is the least that
     they need. `room` bytes hold a frozen tower's features at most.
     """
-    trained, item = sum(shape.trained(options).values()), item_of(options)
+    per_part, item = shape.trained(options), item_of(options)
+    trained = sum(per_part.values())
     gradient, casts, table = 4 * trained, rough.cast * trained, prod(shape.table)
     full, seen = options.adapters is None, sees(options)
     lengths = work.lengths(work.together, work.student)
@@ -92,7 +93,9 @@ def memory(
     count = min(lengths.completions.total, max(16, rough.chunk // (4 * shape.table[0])))
     chunk, of_head = 4 * count * shape.table[0], 4 * table * full
     head = max(most * chunk, late * chunk * full + of_head) + rough.head_copy * table
-    sums = shape.sums(options, rough.sums) if rough.sums else 0
+    # A quarter of a layer's gradient stands for that of its largest parameter.
+    layer = 4 * (shape.products if full else per_part["language"]) // len(shape.layers)
+    sums = min(layer, rough.sums + layer // 4) if rough.sums else 0
     text = images + prompt.total + casts * (rough.keeps_casts or not again)
     accumulate = max(
         summed + casts + teacher,
@@ -123,7 +126,7 @@ def held_bytes(
 ) -> dict[str, int]:
     """What is held from step to step."""
     trained, full = sum(shape.trained(options).values()), options.adapters is None
-    packed = shape.packed * options.four_bit
+    packed = shape.products * options.four_bit
     plain = sum(shape.parameters.values()) - packed - trained * full
     visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
     parts = {

@@ -54,16 +54,12 @@ class Shape:
     shapes: Shapes
 
     @cached_property
-    def parts(self) -> dict[str, Shapes]:
+    def parts(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """The shapes by part, a key of PARTS."""
-        return {
-            name: {
-                tensor: size
-                for tensor, size in self.shapes.items()
-                if part_of_model(tensor) == name
-            }
-            for name in PARTS
-        }
+        found: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in PARTS}
+        for tensor, shape in self.shapes.items():
+            found[part_of_model(tensor)][tensor] = shape
+        return found
 
     @cached_property
     def parameters(self) -> dict[str, int]:
@@ -83,12 +79,12 @@ class Shape:
         state = prod(text.get(f"linear_{name}", 0) for name in STATE)
         kinds = text.get("layer_types") or [""] * len(found)
         windows = [text["sliding_window"] if "sliding" in kind else None for kind in kinds]
-        return [_layer(one, state, window) for one, window in zip(found, windows, strict=True)]
+        return [layer_of(one, state, window) for one, window in zip(found, windows, strict=True)]
 
     @cached_property
     def tower(self) -> list[Layer]:
         """Layers of the vision tower."""
-        return [_layer(one) for one in by_layer(self.parts["vision"])]
+        return [layer_of(one) for one in by_layer(self.parts["vision"])]
 
     @cached_property
     def embedding(self) -> int:
@@ -103,23 +99,19 @@ class Shape:
         return sum(prod(size) for size in self.parts["projector"].values() if len(size) == 2)
 
     @cached_property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear layer by name, without heads."""
-        return {
-            name.removesuffix(".weight"): (size[0], size[1])
-            for name, size in self.shapes.items()
-            if len(size) == 2
-            and ".weight" in name
-            and "embed" not in name
-            and part_of_model(name) != "head"
-        }
+    def products(self) -> int:
+        """Weights by which a token is multiplied in all layers of the language model."""
+        return sum(one.products for one in self.layers)
 
     @cached_property
-    def packed(self) -> int:
-        """Weights of the linear layers that 4 bits may hold."""
-        return sum(
-            prod(size) for name, size in self.linears.items() if part_of_model(name) == "language"
-        )
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer by name, without heads."""
+        matrices = {name: size for name, size in self.shapes.items() if len(size) == 2}
+        return {
+            name.removesuffix(".weight"): (size[0], size[1])
+            for name, size in matrices.items()
+            if ".weight" in name and "embed" not in name and part_of_model(name) != "head"
+        }
 
     @cached_property
     def feature(self) -> int:
@@ -131,14 +123,11 @@ class Shape:
         """Bytes that all layers keep of a row of tokens: keys and values, and float32 states."""
         return sum(2 * item * tokens * one.key + 4 * one.state for one in self.layers)
 
-    def adapters(self, options: ModelOptions) -> Shapes:
-        """[out, in] of the linear layers that get an adapter. Raises RecipeError for a target that
+    def adapters(self, options: ModelOptions) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear layers that get an adapter. Raises RecipeError for a target that
         no layer has."""
-        return (
-            {name: self.linears[name] for name in chosen_layers(options.adapters, self.linears)}
-            if options.adapters
-            else {}
-        )
+        names = chosen_layers(options.adapters, self.linears) if options.adapters else []
+        return {name: self.linears[name] for name in names}
 
     def trained(self, options: ModelOptions) -> dict[str, int]:
         """Trained parameters by part; an adapter of [out, in] has rank * (in + out)."""
@@ -149,18 +138,6 @@ class Shape:
         for name, size in self.adapters(options).items():
             counts[PARTS[part_of_model(name)]] += options.adapters.rank * sum(size)
         return counts
-
-    def sums(self, options: ModelOptions, most: int) -> int:
-        """Bytes of a layer's gradients that are added to their sums at a time: `most` and one
-        parameter's."""
-        rank = options.adapters.rank if options.adapters else 0
-        trained = (self.adapters(options) or self.linears).items()
-        sizes = [
-            4 * (rank * sum(s) or prod(s))
-            for name, s in trained
-            if part_of_model(name) == "language"
-        ]
-        return min(sum(sizes) // len(self.layers), most + max(sizes))
 
 
 def sees(options: ModelOptions) -> bool:
@@ -183,35 +160,27 @@ def by_layer(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
     return list(found.values())
 
 
-def _layer(shapes: Shapes, state: int = 0, window: int | None = None) -> Layer:
-    """A layer of these parameters; `state` is a recurrence's, where the layer has one."""
-    norms = [size[0] for name, size in shapes.items() if "norm" in name and name.endswith("weight")]
-    width = max(norms)
-    norms_width = width * norms.count(width)
+def layer_of(shapes: Shapes, state: int = 0, window: int | None = None) -> Layer:
+    """A layer with these parameters; `state` is a recurrence's, where the layer has one."""
     weights = {name: prod(size) for name, size in shapes.items() if len(size) > 1}
-    fed = [count for name, count in weights.items() if name.startswith("mlp.")]
-    sizes = {name.split(".")[-2]: size for name, size in shapes.items() if len(size) == 2}
-    recurs = "in_proj_qkv" in sizes
-    query = (
-        0
-        if recurs
-        else next(sizes[one][1] for one in ("o_proj", "out_proj", "proj") if one in sizes)
-    )
-    key = sizes["k_proj"][0] if "k_proj" in sizes else query
-    turned = (
-        2 * width if "qkv" in sizes else (query + key) * any("q_norm" in name for name in shapes)
-    )
+    linears = {name.split(".")[-2]: size for name, size in shapes.items() if len(size) == 2}
+    norms = [size[0] for name, size in shapes.items() if "norm" in name and name.endswith("weight")]
+    width, recurs = max(norms), "in_proj_qkv" in linears
+    wide = [count for name, count in weights.items() if name.startswith("mlp.")]
+    mixed = [linears[name][1] for name in ("o_proj", "out_proj", "proj") if name in linears]
+    query = 0 if recurs else mixed[0]
+    key = linears["k_proj"][0] if "k_proj" in linears else query
     return Layer(
         width=width,
-        norms=norms_width,
-        wide=sum(fed[1:]) // width,
+        norms=width * norms.count(width),
+        wide=sum(wide[1:]) // width,
         query=query,
         key=key,
-        gate=max(0, sizes.get("q_proj", (0,))[0] - query),
-        turned=turned,
+        gate=max(0, linears.get("q_proj", (0,))[0] - query),
+        turned=(query + key) * any("q_norm" in name for name in shapes),
         window=window,
         state=state * recurs,
         products=sum(weights.values()),
         cached=sum(count for name, count in weights.items() if CACHED.search(name)),
-        last=fed[0] * (norms_width <= 2 * width),
+        last=wide[0] * (norms.count(width) <= 2),
     )

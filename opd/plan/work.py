@@ -156,7 +156,6 @@ def read(shape: Shape, work: Work, item: int) -> float:
 
     Those of a prompt are read once for its completions, and of a completion half on average.
     """
-    products = sum(one.products for one in shape.layers) + prod(shape.table)
-    weights = ceil(work.prompts / work.sampled) * item * products
+    weights = ceil(work.prompts / work.sampled) * item * (shape.products + prod(shape.table))
     own = work.completions * shape.cache(work.tokens // 2, item)
     return work.tokens * (weights + work.prompts * (shape.cache(work.student.before, item) + own))
