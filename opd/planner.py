@@ -85,8 +85,8 @@ class Footprint:
     [rows, V] in the head stage, at most; `head`: how many there are, and how many beside a head's
     gradient; `head_copy`: of a head's weight in a copy for it. `sums`: of gradients that are added
     up at a time, beside one parameter's; 0 where each is freed before. `apply`: beside the gradient
-    in the optimizer's step, at most. `keeps_tokens`: tokens of prompts up to which a rollout's pass is
-    kept for the gradient.
+    in the optimizer's step, at most. `keeps_tokens`: tokens of prompts up to which a rollout's pass
+    is kept for the gradient.
     """
 
     estimate: Callable[[Lengths], int]
