@@ -29,7 +29,7 @@ from opd.prompts.encoder import PromptEncoder
 from opd.run import preflight
 from opd.run.recipe import Recipe
 from opd.types import AdapterOptions, Example, ModelOptions, Policy
-from opd.views.crop import teacher_sizes
+from opd.views.images import teacher_sizes
 from opd.views.usable import too_long
 
 IMAGE, TEXT_TOKENS = (1024, 768), 64
