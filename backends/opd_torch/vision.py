@@ -9,7 +9,7 @@ Legend: m images (or tiles) of one size, S visual tokens of all prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def visual_features(
 
     Prompts of equal key are computed once. The list is empty if no prompt has an image.
     """
-    batches: dict[Shape, list[Any]] = {}
+    batches: dict[Shape, list[Tensor | NDArray[np.generic]]] = {}
     places: dict[str, list[tuple[Shape, int]]] = {}
     for prompt in prompts:
         if prompt.key in places or not len(prompt.visual.index):
@@ -100,11 +100,10 @@ def _on_device(
     return images
 
 
-def _stacked(images: list[Any]) -> Tensor:
-    """Stacks images of one shape, which are tensors or arrays."""
-    if isinstance(images[0], Tensor):
-        return torch.stack(images)
-    return torch.from_numpy(np.stack(images))
+def _stacked(images: Sequence[Tensor | NDArray[np.generic]]) -> Tensor:
+    """Stacks images of one shape, which are all tensors or all arrays."""
+    tensors = [image for image in images if isinstance(image, Tensor)]
+    return torch.stack(tensors) if tensors else torch.from_numpy(np.stack(images))
 
 
 class FeatureCache:

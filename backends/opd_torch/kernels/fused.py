@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -202,7 +202,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sizes(heads: Tensor, angles: Tensor) -> dict[str, Any]:
+def _sizes(heads: Tensor, angles: Tensor) -> dict[str, int]:
     """The sizes with which kernels cut heads [m, L, H, d] into tiles.
 
     `half` is w / 2, `rest` d - w, `HALF` and `REST` the next powers of 2, `ROWS` the heads of a

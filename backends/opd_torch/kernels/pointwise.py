@@ -153,5 +153,4 @@ class _Gelu(Function):
 
     @staticmethod
     def backward(ctx: Context, gradient: Tensor) -> Tensor:
-        out: Tensor = gradient * ctx.saved_tensors[0]
-        return out
+        return gradient * ctx.saved_tensors[0]
