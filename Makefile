@@ -33,8 +33,9 @@ train: install
 	$(if $(filter mlx,$(BACKEND)),$(FAST),) $(VENV)/bin/opd train --backend $(BACKEND) $(ARGS)
 
 # Processes side by side, of one thread each: a few at most, since each loads both frameworks.
+# ARGS="-m 'not slow'" is the quick suite; the ten slowest tests are printed.
 test: install
-	$(FAST) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(FAST) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: install
 	$(VENV)/bin/ruff check .

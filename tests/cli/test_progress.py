@@ -261,6 +261,7 @@ def test_a_signal_ends_any_command(monkeypatch, name, code):
     assert (result.exit_code, result.stderr) == (code, "opd: interrupted\n")
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_a_run_that_goes_on(tmp_path):
     options = ["rollout.prompts=2", "rollout.completions=2", "rollout.max_tokens=4", "measure.count=0", "run.rollouts_every=0"]
     arguments = ["train", "--backend", "cpu", "--steps", "25", "--out", "run"]

@@ -168,6 +168,7 @@ def test_a_run_is_resumed_from_any_folder_but_not_on_other_data(photos, tmp_path
     assert said.splitlines()[-1].startswith(f"opd: {photos} is not what this run began with")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resumes(tmp_path):
     """The first Ctrl-C ends the run after its step, with exit code 130 and a checkpoint."""
     run = tmp_path / "run"
@@ -252,6 +253,7 @@ def test_sample_shows_the_question_with_the_choices_that_the_model_sees(backend_
     assert all(line in shown for line in answer["question"].splitlines())
 
 
+@pytest.mark.slow
 def test_backends_are_checked_against_committed_numbers(backend_name):
     result = json.loads(opd("backends", backend_name, "--check", "--json").stdout)
     assert [check for check in result["backends"][backend_name]["checks"] if not check["passed"]] == []
