@@ -146,6 +146,7 @@ def supervised(trainer: Any) -> Any:
     labels, and the loss is the labels' cross-entropy."""
     import torch
 
+    from opd import randomness
     from opd.types import Completion, ModelOptions
     from opd_torch.backend import TorchBackend
     from opd_torch.batch import lay_out
@@ -154,8 +155,13 @@ def supervised(trainer: Any) -> Any:
 
     encoder = trainer.encoder
     stop = encoder.stop[0]
-    labels = {}
-    for example in trainer.examples:
+    labels, recipe = {}, trainer.recipe
+    seed, prompts, count = recipe.run.seed, recipe.rollout.prompts, len(trainer.examples)
+    steps = range(1, recipe.run.steps + 1)
+    # The rows of the run's steps alone: to encode all takes most of a minute.
+    rows = {int(row) for step in steps for row in randomness.batch(seed, step, prompts, count)}
+    for row in sorted(rows):
+        example = trainer.examples[row]
         prompt = encoder.encode(list(example.images), example.question)
         tokens = np.array(
             [*encoder._tokenizer(example.answer, add_special_tokens=False)["input_ids"], stop],

@@ -61,11 +61,12 @@ def test_supervised_training_is_the_cross_entropy_of_the_labels():
     from opd.run.trainer import Trainer
     from opd.views.usable import Skipped
 
-    session = open_session(recipes.load("tiny", ["rollout.prompts=2", "measure.count=0"]), "cpu", Quiet())
+    session = open_session(recipes.load("tiny", ["rollout.prompts=2", "measure.count=0", "run.steps=1"]), "cpu", Quiet())
     trainer = Trainer(session.recipe, session.backend, session.encoder, session.examples, (), RunFolder(Path("unused")))
     backend = tiny_controls.supervised(trainer)
     batch = Batches(session.recipe, backend, session.encoder, session.examples, Skipped(Quiet())).encode(1)
     from opd.types import Sampling
+    from tests.support.torch_cases import model_of
 
     uniforms = np.zeros((2, 1, 16), np.float32)
     sampled = backend.sample([pair.student for pair in batch.pairs], uniforms, Sampling(1.0, trainer.encoder.stop, trainer.encoder.banned))
@@ -86,7 +87,7 @@ def test_supervised_training_is_the_cross_entropy_of_the_labels():
     gradient = backend.tensors("gradient")
     name = max(gradient, key=lambda key: np.abs(gradient[key]).max())
     place = np.unravel_index(np.abs(gradient[name]).argmax(), gradient[name].shape)
-    parameter = backend._student.parameters[name].data
+    parameter = model_of(backend).parameters[name].data
     slope = 0.0
     for sign in (1, -1):
         parameter[place] += sign * 1e-3
