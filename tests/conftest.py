@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import os
 from importlib.util import find_spec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,6 +21,17 @@ INSTALLED = [name for name in BACKENDS if find_spec({"cpu": "torch", "mlx": "mlx
 def backend_name(request):
     """Every backend that is installed here, by the name that `--backend` takes."""
     return request.param
+
+
+@pytest.fixture
+def twin(backend_name):
+    """What tests need of one backend beside its verbs: `tests.support.torch_cases`, or MLX's."""
+    return twin_of(backend_name)
+
+
+def twin_of(name: str) -> ModuleType:
+    """The cases of the backend `name`."""
+    return importlib.import_module(f"tests.support.{BACKENDS[name].removeprefix('opd_')}_cases")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import against_rows, arithmetic, decode, growth, head, measuring, plan_against_step, real_shapes, token_step, workload
 from benchmarks.workload import Shape
+from tests.support.torch_cases import model_of
 
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
 
@@ -72,7 +73,7 @@ def test_arithmetic_is_what_is_counted():
     config = workload.small_qwen3_vl()
     shape = Shape(80, 8, 3)
     group = workload.group(config, shape)
-    model = workload.backend(workload.model(config, "meta"))._student
+    model = model_of(workload.backend(workload.model(config, "meta")))
     batch = lay_out([group.student], [[one.tokens for one in group.completions]], torch.device("meta"))
 
     def run():
@@ -100,7 +101,10 @@ def test_a_token_step_reads_weights_and_prompts_once(case):
     for prompts, n in ((1, 1), (1, 4), (3, 4)):
         given = [workload.prompt(config, len(group.student), seed) for seed in range(prompts)]
         weights, keys = decode.of_a_step(
-            decode.ours(backend, given, n, (config.image_token_id,)), backend._student.module, long, text.head_dim
+            decode.ours(backend, given, n, (config.image_token_id,)),
+            model_of(backend).module,
+            long,
+            text.head_dim,
         )
         assert weights == decode.step_weights(stock)
         assert keys == decode.keys_values(config, prompts, long)

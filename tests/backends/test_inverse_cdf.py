@@ -130,6 +130,15 @@ def test_both_ends_of_the_unit_interval(draw, size, temperature):
     assert np.isfinite(logprobs).all()
 
 
+def test_a_vocabulary_of_five_by_hand(draw):
+    """Ids 0 and 4 are banned, 3 has no probability, and 1 has e^0 / (e^0 + e^1)."""
+    logits = np.array([9.0, 0.0, 1.0, -200.0, 9.0], np.float32)
+    tokens, logprobs = draw(logits, [0.0, 0.26, 0.27, LAST, 1.1], 1.0, (0, 4))
+    assert tokens.tolist() == [1, 1, 2, 2, 2]
+    wanted = [0.26894142, 0.26894142, 0.73105858, 0.73105858, 0.73105858]
+    np.testing.assert_allclose(logprobs, np.log(wanted), rtol=1e-5)
+
+
 def test_half_precision(draw, backend_name):
     """Logits of a head in half precision are float32, and so is what is drawn from them."""
     size = VOCABULARIES[0]

@@ -20,8 +20,9 @@ from opd.objective import Objective
 from opd.testing.conformance import check, relative_error
 from opd.types import AdapterOptions, ModelOptions, Sampling, Update
 from opd_cli import main
-from tests.conftest import BACKENDS, INSTALLED
+from tests.conftest import BACKENDS, INSTALLED, twin_of
 from tests.support.adapter_cases import OPTIONS, language_layers, logprobs_of, loss_of, make_case, peft_model, write_adapter
+from tests.support.cases import watch
 from tests.support.random_models import qwen3_vl
 
 JSD = Objective(alpha=0.5, top_k=20)
@@ -84,6 +85,7 @@ def test_an_adapter_that_is_zero_changes_nothing(case, backend_name):
     np.testing.assert_allclose(logprobs_of(adapted, case.groups, JSD), logprobs_of(plain, case.groups, JSD), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_conformance(case, backend_name, tmp_path):
     """From an adapter that says something, so that both its sides have a gradient."""
     folder = write_adapter(tmp_path / "adapter", case.folder, {**language_layers(), **VISION})
@@ -170,12 +172,12 @@ def test_the_head_of_a_lora_run_is_one_and_frozen(case, backend_name, monkeypatc
     module = importlib.import_module(f"{BACKENDS[backend_name]}.gradient")
     seen, kernel = [], module.divergence_head
 
-    def watch(*arguments, **options):
+    def watched(*arguments, **options):
         result = kernel(*arguments, **options)
         seen.append((result.head_gradient, arguments[1] is arguments[3]))
         return result
 
-    monkeypatch.setattr(module, "divergence_head", watch)
+    monkeypatch.setattr(module, "divergence_head", watched)
     case.backend(backend_name).accumulate(case.groups, JSD)
     assert seen == [(None, True)]
 
@@ -183,7 +185,7 @@ def test_the_head_of_a_lora_run_is_one_and_frozen(case, backend_name, monkeypatc
 def test_the_policies_share_the_base_on_torch(case):
     pytest.importorskip("torch")
     backend = case.backend("cpu", "bfloat16")
-    student, teacher = (dict(model.named_parameters()) for model in (backend._student.module, backend._teacher.module))
+    student, teacher = (dict(twin_of("cpu").model_of(backend, policy).module.named_parameters()) for policy in ("student", "teacher"))
     own = {name for name, value in student.items() if value.data_ptr() != teacher[name].data_ptr()}
     assert own == {name for name in student if ".lora_" in name}
     assert {str(student[name].dtype) for name in student.keys() - own} == {"torch.bfloat16"}
@@ -202,7 +204,7 @@ def test_the_policies_share_the_base_on_mlx(case):
     held = mx.get_active_memory() - before
     base = 2 * sum(value.size for value in load_file(case.folder / "model.safetensors").values())
     adapter = 4 * sum(value.size for value in backend.tensors("student").values())
-    features = sum(level.nbytes for levels in backend._model.feature_cache._levels.values() for level in levels)
+    features = twin_of("mlx").model_of(backend).feature_cache.nbytes
     assert base + 4 * adapter <= held < 1.3 * (base + 4 * adapter + features) < 2 * base + 4 * adapter
 
 
@@ -211,14 +213,9 @@ def test_a_frozen_towers_features_are_computed_once(case, backend_name, tmp_path
     """For rollout, both policies and scoring together; with an adapter in the tower, rollout and gradient share the student's alone."""
     folder = write_adapter(tmp_path / "adapter", case.folder, {**language_layers(), **(VISION if vision else {})})
     counted = []
-    family = importlib.import_module(f"{BACKENDS[backend_name]}.families.qwen3_vl").Qwen3VL
-    compute = family.features
-
-    def count(self, model, prompts, *arguments):
-        counted.extend(prompt.key for prompt in prompts)
-        return compute(self, model, prompts, *arguments)
-
-    monkeypatch.setattr(family, "features", count)
+    name = f"{BACKENDS[backend_name]}.families.qwen3_vl.Qwen3VL.features"
+    count = lambda _, __, prompts, *___: counted.extend(prompt.key for prompt in prompts)
+    watch(monkeypatch, name, count)
     backend = backends.load(backend_name, case.options(adapter=folder))
     backend.sample([group.student for group in case.groups], np.full((3, 1, 2), 0.5, np.float32), Sampling())
     backend.accumulate(case.groups, JSD)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,64 +75,53 @@ def loaded(backend_name):
     return backends.load(backend_name, ModelOptions(MODEL)), prompt
 
 
-def change(backend, value, policy="student"):
-    """Sets the last layer's norm of the student, or of the teacher."""
-    if hasattr(backend, "_model"):
-        import mlx.core as mx
-
-        held = getattr(backend, f"_{policy}")
-        name = next(name for name in held if name.endswith("model.norm.weight"))
-        held[name] = mx.full(held[name].shape, value)
-        return
-    import torch
-
-    held = getattr(backend, f"_{policy}").parameters
-    with torch.no_grad():
-        next(tensor for name, tensor in held.items() if name.endswith("language_model.norm.weight")).fill_(value)
+def change(backend, folder, value, policy="student", step=None):
+    """Sets the last layer's norm of a policy, and the count of steps, by way of a checkpoint."""
+    backend.save(folder)
+    weights = load_file(folder / f"{policy}.safetensors")
+    weights["model.language_model.norm.weight"][:] = value
+    save_file(weights, folder / f"{policy}.safetensors", {"format": "pt"})
+    if step is not None:
+        moments = load_file(folder / "optimizer.safetensors")
+        save_file(moments, folder / "optimizer.safetensors", {"format": "pt", "step": str(step)})
+    backend.load(folder)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize(("value", "said"), [(np.nan, "in tensor model.language_model.norm.weight"), (3e38, "although the weights are")])
-def test_training_that_makes_them_so(loaded, temperature, value, said):
+def test_training_that_makes_them_so(loaded, tmp_path, temperature, value, said):
     """The step is named, and the tensor where it is one."""
     backend, prompt = loaded
-    change(backend, value)
-    backend._optimizer.step = 7
+    change(backend, tmp_path, value, step=7)
     with pytest.raises(RunError, match="after step 7 ") as caught:
         backend.sample([prompt, prompt], np.full((2, 2, 5), 0.5, np.float32), Sampling(temperature))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_before_training(loaded):
+def test_before_training(loaded, tmp_path):
     backend, prompt = loaded
-    change(backend, np.nan)
+    change(backend, tmp_path, np.nan)
     with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
         backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0), "student")
     # The teacher is as it was.
     assert backend.sample([prompt], np.full((1, 1, 2), 0.5, np.float32), Sampling(1.0), "teacher")
 
 
-def test_a_teacher_is_blamed_for_weights_of_its_own(loaded):
+def test_a_teacher_is_blamed_for_weights_of_its_own(loaded, tmp_path):
     """A teacher may go wrong alone, and the student's weights say nothing about it."""
     backend, prompt = loaded
-    change(backend, np.nan, "teacher")
+    change(backend, tmp_path, np.nan, "teacher")
     with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
         backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0), "teacher")
     assert backend.sample([prompt], np.full((1, 1, 2), 0.5, np.float32), Sampling(1.0), "student")
 
 
-def test_logits_are_looked_at_where_a_gpu_checks_seldom(loaded):
+def test_logits_are_looked_at_where_a_gpu_checks_seldom(loaded, twin, tmp_path):
     """A rollout that ends between two checks is checked at its end."""
     backend, prompt = loaded
-    change(backend, np.nan)
-    if hasattr(backend, "_model"):
-        model = backend._model
-        backend._model = replace(model, device=replace(model.device, steps_ahead=3))
-    else:
-        from tests.support.torch_cases import on_device
-
-        on_device(backend, check_every=8)
+    change(backend, tmp_path, np.nan)
+    backend = twin.clone(backend, **twin.SELDOM)
     with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
         backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0))
 
@@ -145,7 +133,7 @@ def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
     def load(name, options):
         backend = real(name, options)
         move = backend.move_teacher
-        monkeypatch.setattr(backend, "move_teacher", lambda rate: (move(rate), change(backend, np.nan)))
+        monkeypatch.setattr(backend, "move_teacher", lambda rate: (move(rate), change(backend, tmp_path / "state", np.nan)))
         return backend
 
     monkeypatch.setattr(backends, "load", load)

@@ -16,6 +16,7 @@ from opd.errors import BackendError, ModelError, RecipeError
 from opd.objective import Objective
 from opd.testing.conformance import check, relative_error
 from opd.types import ModelOptions, Update
+from tests.conftest import twin_of
 from tests.support.adapter_cases import OPTIONS, groups_of, language_layers, logprobs_of, make_case
 from tests.support.random_models import qwen3_vl
 
@@ -146,7 +147,9 @@ def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
     monkeypatch.setattr("opd_torch.model.load.check_four_bits", lambda device: None)
     four, dense = backends.load("cpu", case.options(four_bit=True)), backends.load("cpu", case.options())
     unpack = bitsandbytes.functional.dequantize_4bit
-    for packed, plain in ((four._student.module, dense._student.module), (four._teacher.module, dense._teacher.module)):
+    model_of = twin_of("cpu").model_of
+    pairs = [[model_of(one, policy).module for one in (four, dense)] for policy in ("student", "teacher")]
+    for packed, plain in pairs:
         found = {name: module for name, module in packed.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
         assert {name.replace(".base_layer", "") for name in found} == set(LAYERS)
         for name, module in found.items():

@@ -74,11 +74,9 @@ class Case:
             for group, row in zip(self.groups, backend.score(self.groups, WHOLE), strict=True)
         ]
         scored = backend.score(self.groups, WHOLE, top=self.vocabulary)
-        self.student, self.teacher = (
-            [[self._dense(getattr(one, f"{policy}_top")) for one in row] for row in scored] for policy in POLICIES
-        )
+        self.student, self.teacher = ([[self.dense(getattr(one, f"{policy}_top")) for one in row] for row in scored] for policy in POLICIES)
 
-    def _dense(self, alternatives):
+    def dense(self, alternatives):
         logprobs = np.full((len(alternatives.tokens), self.vocabulary), np.nan)
         np.put_along_axis(logprobs, alternatives.tokens.astype(np.int64), alternatives.logprobs.astype(np.float64), 1)
         assert np.isfinite(logprobs).all()
@@ -97,7 +95,7 @@ class Case:
         if policy == "student":
             return np.stack([rows[0][0] for rows in self.student])
         groups = [replace(group, teacher=group.student) for group in self.groups]
-        return np.stack([self._dense(row[0].teacher_top)[0] for row in self.loaded.score(groups, WHOLE, top=self.vocabulary)])
+        return np.stack([self.dense(row[0].teacher_top)[0] for row in self.loaded.score(groups, WHOLE, top=self.vocabulary)])
 
 
 POLICIES = ("student", "teacher")

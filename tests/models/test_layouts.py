@@ -14,6 +14,7 @@ from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL
 from tests.support import random_models
 from tests.support.layouts import LAYOUTS, NAMED, PROCESSORS, TEXT_ALONE, read, stock, template, write
+from tests.support.prompt_cases import tokenizer_of
 
 pytest.importorskip("torch")
 # The stock processor leaves the files of additional_chat_templates open.
@@ -207,7 +208,7 @@ def test_completions_end_at_the_ids_of_both_files(tmp_path, generation, added):
     """The ids of generation_config.json first, then the tokenizer's own where it is not among them."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
-    own = PromptEncoder(model)._tokenizer.eos_token_id
+    own = tokenizer_of(model).eos_token_id
     file = model / "generation_config.json"
     if generation is None:
         file.unlink()

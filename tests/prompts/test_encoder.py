@@ -17,6 +17,7 @@ from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL, Scenes
 from opd.views.images import student_images, teacher_images
 from opd.views.view import ViewOptions
+from tests.support.prompt_cases import tokenizer_of
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TURN = """{%- for message in messages -%}
@@ -183,7 +184,7 @@ def test_prompts_of_one_question_share_their_layout_and_those_of_other_sizes_do_
 def test_positions_of_two_small_images_written_out(folder: Path) -> None:
     prompt = PromptEncoder(folder).encode([noise((48, 32)), noise((16, 32))], "<image>What<image>")
     texts = ["<|im_start|>user\n<|vision_start|>", *["<|image_pad|>"] * 6, "<|vision_end|>What<|vision_start|>", *["<|image_pad|>"] * 2]
-    ids = PromptEncoder(folder)._tokenizer("".join(texts))["input_ids"]
+    ids = tokenizer_of(folder)("".join(texts))["input_ids"]
     assert prompt.tokens[: len(ids)].tolist() == ids
     first, second = prompt.visual.index[0], prompt.visual.index[6]
     assert (prompt.positions[:, first : first + 6] - first).tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
@@ -253,7 +254,8 @@ def test_a_visual_token_looks_at_the_pixels_of_its_box(folder: Path) -> None:
 def test_images_stand_where_the_question_says(folder: Path, question: str, count: int, expected: str) -> None:
     encoder = PromptEncoder(folder)
     prompt = encoder.encode([noise((16, 16))] * count, question)
-    text = encoder._tokenizer.decode(prompt.tokens.tolist()).replace("<|vision_start|><|image_pad|><|vision_end|>", "I")
+    text = tokenizer_of(folder).decode(prompt.tokens.tolist())
+    text = text.replace("<|vision_start|><|image_pad|><|vision_end|>", "I")
     assert text == f"<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -275,15 +277,17 @@ def test_questions_and_images_that_do_not_fit_are_data_errors(folder: Path, ques
 def test_thinking_is_off_where_the_template_knows_it(tmp_path: Path) -> None:
     encoder = PromptEncoder(write_model(tmp_path, THINKING))
     prompt = encoder.encode([noise((16, 16))], "What?")
-    assert encoder._tokenizer.decode(prompt.tokens.tolist()).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    text = tokenizer_of(tmp_path).decode(prompt.tokens.tolist())
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def test_stop_banned_and_decode(folder: Path, tmp_path: Path) -> None:
     encoder = PromptEncoder(folder)
-    numbers = [encoder._tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
+    tokenizer = tokenizer_of(folder)
+    numbers = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
     assert encoder.stop == (numbers[2], numbers[0])
     assert encoder.banned == (numbers[3], numbers[4], numbers[5], numbers[6])
-    ids = encoder._tokenizer("The red tile shows 7 .<|im_end|>")["input_ids"]
+    ids = tokenizer("The red tile shows 7 .<|im_end|>")["input_ids"]
     assert encoder.decode(np.asarray(ids, dtype=np.int32)) == "The red tile shows 7 ."
     (write_model(tmp_path) / "generation_config.json").unlink()
     assert PromptEncoder(tmp_path).stop == (numbers[2],)

@@ -11,7 +11,7 @@ from PIL import Image
 from opd.errors import ModelError
 from opd.prompts.encoder import PromptEncoder
 from tests.support import random_models
-from tests.support.prompt_cases import QUESTION, expected
+from tests.support.prompt_cases import QUESTION, expected, tokenizer_of
 
 pytest.importorskip("torch")
 
@@ -58,7 +58,7 @@ def test_prompts_are_the_own_processors(name, folder, sizes):
     theirs = expected(name, folder, images)
     same(prompt, theirs)
     image_token = {"gemma3": "<image_soft_token>", "smolvlm": "<image>"}.get(name, "<|image_pad|>")
-    number = PromptEncoder(folder)._tokenizer.convert_tokens_to_ids(image_token)
+    number = tokenizer_of(folder).convert_tokens_to_ids(image_token)
     np.testing.assert_array_equal(prompt.visual.index, np.flatnonzero(prompt.tokens == number))
 
 

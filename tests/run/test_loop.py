@@ -348,7 +348,7 @@ class Small(ToyBackend):
 
     def sample(self, prompts, uniforms, sampling, policy="student"):
         longest = max(map(len, prompts)) + uniforms.shape[1] * uniforms.shape[2]
-        self._check(len(prompts) * longest, self.limits[0])
+        self.check_budget(len(prompts) * longest, self.limits[0])
         return super().sample(prompts, uniforms, sampling, policy)
 
     def accumulate(self, groups, objective, split=0):
@@ -356,13 +356,13 @@ class Small(ToyBackend):
         members = min(split or 99, max(len(group.completions) for group in groups))
         tokens = max(len(one) for group in groups for one in group.completions)
         try:
-            self._check(len(groups) * (longest + members * tokens), self.limits[1])
+            self.check_budget(len(groups) * (longest + members * tokens), self.limits[1])
         except OutOfMemory:
             self.gradient = self._zeros()  # with what earlier calls added, as the protocol says
             raise
         return super().accumulate(groups, objective, split)
 
-    def _check(self, padded, limit):
+    def check_budget(self, padded, limit):
         self.calls += limit == "third call"
         if self.calls == 3 if limit == "third call" else padded > limit:
             self.failures += 1

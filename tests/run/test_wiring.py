@@ -138,10 +138,10 @@ class Maker:
     """Makes data and runs commands on the recorder; a folder of its own for each."""
 
     def __init__(self, root):
-        self.root, self._numbers = root, count()
+        self.root, self.numbers = root, count()
 
     def folder(self):
-        folder = self.root / str(next(self._numbers))
+        folder = self.root / str(next(self.numbers))
         folder.mkdir()
         return folder
 

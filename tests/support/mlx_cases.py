@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_vlm.models.qwen3_vl import VisionModel
 from mlx_vlm.utils import load_model
-from PIL import Image
-from safetensors.numpy import load_file, save_file
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 import opd_mlx
-from opd.objective import evaluate, log_softmax
-from opd.prompts.encoder import PromptEncoder
-from opd.types import Completion, Group, ModelOptions
+from opd.objective import evaluate
+from opd.types import ModelOptions, Prompt
 from opd_mlx.backend import MlxBackend
-from opd_mlx.device import Device, this_device
+from opd_mlx.device import this_device
+from opd_mlx.model import Model
+from tests.support import cases
+from tests.support.cases import loss_of, relative_error
 
-SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)], [(64, 64), (48, 48), (64, 64)], [(64, 64)]]
-"""Widths and heights of the images of each group's student; the teacher's are the next group's."""
+__all__ = ["loss_of", "relative_error"]
 
-LENGTHS = [(5, 3, 7), (1,), (4, 6), (), (2, 2, 2)]
-"""Tokens of each group's completions."""
+NAME, PACKAGE = "mlx", "opd_mlx"
+DTYPE = "float32"
+"""The most exact that the backend computes in; the bounds are for it."""
 
+LOSS, GRADIENT = 1e-5, 1e-4
+"""Bounds for the relative error of the loss, and of every gradient (`relative_error`)."""
+
+LOGPROB = {"atol": 1e-5}
+"""Bounds for log-probabilities, as `assert_allclose` takes them."""
+
+SPLIT = 2e-5
+"""Bound for the relative error of a gradient whose sums are taken in another order."""
+
+HALF = {False: 0.2, True: 0.6}
+"""Bounds for the relative error of a gradient in bfloat16; of the delta net."""
+
+SELDOM = {"steps_ahead": 3}
+"""Settings with which tokens are looked at some steps late, as on a GPU."""
+
+SEGMENTS = {"delta_segment": 5}
+"""Settings with which rows of a delta net are recomputed in pieces."""
+
+FULL_MEMORY = RuntimeError("[malloc] Unable to allocate 8 bytes.")
 
 MAC = {
     "fused_attention": True,
@@ -34,64 +61,64 @@ MAC = {
     "head_block_bytes": 2**26,
     "pixel_bytes": 2**62,
 }
-"""Traits with which a CPU runs what a Mac runs, but for what MLX would have compiled."""
+"""Settings with which a CPU runs what a Mac runs, but for what MLX would have compiled."""
 
-
-def mac(**traits: int) -> Device:
-    """This device with a Mac's traits."""
-    return replace(this_device(), **MAC, **traits)
+GPU = {**MAC, "steps_ahead": 1}
 
 
 @dataclass
-class Case:
-    """A model folder, groups for it, and a state folder in which the teacher differs from the student."""
+class Case(cases.Case):
+    """A case that MLX's backend and stock mlx-vlm compute."""
 
-    folder: Path
-    encoder: PromptEncoder
-    groups: list[Group]
-    state: Path
-
-    def backend(self, dtype: str = "float32", **options: bool) -> MlxBackend:
-        backend = opd_mlx.load(ModelOptions(self.folder, dtype, **options))
-        if not options:
-            backend.load(self.state)
-        return backend
+    def backend(self, dtype: str = DTYPE, **options: bool) -> MlxBackend:
+        return backend(self, dtype, **options)
 
     def stock(self, policy: str = "student"):
         """The policy as mlx-vlm has it."""
         model = load_model(self.folder)
-        weights = model.sanitize({name: mx.array(value) for name, value in load_file(self.state / f"{policy}.safetensors").items()})
-        model.load_weights(list(VisionModel(model.config.vision_config).sanitize(weights).items()))
+        weights = load_file(self.state / f"{policy}.safetensors")
+        named = model.sanitize({name: mx.array(value) for name, value in weights.items()})
+        vision = VisionModel(model.config.vision_config)
+        model.load_weights(list(vision.sanitize(named).items()))
         return model
 
 
-def make_case(root: Path, folder: Path, questions: tuple[str, ...] = ("What digit is on the red tile?", "digit?", "What?")) -> Case:
-    rng = np.random.default_rng(0)
-    encoder = PromptEncoder(folder)
-    prompts = [
-        encoder.encode(
-            [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes],
-            questions[index % len(questions)],
-        )
-        for index, sizes in enumerate(SIZES)
-    ]
-    prompts[4] = prompts[0]  # one image under two groups: its features are computed once
-    groups = []
-    for index, lengths in enumerate(LENGTHS):
-        completions = tuple(
-            Completion(rng.integers(0, 250, size=length).astype(np.int32), rng.normal(-5, 1.5, size=length).astype(np.float32), False)
-            for length in lengths
-        )
-        weights = [rng.uniform(0.01, 0.1, size=length).astype(np.float32) for length in lengths]
-        for values in weights[:1]:
-            values[0] = 0
-        groups.append(Group(prompts[index], prompts[(index + 1) % len(prompts)], completions, tuple(weights)))
-    state = root / "state"
-    opd_mlx.load(ModelOptions(folder)).save(state)
-    teacher = load_file(state / "teacher.safetensors")
-    moved = {name: value + rng.normal(0, 0.1 * value.std() + 1e-3, size=value.shape).astype(np.float32) for name, value in teacher.items()}
-    save_file(moved, state / "teacher.safetensors", metadata={"format": "pt"})
-    return Case(folder, encoder, groups, state)
+make_case = partial(cases.make_case, Case, opd_mlx.load)
+exactly = nullcontext
+
+
+def load(options: ModelOptions, **settings: Any) -> MlxBackend:
+    """The model, with settings of its device record changed."""
+    return opd_mlx.load(options, replace(this_device(), **settings))
+
+
+def backend(case: cases.Case, dtype: str = DTYPE, **options: bool) -> MlxBackend:
+    """The case's state; or its folder's model as it is, where there are options."""
+    loaded = load(ModelOptions(case.folder, dtype, **options))
+    if not options:
+        loaded.load(case.state)
+    return loaded
+
+
+def logits_of(model: Any, prompt: Prompt, tokens: NDArray[Any]) -> NDArray[Any]:
+    """`stock_logits` as numpy."""
+    return np.array(stock_logits(model, prompt, tokens))
+
+
+def exported(folder: Path) -> Any:
+    """An export as mlx-vlm loads it."""
+    return load_model(folder)
+
+
+def processes(folder: Path) -> list[dict[str, str]]:
+    """What the environments of two processes of one run say."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    return [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(2)]
 
 
 def stock_logits(model, prompt, tokens):
@@ -149,42 +176,50 @@ def channels_second(value):
     return value.transpose(0, 4, 1, 2, 3) if value.ndim == 5 else value
 
 
-def distribution(model, prompt, tokens, temperature, banned):
-    """Log-probabilities [T, V] a sampler draws from, by stock mlx-vlm and numpy."""
-    logits = np.array(stock_logits(model, prompt, tokens), np.float64) / temperature
-    logits[:, list(banned)] = -np.inf
-    return log_softmax(logits)
+def gradients_of(backend: MlxBackend) -> dict[str, NDArray[Any]]:
+    """The accumulated gradient, by Hugging Face name."""
+    return backend.tensors("gradient")
 
 
-def loss_of(groups, statistics):
-    """The step's loss from per-token statistics."""
-    return sum(
-        float((weights.astype(np.float64) * one.ratio * one.divergence).sum())
-        for group, row in zip(groups, statistics, strict=True)
-        for weights, one in zip(group.weights, row, strict=True)
-    )
+def has_gradient(backend: MlxBackend) -> bool:
+    """Whether anything of a gradient is held."""
+    return bool(backend._gradient)
 
 
-def relative_error(ours, theirs):
-    """Largest ||a - b|| / max(||b||, 1e-3 * global norm) over tensors of equal names."""
-    assert ours.keys() == theirs.keys()
-    everything = np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in theirs.values()))
-    return max(
-        np.linalg.norm(ours[name].astype(np.float64) - value) / max(np.linalg.norm(value.astype(np.float64)), 1e-3 * everything)
-        for name, value in theirs.items()
-    )
+def fill(backend: MlxBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None) -> None:
+    """Puts `draw(shape)` in place of an accumulated gradient, and `poison` into one number."""
+    backend._gradient = {name: mx.array(draw(parameter.shape).astype(np.float32)) for name, parameter in backend._student.items()}
+    if poison is not None:
+        backend._gradient["language_model.model.norm.weight"][0] = poison
 
 
-def clone(backend, **traits):
-    """A backend of the same state on a device with other `traits`, without loading it again.
+def dtypes(backend: MlxBackend) -> set[str]:
+    """The precisions of gradient and trained parameters."""
+    held = [*backend._gradient.values(), *backend._student.values()]
+    return {str(value.dtype).removeprefix("mlx.core.") for value in held}
+
+
+def model_of(backend: MlxBackend) -> Model:
+    """The model that the backend computes with."""
+    return backend._model
+
+
+def parameters_of(backend: MlxBackend) -> dict[str, mx.array]:
+    """The student's trained parameters, by MLX's names."""
+    return backend._student
+
+
+def clone(backend: MlxBackend, **settings: Any) -> MlxBackend:
+    """A backend of the same state on a device with other `settings`, without loading it again.
 
     They share the modules, which keep nothing between calls.
     """
     other = object.__new__(MlxBackend)
     other.__dict__ = dict(backend.__dict__)
-    other._student, other._teacher, other._gradient = dict(backend._student), dict(backend._teacher), {}
-    model = backend._model
-    device = replace(model.device, **traits)
-    other._model = replace(model, device=device, layers=model.family.layers(model.module, model.config, device))
+    other._student, other._teacher = dict(backend._student), dict(backend._teacher)
+    other._gradient, model = {}, backend._model
+    device = replace(model.device, **settings)
+    layers = model.family.layers(model.module, model.config, device)
+    other._model = replace(model, device=device, layers=layers)
     other._optimizer = opd_mlx.backend.Optimizer(other._student, device)
     return other

@@ -7,13 +7,20 @@ from types import SimpleNamespace
 QUESTION = "What digit is on the red tile?"
 
 
+def tokenizer_of(folder):
+    """A model's tokenizer as transformers opens it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def processor(name, folder, **bounds):
     """The family's own processor; Qwen's without its video processor, which would need torchvision."""
     import transformers
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor
 
     images = AutoImageProcessor.from_pretrained(folder, backend="pil", **bounds)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     if name == "gemma3":
         return transformers.Gemma3Processor(images, tokenizer, image_seq_length=16, chat_template=tokenizer.chat_template)
     if name == "smolvlm":

@@ -421,7 +421,7 @@ def _write(
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(torch.from_numpy(_random(rng, name, tuple(parameter.shape))))
+            parameter.copy_(torch.from_numpy(random_values(rng, name, tuple(parameter.shape))))
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     renamed = {rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name: value for name, value in tensors.items()}
@@ -434,7 +434,7 @@ def _write(
     return folder
 
 
-def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def random_values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """As `_values`, for the names of all families: decays and gates of a delta net stay in their usual ranges."""
     if name.endswith("A_log"):
         return np.log(rng.uniform(0.5, 4.0, shape)).astype(np.float32)
@@ -450,5 +450,5 @@ def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
 
 
 def _centred(name: str) -> bool:
-    """Norms of Gemma 3 and Qwen3.5 multiply by 1 + weight; `_random` cannot tell families apart, and both scales are good tests."""
+    """Norms of Gemma 3 and Qwen3.5 multiply by 1 + weight; `random_values` cannot tell families apart, and both scales are good tests."""
     return "vision" not in name and "visual" not in name and "linear_attn" not in name

@@ -66,42 +66,42 @@ class Recorder:
 
     def sample(self, prompts, uniforms, sampling, policy="student"):
         found = [[self.write(prompt, row, sampling) for row in rows] for prompt, rows in zip(prompts, uniforms, strict=True)]
-        return self._called("sample", found, prompts=list(prompts), uniforms=uniforms.copy(), sampling=sampling, policy=policy)
+        return self.called("sample", found, prompts=list(prompts), uniforms=uniforms.copy(), sampling=sampling, policy=policy)
 
     def accumulate(self, groups, objective, split=0):
         rows = [[_statistics(one) for one in group.completions] for group in groups]
-        return self._called("accumulate", rows, groups=list(groups), objective=objective, split=split)
+        return self.called("accumulate", rows, groups=list(groups), objective=objective, split=split)
 
     def score(self, groups, objective, top=0):
         rows = [[_statistics(one) for one in group.completions] for group in groups]
-        return self._called("score", rows, groups=list(groups), objective=objective, top=top)
+        return self.called("score", rows, groups=list(groups), objective=objective, top=top)
 
     def apply(self, update):
-        return self._called("apply", UpdateResult(NORM, True), update=update)
+        return self.called("apply", UpdateResult(NORM, True), update=update)
 
     def move_teacher(self, rate):
-        self._called("move_teacher", None, rate=rate)
+        self.called("move_teacher", None, rate=rate)
 
     def save(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state.txt").write_text("state")
-        self._called("save", None, folder=folder)
+        self.called("save", None, folder=folder)
 
     def load(self, folder):
         assert (folder / "state.txt").read_text() == "state"
-        self._called("load", None, folder=folder)
+        self.called("load", None, folder=folder)
 
     def export(self, folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights.txt").write_text("weights")
         if kind == "model":
             shutil.copyfile(self.options.path / "config.json", folder / "config.json")
-        self._called("export", None, folder=folder, kind=kind)
+        self.called("export", None, folder=folder, kind=kind)
 
     def tensors(self, kind):
         return {}
 
-    def _called(self, name, result, **arguments):
+    def called(self, name, result, **arguments):
         self.calls.append(Call(name, arguments, result))
         return result
 

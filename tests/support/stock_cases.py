@@ -98,8 +98,8 @@ def remade(folder: Path, out: Path, settings: Mapping[str, Any]) -> tuple[Path, 
 
     copied(folder, out, **settings)
     config = transformers.AutoConfig.from_pretrained(out)
-    config._attn_implementation = "sdpa"
-    model = transformers.AutoModelForImageTextToText.from_config(config).double().eval()
+    automatic = transformers.AutoModelForImageTextToText
+    model = automatic.from_config(config, attn_implementation="sdpa").double().eval()
     kind, rng = config.model_type, np.random.default_rng(1)
     before = {names.current_name(kind, name): value for name, value in load_file(folder / "model.safetensors").items()}
     weights = {}
@@ -107,7 +107,7 @@ def remade(folder: Path, out: Path, settings: Mapping[str, Any]) -> tuple[Path, 
         for name, parameter in sorted(model.named_parameters()):
             value = before.get(name)
             if value is None or value.shape != tuple(parameter.shape):
-                value = random_models._random(rng, name, tuple(parameter.shape))
+                value = random_models.random_values(rng, name, tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(value))
             weights[name] = value
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})

@@ -3,79 +3,128 @@
 from __future__ import annotations
 
 import copy
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import transformers
-from PIL import Image
-from safetensors.numpy import load_file, save_file
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 import opd_torch
-from opd.prompts.encoder import PromptEncoder
-from opd.prompts.processor import open_encoder
-from opd.types import Completion, Group, ModelOptions
+from opd.types import ModelOptions, Policy, Prompt
 from opd_torch.backend import TorchBackend
+from opd_torch.device import this_device
+from opd_torch.model.load import Model
+from tests.support import cases
+from tests.support.cases import loss_of, relative_error
 
-SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)], [(64, 64), (48, 48), (64, 64)], [(64, 64)]]
-"""Widths and heights of the images of each group's student; the teacher's are the next group's."""
+__all__ = ["loss_of", "relative_error"]
 
-LENGTHS = [(5, 3, 7), (1,), (4, 6), (), (2, 2, 2)]
-"""Tokens of each group's completions."""
+NAME, PACKAGE = "cpu", "opd_torch"
+DTYPE = "float64"
+"""The most exact that the backend computes in; the bounds are for it."""
+
+LOSS, GRADIENT = 1e-6, 1e-6
+"""Bounds for the relative error of the loss, and of every gradient (`relative_error`)."""
+
+LOGPROB = {"rtol": 1e-6}
+"""Bounds for log-probabilities, as `assert_allclose` takes them."""
+
+SPLIT = 1e-9
+"""Bound for the relative error of a gradient whose sums are taken in another order."""
+
+HALF = {False: 0.1, True: 0.4}
+"""Bounds for the relative error of a gradient in bfloat16; of the delta net."""
+
+GPU: dict[str, Any] = {}
+SELDOM = {"check_every": 8}
+"""Settings with which tokens are looked at some steps late, as on a GPU."""
+
+SEGMENTS: dict[str, Any] = {}
+
+FULL_MEMORY = torch.OutOfMemoryError("no room is left")
 
 
 @dataclass
-class Case:
-    """A model folder, groups for it, and a state folder in which the teacher differs from the student."""
+class Case(cases.Case):
+    """A case that torch's backend and stock transformers compute."""
 
-    folder: Path
-    encoder: PromptEncoder
-    groups: list[Group]
-    state: Path
-
-    def backend(self, dtype: str = "float64", **options: bool) -> TorchBackend:
-        backend = opd_torch.load_cpu(ModelOptions(self.folder, dtype, **options))
-        if not options:
-            backend.load(self.state)
-        return backend
+    def backend(self, dtype: str = DTYPE, **options: bool) -> TorchBackend:
+        return backend(self, dtype, **options)
 
     def stock(self, policy: str = "student") -> torch.nn.Module:
         """The policy as transformers has it, in float64."""
         model = transformers.AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float64, attn_implementation="sdpa")
-        weights = {name: torch.from_numpy(value).double() for name, value in load_file(self.state / f"{policy}.safetensors").items()}
+        weights = load_file(self.state / f"{policy}.safetensors")
+        weights = {name: torch.from_numpy(value).double() for name, value in weights.items()}
         assert not model.load_state_dict(weights, strict=False).unexpected_keys
         return model
 
 
-def make_case(root: Path, folder: Path, questions: tuple[str, ...] = ("What digit is on the red tile?", "digit?", "What?")) -> Case:
-    rng = np.random.default_rng(0)
-    encoder = open_encoder(folder)
-    prompts = [
-        encoder.encode(
-            [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes],
-            questions[index % len(questions)],
-        )
-        for index, sizes in enumerate(SIZES)
-    ]
-    prompts[4] = prompts[0]  # one image under two groups: its features are computed once
-    groups, allowed = [], np.setdiff1d(np.arange(250), encoder.banned)
-    for index, lengths in enumerate(LENGTHS):
-        completions = tuple(
-            Completion(rng.choice(allowed, size=length).astype(np.int32), rng.normal(-5, 1.5, size=length).astype(np.float32), False)
-            for length in lengths
-        )
-        weights = [rng.uniform(0.01, 0.1, size=length).astype(np.float32) for length in lengths]
-        for values in weights[:1]:
-            values[0] = 0
-        groups.append(Group(prompts[index], prompts[(index + 1) % len(prompts)], completions, tuple(weights)))
-    state = root / "state"
-    opd_torch.load_cpu(ModelOptions(folder)).save(state)
-    teacher = load_file(state / "teacher.safetensors")
-    moved = {name: value + rng.normal(0, 0.1 * value.std() + 1e-3, size=value.shape).astype(np.float32) for name, value in teacher.items()}
-    save_file(moved, state / "teacher.safetensors", metadata={"format": "pt"})
-    return Case(folder, encoder, groups, state)
+make_case = partial(cases.make_case, Case, opd_torch.load_cpu)
+
+
+def load(options: ModelOptions, **settings: Any) -> TorchBackend:
+    """The model on the CPU, with settings of its device record changed."""
+    return TorchBackend(options, replace(this_device("cpu", options.dtype), **settings))
+
+
+def backend(case: cases.Case, dtype: str = DTYPE, **options: bool) -> TorchBackend:
+    """The case's state; or its folder's model as it is, where there are options."""
+    loaded = load(ModelOptions(case.folder, dtype, **options))
+    if not options:
+        loaded.load(case.state)
+    return loaded
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """float64 throughout.
+
+    transformers' norms compute in float32 in a float64 model too, which hides what else differs.
+    """
+    real = torch.Tensor.float, torch.Tensor.to
+    narrowed, wide = (torch.float32,), torch.float64
+
+    def kept(x: torch.Tensor, *to: Any, **more: Any) -> torch.Tensor:
+        return x if (x.dtype, to) == (wide, narrowed) else real[1](x, *to, **more)
+
+    with (
+        patch.object(torch.Tensor, "float", lambda x: x if x.dtype == wide else real[0](x)),
+        patch.object(torch.Tensor, "to", kept),
+    ):
+        yield
+
+
+def logits_of(model: torch.nn.Module, prompt: Prompt, tokens: NDArray[Any]) -> NDArray[Any]:
+    """`stock_logits` without a graph."""
+    with torch.no_grad():
+        return stock_logits(model, prompt, tokens).numpy()
+
+
+def exported(folder: Path) -> torch.nn.Module:
+    """An export as transformers loads it in float64: every tensor is there, and no other."""
+    model, found = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+    problems = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    assert not any(found[problem] for problem in problems)
+    return model
+
+
+def processes(folder: Path) -> list[dict[str, str]]:
+    """What the environments of two processes of one run say."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [both | {"RANK": str(rank)} for rank in range(2)]
 
 
 def plain_delta_rule(query, key, value, g, beta, initial_state=None, **options):
@@ -153,31 +202,51 @@ def plain_loss_and_gradients(case, groups, objective):
     return float(loss.detach()), gradients
 
 
-def loss_of(groups, statistics):
-    """The step's loss from per-token statistics."""
-    return sum(
-        float((weights.astype(np.float64) * one.ratio * one.divergence).sum())
-        for group, row in zip(groups, statistics, strict=True)
-        for weights, one in zip(group.weights, row, strict=True)
-    )
-
-
-def relative_error(ours, theirs):
-    """Largest ||a - b|| / max(||b||, 1e-3 * global norm) over tensors of equal names."""
-    assert ours.keys() == theirs.keys()
-    everything = np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in theirs.values()))
-    return max(
-        np.linalg.norm(ours[name].astype(np.float64) - value) / max(np.linalg.norm(value.astype(np.float64)), 1e-3 * everything)
-        for name, value in theirs.items()
-    )
-
-
-def gradients_of(backend):
+def gradients_of(backend: TorchBackend) -> dict[str, NDArray[Any]]:
     """The accumulated gradient in the backend's own precision."""
     return {name: value.numpy().copy() for name, value in backend._gradient.items()}
 
 
-def on_device(backend, **settings):
+def has_gradient(backend: TorchBackend) -> bool:
+    """Whether anything of a gradient is held."""
+    used = (parameter.grad is not None for parameter in backend._student.parameters.values())
+    return bool(backend._gradient) or any(used)
+
+
+def model_of(backend: TorchBackend, policy: Policy = "student") -> Model:
+    """The model of a policy."""
+    return backend._student if policy == "student" else backend._teacher
+
+
+def rows_of(backend: TorchBackend, backward: bool = False) -> list[int]:
+    """Fills up with the rows that the student's first layer sees, call by call.
+
+    With `backward`, also with those of its backward, as negative numbers.
+    """
+    seen: list[int] = []
+    norm = model_of(backend).layers[0].module.input_layernorm
+    norm.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    if backward:
+        norm.register_full_backward_hook(lambda _, __, outputs: seen.append(-len(outputs[0])))
+    return seen
+
+
+def fill(backend: TorchBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None) -> None:
+    """Puts `draw(shape)` in place of an accumulated gradient, and `poison` into one number."""
+    backend._gradient = {
+        name: torch.from_numpy(draw(tuple(parameter.shape)).astype(np.float32)) for name, parameter in backend._student.parameters.items()
+    }
+    if poison is not None:
+        backend._gradient["model.language_model.norm.weight"][0] = poison
+
+
+def dtypes(backend: TorchBackend) -> set[str]:
+    """The precisions of gradient and trained parameters."""
+    held = [*backend._gradient.values(), *backend._student.parameters.values()]
+    return {str(value.dtype).removeprefix("torch.") for value in held}
+
+
+def on_device(backend: TorchBackend, **settings: Any) -> TorchBackend:
     """The backend, with settings of its device record changed."""
     for policy in ("_student", "_teacher"):
         model = getattr(backend, policy)
@@ -185,8 +254,8 @@ def on_device(backend, **settings):
     return backend
 
 
-def clone(backend):
-    """A backend of the same state, without loading it again."""
+def clone(backend: TorchBackend, **settings: Any) -> TorchBackend:
+    """A backend of the same state on a device with other `settings`, without loading it again."""
     other = copy.deepcopy(backend)
     other._gradient = {}
-    return other
+    return on_device(other, **settings)

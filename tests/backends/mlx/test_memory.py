@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 mx = pytest.importorskip("mlx.core")
 
 from opd.objective import Objective
-from opd.types import Sampling
-from opd_mlx import gradient as gradient_module
-from opd_mlx import sampling as sampling_module
 from opd_mlx.objective import default_chunk, divergence_head
-from tests.support.mlx_cases import make_case
-from tests.support.random_models import qwen3_vl
 
 V, D, CHUNK = 20_000, 8, 32
 
@@ -57,17 +51,3 @@ def test_head_stage(objective, rows, most):
 def test_a_chunk_is_64_mib():
     assert default_chunk(151_936) * 151_936 * 4 <= 64 * 2**20 < (default_chunk(151_936) + 1) * 151_936 * 4
     assert default_chunk(10**7) == 16
-
-
-def test_only_completion_rows_meet_the_head(tmp_path, monkeypatch):
-    case = make_case(tmp_path, qwen3_vl(tmp_path / "model"))
-    backend = case.backend()
-    rows = []
-    kernel, draw = gradient_module.divergence_head, sampling_module.draw
-    monkeypatch.setattr(
-        gradient_module, "divergence_head", lambda hidden, *rest, **options: rows.append(len(hidden)) or kernel(hidden, *rest, **options)
-    )
-    monkeypatch.setattr(sampling_module, "draw", lambda hidden, *rest: rows.append(len(hidden)) or draw(hidden, *rest))
-    backend.accumulate(case.groups, Objective(top_k=20))
-    backend.sample([group.student for group in case.groups], np.full((5, 2, 3), 0.5, np.float32), Sampling())
-    assert rows == [sum(group.tokens for group in case.groups)] + [5 * 2] * 3

@@ -24,7 +24,7 @@ from opd_torch.kernels.pointwise import HalfNorm, replace_modules
 from opd_torch.kernels.rotary import rotary_factors
 from opd_torch.model import load as model_module
 from tests.support import random_models
-from tests.support.torch_cases import loss_of, make_case
+from tests.support.torch_cases import loss_of, make_case, model_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16
@@ -34,6 +34,7 @@ ROUNDED = 0.006
 kernels = pytest.mark.skipif(not fused.HERE, reason="runs where there is a GPU or the interpreter")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(fused.HERE, reason="is there to start the others")
 def test_by_the_interpreter():
     """Triton decides at its import how kernels run, so the others have a process of their own."""
@@ -194,7 +195,7 @@ def test_whole_models(kind, tmp_path, monkeypatch):
         gradients = [one.tensors("gradient") for one in (backend, exact)]
         ours, theirs = (np.concatenate([one[name].ravel() for name in gradients[0]]) for one in gradients)
         errors.append(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-        names = {name for name, module in backend._student.module.named_modules() if isinstance(module, HalfNorm)}
+        names = {name for name, module in model_of(backend).module.named_modules() if isinstance(module, HalfNorm)}
     assert calls
     assert names
     assert errors[1] < 1.5 * errors[0] + 0.01

@@ -10,13 +10,8 @@ torch = pytest.importorskip("torch")
 from torch.profiler import ProfilerActivity, profile
 
 from opd.objective import Objective
-from opd.types import Sampling
-from opd_torch import gradient
-from opd_torch import sampling as sampling_module
 from opd_torch.device import this_device
 from opd_torch.objective import default_chunk, divergence_head
-from tests.support.random_models import qwen3_vl
-from tests.support.torch_cases import make_case
 
 V, D, CHUNK = 20_000, 8, 32
 
@@ -89,20 +84,3 @@ def test_a_cpu_s_block_is_a_mebibyte():
 def test_a_chunk_is_64_mib():
     assert default_chunk(151_936) * 151_936 * 4 <= 64 * 2**20 < (default_chunk(151_936) + 1) * 151_936 * 4
     assert default_chunk(10**7) == 16
-
-
-def test_only_completion_rows_meet_the_head(tmp_path, monkeypatch):
-    case = make_case(tmp_path, qwen3_vl(tmp_path / "model"))
-    backend = case.backend("float32")
-    rows = []
-    kernel, draw = gradient.divergence_head, sampling_module.draw
-    monkeypatch.setattr(
-        gradient, "divergence_head", lambda hidden, *rest, **options: rows.append(len(hidden)) or kernel(hidden, *rest, **options)
-    )
-    monkeypatch.setattr(sampling_module, "draw", lambda hidden, *rest: rows.append(len(hidden)) or draw(hidden, *rest))
-    used = []
-    backend._student.module.lm_head.register_forward_hook(lambda *_: used.append(1))
-    backend.accumulate(case.groups, Objective(top_k=20))
-    backend.sample([group.student for group in case.groups], np.full((5, 2, 3), 0.5, np.float32), Sampling())
-    assert rows == [sum(group.tokens for group in case.groups)] + [5 * 2] * 3
-    assert not used

@@ -26,7 +26,7 @@ from opd.testing.conformance import check
 from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
 from opd_cli import main
 from tests.support.adapter_cases import under_peft
-from tests.support.prompt_cases import QUESTION, expected
+from tests.support.prompt_cases import QUESTION, expected, tokenizer_of
 from tests.support.random_models import llava, llava_next, raise_norms
 from tests.support.torch_cases import Case, clone, gradients_of, loss_of, make_case, plain_loss_and_gradients, relative_error, stock_logits
 
@@ -285,9 +285,10 @@ def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
 def test_llava_next(tmp_path):
     """Whose images are tiles of many sizes: its own prompts, and its own distributions, with one image and with two."""
     case = make_case(tmp_path, raise_norms(llava_next(tmp_path / "model")))
+    tokenizer = tokenizer_of(case.folder)
     processor = transformers.LlavaNextProcessor(
-        transformers.AutoImageProcessor.from_pretrained(case.folder, backend="pil"), case.encoder._tokenizer, patch_size=8,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=case.encoder._tokenizer.chat_template,
+        transformers.AutoImageProcessor.from_pretrained(case.folder, backend="pil"), tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
     )  # fmt: skip
     images = noise((64, 40), (120, 48))
     turn = [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": QUESTION}]}]

@@ -19,7 +19,14 @@ from opd_torch.kernels.rotary import rotary_factors, rotate, rotated_heads
 from opd_torch.layers import attention
 from opd_torch.ragged import Ragged
 from tests.support import random_models
-from tests.support.torch_cases import clone, gradients_of, make_case, on_device, relative_error
+from tests.support.torch_cases import (
+    clone,
+    gradients_of,
+    make_case,
+    on_device,
+    relative_error,
+    rows_of,
+)
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -48,23 +55,15 @@ def same(ours, theirs, most=1e-6):
         assert one.finished == other.finished
 
 
-def watched(backend):
-    """Rows that the first layer sees, call by call."""
-    seen = []
-    layer = backend._student.layers[0].module
-    layer.input_layernorm.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    return seen
-
-
 def test_completions_that_have_ended_leave_the_batch(case, double):
     """Stop tokens are chosen so that most rows end early; only rows of prompts with a live completion, as many as live, go on."""
     prompts, uniforms = prompts_of(case), np.random.default_rng(5).random((4, 3, 14), dtype=np.float32)
     free = clone(double).sample(prompts, uniforms, Sampling(1.0))
     early = {int(one.tokens[2 + 3 * (number % 2)]) for number, one in enumerate(chain(*free))}
     stop = tuple(early - {int(token) for token in free[1][0].tokens})  # that one runs to its end
-    whole = on_device(clone(double), compact_below=0.0).sample(prompts, uniforms, Sampling(1.0, stop))
+    whole = clone(double, compact_below=0.0).sample(prompts, uniforms, Sampling(1.0, stop))
     backend = clone(double)
-    seen = watched(backend)
+    seen = rows_of(backend)
     same(backend.sample(prompts, uniforms, Sampling(1.0, stop)), whole)
     lengths = np.array([[len(completion) for completion in row] for row in whole])
     expected, held = [], (4, 3)
@@ -82,7 +81,7 @@ def test_questions_are_rare_on_a_gpu(case, double):
     prompts, uniforms = prompts_of(case), np.random.default_rng(6).random((4, 2, 9), dtype=np.float32)
     stop = (int(clone(double).sample(prompts, uniforms, Sampling(1.0))[1][0].tokens[3]),)
     whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
-    same(on_device(clone(double), check_every=4).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
+    same(clone(double, check_every=4).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -122,7 +121,7 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     monkeypatch.setattr(module, "Recorder", Recorder)
     monkeypatch.setattr(attention, "FIRST_BUFFER", 4)
     monkeypatch.setattr(gradient, "prefill_for_rollout", lambda model, prompts: None)
-    backend = on_device(clone(double), check_every=3, recorded_rows=1, prompt_multiple=multiple)
+    backend = clone(double, check_every=3, recorded_rows=1, prompt_multiple=multiple)
     same(backend.sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)
     assert {count for _, count in shapes} == {4, 8, 16}
     assert len({rows for rows, _ in shapes}) > 1
@@ -171,8 +170,8 @@ def test_prompts_run_in_parts(case, double):
     prompts, uniforms = prompts_of(case), np.random.default_rng(7).random((4, 2, 6), dtype=np.float32)
     whole = clone(double).sample(prompts, uniforms, Sampling(1.0))
     lengths = [len(prompt) for prompt in prompts]
-    backend = on_device(clone(double), prefill_tokens=lengths[0] + lengths[1])
-    seen = watched(backend)
+    backend = clone(double, prefill_tokens=lengths[0] + lengths[1])
+    seen = rows_of(backend)
     same(backend.sample(prompts, uniforms, Sampling(1.0)), whole)
     parts, room = [], 0
     for length in lengths:
@@ -189,7 +188,7 @@ def test_short_prompts_do_not_run_padded_to_long_ones(case, double):
     assert 2 * len(short) < len(long) <= 2 * len(middle) < 2 * len(long)
     prompts, uniforms = [long, long, middle, short, short], np.zeros((5, 1, 4), np.float32)
     backend = clone(double)
-    seen = watched(backend)
+    seen = rows_of(backend)
     found = backend.sample(prompts, uniforms, Sampling(0.0))
     assert seen[:2] == [2 * (len(long) - 1) + len(middle) - 1, 2 * (len(short) - 1)]
     for prompt, its in zip(prompts, found, strict=True):
@@ -209,7 +208,7 @@ def rolled_out(backend, case):
 
 
 @pytest.mark.parametrize("change", ["order", "fewer", "step", "bound", "teacher"])
-def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change):
+def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, tmp_path, change):
     """Once, for the same prompts in any order, before weights change, and where it is small: else prompts run again."""
     backend = clone(double)
     if change == "bound":
@@ -222,9 +221,11 @@ def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change):
         backend.apply(Update(1e-2))
     if change == "teacher":
         backend.sample([group.student for group in groups], np.full((3, 2, 4), 0.6, np.float32), Sampling(1.0), "teacher")
-    other = clone_of(backend, double)
+    backend.save(tmp_path)
+    other = clone(double)  # has seen no rollout
+    other.load(tmp_path)
     on_device(backend, checkpoint_above=2**60)
-    seen = watched(backend)
+    seen = rows_of(backend)
     backend.accumulate(groups, JSD)
     prompts = sum(len(group.student) - 1 for group in groups)
     assert seen.count(prompts) == (0 if change == "order" else 1)
@@ -235,18 +236,13 @@ def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change):
     assert seen.count(prompts) == 1
 
 
-def clone_of(backend, double):
-    """A backend of the same weights that has seen no rollout."""
-    other = clone(double)
-    for name, value in backend._student.parameters.items():
-        other._student.parameters[name].data.copy_(value.data)
-    return other
-
-
 def test_greedy_answers_keep_nothing(case, double):
+    """The gradient runs the prompts itself."""
     backend = clone(double)
     backend.sample(prompts_of(case), np.zeros((4, 1, 2), np.float32), Sampling(0.0))
-    assert backend._prefill is None
+    seen, groups = rows_of(backend), [group for group in case.groups[:4] if group.completions]
+    backend.accumulate(groups, JSD)
+    assert sum(len(group.student) - 1 for group in groups) in seen
 
 
 @pytest.mark.parametrize("width", [6, 8])
