@@ -28,6 +28,7 @@ SETTINGS = {
 }
 SHORT = [word for key in ("gap", "train") for one in SETTINGS[key] for word in ("--set", one)]
 FEW = SHORT[: 2 * len(SETTINGS["gap"])]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IMAGES = {
     "street.jpg": (1280, 960),
@@ -125,7 +126,7 @@ def test_make_train_shows_the_table_that_the_readme_shows(tmp_path):
         assert words in done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_files_that_a_page_names_are_there(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", text)
@@ -144,8 +145,9 @@ def test_the_tree_in_the_readme_is_there():
         assert [name for name in names if not (parent / name).exists()] == []
 
 
+ROOMS = ("data", "method", "models", "plan", "prompts", "run", "views")
 FOLDERS = {
-    **{f"opd/{room}": "" for room in ("data", "method", "models", "plan", "prompts", "run", "views")},
+    **{f"opd/{room}": "" for room in ROOMS},
     "backends/opd_torch": "",
     "backends/opd_mlx": "",
     "cli": "opd_cli",
