@@ -39,7 +39,7 @@ from PIL import Image
 
 from benchmarks import measuring
 from benchmarks.measuring import Row
-from opd import registry as backends
+from opd import registry
 from opd.backend import Backend
 from opd.objective import Objective
 from opd.types import AdapterOptions, Group, ModelOptions, Update
@@ -112,7 +112,7 @@ def rows_of(name: str, root: Path) -> list[Row]:
 def loaded(case: Any, backend: str, **options: Any) -> Backend:
     """Loads the case's model on a backend; without `options` also the case's state, whose teacher
     differs from the student."""
-    model = backends.load(backend, ModelOptions(case.folder, "float32", **options))
+    model = registry.load(backend, ModelOptions(case.folder, "float32", **options))
     if not options:
         model.load(case.state)
     return model

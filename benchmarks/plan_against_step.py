@@ -177,7 +177,7 @@ class Step:
     def __init__(self, recipe: Any, backend_name: str, planned: Any) -> None:
         from PIL import Image
 
-        from opd import registry as backends
+        from opd import registry
         from opd.prompts.encoder import PromptEncoder
         from opd.types import Completion, Group, Sampling, Update
 
@@ -185,7 +185,7 @@ class Step:
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
         # The question fills the number of text tokens that the plan assumes.
         question = "x" * (planned.text - len(encoder.encode([], "")))
-        self.backend = backends.load(backend_name, recipe.model.options())
+        self.backend = registry.load(backend_name, recipe.model.options())
 
         def group() -> Group:
             prompts = []

@@ -119,7 +119,7 @@ def in_new_process(name: str, seed: int, steps: int) -> dict[str, Any]:
 def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     """Runs one control; returns the run's summary and the curve of both accuracies."""
     from opd.run import recipe as recipes
-    from opd.run import session as runs
+    from opd.run.session import start
 
     rate = recipes.load("tiny").optimizer.learning_rate
     options = [option.format(small=rate / 3, large=rate * 3) for option in CONTROLS[name]]
@@ -130,7 +130,7 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     ]
     options += [f"run.steps={steps}"] if steps else []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = runs.start(recipes.load("tiny", options), "cpu", Path(folder) / "run")
+        trainer = start(recipes.load("tiny", options), "cpu", Path(folder) / "run")
         if name.startswith("supervised"):
             trainer.backend = supervised(trainer)
         summary = trainer.train()

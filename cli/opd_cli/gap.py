@@ -35,22 +35,22 @@ def gap(
       opd gap --model runs/tiny --count 200
       opd gap --model ~/models/Qwen3-VL-2B-Instruct --data pairs.jsonl --json
     """
-    from opd.measure import gap as measure
-    from opd.run import session as run
+    from opd.measure.gap import accuracies
+    from opd.run.session import open_session
     from opd_cli.progress import show
     from opd_cli.tables import measured
 
     shortcuts = {"model.path": model, "data.path": data, "measure.count": count}
     with show() as progress:
         resolved = resolve(recipe, shortcuts, overrides, backend=backend)
-        session = run.open_session(resolved.recipe, resolved.backend, progress, few=True)
+        session = open_session(resolved.recipe, resolved.backend, progress, few=True)
         if not session.held_out:
             raise click.UsageError("nothing to measure: measure.count is 0")
         if resolved.line:
             progress.note(resolved.line)
         answered, skipped = session.answer(progress)
         result = {
-            **measure.accuracies(answered),
+            **accuracies(answered),
             **session.left_out(answered, skipped),
         }
     if as_json:

@@ -105,7 +105,7 @@ def plan(
       opd plan my.toml --measure
     """
     from opd import plan as planning
-    from opd import registry as backends
+    from opd import registry
     from opd.plan import devices
     from opd_cli.progress import show
     from opd_cli.tables import planned
@@ -117,7 +117,7 @@ def plan(
     resolved = resolve(recipe, {"model.path": model, "data.path": data}, overrides)
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
     name = planning.backend_of(None, backend) if device_name == devices.HERE else backend
-    chosen = devices.device(device_name, lambda: backends.planner(str(name)), memory)
+    chosen = devices.device(device_name, lambda: registry.planner(str(name)), memory)
     first = planning.plan(resolved.recipe, chosen, name, assumed)
     measured = None
     with show() as progress:

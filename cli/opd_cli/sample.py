@@ -44,7 +44,7 @@ def sample(
       opd sample --model runs/tiny --count 20
       opd sample --data pairs.jsonl --json
     """
-    from opd.run import session as run
+    from opd.run.session import open_session
     from opd.views.questions import student_question
     from opd_cli.progress import show
     from opd_cli.tables import answers
@@ -52,7 +52,7 @@ def sample(
     shortcuts = {"model.path": model, "data.path": data, "measure.count": count}
     with show() as progress:
         resolved = resolve(recipe, shortcuts, overrides, backend=backend)
-        session = run.open_session(resolved.recipe, resolved.backend, progress, few=True)
+        session = open_session(resolved.recipe, resolved.backend, progress, few=True)
         if resolved.line:
             progress.note(resolved.line)
         answered, skipped = session.answer(progress)

@@ -73,14 +73,14 @@ def train(
     """
     from opd.errors import Stopped
     from opd.paths import stem
-    from opd.run import session as run
+    from opd.run import session
     from opd.run.folder import next_free
     from opd_cli.progress import show
     from opd_cli.tables import before_after
 
     with show() as progress:
         if resume is not None:
-            trainer = run.resume(resume, backend, progress, _changed(ctx))
+            trainer = session.resume(resume, backend, progress, _changed(ctx))
         elif accept_changes:
             raise click.UsageError(
                 "--accept-changes is for --resume: a new run has nothing that could have changed",
@@ -95,7 +95,7 @@ def train(
             }
             resolved = resolve(recipe, shortcuts, overrides, training=True, backend=backend)
             folder = out or next_free(Path("runs") / stem(recipe or resolved.recipe.data.path))
-            trainer = run.start(resolved.recipe, resolved.backend, folder, force, progress)
+            trainer = session.start(resolved.recipe, resolved.backend, folder, force, progress)
             if resolved.line:
                 progress.note(resolved.line)
         try:

@@ -14,7 +14,7 @@ from math import prod
 
 from PIL.Image import new
 
-from opd import registry as backends
+from opd import registry
 from opd.data import open_data
 from opd.data.images import image_size
 from opd.errors import BackendError, DataError, UserError, nearest
@@ -75,7 +75,7 @@ class Plan:
     def rough(self) -> Footprint:
         """The backend's footprint."""
         largest, here = max(map(prod, self.shape.shapes.values())), self.device.name == HERE
-        planner = backends.planner(self.backend)
+        planner = registry.planner(self.backend)
         return planner.footprint(self.options, self.shape.config, largest, here)
 
     @property
@@ -197,11 +197,11 @@ def backend_of(device: Device | None, name: str | None) -> str:
 
     Raises BackendError where it is unknown or not installed.
     """
-    known = ("auto", *backends.names())
+    known = ("auto", *registry.names())
     if name is not None and name not in known:
         raise BackendError(f"--backend '{name}' cannot be planned; {nearest(name, known)}")
     own = device.backend if device else "auto"
-    return backends.resolve(own if name in (None, "auto") else str(name))
+    return registry.resolve(own if name in (None, "auto") else str(name))
 
 
 def plan(
@@ -211,7 +211,7 @@ def plan(
     assumed, rollout = assumed or Assumed(), recipe.rollout
     options, pixels = recipe.model.options(weights=False), recipe.model.pixels()
     config, name = read_config(options.path), backend_of(device, backend)
-    shape = Shape(config, backends.planner(name).parameters(config))
+    shape = Shape(config, registry.planner(name).parameters(config))
     shape.adapters(options)  # refuses unknown targets before anything is worked out
     image, crop, rows, notes = _seen(recipe, assumed, PromptEncoder(options.path, **pixels))
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens

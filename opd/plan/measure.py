@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import RecipeError
 from opd.memory import forget_peak_resident, peak_resident
 from opd.models.random_weights import write_random_model
@@ -55,7 +55,7 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
         raise RecipeError(
             f"--measure: {most}; make the step smaller as the plan without --measure says"
         )
-    machine = backends.planner(plan.backend).machine()
+    machine = registry.planner(plan.backend).machine()
     forget_peak_resident()
     before = peak_resident()
     encoder = PromptEncoder(plan.options.path, **plan.recipe.model.pixels())
@@ -64,7 +64,7 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
         say(f"writing {sum(map(prod, plan.shape.shapes.values())) / 1e6:,.0f} M random weights")
         write_random_model(Path(plan.options.path), Path(folder), plan.shape.shapes)
         options = replace(plan.options, path=Path(folder), adapter=None)
-        backend = backends.load(plan.backend, options)
+        backend = registry.load(plan.backend, options)
     forget_peak_resident()  # loading holds files that training does not
 
     def prompt(size: tuple[int, int], policy: Policy) -> Prompt:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from opd import registry as backends
+from opd import registry
 from opd.backend import Backend
 from opd.errors import FolderError, RecipeError
 from opd.models.find import CONFIG, checkpoint_of
@@ -57,7 +57,7 @@ def export(
         raise RecipeError(
             "--quantize is for --as model: an adapter has no weights that could be quantised"
         )
-    write = backends.quantizer() if quantize else None
+    write = registry.quantizer() if quantize else None
     step, source, line = _source(folder, recipe, step)
     finished = source == folder.path / trained
     opened = None
@@ -164,7 +164,7 @@ def _open(
         model = model.model_copy(update={"path": str(run), "revision": "", "tune": "full"})
     with progress.pause():  # the base model may be downloaded
         encoder, options = open_encoder(model.folder(weights=False)), model.options()
-    backend = backends.load(name, options)
+    backend = registry.load(name, options)
     if not finished:
         backend.load(source)
     return backend, encoder

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import DataError, plural
 from opd.models.choice import is_tiny
 from opd.models.find import CONFIG, checkpoint_of
@@ -158,7 +158,7 @@ def _check_data(recipe: Recipe, given: Mapping[str, Any], source_run: Origin) ->
 
 
 def _runs_here(backend: str | None) -> bool:
-    return backend in backends.names() and backends.state(backend).ready
+    return backend in registry.names() and registry.state(backend).ready
 
 
 def _line(source_run: Origin, recipe: Recipe, training: bool, backend: str | None) -> str:

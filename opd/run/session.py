@@ -12,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from opd import registry as backends
+from opd import registry
 from opd.backend import Backend
 from opd.data import Dataset, open_data, spread
 from opd.errors import DataError, FolderError, plural
-from opd.measure import gap as measure
+from opd.measure import gap
 from opd.models import hub
 from opd.models.choice import is_tiny
 from opd.models.find import CONFIG
@@ -50,7 +50,7 @@ class Session:
     examples: Sequence[Example]
     held_out: Sequence[Example]
 
-    def answer(self, progress: Progress) -> tuple[list[measure.Answered], Skipped]:
+    def answer(self, progress: Progress) -> tuple[list[gap.Answered], Skipped]:
         """Greedy answers to the held-out examples, on the full image and on the crop, and the
         examples that cannot be used.
 
@@ -73,7 +73,7 @@ class Session:
             progress.note(f"{share} cannot be used: {skipped.why()}")
         return answered, skipped
 
-    def left_out(self, answered: Sequence[measure.Answered], skipped: Skipped) -> dict[str, Any]:
+    def left_out(self, answered: Sequence[gap.Answered], skipped: Skipped) -> dict[str, Any]:
         """The number of rows that were not answered, under "rows_skipped", and a record of each,
         with the reason, under "skipped"; the rows could not be read or not be encoded."""
         unread = [
@@ -109,7 +109,7 @@ class Opened:
 
     def load(self) -> Session:
         """Loads the weights. Raises UserError."""
-        model = backends.load(self.name, self.options)
+        model = registry.load(self.name, self.options)
         return Session(self.recipe, self.name, model, self.encoder, self.examples, self.held_out)
 
 
@@ -273,7 +273,7 @@ def _check_known(backend: str) -> None:
     """Raises BackendError if the backend is unknown or not installed."""
     # Resolving `auto` takes seconds, since it imports frameworks to see their devices.
     if backend != "auto":
-        backends.resolve(backend)
+        registry.resolve(backend)
 
 
 def _open_small_files(
@@ -284,9 +284,9 @@ def _open_small_files(
     with progress.pause():  # a download shows progress bars of huggingface_hub
         folder = recipe.model.folder(weights=False)
     recipe = _pinned(recipe, folder)
-    name = backends.resolve(backend)
-    if backends.families_alone(name) and (kind := without_family(folder)):
-        raise backends.no_family(name, kind)
+    name = registry.resolve(backend)
+    if registry.families_alone(name) and (kind := without_family(folder)):
+        raise registry.no_family(name, kind)
     return recipe, name, open_encoder(folder, **recipe.model.pixels())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd import registry as backends
+from opd import registry
 from opd.backend import Backend
 from opd.errors import BackendError
 from opd.objective import Objective
@@ -38,7 +38,7 @@ def check_backend(name: str) -> list[Result]:
     """The results of all checks of a backend on this device: the conformance suite, then the
     committed numbers. Raises BackendError, ModelError."""
     encoder, pairs = material()
-    make = partial(backends.load, name, ModelOptions(MODEL))
+    make = partial(registry.load, name, ModelOptions(MODEL))
     return [
         *check(make, pairs, encoder.stop, encoder.banned),
         *against_fixtures(make, encoder, pairs),
@@ -172,7 +172,7 @@ def _error(computed: NDArray[Any], expected: NDArray[Any]) -> float:
 def main() -> None:
     """Computes the committed numbers and overwrites the file."""
     encoder, pairs = material()
-    backend = backends.load("cpu", ModelOptions(MODEL))
+    backend = registry.load("cpu", ModelOptions(MODEL))
     computed: dict[str, Any] = numbers(backend, encoder, pairs, {})
     np.savez_compressed(PATH, **computed)
 

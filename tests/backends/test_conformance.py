@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd import registry as backends
+from opd import registry
 from opd.prompts.encoder import PromptEncoder
 from opd.testing.conformance import check
 from opd.testing.toy import ToyBackend, ToyEncoder
@@ -34,7 +34,7 @@ def test_toy():
 def test_backends(backend_name, random_model):
     encoder = PromptEncoder(random_model)
     examples = [replace(one, question=one.question * (1 + index)) for index, one in enumerate(coloured(4))]
-    results = check(lambda: backends.load(backend_name, ModelOptions(random_model)), pairs(encoder, examples), encoder.stop, encoder.banned)
+    results = check(lambda: registry.load(backend_name, ModelOptions(random_model)), pairs(encoder, examples), encoder.stop, encoder.banned)
     assert [str(result) for result in results if not result.passed] == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import ModelError, RecipeError
 from opd.models import adapters
 from opd.models.choice import ModelChoice
@@ -70,7 +70,7 @@ def test_what_gets_an_adapter():
     "options", [AdapterOptions(), AdapterOptions(rank=2, targets=("q_proj", "k_proj"), vision=True, projector=True, seed=5)]
 )
 def test_every_backend_begins_alike(case, options):
-    made = [backends.load(name, ModelOptions(case.folder, tune_vision=False, adapters=options)) for name in INSTALLED]
+    made = [registry.load(name, ModelOptions(case.folder, tune_vision=False, adapters=options)) for name in INSTALLED]
     for backend in made:
         student = backend.tensors("student")
         assert student.keys() == made[0].tensors("student").keys()
@@ -80,8 +80,8 @@ def test_every_backend_begins_alike(case, options):
 
 
 def test_an_adapter_that_is_zero_changes_nothing(case, backend_name):
-    plain = backends.load(backend_name, ModelOptions(case.folder))
-    adapted = backends.load(backend_name, ModelOptions(case.folder, tune_vision=False, adapters=OPTIONS))
+    plain = registry.load(backend_name, ModelOptions(case.folder))
+    adapted = registry.load(backend_name, ModelOptions(case.folder, tune_vision=False, adapters=OPTIONS))
     np.testing.assert_allclose(logprobs_of(adapted, case.groups, JSD), logprobs_of(plain, case.groups, JSD), atol=2e-6)
 
 
@@ -90,7 +90,7 @@ def test_conformance(case, backend_name, tmp_path):
     """From an adapter that says something, so that both its sides have a gradient."""
     folder = write_adapter(tmp_path / "adapter", case.folder, {**language_layers(), **VISION})
     pairs = [(group.student, group.teacher) for group in case.groups]
-    results = check(lambda: backends.load(backend_name, case.options(adapter=folder)), pairs, (336,), (339, 340, 342, 343))
+    results = check(lambda: registry.load(backend_name, case.options(adapter=folder)), pairs, (336,), (339, 340, 342, 343))
     assert [str(result) for result in results if not result.passed] == []
 
 
@@ -121,7 +121,7 @@ def test_loss_and_gradient_equal_pefts_on_separate_rows(case, backend_name, obje
 def test_parity(case, tmp_path, vision):
     """MLX against torch: gradients by name, losses of ten steps, and where the parameters end."""
     folder = write_adapter(tmp_path / "adapter", case.folder, {**language_layers(), **(VISION if vision else {})})
-    both = [backends.load(name, case.options(adapter=folder)) for name in ("cpu", "mlx")]
+    both = [registry.load(name, case.options(adapter=folder)) for name in ("cpu", "mlx")]
     for backend in both:
         backend.accumulate(case.groups, JSD)
     gradients = [backend.tensors("gradient") for backend in both]
@@ -197,7 +197,7 @@ def test_the_policies_share_the_base_on_mlx(case):
     mx = pytest.importorskip("mlx.core")
     gc.collect()  # of other tests
     before = mx.get_active_memory()
-    backend = backends.load("mlx", case.options("bfloat16"))
+    backend = registry.load("mlx", case.options("bfloat16"))
     backend.accumulate(case.groups, JSD)
     backend.apply(Update(1e-3))
     backend.move_teacher(0.5)
@@ -216,7 +216,7 @@ def test_a_frozen_towers_features_are_computed_once(case, backend_name, tmp_path
     name = f"{BACKENDS[backend_name]}.families.qwen3_vl.Qwen3VL.features"
     count = lambda _, __, prompts, *___: counted.extend(prompt.key for prompt in prompts)
     watch(monkeypatch, name, count)
-    backend = backends.load(backend_name, case.options(adapter=folder))
+    backend = registry.load(backend_name, case.options(adapter=folder))
     backend.sample([group.student for group in case.groups], np.full((3, 1, 2), 0.5, np.float32), Sampling())
     backend.accumulate(case.groups, JSD)
     backend.score(case.groups, JSD)
@@ -240,7 +240,7 @@ def test_ten_small_steps_move_a_bfloat16_model(case, backend_name, tmp_path, tun
     """At lr 2e-6 a bfloat16 weight of 0.02, whose spacing is 1.2e-4, would never move: ten steps of Adam move its master by 2e-5."""
     folder = half_precision(case.folder, tmp_path / "half")
     lora = {"adapters": OPTIONS, "adapter": case.adapter}
-    backend = backends.load(backend_name, ModelOptions(folder, "bfloat16", False, **(lora if tune == "lora" else {})))
+    backend = registry.load(backend_name, ModelOptions(folder, "bfloat16", False, **(lora if tune == "lora" else {})))
     start = backend.tensors("student")
     for _ in range(10):
         backend.accumulate(case.groups, JSD)
@@ -256,7 +256,7 @@ def test_ten_small_steps_move_a_bfloat16_model(case, backend_name, tmp_path, tun
 
 def trained(case, name, **options):
     """A backend whose fresh adapters were trained until they say something."""
-    backend = backends.load(name, case.options(adapter=None, **options))
+    backend = registry.load(name, case.options(adapter=None, **options))
     for _ in range(5):
         backend.accumulate(case.groups, JSD)
         backend.apply(Update(2e-2))
@@ -298,9 +298,9 @@ def test_exports_load_elsewhere(case, backend_name, tmp_path, vision):
     expected = merged[range(len(tokens)), tokens] - np.log(np.exp(merged).sum(-1))
     found = {"trained": backend}
     for name in INSTALLED:
-        found[f"{name}, merged"] = backends.load(name, ModelOptions(tmp_path / "model"))
-        found[f"{name}, adapter"] = backends.load(name, case.options(adapters=options, adapter=tmp_path / "adapter"))
-        found[f"{name}, adapter merged"] = backends.load(name, ModelOptions(case.folder, adapter=tmp_path / "adapter"))
+        found[f"{name}, merged"] = registry.load(name, ModelOptions(tmp_path / "model"))
+        found[f"{name}, adapter"] = registry.load(name, case.options(adapters=options, adapter=tmp_path / "adapter"))
+        found[f"{name}, adapter merged"] = registry.load(name, ModelOptions(case.folder, adapter=tmp_path / "adapter"))
     for name, one in found.items():
         np.testing.assert_allclose(logprobs_of(one, case.groups, JSD), expected, atol=1e-4, err_msg=name)
     if "mlx" in INSTALLED:
@@ -319,7 +319,7 @@ def test_export_merges_in_float32_and_keeps_the_stored_precision(case, backend_n
     from safetensors.torch import load_file
 
     folder = half_precision(case.folder, tmp_path / "half")
-    backend = backends.load(backend_name, ModelOptions(folder, "bfloat16", False, OPTIONS, case.adapter))
+    backend = registry.load(backend_name, ModelOptions(folder, "bfloat16", False, OPTIONS, case.adapter))
     backend.export(tmp_path / "out", "model")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     tensors = backend.tensors("student")
@@ -336,7 +336,7 @@ def test_export_merges_in_float32_and_keeps_the_stored_precision(case, backend_n
 
 def test_a_frozen_tower_keeps_what_was_merged_into_it(case, backend_name, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", case.folder, VISION)
-    backends.load(backend_name, ModelOptions(case.folder, tune_vision=False, adapter=adapter)).export(tmp_path / "out", "model")
+    registry.load(backend_name, ModelOptions(case.folder, tune_vision=False, adapter=adapter)).export(tmp_path / "out", "model")
     before, after = (load_file(path / "model.safetensors") for path in (case.folder, tmp_path / "out"))
     changed = {name for name, value in after.items() if not np.array_equal(value, before[name])}
     assert changed == {f"{name}.weight" for name in VISION}
@@ -367,7 +367,7 @@ def test_an_adapter_that_cannot_be_used(case, backend_name, tmp_path, change, me
     folder = write_adapter(tmp_path / "adapter", case.folder, language_layers())
     change(folder)
     with pytest.raises(ModelError) as error:
-        backends.load(
+        registry.load(
             backend_name, ModelOptions(case.folder, adapters=adapters.options_of(folder) if tune == "lora" else None, adapter=folder)
         )
     assert message in str(error.value)

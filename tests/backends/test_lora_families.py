@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 
 import transformers
 
-from opd import registry as backends
+from opd import registry
 from opd.models import adapters
 from opd.objective import Objective
 from opd.testing.conformance import relative_error
@@ -57,7 +57,7 @@ class PeftCase:
 
 
 def test_by_default_every_linear_layer_has_one(case, backend_name):
-    backend = backends.load(backend_name, case.options(adapter=None, adapters=AdapterOptions(rank=2)))
+    backend = registry.load(backend_name, case.options(adapter=None, adapters=AdapterOptions(rank=2)))
     layers = all_linear(case.folder)
     assert set(adapters.adapted_layers(backend.tensors("student"))) == set(layers)
     if "qwen3_5" in str(case.folder):
@@ -95,5 +95,5 @@ def test_exports_load_elsewhere(case, backend_name, tmp_path):
                 for one in group.completions
             ]
         np.testing.assert_allclose(trained, torch.cat(rows), atol=1e-4)
-    again = backends.load(backend_name, ModelOptions(case.folder, "float32", False, OPTIONS, tmp_path / "adapter"))
+    again = registry.load(backend_name, ModelOptions(case.folder, "float32", False, OPTIONS, tmp_path / "adapter"))
     np.testing.assert_allclose(logprobs_of(again, case.groups, JSD), trained, atol=1e-5)

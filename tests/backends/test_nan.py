@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import ModelError, RunError
 from opd.tiny import MODEL
 from opd.types import ModelOptions, Sampling
@@ -50,7 +50,7 @@ def test_weights_that_are_no_numbers(backend_name, part, value, tune, tmp_path):
 def test_other_families(backend_name, kind, tmp_path):
     name = broken(tmp_path / "model", "layers.0.mlp", make=FAMILIES[kind])
     with pytest.raises(ModelError, match="weights hold NaN") as caught:
-        backends.load(backend_name, ModelOptions(tmp_path / "model"))
+        registry.load(backend_name, ModelOptions(tmp_path / "model"))
     assert name.split("model.")[-1] in str(caught.value)
 
 
@@ -61,7 +61,7 @@ def test_large_weights_are_numbers(backend_name, tmp_path):
     name = next(name for name in tensors if "layers.0.mlp.down_proj" in name)
     tensors[name] = np.full_like(tensors[name], 3e38)
     save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    assert backends.load(backend_name, ModelOptions(tmp_path / "model"))
+    assert registry.load(backend_name, ModelOptions(tmp_path / "model"))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def loaded(backend_name):
 
     scene = Scenes("train", 1)[0]
     prompt = PromptEncoder(MODEL).encode(student_images(scene), scene.question)
-    return backends.load(backend_name, ModelOptions(MODEL)), prompt
+    return registry.load(backend_name, ModelOptions(MODEL)), prompt
 
 
 def change(backend, folder, value, policy="student", step=None):
@@ -128,7 +128,7 @@ def test_logits_are_looked_at_where_a_gpu_checks_seldom(loaded, twin, tmp_path):
 
 def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
     """Exit code 1 and one line; there is no model."""
-    real = backends.load
+    real = registry.load
 
     def load(name, options):
         backend = real(name, options)
@@ -136,7 +136,7 @@ def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
         monkeypatch.setattr(backend, "move_teacher", lambda rate: (move(rate), change(backend, tmp_path / "state", np.nan)))
         return backend
 
-    monkeypatch.setattr(backends, "load", load)
+    monkeypatch.setattr(registry, "load", load)
     arguments = ["train", "tiny", "--backend", backend_name, "--steps", "3", "--out", str(tmp_path / "run"), "--json", *FEW]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1, result.output + repr(result.exception)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import BackendError, ModelError, RecipeError
 from opd.objective import Objective
 from opd.testing.conformance import check, relative_error
@@ -58,27 +58,27 @@ def test_a_base_in_four_bits_is_the_rounded_base(case, tmp_path):
     def chosen(name):
         return (32 if name.endswith("down_proj.weight") else 64, 4) if name.removesuffix(".weight") in LAYERS else None
 
-    four = backends.load("mlx", case.options(four_bit=True))
-    plain = backends.load("mlx", replace(case.options(), path=plain_twin(case, tmp_path / "plain", chosen)))
+    four = registry.load("mlx", case.options(four_bit=True))
+    plain = registry.load("mlx", replace(case.options(), path=plain_twin(case, tmp_path / "plain", chosen)))
     found, expected = (logprobs_of(backend, case.groups, JSD) for backend in (four, plain))
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert np.abs(expected - logprobs_of(backends.load("mlx", case.options()), case.groups, JSD)).max() > 0.05
+    assert np.abs(expected - logprobs_of(registry.load("mlx", case.options()), case.groups, JSD)).max() > 0.05
     for backend in (four, plain):
         backend.accumulate(case.groups, JSD)
     assert relative_error(four.tensors("gradient"), plain.tensors("gradient")) < 1e-4
     four.apply(Update(1e-2))
     four.export(tmp_path / "out", "model")
     # Merged into the weights as they are stored, which the 4 bits were made of.
-    out = backends.load("mlx", ModelOptions(tmp_path / "out"))
+    out = registry.load("mlx", ModelOptions(tmp_path / "out"))
     four.export(tmp_path / "adapter", "adapter")
-    unquantised = backends.load("mlx", case.options(adapter=tmp_path / "adapter"))
+    unquantised = registry.load("mlx", case.options(adapter=tmp_path / "adapter"))
     np.testing.assert_allclose(logprobs_of(out, case.groups, JSD), logprobs_of(unquantised, case.groups, JSD), atol=2e-5)
 
 
 def test_conformance_in_four_bits(case):
     pytest.importorskip("mlx.core")
     pairs = [(group.student, group.teacher) for group in case.groups]
-    results = check(lambda: backends.load("mlx", case.options(four_bit=True)), pairs, (336,), (339, 340, 342, 343))
+    results = check(lambda: registry.load("mlx", case.options(four_bit=True)), pairs, (336,), (339, 340, 342, 343))
     assert [str(result) for result in results if not result.passed] == []
 
 
@@ -115,7 +115,7 @@ def test_quantised_checkpoints_load(case, tmp_path, bits):
     from tests.support.mlx_cases import stock_logits
 
     folder = community(case, tmp_path / "community", bits)
-    backend = backends.load("mlx", ModelOptions(folder, tune_vision=False, adapters=OPTIONS))
+    backend = registry.load("mlx", ModelOptions(folder, tune_vision=False, adapters=OPTIONS))
     stock, group = load_model(folder), groups_of(folder)[0]
     expected = []
     for one in group.completions:
@@ -130,9 +130,9 @@ def test_quantised_checkpoints_load(case, tmp_path, bits):
     assert np.abs(trained - found).max() > 1e-2
     backend.export(tmp_path / "out", "model")
     assert "quantization" not in (tmp_path / "out/config.json").read_text()
-    np.testing.assert_allclose(logprobs_of(backends.load("mlx", ModelOptions(tmp_path / "out")), case.groups, JSD), trained, atol=1e-4)
+    np.testing.assert_allclose(logprobs_of(registry.load("mlx", ModelOptions(tmp_path / "out")), case.groups, JSD), trained, atol=1e-4)
     with pytest.raises(RecipeError, match="quantised weights cannot be trained themselves"):
-        backends.load("mlx", ModelOptions(folder))
+        registry.load("mlx", ModelOptions(folder))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -145,7 +145,7 @@ def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     bitsandbytes = pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("opd_torch.model.load.check_four_bits", lambda device: None)
-    four, dense = backends.load("cpu", case.options(four_bit=True)), backends.load("cpu", case.options())
+    four, dense = registry.load("cpu", case.options(four_bit=True)), registry.load("cpu", case.options())
     unpack = bitsandbytes.functional.dequantize_4bit
     model_of = twin_of("cpu").model_of
     pairs = [[model_of(one, policy).module for one in (four, dense)] for policy in ("student", "teacher")]
@@ -165,7 +165,7 @@ def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
     assert np.abs(logprobs_of(four, case.groups, JSD) - before).max() > 1e-3
     np.testing.assert_allclose(logprobs_of(four, case.groups, JSD), logprobs_of(dense, case.groups, JSD), atol=1e-4)
     four.export(tmp_path / "adapter", "adapter")
-    again = backends.load("cpu", case.options(adapter=tmp_path / "adapter"))
+    again = registry.load("cpu", case.options(adapter=tmp_path / "adapter"))
     for name, value in four.tensors("student").items():
         np.testing.assert_array_equal(again.tensors("student")[name], value)
 
@@ -175,10 +175,10 @@ def test_torch_says_what_is_missing(case, tmp_path, monkeypatch):
     from opd_torch.model import quantised
 
     with pytest.raises(BackendError, match=r"'qlora' needs a CUDA GPU on torch; use --backend mlx"):
-        backends.load("cpu", case.options(four_bit=True))
+        registry.load("cpu", case.options(four_bit=True))
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match="needs bitsandbytes and accelerate on torch: pip install bitsandbytes accelerate"):
         quantised.check_four_bits(torch.device("cuda"))
-    if backends.find_spec("mlx"):
+    if registry.find_spec("mlx"):
         with pytest.raises(ModelError, match="quantised for MLX"):
-            backends.load("cpu", ModelOptions(community(case, tmp_path / "community", 4)))
+            registry.load("cpu", ModelOptions(community(case, tmp_path / "community", 4)))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import BackendError
 from opd.models.choice import ModelChoice
 from opd.objective import Objective, evaluate, log_softmax
@@ -35,7 +35,7 @@ class Case:
 
     def __init__(self, name, folder):
         toy = name == "toy"
-        self.make = ToyBackend if toy else lambda: backends.load(name, ModelChoice().options())
+        self.make = ToyBackend if toy else lambda: registry.load(name, ModelChoice().options())
         self.encoder = ToyEncoder() if toy else open_encoder(MODEL)
         self.vocabulary = 16 if toy else 346
         rng = np.random.default_rng(0)
@@ -306,7 +306,7 @@ def test_the_teacher_moves_by_its_rate_and_is_stored_apart(case, tmp_path):
 
 
 def load(name, seed=0, **choice):
-    return backends.load(name, ModelChoice(**choice).options(seed))
+    return registry.load(name, ModelChoice(**choice).options(seed))
 
 
 def pieces(backend):

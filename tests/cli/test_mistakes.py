@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd import registry as backends
+from opd import registry
 from opd.tiny import MODEL
 from opd_cli import main
 
@@ -225,21 +225,21 @@ def test_exports(here, runs, arguments, message):
 
 
 def test_quantising_needs_mlx(here, runs, monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     said = refused(here, "export", "done", "--out", "out", "--quantize", 4)
     assert said == "opd: backend 'mlx' needs mlx, which is not installed: pip install \"vision-opd[mlx]\""
 
 
 @pytest.mark.parametrize(("name", "package", "extra"), [("mlx", "mlx", "mlx"), ("cpu", "torch", "cuda"), ("cuda", "torch", "cuda")])
 def test_a_backend_that_is_not_installed_names_its_extra(here, monkeypatch, name, package, extra):
-    monkeypatch.setattr(backends, "find_spec", lambda wanted: None if wanted == package else util.find_spec(wanted))
+    monkeypatch.setattr(registry, "find_spec", lambda wanted: None if wanted == package else util.find_spec(wanted))
     assert refused(here, "train", "--backend", name).endswith(
         f"backend '{name}' needs {package}, which is not installed: pip install \"vision-opd[{extra}]\""
     )
 
 
 def test_no_backend_at_all(here, monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda wanted: None)
+    monkeypatch.setattr(registry, "find_spec", lambda wanted: None)
     assert 'no backend is installed: pip install "vision-opd[mlx]"' in refused(here, "train")
 
 

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 import opd_cli
-from opd.measure import gap as measure
+from opd.measure import gap
 from opd.run import recipe as recipes
 from opd.run.folder import RunFolder
 from opd.run.strict_json import dumps
@@ -97,7 +97,7 @@ def test_a_long_text_is_cut_and_says_so():
 
 
 def test_markup_is_text(capsys):
-    answers([("[red]x[/red] :smile: [link=http://x]y[/link]", measure.Answered("1", "[bold]a", "[/]", "[blink]b", True, False))])
+    answers([("[red]x[/red] :smile: [link=http://x]y[/link]", gap.Answered("1", "[bold]a", "[/]", "[blink]b", True, False))])
     said = capsys.readouterr().out
     for text in ("[red]x[/red] :smile:", "[link=http://x]y[/link]", "[bold]a", "[/]", "[blink]b"):
         assert text in said
@@ -106,12 +106,12 @@ def test_markup_is_text(capsys):
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_tables_steer_nothing(text, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    answers([(text, measure.Answered(text, text, text, text, None, None))])
-    rows = [measure.Answered("1", "a", "a", "a", True, True)]
-    measured(measure.accuracies(rows), text, text)
+    answers([(text, gap.Answered(text, text, text, text, None, None))])
+    rows = [gap.Answered("1", "a", "a", "a", True, True)]
+    measured(gap.accuracies(rows), text, text)
     summary = {"completions": 1, "completions_truncated": 0, "steps": 1, "seconds": 1.0, "device": text}
     summary |= {"verdict": "unchanged", "rows_not_measured": 0}
-    before_after(summary | {name: measure.accuracies(rows) for name in ("before", "after")}, Path(text))
+    before_after(summary | {name: gap.accuracies(rows) for name in ("before", "after")}, Path(text))
     said = capsys.readouterr().out
     assert raw(said) == []
     assert not any(line.startswith("opd: done") for line in said.splitlines())
@@ -340,7 +340,7 @@ def test_a_console_without_the_characters(encoding, monkeypatch):
     written = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", written)
     with terminal.prepared():
-        answers([("日本 – Grüße", measure.Answered("1", "ä日", "中", "х", True, False))])
+        answers([("日本 – Grüße", gap.Answered("1", "ä日", "中", "х", True, False))])
         terminal.say_json({"x": "日本"})
     written.flush()
     said = written.buffer.getvalue().decode(encoding)
@@ -352,7 +352,7 @@ def test_a_console_without_the_characters(encoding, monkeypatch):
 @pytest.mark.parametrize("columns", ["0", "1", "20", "40", "500", "x"])
 def test_any_width(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
-    answers([("question " * 9, measure.Answered("1", "answer", "full", "crop", True, False))])
+    answers([("question " * 9, gap.Answered("1", "answer", "full", "crop", True, False))])
     said = "".join(capsys.readouterr().out.split())
     assert said.count("question") == 10
     assert "answer" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opd.measure import gap as measure
+from opd.measure import gap
 from opd.measure.gap import Answered, accuracies, gap_closed, greedy_answers
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import Sampling
@@ -79,7 +79,7 @@ def test_intervals_cover_the_truth_19_times_of_20():
 def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
     """Full images and crops together; and in any slices the answers are the same."""
     whole = greedy_answers(ToyBackend(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6)
-    monkeypatch.setattr(measure, "SLICE", 2)
+    monkeypatch.setattr(gap, "SLICE", 2)
     asked = []
 
     class Counting(ToyBackend):

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.numpy import load_file, save_file
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import ModelError
 from opd.models import adapters
 from opd.models.choice import ModelChoice
@@ -85,7 +85,7 @@ def test_names_of_other_versions(models, tmp_path, family, number):
     for name in BACKENDS if family != "llava" else ("cpu",):
         np.testing.assert_allclose(ours(name, older, group), expected, atol=5e-5, err_msg=name)
         if family != "llava":
-            backends.load(name, ModelOptions(older)).export(tmp_path / name, "model")
+            registry.load(name, ModelOptions(older)).export(tmp_path / name, "model")
             assert load_file(tmp_path / name / "model.safetensors").keys() == load_file(older / "model.safetensors").keys()
 
 
@@ -135,7 +135,7 @@ def test_tensors_that_nobody_reads_are_left_out_and_told(models, tmp_path, caplo
     np.testing.assert_array_equal(ours(name, more, group), ours(name, folder, group))
     told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert told == [f"{more}: 7 tensors are left out, since no forward reads them; the first is {min(UNREAD)}"]
-    backends.load(name, ModelOptions(more)).export(tmp_path / "out", "model")
+    registry.load(name, ModelOptions(more)).export(tmp_path / "out", "model")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert all(np.array_equal(written[key], value) for key, value in UNREAD.items())
 
@@ -146,7 +146,7 @@ def test_a_name_in_todays_and_an_older_spelling(models, tmp_path):
     twice = rewritten(folder, tmp_path / "twice", lambda weights: weights | {"language_model.model.norm.weight": weights[key]})
     for name in BACKENDS:
         with pytest.raises(ModelError, match="which are two names of one tensor"):
-            backends.load(name, ModelOptions(twice))
+            registry.load(name, ModelOptions(twice))
 
 
 def test_weights_and_their_buffers_are_told_apart():
@@ -190,7 +190,7 @@ def test_quantised_weights_are_named(models, tmp_path, name, config, change, met
     content = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(content | ({"quantization_config": config} if config else {})))
     with pytest.raises(ModelError) as error:
-        backends.load(name, ModelOptions(out))
+        registry.load(name, ModelOptions(out))
     assert f"these weights are quantised ({method}; the first is " in str(error.value)
     assert "name the original model" in str(error.value)
     assert "\n" not in str(error.value)
@@ -207,7 +207,7 @@ def test_eight_bit_floats_without_scales(models, tmp_path, name, kind):
     weights = {key: value.to(kind) if "up_proj" in key else value for key, value in load(folder / "model.safetensors").items()}
     save(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"these weights are quantised \(fp8, without scales; the first is .*up_proj.weight\)"):
-        backends.load(name, ModelOptions(out))
+        registry.load(name, ModelOptions(out))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -229,7 +229,7 @@ def test_a_left_over_setting_over_plain_weights(models, tmp_path, caplog, name, 
     np.testing.assert_array_equal(ours(name, out, group), ours(name, folder, group))
     told = [record.getMessage() for record in caplog.records if "quantised" in record.getMessage()]
     assert told == [f"{out / 'config.json'}: {key} says that the weights are quantised ({method}), but they are plain, so it is ignored"]
-    backends.load(name, ModelOptions(out)).export(tmp_path / "export", "model")
+    registry.load(name, ModelOptions(out)).export(tmp_path / "export", "model")
     assert "quantization" not in (tmp_path / "export" / "config.json").read_text()
     assert "compression" not in (tmp_path / "export" / "config.json").read_text()
 
@@ -244,7 +244,7 @@ def test_a_quantisation_that_is_no_object(models, tmp_path, name, key, said):
     with pytest.raises(ModelError, match=line):
         open_encoder(out)
     with pytest.raises(ModelError, match=line):
-        backends.load(name, ModelOptions(out))
+        registry.load(name, ModelOptions(out))
 
 
 # What an adapter's files say.
@@ -353,7 +353,7 @@ def test_tensors_of_an_adapter_that_are_none_of_lora(models, adapter, tmp_path, 
     save_file(change(load_file(adapter / adapters.WEIGHTS)), out / adapters.WEIGHTS)
     for name in BACKENDS:
         with pytest.raises(ModelError) as error:
-            backends.load(name, ModelOptions(folder, adapter=out))
+            registry.load(name, ModelOptions(folder, adapter=out))
         assert message in str(error.value), name
         assert "\n" not in str(error.value)
 

@@ -155,12 +155,12 @@ def test_a_folder_with_a_model_and_an_adapter(here, tmp_path):
     folder = qwen3_vl(tmp_path / "both", seed=6, hidden=64, mlp=128, head_dim=16)
     import numpy as np
 
-    from opd import registry as backends
+    from opd import registry
     from opd.types import ModelOptions
 
-    alone = backends.load(backend, ModelOptions(folder)).tensors("student")
+    alone = registry.load(backend, ModelOptions(folder)).tensors("student")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(other)}))
-    both = backends.load(backend, ModelOptions(folder)).tensors("student")
+    both = registry.load(backend, ModelOptions(folder)).tensors("student")
     assert all(np.array_equal(value, both[name]) for name, value in alone.items())
 
 

@@ -16,7 +16,7 @@ import dataclasses
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import ModelError
 from opd.models import names, settings
 from opd.objective import Objective
@@ -214,7 +214,7 @@ def test_settings_that_torch_alone_computes(models, tmp_path, family, change):
     assert np.abs(expected - plain).max() > 0.01
     np.testing.assert_allclose(ours("cpu", out, group), expected, atol=NEAR.get(family, 1e-4))
     with pytest.raises(ModelError, match=r"--backend cpu does$") as error:
-        backends.load("mlx", ModelOptions(out))
+        registry.load("mlx", ModelOptions(out))
     assert any(key in str(error.value) for key in change)
     assert "\n" not in str(error.value)
 
@@ -225,7 +225,7 @@ def test_settings_that_no_backend_computes(models, tmp_path, name, family, chang
     folder, _, _ = models(family)
     out = copied(folder, tmp_path / "out", **change)
     with pytest.raises(ModelError) as error:
-        backends.load(name, ModelOptions(out))
+        registry.load(name, ModelOptions(out))
     assert str(out) in str(error.value)
     told = ("layer_type", "model_type", "rope_type", *(key.rpartition(".")[2] for key in change))
     assert any(name in str(error.value) for name in told), str(error.value)
@@ -297,13 +297,13 @@ def test_what_older_files_say_is_named_as_they_say_it(models, tmp_path):
     content["text_config"]["rope_scaling"] = {"type": "yarn", "factor": 4.0, "mrope_section": sections}
     out = copied(folder, tmp_path / "out", text_config=content["text_config"])
     with pytest.raises(ModelError, match=r'does not compute text_config.rope_scaling.type = "yarn"; --backend cpu does'):
-        backends.load("mlx", ModelOptions(out))
+        registry.load("mlx", ModelOptions(out))
 
 
 def test_a_setting_that_nobody_reads_is_told(models, tmp_path, caplog):
     folder, _, _ = models("qwen3_vl")
     out = copied(folder, tmp_path / "out", **{"text_config.attn_logit_softcapping": 5.0, "text_config.use_qk_norm": False})
-    backends.load("cpu", ModelOptions(out))
+    registry.load("cpu", ModelOptions(out))
     told = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
     assert told == [f"{out / 'config.json'}: text_config.attn_logit_softcapping = 5.0 has no effect: neither opd nor transformers reads it"]
 
@@ -339,7 +339,7 @@ def test_a_head_in_the_file_is_used_as_stock_transformers_uses_it(models, tmp_pa
         )
     if outer and not inner:
         for name in ("cpu", "mlx"):
-            backends.load(name, ModelOptions(out)).export(tmp_path / name, "model")
+            registry.load(name, ModelOptions(out)).export(tmp_path / name, "model")
             found = load_file(tmp_path / name / "model.safetensors")
             np.testing.assert_array_equal(found["lm_head.weight"], load_file(out / "model.safetensors")["lm_head.weight"])
 
@@ -352,11 +352,11 @@ def test_ties_with_one_of_the_two(models, tmp_path, name):
     alone = with_head(folder, tmp_path / "alone", lambda embedding: embedding, True, True, drop="embedding")
     for out in (copy, alone):
         np.testing.assert_allclose(ours(name, out, group), plain, atol=1e-4)
-    backends.load(name, ModelOptions(alone)).export(tmp_path / "export", "model")
+    registry.load(name, ModelOptions(alone)).export(tmp_path / "export", "model")
     assert load_file(tmp_path / "export" / "model.safetensors").keys() == load_file(alone / "model.safetensors").keys()
     none = with_head(folder, tmp_path / "none", None, False, True)
     with pytest.raises(ModelError, match=r"tensor lm_head.weight is missing"):
-        backends.load(name, ModelOptions(none))
+        registry.load(name, ModelOptions(none))
 
 
 # Ids.
@@ -366,7 +366,7 @@ def test_ties_with_one_of_the_two(models, tmp_path, name):
 @pytest.mark.parametrize("beyond", [346, 100000, -1])
 def test_a_token_beyond_the_embedding(models, name, beyond):
     folder, group, _ = models("qwen2_5_vl")
-    backend = backends.load(name, ModelOptions(folder))
+    backend = registry.load(name, ModelOptions(folder))
     tokens = group.student.tokens.copy()
     tokens[0] = beyond
     prompt = dataclasses.replace(group.student, tokens=tokens)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opd import registry as backends
+from opd import registry
 from opd.objective import Objective
 from opd.plan import view
 from opd.plan.memory import memory
@@ -52,7 +52,7 @@ class Measured:
     def __init__(self, name, folder, question, image, crop, n, length, adapters=None, dtype="float32"):
         encoder = self.planned(name, folder, question, image, crop, n, length, adapters, dtype)
         # Apart from the tested one, so that nothing a call left behind is counted.
-        self.backend = backends.load(name, self.options)
+        self.backend = registry.load(name, self.options)
         self.module = importlib.import_module("opd_mlx.backend" if name == "mlx" else "opd_torch.backend")
         self.backend.move_teacher(0.5)
         rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ class Measured:
     def planned(self, name, folder, question, image, crop, n, length, adapters, dtype):
         """The plan's own numbers, and the encoder."""
         self.name = name
-        config, planner = read_config(folder), backends.planner(name)
+        config, planner = read_config(folder), registry.planner(name)
         self.shape = Shape(config, planner.parameters(config))
         self.options = ModelOptions(folder, dtype, adapters is None, adapters)
         encoder = PromptEncoder(folder)

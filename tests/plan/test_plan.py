@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import RecipeError
 from opd.memory import feature_bytes
 from opd.models.adapters import part_of_model
@@ -132,7 +132,7 @@ def written(folder, config):
 
 def shape_of(config, backend="cpu"):
     """The shape of a complete configuration, by a backend's empty model."""
-    return Shape(config, backends.planner(backend).parameters(config))
+    return Shape(config, registry.planner(backend).parameters(config))
 
 
 FULL = ModelOptions(SOURCE)
@@ -140,7 +140,7 @@ FULL = ModelOptions(SOURCE)
 
 def footprint(found):
     """What a backend holds roughly, on a GPU of its kind."""
-    return backends.planner("cpu").footprint(FULL, found.config, 10**6, here=False)
+    return registry.planner("cpu").footprint(FULL, found.config, 10**6, here=False)
 
 
 def shape(name):
@@ -196,7 +196,7 @@ def test_adapters_have_the_parameters_that_backends_train(family, backend_name):
     for targets in (("q_proj", "down_proj"), tuple(sorted(language))):
         adapters = AdapterOptions(rank=4, vision=True, projector=True, targets=targets)
         options = ModelOptions(family, tune_vision=False, adapters=adapters)
-        backend = backends.load(backend_name, options)
+        backend = registry.load(backend_name, options)
         counts = found.trained(options)
         assert sum(counts.values()) == sum(value.size for value in backend.tensors("student").values())
 
@@ -221,7 +221,7 @@ def test_operations_are_those_of_our_own_code(family):
     encoder = PromptEncoder(family)
     prompt = encoder.encode([Image.new("RGB", (112, 72))], "?")
     seen = view(encoder, found, (112, 72), len(encoder.encode([], "?")))
-    model = backends.load("cpu", ModelOptions(family))._student
+    model = registry.load("cpu", ModelOptions(family))._student
     batch = lay_out([prompt], [[np.arange(9, dtype=np.int32)] * 3], torch.device("cpu"))
     cost = group_of(found, seen, 3, 9, recompute=True)
     forward, backward = cost["student forward"], cost["student backward"]
@@ -456,7 +456,7 @@ def test_tables_of_every_family_fit_into_80_columns(family):
 
 
 def test_this_machine_is_measured_within_a_second(backend_name):
-    found = devices.this_machine(backends.planner(backend_name).machine())
+    found = devices.this_machine(registry.planner(backend_name).machine())
     assert 1e9 < found.matmul["float32"] < 1e15
     assert 1e9 < found.bandwidth < 1e13
 
@@ -489,7 +489,7 @@ def test_products_with_weights_in_4_bits_have_a_rate_of_their_own():
 
 def test_products_with_weights_in_4_bits_are_measured_where_they_are_slow():
     pytest.importorskip("mlx")
-    machine = backends.planner("mlx").machine()
+    machine = registry.planner("mlx").machine()
     found = devices.this_machine(machine)
     assert machine.packed == (found.packed is not None) == (not machine.gpu)
     if found.packed:
@@ -575,7 +575,7 @@ def test_a_device_that_nobody_knows_is_measured():
 
 def test_devices_of_a_backend_that_is_not_here_are_left_out(folder, monkeypatch):
     """Whatever else is planned; naming one says in one line what is missing."""
-    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "mlx" else object())
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "mlx" else object())
     found = everywhere(plan(load("paper", [f"model.path={folder}"]), devices.DEVICES["H200"]), list(devices.DEVICES.values()))
     assert {one.backend for one in found} == {"cuda"}
     assert "backend 'mlx' needs mlx, which is not installed" in found[0].notes[-1]

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from opd import registry as backends
+from opd import registry
 from opd.objective import Objective
 from opd.prompts.encoder import PromptEncoder
 from opd.tiny import Scenes
@@ -101,7 +101,7 @@ def test_transformers_and_mlx_vlm_load_the_export_with_the_same_logits(run, base
     assert all(not np.array_equal(before[name], value) for name, value in after.items())
     # The student's own log-probabilities, as the backend that trained it has them.
     name = json.loads((run / "summary.json").read_text())["backend"]
-    student = backends.load(name, ModelOptions(base))
+    student = registry.load(name, ModelOptions(base))
     student.load(run / "checkpoints/step-000002")
     tokens = np.array([prompt.tokens[-1], 5, 9], np.int32)
     zeros = np.zeros(3, np.float32)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from opd import registry as backends
+from opd import registry
 from opd.models import adapters
 from opd.prompts.processor import open_encoder
 from opd.types import AdapterOptions, Completion, Group, ModelOptions
@@ -83,7 +83,7 @@ class Case:
 
     def backend(self, name: str, dtype: str = "float32", **more):
         """Student from `adapter`, teacher from `other`."""
-        backend = backends.load(name, self.options(dtype, **more))
+        backend = registry.load(name, self.options(dtype, **more))
         if not more:
             backend.load(self.state(name))
         return backend
@@ -92,7 +92,7 @@ class Case:
         """What the backend `name` would have saved, with another teacher."""
         state = self.folder.parent / "state"
         if not state.is_dir():
-            backends.load(name, self.options()).save(state)
+            registry.load(name, self.options()).save(state)
             teacher = {key.removeprefix("base_model.model."): value for key, value in adapters.read(self.other).tensors.items()}
             save_file(teacher, state / "teacher.safetensors", metadata={"format": "pt"})
         return state

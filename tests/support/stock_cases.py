@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from opd import registry as backends
+from opd import registry
 from opd.models import names
 from opd.objective import Objective, log_softmax
 from opd.prompts.processor import open_encoder
@@ -33,7 +33,7 @@ def group_of(folder: Path) -> Group:
 
 def ours(name: str, folder: Path, group: Group, **options: Any) -> np.ndarray:
     """Log-probabilities of all completion tokens, as the backend `name` computes them."""
-    backend = backends.load(name, ModelOptions(folder, **options))
+    backend = registry.load(name, ModelOptions(folder, **options))
     return np.concatenate([one.student_logprobs for one in backend.score([group], JSD)[0]])
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd.measure import gap as measure
+from opd.measure import gap
 from opd.measure.gap import greedy_answers
 from opd.progress import Quiet
 from opd.prompts.encoder import PromptEncoder
@@ -150,7 +150,7 @@ class Large(ToyEncoder):
 
 @pytest.mark.parametrize(("room", "together"), [(1, 2), (2**22 + 2**12, 4), (2**23 + 2**20, 8), (2**30, 24)])
 def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(monkeypatch, room, together):
-    monkeypatch.setattr(measure, "SLICE_BYTES", room)
+    monkeypatch.setattr(gap, "SLICE_BYTES", room)
     asked = []
 
     class Counting(ToyBackend):

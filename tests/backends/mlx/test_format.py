@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import opd_mlx
-from opd import registry as backends
+from opd import registry
 from opd.errors import ModelError
 from opd.objective import Objective
 from opd.prompts.encoder import PromptEncoder
@@ -83,13 +83,13 @@ def stock_logprobs(folder, groups):
 
 
 def adapted(folder, **more):
-    return backends.load("mlx", ModelOptions(folder, tune_vision=False, adapters=OPTIONS, **more))
+    return registry.load("mlx", ModelOptions(folder, tune_vision=False, adapters=OPTIONS, **more))
 
 
 def test_a_whole_checkpoint_is_what_it_was_made_of(source, tmp_path):
     """Read, and written back as Hugging Face has it."""
     folder = whole(source, tmp_path / "mlx")
-    ours, theirs = (backends.load("mlx", ModelOptions(path)) for path in (folder, source))
+    ours, theirs = (registry.load("mlx", ModelOptions(path)) for path in (folder, source))
     expected = theirs.tensors("student")
     assert ours.tensors("student").keys() == expected.keys()
     assert all(np.abs(value - expected[name]).max() < 1e-6 for name, value in ours.tensors("student").items())
@@ -97,7 +97,7 @@ def test_a_whole_checkpoint_is_what_it_was_made_of(source, tmp_path):
     np.testing.assert_allclose(logprobs_of(ours, text, JSD), stock_logprobs(folder, text), atol=1e-4)
     ours.export(tmp_path / "out", "model")
     written, stored = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
-    again = backends.load("mlx", ModelOptions(tmp_path / "out")).tensors("student")
+    again = registry.load("mlx", ModelOptions(tmp_path / "out")).tensors("student")
     assert all(np.abs(value - expected[name]).max() < 1e-6 for name, value in again.items())
     assert {value.dtype for value in written.values()} == {value.dtype for value in stored.values()}
 
@@ -115,7 +115,7 @@ def test_quantised_checkpoints(source, tmp_path, bits, monkeypatch):
     monkeypatch.setattr(opd_mlx, "GROUP", 32)
     opd_mlx.quantize(source, folder, bits)
     backend, text, groups = adapted(folder), groups_of(source, 0), groups_of(source, 2)
-    plain = backends.load("mlx", ModelOptions(source))
+    plain = registry.load("mlx", ModelOptions(source))
     np.testing.assert_allclose(logprobs_of(backend, text, JSD), stock_logprobs(folder, text), atol=1e-4)
     assert np.abs(logprobs_of(backend, text, JSD) - logprobs_of(plain, text, JSD)).max() > (1e-2 if bits == 4 else 1e-4)
     for _ in range(2):
@@ -144,7 +144,7 @@ def test_what_transformers_writes_otherwise_is_quantised_too(family, tmp_path, m
     text = groups_of(source, 0)
     found = logprobs_of(adapted(tmp_path / "packed"), text, JSD)
     np.testing.assert_allclose(found, stock_logprobs(tmp_path / "packed", text), atol=1e-4)
-    np.testing.assert_allclose(found, logprobs_of(backends.load("mlx", ModelOptions(source)), text, JSD), atol=0.05)
+    np.testing.assert_allclose(found, logprobs_of(registry.load("mlx", ModelOptions(source)), text, JSD), atol=0.05)
 
 
 def test_what_mlx_vlm_cannot_load_is_one_line(tmp_path):
@@ -162,7 +162,7 @@ def test_gradients_over_norms_of_mlx(source, tmp_path):
     groups, gradients = groups_of(source, 1), []
     state = tmp_path / "state"
     for folder in (whole(source, tmp_path / "mlx"), source):
-        backend = backends.load("mlx", ModelOptions(folder))
+        backend = registry.load("mlx", ModelOptions(folder))
         if not state.is_dir():
             backend.save(state)
             shift(state / "teacher.safetensors")
