@@ -1,4 +1,4 @@
-"""Everything that depends on the device: one record, made once and passed down."""
+"""The device record: everything that depends on the device, made once and passed down."""
 
 from __future__ import annotations
 
@@ -17,79 +17,80 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _FULL = re.compile("Unable to allocate|Attempting to allocate|Insufficient Memory")
-"""How MLX says that a buffer does not fit: the allocator on both devices, and Metal."""
+"""MLX's messages for a full memory: of the allocators on CPU and GPU, and of Metal."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """The device that MLX computes on: which calls it takes, and how many bytes they may hold.
+    """MLX's device, the budgets of memory, and which optimisations pay off there.
 
-    `this_device` makes the record. Any field can be replaced, so that a CPU runs what a GPU does.
+    `this_device` makes the record. A test can replace any field, so that a CPU runs a GPU's path. A
+    budget changes results only by the order of sums.
     """
 
     name: str
     gpu: bool
 
     memory: int
-    """Bytes that a GPU's working set should not exceed; 0 where MLX does not say."""
+    """The recommended bytes of a GPU's working set; 0 if MLX does not report them."""
 
     fused_attention: bool
-    """Computes attention without a gradient by `mx.fast.scaled_dot_product_attention`.
-
-    On Metal that call keeps no scores; on a CPU it keeps them all.
-    """
+    """Whether attention without a gradient uses `mx.fast.scaled_dot_product_attention`, which keeps
+    all scores on a CPU and none on Metal."""
 
     compiles: bool
-    """Compiles elementwise functions and token steps. For a CPU, MLX calls g++, for seconds."""
+    """Whether elementwise functions and token steps are compiled. For a CPU MLX would call g++,
+    which takes seconds."""
 
     steps_ahead: int
-    """Token steps in flight before the host looks at a token, so that neither waits for the other.
-
-    Completions that have ended run that much longer.
-    """
+    """Token steps that are launched before the host reads a token, so that neither waits for the
+    other. Ended completions run this many steps too long."""
 
     score_block_rows: int
-    """Most rows of a block of attention scores: small blocks compute fewer masked scores."""
+    """The most rows of a block of attention scores; smaller blocks compute fewer masked scores."""
 
     score_block_bytes: int
-    """Most bytes of a block of attention scores; about three such arrays are alive at a time."""
+    """The most bytes of a block of attention scores; about three such arrays are alive at a time.
+    """
 
     head_block_bytes: int
-    """Bytes of one array of the rows that go through the divergence together."""
+    """Bytes of one array [rows, V] of a block of the divergence. On a CPU a block fits into the
+    processor's caches."""
 
     pixel_bytes: int
     """Bytes of images of one size that run through a vision tower together."""
 
     feature_bytes: int
-    """Bytes of image features that a frozen tower's cache keeps from step to step."""
+    """Bytes of image features that the cache of a frozen tower may hold (`opd.memory`)."""
 
     kept_score_bytes: int = 2**24
-    """Most bytes of scores that an attention call keeps for its backward; else it recomputes."""
+    """The most bytes of scores that one attention keeps for the backward, instead of recomputing
+    them."""
 
     checkpoint_above: int = 2 * 2**30
-    """Bytes of activations that a backward may hold without recomputing any layer."""
+    """Bytes of activations that a backward may hold. Above this estimate the backward recomputes
+    layers: all of them, or on a GPU those whose activations do not fit in the free memory."""
 
     prefill_tokens: int = 16384
-    """Padded prompt tokens that a rollout runs together."""
+    """Prompt tokens, with padding, that run together in a rollout's prefill."""
 
     gradient_bytes: int = 2**24
-    """Bytes of parameters whose gradient, or optimizer step, is computed at a time."""
+    """Bytes of parameters whose gradients, or optimizer steps, are computed together."""
 
     delta_segment: int = 256
-    """Tokens of a gated delta net whose activations a backward holds; it recomputes longer rows.
-
-    They take 1 MB a token in a layer of the 4B model.
-    """
+    """Tokens of a gated delta net whose activations a backward holds at a time; they take 1 MB per
+    token in a layer of the 4B model. Longer rows are recomputed segment by segment."""
 
     cache_tokens: int = 64
-    """Tokens of the first buffer of a completion's cache; each further buffer is twice as long."""
+    """Tokens of a completion's first buffer; a full buffer is replaced by one of twice the size."""
 
     compact_below: float = 0.75
-    """Share of live rows at which decoding drops ended ones, which copies all keys and values."""
+    """Ended completions are dropped when at most this share of the batch's rows would remain,
+    because dropping them copies all caches."""
 
 
 def this_device() -> Device:
-    """MLX's default device."""
+    """Makes the record of MLX's default device."""
     gpu, info = mx.default_device() == mx.gpu, mx.device_info()
     return Device(
         name=str(info.get("device_name", "unknown device")),
@@ -108,10 +109,10 @@ def this_device() -> Device:
 
 
 def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:
-    """The verb, with MLX's error of a full memory, a RuntimeError, as the core's."""
+    """Wraps a verb so that MLX's error for a full memory becomes `opd.errors.OutOfMemory`."""
 
     @wraps(verb)
-    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return verb(*args, **kwargs)
         except RuntimeError as error:
@@ -119,4 +120,4 @@ def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:
                 raise out_of_memory(error) from error
             raise
 
-    return told
+    return wrapped

@@ -1,8 +1,7 @@
-"""Rollout: every prompt once, then all completions of all prompts in lockstep, one token at a time.
+"""Samples completions: every prompt runs once, then all completions of all prompts run in lockstep,
+one token at a time. Ended completions leave the batch.
 
-Completions that have ended leave the batch.
-
-Legend: B prompts, n completions of a prompt, R live completions, V vocabulary, D width.
+Legend: B prompts, n completions of a prompt, R live completions, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from opd_mlx.model import Model
 from opd_mlx.objective import default_chunk
 
 UNIT = 2**30
-"""Parts into which the sampler divides a probability of 1: 32 bits leave room for rounding."""
+"""The whole number that stands for a probability of 1; int32 leaves room for rounding above it."""
 
 
 @dataclass(frozen=True)
 class PrefilledPrompts:
-    """Prompts that have run, and what completions need of them."""
+    """Prompts that have run, and their cache."""
 
     prefixes: Prefixes
     cache: PromptCache
@@ -47,7 +46,8 @@ def sample(
     uniforms: FloatArray,
     sampling: Sampling,
 ) -> list[list[Completion]]:
-    """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens].
+    """Samples n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens] in
+    [0, 1).
 
     `head` [V, D] is float32. Raises FloatingPointError if logits are not finite.
     """
@@ -72,10 +72,10 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]) -> PrefilledPrompts:
 def _lockstep(
     model: Model, head: mx.array, live: LiveCompletions, uniforms: FloatArray, sampling: Sampling
 ) -> tuple[IntArray, FloatArray]:
-    """Tokens and log-probabilities [B * n, steps], until every completion has ended.
+    """Samples tokens and log-probabilities [B * n, steps] until every completion has ended. Entries
+    after a stop token are arbitrary.
 
-    What stands behind a stop token means nothing. Raises FloatingPointError if logits are not
-    finite.
+    Raises FloatingPointError if logits are not finite.
     """
     limit, device = uniforms.shape[2], model.device
     draws, banned = mx.array(uniforms.reshape(-1, limit)), _banned(sampling, len(head))
@@ -86,7 +86,8 @@ def _lockstep(
     recorder = Recorder(state, device.compiles)
 
     def advance(count: int) -> list[mx.array]:
-        """One token of every live row and its log-probability; all changes go to `state`."""
+        """Samples one token of every live row; returns tokens and log-probabilities. All changes
+        are in `state`."""
         number, last = state["number"], state["last"]
         step = DecodeStep(number, count, exact=not recorder.compiles)
         batch, rows = live.token(last, number), mx.array(live.rows.reshape(-1))
@@ -122,10 +123,11 @@ def _lockstep(
 
 @dataclass(frozen=True)
 class LiveCompletions:
-    """Completions that have not ended.
+    """The completions in the batch, n to a prompt.
 
-    `rows` [B, n] are their places in the call, `positions` [axes, B, max_tokens] the rotary ones;
-    `caches` hold their tokens, layer by layer.
+    `rows` [B, n] are the completions' numbers in the call, `positions` [axes, B, max_tokens] the
+    rotary positions, `cache` is that of the prompts, and `caches` hold the completions' tokens,
+    layer by layer.
     """
 
     rows: NDArray[np.intp]
@@ -140,32 +142,35 @@ class LiveCompletions:
         return [cache.arrays for cache in self.caches]
 
     def token(self, last: mx.array, number: mx.array) -> Batch:
-        """The batch of step `number` [1], from the `last` tokens of all completions of the call."""
+        """The inputs of the token step `number` [1]; `last` are the last tokens of all completions
+        of the call.
+        """
         at = mx.take(self.positions, number, axis=2)[..., 0]
         at = mx.repeat(at, self.rows.shape[1], axis=1)
         tokens = last[mx.array(self.rows.reshape(-1))]
         return Batch(self.prefixes, tokens, at, (*self.rows.shape, 1), None)
 
     def without(self, ended: NDArray[np.bool_], compact_below: float) -> LiveCompletions:
-        """The same without prompts whose completions have all `ended`.
+        """Drops completions that have `ended`, if at most the share `compact_below` of rows
+        remains.
 
-        Every prompt keeps as many completions as the most that any prompt still needs. Unless the
-        number of rows falls to the share `compact_below`, all stay.
+        All prompts must keep the same number of completions, so a prompt with fewer live ones keeps
+        some that have ended. Prompts without live completions are dropped.
         """
-        over = ended[self.rows]
-        prompts, width = np.flatnonzero(~over.all(1)), int((~over).sum(1).max())
-        if len(prompts) * width > compact_below * over.size:
+        live = ~ended[self.rows]
+        prompts, width = np.flatnonzero(live.any(1)), int(live.sum(1).max())
+        if len(prompts) * width > compact_below * live.size:
             return self
-        columns = np.argsort(over[prompts], axis=1, kind="stable")[:, :width]
-        kept = mx.array(prompts.astype(np.int32))
-        cache = select_rows(self.cache, kept)
-        for layer in self.caches:
-            layer.select_rows(kept, mx.array(columns.astype(np.int32)))
+        columns = np.argsort(~live[prompts], axis=1, kind="stable")[:, :width]
+        chosen = mx.array(prompts.astype(np.int32))
+        cache = select_rows(self.cache, chosen)
+        for layer_cache in self.caches:
+            layer_cache.select_rows(chosen, mx.array(columns.astype(np.int32)))
         mx.eval(cache, self.arrays)
         sources = [self.prefixes.sources[prompt] for prompt in prompts.tolist()]
         return LiveCompletions(
             np.take_along_axis(self.rows[prompts], columns, axis=1),
-            self.positions[:, kept],
+            self.positions[:, chosen],
             lay_out_prefixes(sources, self.prefixes.shape[1]),
             cache,
             self.caches,
@@ -173,7 +178,7 @@ class LiveCompletions:
 
 
 def _begin(model: Model, prompts: PrefilledPrompts, n: int, limit: int) -> LiveCompletions:
-    """All completions of the prompts, before their first tokens."""
+    """All completions of the prompts, before the first token."""
     sources = prompts.prefixes.sources
     positions = np.stack([prompt.row_positions(limit) for prompt in sources], axis=1)
     layers = zip(model.layers, prompts.cache, strict=True)
@@ -193,9 +198,10 @@ def draw(
     temperature: float,
     banned: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
-    """One token of every row and its log-probability, [R] each.
+    """Samples one token of every row; returns tokens and log-probabilities, [R] each.
 
-    From `hidden` [R, D], `head` [V, D], `uniforms` [R], and `banned` [V], -inf at banned ids.
+    `hidden` is [R, D], `head` [V, D], `uniforms` [R] in [0, 1), and `banned` [V] is -inf at banned
+    ids. At temperature 0 the most likely token is taken.
     """
     chunk = default_chunk(len(head))
     pieces = []
@@ -210,7 +216,7 @@ def draw(
 def _draw(
     logits: mx.array, uniforms: mx.array, temperature: float, banned: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    """The first id whose cumulative probability exceeds the uniform; at T = 0 the likeliest."""
+    """Samples from `logits` [R, V], as `draw` does."""
     if banned is not None:
         logits = logits + banned
     logits = logits - logits.max(-1, keepdims=True)
@@ -225,11 +231,11 @@ def _draw(
 def inverse_cdf(weights: mx.array, uniforms: mx.array) -> mx.array:
     """The first id [R] whose cumulative share of `weights` [R, V] exceeds `uniforms` [R] in [0, 1).
 
-    A float32 sum over a vocabulary loses the rare ids, and a GPU has no float64. So the uniform
-    chooses a block of ids, and what is left of it an id of the block, by sums of whole numbers,
-    which are exact in any order. The ends of an id's share lie within 1e-6 of those that float64
-    gives, and an id of weight 0 is never drawn. A uniform of 24 bits costs more: it draws an id
-    with its probability give or take 2^-24, so an id below 2^-24 may be out of reach, and the
+    A float32 sum over a vocabulary would lose rare ids, and a GPU has no float64. So the uniform
+    first chooses a block of ids, and the rest of the uniform an id within the block, both by sums
+    of whole numbers, which are exact in any order. The bounds of an id's share are within 1e-6 of
+    those in float64, and an id of weight 0 is never sampled. The 24 bits of a uniform matter more:
+    probabilities are exact to 2^-24, so an id below 2^-24 may never be sampled, and the
     distribution of V ids is off by up to V * 2^-25 in total variation.
     """
     start = (uniforms * UNIT).astype(mx.int32), mx.full(uniforms.shape, UNIT, dtype=mx.int32)
@@ -247,8 +253,8 @@ def _choose(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The first of the `weights` [R, n] whose cumulative share exceeds target / unit [R].
 
-    Also how far into that share this lies, again as a target and a unit. Both are whole numbers,
-    and the unit is at most UNIT.
+    Also returns how far into that share the quotient lies, as a new target and unit. Both are whole
+    numbers, and a unit is at most UNIT.
     """
     factor = (unit.astype(mx.float32) / weights.sum(-1))[:, None]
     shares = mx.round(weights * factor).astype(mx.int32)
@@ -263,7 +269,7 @@ def _choose(
 
 
 def _banned(sampling: Sampling, vocabulary: int) -> mx.array | None:
-    """[V], -inf at banned ids."""
+    """An array [V] that is -inf at banned ids and 0 elsewhere; None without banned ids."""
     if not sampling.banned:
         return None
     mask = np.zeros(vocabulary, np.float32)

@@ -117,11 +117,11 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One token step of decoding: its `number` [1], on the device, and how many rows of its own
-    every completion reads.
+    """One token step of decoding: the step's `number` [1], on the device, and the `count` of
+    completion keys that every layer reads.
 
-    `count` is number + 1, or more where `exact` is false: a recorded step that runs many times
-    reads as much every time.
+    If `exact`, `count` is number + 1. Otherwise it may be more, because a recorded step always
+    reads the same number of keys.
     """
 
     number: Tensor

@@ -1,6 +1,4 @@
-"""Everything that depends on the device a backend runs on, in one record: made once, and passed
-down.
-"""
+"""The device record: everything that depends on the device, made once and passed down."""
 
 from __future__ import annotations
 
@@ -21,43 +19,40 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Device:
-    """Where tensors live, the budgets of memory there, and what pays off there.
+    """torch's device, the budgets of memory, and which optimisations pay off there.
 
-    The defaults are a CPU's; `this_device` says what a GPU does otherwise. No budget changes a
-    result, apart from the order of sums.
+    The defaults are for a CPU; `this_device` changes them for a GPU. A budget changes results only
+    by the order of sums.
     """
 
     torch: torch.device
 
     feature_bytes: int
-    """Image features of a frozen tower that stay in memory from step to step; see
-    `opd.memory.feature_bytes`.
-    """
+    """Bytes of image features that the cache of a frozen tower may hold (`opd.memory`)."""
 
     fused: bool = False
-    """Whether norms run in half precision on a GPU: `kernels.pointwise.HalfNorm`, and
-    `kernels.fused` where Triton is installed.
+    """Whether norms return half precision (`kernels.pointwise.HalfNorm`), with `kernels.fused` if
+    Triton is installed.
     """
 
     checkpoint_above: int = 2 * 2**30
-    """Bytes of activations that a backward may hold. A call with a larger estimate recomputes
-    layers in its backward: all of them, or on a GPU those whose activations do not fit in the free
-    memory.
+    """Bytes of activations that a backward may hold. Above this estimate the backward recomputes
+    layers: all of them, or on a GPU those whose activations do not fit in the free memory.
     """
 
     uploaded_bytes: int = 0
-    """Images that stay on the device between the passes of a step, so that no pass waits for the
-    host to cut and copy them.
+    """Bytes of images that stay on the device between the passes of a step, so that a pass does not
+    wait until the host has cut and copied them. 0 turns this off.
     """
 
     prefill_tokens: int = 16384
-    """Prompt tokens that run together in a rollout. Many prompts may decode together, but their
-    prefill holds more.
+    """Prompt tokens that run together in a rollout's prefill, which needs more memory than
+    decoding.
     """
 
     prompt_multiple: int = 1
-    """The longest prompt is padded to a multiple of this many tokens: a GPU's matrix products of
-    odd widths take several times as long.
+    """The longest prompt is padded to a multiple of this many tokens, because on a GPU matrix
+    products of odd widths take several times as long.
     """
 
     check_every: int = 1
@@ -67,28 +62,28 @@ class Device:
     """Whether token steps are recorded as CUDA graphs (`kernels.recorder`)."""
 
     recorded_rows: int = 256
-    """Rows of its own that a completion reads at least in a recorded step. Recording a step takes
-    as long as some ten steps.
+    """The fewest completion keys that a recorded step reads. Each doubling records a new step,
+    which takes as long as about ten steps.
     """
 
     compact_below: float = 0.75
-    """Ended completions leave the batch when at most this share of its rows would stay, since
-    leaving copies all caches.
+    """Ended completions are dropped when at most this share of the batch's rows would remain,
+    because dropping them copies all caches.
     """
 
     head_block_bytes: int = CHUNK_BYTES
-    """One array of the rows that pass together through everything but the head's products: on a CPU
-    so few that they stay in its caches.
+    """Bytes of one array [rows, V] of a block of the divergence. On a CPU a block fits into the
+    processor's caches.
     """
 
     @property
     def gpu(self) -> bool:
-        """Whether the device has memory of its own."""
+        """Whether the device is a GPU."""
         return bool(self.torch.type == "cuda")
 
     @property
     def name(self) -> str:
-        """The device in words."""
+        """The name of the GPU, or the CPU's number of threads."""
         if self.gpu:
             return str(torch.cuda.get_device_name(self.torch))
         threads = torch.get_num_threads()
@@ -96,14 +91,14 @@ class Device:
 
     @property
     def peak_memory(self) -> int:
-        """Largest number of bytes allocated on the GPU, or held by the process on the CPU."""
+        """The peak of bytes allocated on the GPU, or resident in the process on a CPU."""
         if self.gpu:
             return int(torch.cuda.max_memory_allocated(self.torch))
         return peak_resident()
 
 
 def this_device(name: str, dtype: str = "float32") -> Device:
-    """The record of the device `name`, as torch names it, for computation in `dtype`."""
+    """Makes the record of the device with torch's name `name`, for computation in `dtype`."""
     device = torch.device(name)
     if device.type == "cuda":
         return Device(
@@ -120,13 +115,13 @@ def this_device(name: str, dtype: str = "float32") -> Device:
 
 
 def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:
-    """The verb, with torch's error of a full memory as the core's."""
+    """Wraps a verb so that torch's out-of-memory error becomes `opd.errors.OutOfMemory`."""
 
     @wraps(verb)
-    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return verb(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error) from error
 
-    return told
+    return wrapped

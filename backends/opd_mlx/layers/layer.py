@@ -88,9 +88,8 @@ class Layer(Protocol):
 def checkpoint_if(
     recompute: bool, module: Any, function: Callable[_Inputs, _Output]
 ) -> Callable[_Inputs, _Output]:
-    """`function`, which computes with `module`'s parameters.
-
-    If `recompute`, its backward recomputes the activations instead of keeping them.
+    """Returns `function`, which computes with `module`'s parameters. If `recompute`, the returned
+    function keeps no activations, and the backward calls `function` once more.
     """
     if not recompute:
         return function

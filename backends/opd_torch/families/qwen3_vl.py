@@ -56,8 +56,8 @@ class _Patches(Protocol):
 
 
 class VisionTower(Protocol):
-    """A vision tower of Qwen, as transformers names its parts; `rotary_pos_emb` gives cosines and
-    sines.
+    """The parts of Qwen's vision tower, by transformers' names; `rotary_pos_emb` computes cosines
+    and sines.
     """
 
     spatial_merge_size: int
