@@ -1,4 +1,4 @@
-"""What `opd plan` asks of MLX: shapes without weights, a rough footprint, and this machine."""
+"""Answers `opd plan` for MLX: shapes without weights, a rough footprint, and this machine."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class BackendPlanner:
     """`opd.planner.Planner` for a Mac, and for MLX on a processor."""
 
     def parameters(self, config: Config) -> Shapes:
-        """Shapes of mlx-vlm's module, whose random parameters are never computed."""
-        of = family(config["model_type"])
+        """The shapes of all parameters, from mlx-vlm's module, whose random parameters are never
+        evaluated. Raises ModelError.
+        """
+        kind = family(config["model_type"])
         try:
-            module = of.build(config, bool(config["tie_word_embeddings"]))
+            module = kind.build(config, bool(config["tie_word_embeddings"]))
         except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"config.json cannot be used: {error}") from error
         parameters = dict(tree_flatten(module.parameters()))
-        named = {hugging_face(of, name): one.shape for name, one in parameters.items()}
-        # Channels of kernels come last in MLX, and second elsewhere.
+        named = {hugging_face(kind, name): value.shape for name, value in parameters.items()}
+        # A convolution's channels are last in MLX and second elsewhere.
         return {
             name: (size[0], size[-1], *size[1:-1]) if len(size) > 2 else tuple(size)
             for name, size in named.items()
@@ -40,26 +42,29 @@ class BackendPlanner:
     def footprint(
         self, options: ModelOptions, config: Config, largest: int, here: bool
     ) -> Footprint:
-        """A row keeps, in the type of computation, norms, sums and what products take."""
+        """The bytes of a micro-batch. A layer holds norms, sums and the inputs of products for
+        every row, in the type of computation.
+        """
         full, half = options.adapters is None, options.dtype == "bfloat16"
         device, item, text = this_device(), 2 if half else 4, config["text_config"]
         gelu = "gelu" in str(text.get("hidden_activation") or text.get("hidden_act"))
 
-        def layer(one: Layer, rows: Rows) -> tuple[float, float]:
-            heads = config["vision_config" if rows.kind == "patches" else "text_config"]
-            count = heads.get("num_attention_heads") or heads["num_heads"]
+        def layer_bytes(layer: Layer, rows: Rows) -> tuple[float, float]:
+            part = config["vision_config" if rows.kind == "patches" else "text_config"]
+            heads = part.get("num_attention_heads") or part["num_heads"]
             if rows.kind == "patches":
-                row = 12.0 * one.width + 4 * one.wide
+                row = 12.0 * layer.width + 4 * layer.wide
             else:
-                row = 2 * (one.width + one.norms) + (4 + full + gelu) / 2 * one.wide
-                row += 5 * one.query + 4 * one.key + 3.0 * one.gate
+                row = 2 * (layer.width + layer.norms) + (4 + full + gelu) / 2 * layer.wide
+                row += 5 * layer.query + 4 * layer.key + 3.0 * layer.gate
             held = rows.total * item * row
-            if not one.state:
-                scores = 4 * count * rows.total * (rows.before + rows.length)
+            if not layer.state:
+                scores = 4 * heads * rows.total * (rows.before + rows.length)
                 held += min(scores, device.kept_score_bytes)
                 return held, held + min(2 * scores, 4 * device.score_block_bytes)
-            # The rule is solved in whole chunks, or in a shorter one, whose squares are smaller. A
-            # backward of long rows holds nothing of it, and solves a segment at a time.
+            # The delta rule pads rows longer than a chunk to whole chunks; in a shorter row its
+            # squares are smaller. For rows longer than a segment the backward recomputes the rule
+            # segment by segment.
             length, segment = rows.length, device.delta_segment
             plain = delta_bytes(text, length, segment=0)
             chunks = -(-length // CHUNK) * CHUNK / length if length > CHUNK else length / CHUNK
@@ -67,15 +72,16 @@ class BackendPlanner:
             held += rows.count * (plain + solved * (length <= segment))
             return held, held + rows.count * solved * segment / length * (length > segment)
 
-        def wanted(lengths: Lengths) -> int:
-            patches, prompts, new = lengths
+        def activations(lengths: Lengths) -> int:
+            patches, prompts, completions = lengths
             images = [(patches.count // prompts.count, patches.length)] * prompts.count
-            rows = prompts.count, prompts.length, new.count // prompts.count, new.length
+            each = completions.count // prompts.count
+            rows = prompts.count, prompts.length, each, completions.length
             return estimate(config, item, device, rows, images)
 
         return Footprint(
-            estimate=wanted,
-            layer=layer,
+            estimate=activations,
+            layer=layer_bytes,
             blocks=family(config["model_type"]).image_blocks,
             stream=item,
             recompute_above=device.checkpoint_above,
@@ -104,7 +110,8 @@ class BackendPlanner:
             return lambda: mx.eval(mx.quantized_matmul(a, *weights, transpose=not back))
 
         if not device.gpu:
-            # On a processor such products are plain loops; on Metal they keep up with others.
+            # On a processor products with packed weights are plain loops; on Metal they are as fast
+            # as others.
             return Machine("CPU", memory, 0.9, False, product, packed=True)
         usable = (device.memory or 0.75 * memory) / memory
         return Machine(device.name, memory, usable, True, product)

@@ -1,4 +1,4 @@
-"""What `opd plan` asks of torch: shapes without weights, a rough footprint, and this machine."""
+"""Answers `opd plan` for torch: shapes without weights, a rough footprint, and this machine."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ class BackendPlanner:
         self._gpu = gpu
 
     def parameters(self, config: Config) -> Shapes:
-        """Shapes of an empty model of transformers."""
-        its = _config(config)
+        """The shapes of all parameters, from transformers' model on the meta device."""
+        settings = _config(config)
         with torch.device("meta"):
-            model = getattr(transformers, family(its.model_type).architecture)(its)
+            model = getattr(transformers, family(settings.model_type).architecture)(settings)
         return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
     def footprint(
         self, options: ModelOptions, config: Config, largest: int, here: bool
     ) -> Footprint:
-        """A row keeps float32 norms and casts of what enters products; less where kernels are
-        fused."""
+        """The bytes of a micro-batch. A layer holds norms in float32 and casts of the inputs of
+        products for every row, and less if kernels are fused.
+        """
         full, half, gpu = options.adapters is None, options.dtype == "bfloat16", self._gpu
-        its, device, item = _config(config), this_device("cpu"), 2 if half else 4
+        settings, device, item = _config(config), this_device("cpu"), 2 if half else 4
 
-        def layer(one: Layer, rows: Rows) -> tuple[float, float]:
-            entering = one.wide + one.query + one.key + one.gate
+        def layer_bytes(layer: Layer, rows: Rows) -> tuple[float, float]:
+            inputs = layer.wide + layer.query + layer.key + layer.gate
             if rows.kind == "patches":
-                row = 8.0 * one.norms + 2 * item * entering
+                row = 8.0 * layer.norms + 2 * item * inputs
             elif gpu and half:
-                fused = entering + 0.35 * (one.query + one.key)
-                row = 4 * one.norms + (4.1 if full else 3.75) * fused
+                fused = inputs + 0.35 * (layer.query + layer.key)
+                row = 4 * layer.norms + (4.1 if full else 3.75) * fused
             else:
-                row = 4.0 * (1 + full) * (one.norms + one.turned) + 2 * item * (
-                    one.width + entering
-                )
-            if one.state:
-                # A long row is solved in whole chunks. Without gradients to convolution and norm
-                # less is held.
+                row = 4.0 * (1 + full) * (layer.norms + layer.turned)
+                row += 2 * item * (layer.width + inputs)
+            if layer.state:
+                # Rows longer than a chunk are padded to whole chunks. Adapters hold less, because
+                # convolution and norm get no gradient.
                 chunks = -(-rows.length // CHUNK) * CHUNK if rows.length > CHUNK else rows.length
-                convolved, solved = delta_bytes(its.text_config, item)
+                convolved, solved = delta_bytes(settings.text_config, item)
                 rule = convolved + 0.9 * solved * chunks / rows.length
                 row += rule * (1 if full else 0.85)
-            # Where keys are not joined, each completion copies those of its prompt.
-            copied = one.window is not None or (gpu and not half)
-            held = rows.total * row + 2 * item * one.key * rows.count * rows.before * copied
+            # Where `kernels.joined` does not run, each completion copies the prompt's keys.
+            copied = layer.window is not None or (gpu and not half)
+            held = rows.total * row + 2 * item * layer.key * rows.count * rows.before * copied
             return held, 0.35 * held
 
-        def wanted(lengths: Lengths) -> int:
-            patches, prompts, new = (rows.total for rows in lengths)
-            return estimate(its, item, gpu and half, prompts + new, patches)
+        def activations(lengths: Lengths) -> int:
+            patches, prompts, completions = (rows.total for rows in lengths)
+            return estimate(settings, item, gpu and half, prompts + completions, patches)
 
         return Footprint(
-            estimate=wanted,
-            layer=layer,
-            blocks=family(its.model_type).image_blocks,
+            estimate=activations,
+            layer=layer_bytes,
+            blocks=family(settings.model_type).image_blocks,
             stream=4,
             recompute_above=device.checkpoint_above,
             frozen=4 if full else item,
@@ -85,7 +85,7 @@ class BackendPlanner:
         )
 
     def machine(self) -> Machine:
-        """The first GPU, or the processor."""
+        """The first GPU, or the processor. Raises BackendError without a GPU."""
         if self._gpu and not torch.cuda.is_available():
             raise BackendError("torch sees no CUDA GPU on this machine; name one with --device")
         device = torch.device("cuda" if self._gpu else "cpu")
@@ -110,10 +110,10 @@ class BackendPlanner:
 
 
 def _config(config: Config) -> Any:
-    """The configuration as transformers has it."""
-    its = transformers.AutoConfig.for_model(**config)
-    its.vision_config.vision_use_head = False  # no forward reads it
-    return its
+    """transformers' configuration of a model."""
+    settings = transformers.AutoConfig.for_model(**config)
+    settings.vision_config.vision_use_head = False  # no forward uses the head
+    return settings
 
 
 CUDA = BackendPlanner(gpu=True)
