@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "examples"
 
 def said(name, capsys, monkeypatch, *arguments):
     """What a script prints; what it registers is forgotten after the test."""
-    monkeypatch.setattr("opd.views.view.OWN", {})
+    monkeypatch.setattr("opd.views.view.REGISTERED", {})
     monkeypatch.setattr("opd.data.formats.REGISTERED", {})
     monkeypatch.setattr("sys.argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
