@@ -84,9 +84,10 @@ class Footprint:
     take, which is freed while layers run again unless `keeps_casts`. `chunk`: of a float32 array
     [rows, V] in the head stage, at most; `head`: how many there are, and how many beside a head's
     gradient; `head_copy`: of a head's weight in a copy for it. `sums`: of gradients that are added
-    up at a time, beside one parameter's; 0 where each is freed before. `apply`: beside the gradient
-    in the optimizer's step, at most. `keeps_tokens`: tokens of prompts up to which a rollout's pass
-    is kept for the gradient.
+    up at a time, beside one parameter's; 0 where each is freed before. `cache_sums`: of a number
+    in sums of gradients to prompts' keys and values that are there before completions run; 0 where
+    gradients come later. `apply`: beside the gradient in the optimizer's step, at most.
+    `keeps_tokens`: tokens of prompts up to which a rollout's pass is kept for the gradient.
     """
 
     estimate: Callable[[Lengths], int]
@@ -101,6 +102,7 @@ class Footprint:
     head: tuple[float, float]
     head_copy: int
     sums: int
+    cache_sums: int
     apply: int
     keeps_tokens: int
 

@@ -67,9 +67,10 @@ class BackendPlanner:
             # segment by segment.
             length, segment = rows.length, device.delta_segment
             plain = delta_bytes(text, length, segment=0)
+            kept = plain * (1.0 if full else 0.65)  # without gradients to convolution and norm
             chunks = -(-length // CHUNK) * CHUNK / length if length > CHUNK else length / CHUNK
             solved = (delta_bytes(text, length, segment=length) - plain) * chunks
-            held += rows.count * (plain + solved * (length <= segment))
+            held += rows.count * (kept + solved * (length <= segment))
             return held, held + rows.count * solved * segment / length * (length > segment)
 
         def activations(lengths: Lengths) -> int:
@@ -92,6 +93,7 @@ class BackendPlanner:
             head=(3.0 if here and not device.gpu else 8.0, 2.0),
             head_copy=4 * (half and not full),
             sums=device.gradient_bytes,
+            cache_sums=4,
             apply=3 * max(device.gradient_bytes, 4 * largest),
             keeps_tokens=0 if half else device.prefill_tokens,
         )

@@ -80,6 +80,7 @@ class BackendPlanner:
             head=(3.2, 3.2) if gpu else (2.0, 2.0),
             head_copy=4 * (half and not gpu),
             sums=0,
+            cache_sums=0,
             apply=0,
             keeps_tokens=0 if half else device.prefill_tokens,
         )

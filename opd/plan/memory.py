@@ -96,11 +96,15 @@ def memory(
     # A quarter of a layer's gradient stands for that of its largest parameter.
     layer = 4 * (shape.products if full else per_part["language"]) // len(shape.layers)
     sums = min(layer, rough.sums + layer // 4) if rough.sums else 0
-    text = images + prompt.total + casts * (rough.keeps_casts or not again)
+    # Gradients to what completions read of their prompts, and what the teacher's read.
+    asked = work.together * shape.cache(work.student.before, rough.cache_sums or item)
+    answered = work.together * shape.cache(work.teacher.before, item)
+    early, late = (asked, 0) if rough.cache_sums else (0, asked)
+    text = images + prompt.total + early + casts * (rough.keeps_casts or not again)
     accumulate = max(
-        summed + casts + teacher,
+        summed + casts + answered + teacher,
         text + summed + completion.total + max(head, of_head + completion.layer + sums),
-        text + gradient + sums + max(completion.layer, prompt.layer),
+        text + gradient + late + sums + max(completion.layer, prompt.layer),
         images + gradient + (image.layer + sums) * seen,
     )
     parts = {
