@@ -173,13 +173,20 @@ def supervised(trainer: Any) -> Any:
 
     class Supervised(TorchBackend):
         def sample(
-            self, prompts: Any, uniforms: Any, sampling: Any, policy: Any = "student"
+            self,
+            prompts: Any,
+            uniforms: Any,
+            sampling: Any,
+            policy: Any = "student",
+            prefill: Any = None,
         ) -> Any:
             if sampling.temperature == 0:  # measuring
                 return super().sample(prompts, uniforms, sampling, policy)
             return [[labels[prompt.key, prompt.tokens.tobytes()]] for prompt in prompts]
 
-        def accumulate(self, groups: Any, objective: Any, split: int = 0) -> Any:
+        def accumulate(
+            self, groups: Any, objective: Any, split: int = 0, prefill: Any = None
+        ) -> Any:
             tokens = torch.from_numpy(
                 np.concatenate([one.tokens for group in groups for one in group.completions])
             ).long()

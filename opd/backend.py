@@ -29,6 +29,53 @@ from opd.types import (
 )
 
 
+class Prefill:
+    """Prompts that the student has run once, for `sample` and then for `accumulate` of one step.
+
+    `Backend.prefill` makes it. It holds what completions read of the prompts, and the graph that
+    the prompts' backward needs, until `accumulate` takes them or `release` is called.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], held: object, weights: object = None) -> None:
+        """`held`: whatever the backend keeps of `prompts`; `weights`: an object that stands for the
+        weights that ran, another one after each change."""
+        self.prompts = tuple(prompts)
+        self.order = tuple(range(len(self.prompts)))
+        """The place in `prompts` of the prompt of each group that `accumulate` is given."""
+        self._held: object | None = held
+        self._weights = weights
+
+    def read(self, prompts: Sequence[Prompt], weights: object = None) -> object:
+        """What is held, for `sample`. Raises ValueError for other weights, other prompts than those
+        of the prefill, or another order."""
+        return self._checked(prompts, self.prompts, weights)
+
+    def take(self, prompts: Sequence[Prompt], weights: object = None) -> object:
+        """What is held, for `accumulate`, whose groups have these `prompts`; it serves once, and
+        nothing is held any more. Raises ValueError for other weights, or for other prompts than
+        `order` says."""
+        held = self._checked(prompts, [self.prompts[place] for place in self.order], weights)
+        self.release()
+        return held
+
+    def release(self) -> None:
+        """Frees what is held."""
+        self._held = None
+
+    def _checked(
+        self, prompts: Sequence[Prompt], wanted: Sequence[Prompt], weights: object
+    ) -> object:
+        if weights is not self._weights:
+            raise ValueError("the weights have changed since this prefill")
+        if self._held is None:
+            raise ValueError("this prefill was taken or released; it serves one step")
+        if len(prompts) != len(wanted) or any(
+            one is not other for one, other in zip(prompts, wanted, strict=True)
+        ):
+            raise ValueError("this prefill is of other prompts, or of another order of them")
+        return self._held
+
+
 class Backend(Protocol):
     """What the core asks of a backend. B prompts, n completions a prompt, T tokens of a completion.
 
@@ -48,32 +95,47 @@ class Backend(Protocol):
         """Elementwise sum of `values` over all processes; every process calls it with the same
         shape."""
 
+    def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
+        """Runs prompts of the student so that `sample` and `accumulate` of the same step share the
+        pass. None where that would not serve: where their graph is too large to be held during the
+        rollout, or has other numbers than the one of `accumulate`.
+
+        It holds for the weights as they are: use it before `apply` and `load`. Raises OutOfMemory.
+        """
+
     def sample(
         self,
         prompts: Sequence[Prompt],
         uniforms: FloatArray,
         sampling: Sampling,
         policy: Policy = "student",
+        prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
         """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens] in
         [0, 1).
 
         Token t of completion j is the first id whose cumulative probability, in the order of the
         vocabulary, exceeds uniforms[b, j, t]; banned ids have probability 0. A completion ends with
-        a stop token (kept) or at max_tokens.
+        a stop token (kept) or at max_tokens. `prefill`: of these prompts, in this order, by the
+        student; it changes no result.
         Raises ModelError where weights are NaN or infinite, RunError where training made logits so,
         and OutOfMemory where the device's memory does not suffice.
         """
 
     def accumulate(
-        self, groups: Sequence[Group], objective: Objective, split: int = 0
+        self,
+        groups: Sequence[Group],
+        objective: Objective,
+        split: int = 0,
+        prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
         """Adds the gradient of sum(weight * ratio * divergence) to the student's; statistics of
         every completion of every group.
 
         With `split`, only so many completions of each group run at once, to hold less: prompts run
         once all the same, and their backward once, on the sum of what all completions ask of their
-        keys and values. It changes no result.
+        keys and values. `prefill` has run the students' prompts of these groups, and is taken. Both
+        change no result.
         Where it raises, the gradient is gone, with what other calls added: it is added to in place,
         since two would not fit where one does. The step is then begun again. Raises OutOfMemory
         where the device's memory does not suffice.
@@ -98,7 +160,12 @@ class Backend(Protocol):
 
     def save(self, folder: Path) -> None:
         """Writes student, teacher and optimizer moments under Hugging Face tensor names as
-        safetensors."""
+        safetensors.
+
+        Every process calls it with a folder of its own: where the processes share storage, that of
+        rank 0 is kept, and of the others what rank 0's lacks. A backend whose processes all hold
+        the same writes on rank 0 alone.
+        """
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, to the bit."""

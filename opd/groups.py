@@ -12,7 +12,13 @@ from itertools import chain, compress
 
 import numpy as np
 
-from opd.types import Alternatives, FloatArray, Group, TokenStatistics
+from opd.types import Alternatives, Completion, FloatArray, Group, TokenStatistics
+
+
+def nothing_sampled(uniforms: FloatArray) -> list[list[Completion]]:
+    """Empty completions, for `uniforms` [B, n, max_tokens] of which one size is 0."""
+    empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
+    return [[empty for _ in row] for row in uniforms]
 
 
 def drop_empty(groups: Sequence[Group]) -> list[Group]:

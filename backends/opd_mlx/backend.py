@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd import errors
-from opd.groups import drop_empty, restore_empty
+from opd.backend import Prefill
+from opd.groups import drop_empty, nothing_sampled, restore_empty
 from opd.ids import check_ids
 from opd.objective import Objective
 from opd.types import (
@@ -29,7 +30,6 @@ from opd.types import (
 from opd_mlx import gradient
 from opd_mlx import sampling as rollout
 from opd_mlx.device import Device, tells_out_of_memory, this_device
-from opd_mlx.gradient import RolloutPrefill
 from opd_mlx.model import (
     Checkpoint,
     Parameters,
@@ -57,7 +57,7 @@ class MlxBackend:
         self._teacher = dict(self._student)
         self._optimizer = Optimizer(self._student, self._model.device)
         self._gradient: Parameters = {}
-        self._prefill: RolloutPrefill | None = None
+        self._weights = object()  # another one wherever the student's weights change
         self._processes = mx.distributed.init()
 
     @property
@@ -79,51 +79,51 @@ class MlxBackend:
         return np.array(summed, dtype=np.float64)
 
     @tells_out_of_memory
+    def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
+        """Runs prompts with their graph, where it is small and of the weights' own precision."""
+        check_ids(prompts, (), self._model.vocabulary)
+        held = gradient.prefill_for_rollout(self._model, self._student, prompts)
+        return Prefill(prompts, held, self._weights) if held else None
+
+    @tells_out_of_memory
     def sample(
         self,
         prompts: Sequence[Prompt],
         uniforms: FloatArray,
         sampling: Sampling,
         policy: Policy = "student",
+        prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
-        """Draws completions; few prompts keep their graph for the next `accumulate`."""
+        """Draws completions."""
         check_ids(prompts, (), self._model.vocabulary)
-        self._prefill = None
-        count, n, limit = uniforms.shape
-        if not (count and n and limit):
-            empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
-            return [[empty] * n for _ in range(count)]
-        if policy == "student" and sampling.temperature:
-            self._prefill = gradient.prefill_for_rollout(self._model, self._student, prompts)
+        if not uniforms.size:
+            return nothing_sampled(uniforms)
         parameters = self._student if policy == "student" else self._teacher
         with self._model.bound(parameters):
             head = self._model.head(parameters).astype(mx.float32)
-            if self._prefill is None:
-                read = rollout.read_prompts(self._model, prompts)
-            else:
-                read = rollout.PrefilledPrompts(self._prefill.prefixes, self._prefill.cache)
+            held = prefill and prefill.read(prompts, self._weights)
+            read = gradient.to_sample(held) if held else rollout.read_prompts(self._model, prompts)
             try:
                 return rollout.sample(self._model, head, read, uniforms, sampling)
             except FloatingPointError:
-                tensor = not_finite(self._model, parameters)
-                step = self._optimizer.step
+                tensor, step = not_finite(self._model, parameters), self._optimizer.step
                 raise errors.not_finite(self._model.folder, tensor, step) from None
 
     @tells_out_of_memory
     def accumulate(
-        self, groups: Sequence[Group], objective: Objective, split: int = 0
+        self,
+        groups: Sequence[Group],
+        objective: Objective,
+        split: int = 0,
+        prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
-        """Adds the gradient of the groups' weighted sum; a call that fails leaves no gradient."""
+        """Adds the gradient of the groups' sum, in place; a call that fails leaves none."""
         used = drop_empty(groups)
         if not used:
             return restore_empty(groups, [])
         check_ids((), used, self._model.vocabulary)
-        # Accumulate in place: a second gradient might not fit.
         sums, self._gradient = self._gradient, {}
-        # Before anything runs: a prefill that does not serve these prompts is freed.
-        prefill, self._prefill = self._prefill, None
-        order, prompts = gradient.take(prefill, used)
-        del prefill
+        order, prompts = gradient.take(prefill, groups, used, self._weights)
         inputs = [used[index] for index in order], objective, split, prompts
         computed = gradient.accumulate(self._model, self._student, self._teacher, sums, *inputs)
         self._gradient = sums
@@ -145,7 +145,7 @@ class MlxBackend:
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes."""
         sums = self._gradient or zeros(self._student)
-        self._gradient, self._prefill = {}, None
+        self._gradient, self._weights = {}, object()
         if self.size > 1:
             # In one order on all processes: nothing else matches what they add.
             group = self._processes
@@ -170,7 +170,7 @@ class MlxBackend:
         self._teacher.update(read.teacher)
         self._optimizer.first, self._optimizer.second = read.first, read.second
         self._optimizer.step = read.step
-        self._gradient, self._prefill = {}, None
+        self._gradient, self._weights = {}, object()
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student as a Hugging Face model folder, or its adapters in PEFT's format.

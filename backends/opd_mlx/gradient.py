@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from opd.backend import Prefill
 from opd.groups import slices
 from opd.objective import Objective
 from opd.types import Group, Policy, Prompt, TokenStatistics
@@ -25,6 +26,7 @@ from opd_mlx.forward import PromptCache, complete, hidden_states, prefill, warm
 from opd_mlx.kernels.backward import Backward
 from opd_mlx.model import Model, Parameters
 from opd_mlx.objective import HeadResult, default_chunk, divergence_head
+from opd_mlx.sampling import PrefilledPrompts
 
 LOOKED_UP = "language_model.looked_up"
 """The name among gradients of those of the embedding rows that completions look up."""
@@ -129,19 +131,27 @@ def prefill_for_rollout(
     return RolloutPrefill(batch.prefixes, pending)
 
 
-def take(
-    prefill: RolloutPrefill | None, groups: Sequence[Group]
-) -> tuple[list[int], PendingBackward | None]:
-    """An order of `groups`, by index, and their prompts in that order if the prefill covers just
-    these.
+def to_sample(held: object) -> PrefilledPrompts:
+    """What a prefill holds, as `sampling.sample` takes it."""
+    assert isinstance(held, RolloutPrefill)
+    return PrefilledPrompts(held.prefixes, held.cache)
 
-    Otherwise the order is that of `groups`, and there are no prompts.
+
+def take(
+    prefill: Prefill | None, groups: Sequence[Group], used: Sequence[Group], weights: object
+) -> tuple[list[int], PendingBackward | None]:
+    """An order of the `used` groups, by index, and their prompts in that order: the prefill's.
+
+    Without a prefill the order is theirs, and there are no prompts; nor where not all `groups` are
+    used: the prefill is released then.
     """
-    places = {id(group.student): index for index, group in enumerate(groups)}
-    covered = [id(prompt) for prompt in prefill.prefixes.sources] if prefill else []
-    if prefill is None or sorted(covered) != sorted(places) or len(places) != len(groups):
-        return list(range(len(groups))), None
-    return [places[prompt] for prompt in covered], prefill.pending
+    if prefill is None or len(used) < len(groups):
+        if prefill is not None:
+            prefill.release()
+        return list(range(len(used))), None
+    held = prefill.take([one.student for one in groups], weights)
+    assert isinstance(held, RolloutPrefill)
+    return sorted(range(len(used)), key=prefill.order.__getitem__), held.pending
 
 
 def accumulate(

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from opd import errors
+from opd.backend import Prefill
 from opd.errors import ModelError, nearest
-from opd.groups import drop_empty, restore_empty
+from opd.groups import drop_empty, nothing_sampled, restore_empty
 from opd.ids import check_ids
 from opd.objective import Objective
 from opd.types import (
@@ -49,15 +50,14 @@ class TorchBackend:
 
     def __init__(self, options: ModelOptions, device: Device) -> None:
         if options.dtype not in DTYPES:
-            nearby = nearest(options.dtype, DTYPES)
-            raise ModelError(f"unknown dtype '{options.dtype}'; {nearby}")
+            raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
         self._options = options
         self._student = load_model(options, device)
         # The teacher's parameters keep requires_grad: autocast caches casts only of those.
         self._teacher = copy_model(self._student)
         self._optimizer = Optimizer(self._student.parameters)
         self._gradient: dict[str, Tensor] = {}
-        self._prefill: gradients.RolloutPrefill | None = None
+        self._weights = object()  # another one wherever the student's weights change
 
     @property
     def rank(self) -> int:
@@ -78,46 +78,48 @@ class TorchBackend:
         return np.asarray(summed.cpu().numpy(), dtype=np.float64)
 
     @tells_out_of_memory
+    def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
+        """Runs prompts with their graph, where it is small and of the weights' own precision."""
+        check_ids(prompts, (), self._student.vocabulary)
+        held = gradients.prefill_for_rollout(self._student, prompts)
+        return Prefill(prompts, held, self._weights) if held else None
+
+    @tells_out_of_memory
     def sample(
         self,
         prompts: Sequence[Prompt],
         uniforms: FloatArray,
         sampling: Sampling,
         policy: Policy = "student",
+        prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
-        """Draws completions; `accumulate` takes a small prefill of the student with its graph."""
+        """Draws completions."""
         model = self._student if policy == "student" else self._teacher
         check_ids(prompts, (), model.vocabulary)
         if not uniforms.size:
-            empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
-            return [[empty for _ in row] for row in uniforms]
-        self._prefill = None
-        if policy == "student" and sampling.temperature > 0:
-            self._prefill = gradients.prefill_for_rollout(model, prompts)
-        read = self._prefill.to_sample(model) if self._prefill else None
-        # In inference mode autocast caches no casts of weights: every token would cast them.
-        half = model.dtype == torch.bfloat16
-        with torch.no_grad(), model.autocast():
-            read = read or rollout.read_prompts(model, prompts)
-            with torch.no_grad() if half else torch.inference_mode():
-                try:
-                    return rollout.sample(model, read, uniforms, sampling)
-                except FloatingPointError:
-                    tensor, step = not_finite(model.module), self._optimizer.step
-                    raise errors.not_finite(Path(self._options.path), tensor, step) from None
+            return nothing_sampled(uniforms)
+        held = prefill and prefill.read(prompts, self._weights)
+        try:
+            read = gradients.to_sample(model, held) if held else None
+            return rollout.sample(model, prompts, uniforms, sampling, read)
+        except FloatingPointError:
+            tensor, step = not_finite(model.module), self._optimizer.step
+            raise errors.not_finite(Path(self._options.path), tensor, step) from None
 
     @tells_out_of_memory
     def accumulate(
-        self, groups: Sequence[Group], objective: Objective, split: int = 0
+        self,
+        groups: Sequence[Group],
+        objective: Objective,
+        split: int = 0,
+        prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
         """Adds the gradient of the groups' weighted sum."""
         used = drop_empty(groups)
         if not used:
             return restore_empty(groups, [])
         check_ids((), used, self._student.vocabulary)
-        kept, self._prefill = self._prefill, None
-        cache = kept.take([group.student for group in used]) if kept else None
-        del kept  # a prefill of other prompts is freed before anything runs
+        cache = gradients.take(prefill, groups, used, self._weights)
         # Where `accumulate` raises there is no gradient: it adds to the sums in place.
         sums, self._gradient = self._gradient, {}
         policies = self._student, self._teacher
@@ -134,12 +136,11 @@ class TorchBackend:
         if not used:
             return restore_empty(groups, [])
         check_ids((), used, self._student.vocabulary)
-        statistics = gradients.score(self._student, self._teacher, used, objective, top)
-        return restore_empty(groups, statistics)
+        policies = self._student, self._teacher
+        return restore_empty(groups, gradients.score(*policies, used, objective, top))
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes."""
-        self._prefill = None
         gradient = {}
         for name, parameter in self._student.parameters.items():
             # Every process sums every parameter, whether or not a gradient reached it here.
@@ -148,6 +149,7 @@ class TorchBackend:
         if self.size > 1:
             for value in gradient.values():
                 distributed.all_reduce(value)
+        self._weights = object()
         return self._optimizer.apply(gradient, update)
 
     def move_teacher(self, rate: float) -> None:
@@ -160,9 +162,8 @@ class TorchBackend:
 
     def load(self, folder: Path) -> None:
         """Restores either backend's files, or raises FolderError and changes nothing."""
-        self._prefill = None
         self._optimizer.step = read_checkpoint(folder, self._state())
-        self._gradient = {}
+        self._gradient, self._weights = {}, object()
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student as a Hugging Face model folder, or its adapters in PEFT's format."""
@@ -175,7 +176,7 @@ class TorchBackend:
         self, kind: Literal["student", "teacher", "gradient"]
     ) -> dict[str, NDArray[np.float32]]:
         """Float32 copies by Hugging Face name."""
-        student, teacher = self._student.parameters, self._teacher.parameters
+        student, teacher, _ = self._state()
         source = {"student": student, "teacher": teacher, "gradient": self._gradient}[kind]
         return {
             name: source[name].detach().float().cpu().numpy().copy()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opd.backend import Prefill
 from opd.groups import slices
 from opd.objective import Objective
 from opd.types import Group, IntArray, Prompt, TokenStatistics
-from opd_torch.batch import Prefixes, lay_out_completions, lay_out_prefixes, lay_out_targets
+from opd_torch.batch import lay_out_completions, lay_out_prefixes, lay_out_targets
 from opd_torch.footprint import activation_bytes, prompt_bytes, recompute_share
 from opd_torch.forward import PromptCache, complete, concatenate_caches, prefill, reorder
 from opd_torch.model.load import Model
@@ -25,33 +25,30 @@ from opd_torch.objective import HeadResult, default_chunk, divergence_head
 from opd_torch.sampling import PrefilledPrompts
 
 
-@dataclass(frozen=True)
-class RolloutPrefill:
-    """The student's pass over the prompts of a rollout, with its graph, for the gradient of the
-    same step.
+def to_sample(model: Model, held: object) -> PrefilledPrompts:
+    """What a prefill holds, as `sampling.sample` takes it: without the graph."""
+    assert isinstance(held, PrefilledPrompts)
+    with torch.no_grad():
+        return PrefilledPrompts(held.prefixes, concatenate_caches(model, [list(held.cache)]))
+
+
+def take(
+    prefill: Prefill | None, groups: Sequence[Group], used: Sequence[Group], weights: object
+) -> PromptCache | None:
+    """The prompts' cache with its graph, in the order of `groups`. None where there is no prefill,
+    or where not all groups are `used`: it is released then.
     """
-
-    prefixes: Prefixes
-    cache: PromptCache
-
-    def to_sample(self, model: Model) -> PrefilledPrompts:
-        """The prompts as `sampling.sample` takes them."""
-        with torch.no_grad():
-            cache = concatenate_caches(model, [list(self.cache)])
-        return PrefilledPrompts(self.prefixes, cache)
-
-    def take(self, prompts: Sequence[Prompt]) -> PromptCache | None:
-        """The cache if it covers exactly these prompts (the same objects), in their order; it can
-        be used once.
-        """
-        places = {id(prompt): place for place, prompt in enumerate(self.prefixes.sources)}
-        order = [places.get(id(prompt), -1) for prompt in prompts]
-        if sorted(order) != list(range(len(self.prefixes.sources))):
-            return None
-        return self.cache if order == sorted(order) else reorder(self.cache, order)
+    if prefill is None:
+        return None
+    if len(used) < len(groups):
+        prefill.release()
+        return None
+    held, order = prefill.take([one.student for one in groups], weights), prefill.order
+    assert isinstance(held, PrefilledPrompts)
+    return held.cache if sorted(order) == list(order) else reorder(held.cache, order)
 
 
-def prefill_for_rollout(model: Model, prompts: Sequence[Prompt]) -> RolloutPrefill | None:
+def prefill_for_rollout(model: Model, prompts: Sequence[Prompt]) -> PrefilledPrompts | None:
     """Runs a rollout's prompts with a graph; None where the graph is not small, or would hold casts
     of all weights.
     """
@@ -64,7 +61,7 @@ def prefill_for_rollout(model: Model, prompts: Sequence[Prompt]) -> RolloutPrefi
     if prompt_bytes(model, prompts, tokens) > model.device.checkpoint_above:
         return None
     prefixes = lay_out_prefixes(prompts, model.device.torch)
-    return RolloutPrefill(prefixes, prefill(model, prefixes))
+    return PrefilledPrompts(prefixes, prefill(model, prefixes))
 
 
 def accumulate(

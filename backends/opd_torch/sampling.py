@@ -65,13 +65,22 @@ def read_prompts(model: Model, prompts: Sequence[Prompt]) -> PrefilledPrompts:
 
 
 def sample(
-    model: Model, prompts: PrefilledPrompts, uniforms: FloatArray, sampling: Sampling
+    model: Model,
+    prompts: Sequence[Prompt],
+    uniforms: FloatArray,
+    sampling: Sampling,
+    prefilled: PrefilledPrompts | None = None,
 ) -> list[list[Completion]]:
     """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens].
 
     Raises FloatingPointError where logits are not finite.
     """
-    tokens, logprobs = _lockstep(model, prompts, uniforms, sampling)
+    # In inference mode autocast caches no casts of weights: every token would cast them.
+    half = model.dtype == torch.bfloat16
+    with torch.no_grad(), model.autocast():
+        read = prefilled or read_prompts(model, prompts)
+        with torch.no_grad() if half else torch.inference_mode():
+            tokens, logprobs = _lockstep(model, read, uniforms, sampling)
     return cut_at_stop(tokens, logprobs, uniforms.shape[1], sampling.stop)
 
 

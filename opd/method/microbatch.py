@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.backend import Backend
+from opd.backend import Backend, Prefill
 from opd.objective import Objective
 from opd.types import Group, TokenStatistics
 
@@ -21,25 +21,43 @@ def accumulate(
     objective: Objective,
     budget: int,
     padding: Group | None,
+    prefill: Prefill | None = None,
 ) -> list[list[TokenStatistics]]:
     """Adds the gradient of a step's groups in micro-batches of at most `budget` tokens; statistics
     in the order of the groups.
 
     Every process makes the same number of calls: one with fewer micro-batches than another adds
-    `padding`, a group of weight 0.
+    `padding`, a group of weight 0. `prefill`, of the students' prompts of all pairs, serves where
+    all of them have a group and run together; else it is released before anything runs.
     """
     parts = microbatches_of(groups, budget)
     missing = largest_count(backend, len(parts)) - len(parts)
     statistics: list[list[TokenStatistics]] = [[] for _ in groups]
+    if prefill is not None:
+        prefill = _arranged(prefill, [groups[index] for part in parts[:1] for index in part])
     for part in parts:
         together = [groups[index] for index in part]
-        rows = backend.accumulate(together, objective, completions_at_once(together, budget))
+        at_once = completions_at_once(together, budget)
+        rows = backend.accumulate(together, objective, at_once, prefill)
         for index, found in zip(part, rows, strict=True):
             statistics[index] = found
     for _ in range(missing):
         assert padding is not None, "a process without examples takes no part in a step"
         backend.accumulate([padding], objective)
     return statistics
+
+
+def _arranged(prefill: Prefill, groups: Sequence[Group]) -> Prefill | None:
+    """The prefill, arranged for these groups; None, and released, where it is not of their prompts,
+    each once."""
+    order = []
+    for group in groups:
+        order += [place for place, one in enumerate(prefill.prompts) if one is group.student][:1]
+    if len(order) == len(groups) and sorted(order) == list(range(len(prefill.prompts))):
+        prefill.order = tuple(order)
+        return prefill
+    prefill.release()
+    return None
 
 
 def microbatches(

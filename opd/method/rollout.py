@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from opd.backend import Backend
+from opd.backend import Backend, Prefill
 from opd.errors import RunError
 from opd.method.microbatch import largest_count, microbatches
 from opd.options import Options
@@ -88,28 +88,50 @@ def sample(
     sampling: Sampling,
     budget: int,
     progress: Callable[[int], None] = lambda prompts: None,
+    prefill: Prefill | None = None,
 ) -> list[list[Completion]]:
     """The student samples n completions of all prompts in micro-batches; results are in the order
     of the prompts.
 
     `uniforms` [B, n, max_tokens]; `budget` in padded tokens; `progress` hears the number of prompts
-    that each micro-batch finished.
+    that each micro-batch finished; `prefill` is of all prompts, see `prefill_of`.
     Raises RunError where the model's log-probabilities are not finite: nothing that is drawn from
     them means anything.
     """
     _, completions, max_tokens = uniforms.shape
     result: list[list[Completion]] = [[] for _ in prompts]
-    parts = microbatches([(len(prompt), max_tokens) for prompt in prompts], completions, budget)
+    parts = parts_of(prompts, completions, max_tokens, budget)
     # every process makes the same number of calls
     parts += [[0]] * (largest_count(backend, len(parts)) - len(parts))
     for part in parts:
-        sampled = backend.sample([prompts[index] for index in part], uniforms[part], sampling)
+        together = [prompts[index] for index in part]
+        sampled = backend.sample(together, uniforms[part], sampling, prefill=prefill)
         for index, group in zip(part, sampled, strict=True):
             if not all(np.isfinite(completion.logprobs).all() for completion in group):
                 raise RunError(NOT_FINITE)
             result[index] = group
         progress(len(part))
     return result
+
+
+def parts_of(
+    prompts: Sequence[Prompt], completions: int, max_tokens: int, budget: int
+) -> list[list[int]]:
+    """Which prompts are sampled together: `budget` in padded tokens, every completion as long as it
+    may be."""
+    return microbatches([(len(prompt), max_tokens) for prompt in prompts], completions, budget)
+
+
+def prefill_of(
+    backend: Backend, prompts: Sequence[Prompt], options: RolloutOptions
+) -> Prefill | None:
+    """One pass of the student over a step's prompts for both rollout and gradient; None where they
+    are not sampled together, or where the backend says that it does not serve."""
+    budget = options.sample_tokens
+    parts = parts_of(prompts, options.completions, options.max_tokens, budget)
+    if len(parts) != 1:
+        return None
+    return backend.prefill([prompts[index] for index in parts[0]])
 
 
 def cut_at_stop(

@@ -97,7 +97,10 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
     )
     sampling = Sampling(options.temperature, method.stop, method.banned)
     prompts = [pair.student for pair in batch.pairs]
-    sampled = rollout.sample(backend, prompts, uniforms, sampling, options.sample_tokens)
+    prefill = rollout.prefill_of(backend, prompts, options)
+    sampled = rollout.sample(
+        backend, prompts, uniforms, sampling, options.sample_tokens, prefill=prefill
+    )
     kept = rollout.drop_unusable(batch.pairs, sampled, method.banned)
     clock.lap("rollout")
 
@@ -106,7 +109,7 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
     groups = rollout.groups(kept, counts["tokens"]) if counts["weighted"] else []
     padding = rollout.padding_group(batch.pairs[0], method.stop) if batch.pairs else None
     statistics = microbatch.accumulate(
-        backend, groups, objective, options.microbatch_tokens, padding
+        backend, groups, objective, options.microbatch_tokens, padding, prefill
     )
     clock.lap("accumulate")
 

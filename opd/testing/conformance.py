@@ -170,6 +170,38 @@ def split_groups_are_whole(material: Material) -> float:
     )
 
 
+def a_prefill_changes_nothing(material: Material) -> float:
+    """Prompts that ran once for both have the completions, statistics and gradient of prompts that
+    run twice; they serve one step, of the same prompts and weights: else ValueError."""
+    backend, other = material.make(), material.make()
+    prompts = [student for student, _ in material.pairs]
+    prefill = backend.prefill(prompts)
+    if prefill is None:
+        return 0.0
+    drawn = uniforms(0, 1, range(len(prompts)), 3, material.max_tokens)
+    sampling = Sampling(1.0, material.stop, material.banned)
+    shared = backend.sample(prompts, drawn, sampling, prefill=prefill)
+    alone = other.sample(prompts, drawn, sampling)
+    for one, another in zip(chain(*shared), chain(*alone), strict=True):
+        if not np.array_equal(one.tokens, another.tokens):
+            return np.inf
+    groups = material.groups(other)[::-1]
+    if not _refused(lambda: backend.accumulate(groups, OBJECTIVE, prefill=prefill)):
+        return np.inf
+    prefill.order = tuple(range(len(prompts)))[::-1]
+    statistics = statistics_error(
+        backend.accumulate(groups, OBJECTIVE, prefill=prefill), other.accumulate(groups, OBJECTIVE)
+    )
+    gradient = relative_error(backend.tensors("gradient"), other.tensors("gradient"))
+    if not _refused(lambda: backend.accumulate(groups, OBJECTIVE, prefill=prefill)):
+        return np.inf
+    stale = other.prefill(prompts)
+    other.apply(Update(1e-2))
+    if not _refused(lambda: other.sample(prompts, drawn, sampling, prefill=stale)):
+        return np.inf
+    return max(gradient, statistics * GRADIENT / VALUE)
+
+
 def calls_add_up(material: Material) -> float:
     """Any cut of a step into calls accumulates the same gradient, in any order."""
     backend, other = material.make(), material.make()
@@ -410,6 +442,7 @@ OBJECTIVE = Objective(alpha=0.5, top_k=7, temperature=1.3)
 CHECKS: tuple[tuple[str, Callable[[Material], float], float], ...] = (
     ("a group equals its rows", rows_equal_groups, GRADIENT),
     ("split groups are whole", split_groups_are_whole, GRADIENT),
+    ("a prefill changes nothing", a_prefill_changes_nothing, GRADIENT),
     ("calls add up", calls_add_up, GRADIENT),
     ("score is accumulate without gradient", score_is_accumulate_without_gradient, VALUE),
     ("on-policy ratio is one", on_policy_ratio_is_one, 5 * VALUE),
@@ -421,6 +454,14 @@ CHECKS: tuple[tuple[str, Callable[[Material], float], float], ...] = (
     ("the teacher moves by its rate", the_teacher_moves_by_its_rate, VALUE),
     ("a checkpoint restores all", a_checkpoint_restores_all, EXACT),
 )
+
+
+def _refused(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except ValueError:
+        return True
+    return False
 
 
 def _difference(a: FloatArray, b: FloatArray) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from opd.backend import Prefill
 from opd.objective import Evaluation, Float64, Objective, evaluate, log_softmax
 from opd.types import (
     Alternatives,
@@ -94,11 +95,16 @@ class ToyBackend:
         }
         self.teacher = {name: value.copy() for name, value in self.student.items()}
         self.gradient = self._zeros()
+        self._weights = object()
         self.first, self.second, self.steps = self._zeros(), self._zeros(), 0
 
     def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """One process: its own values."""
         return values
+
+    def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
+        """What completions read of the prompts: their features."""
+        return Prefill(prompts, [_features(prompt) for prompt in prompts], self._weights)
 
     def sample(
         self,
@@ -106,8 +112,11 @@ class ToyBackend:
         uniforms: FloatArray,
         sampling: Sampling,
         policy: Policy = "student",
+        prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
         """Draws completions of each prompt, row by row, in float64."""
+        if prefill:
+            prefill.read(prompts, self._weights)
         parameters = self.student if policy == "student" else self.teacher
         return [
             [self._completion(parameters, prompt, row, sampling) for row in rows]
@@ -115,10 +124,16 @@ class ToyBackend:
         ]
 
     def accumulate(
-        self, groups: Sequence[Group], objective: Objective, split: int = 0
+        self,
+        groups: Sequence[Group],
+        objective: Objective,
+        split: int = 0,
+        prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
         """Adds the gradient by `opd.objective`; a toy holds next to nothing, so `split` has nothing
         to do."""
+        if prefill:
+            prefill.take([group.student for group in groups], self._weights)
         evaluations = self._evaluate(groups, objective)
         for group, row in zip(groups, evaluations, strict=True):
             for completion, weights, evaluation in zip(
@@ -155,6 +170,7 @@ class ToyBackend:
     def apply(self, update: Update) -> UpdateResult:
         """One AdamW step in float64 on the sum over all processes."""
         gradient, self.gradient = self._gathered(), self._zeros()
+        self._weights = object()
         norm = float(np.sqrt(sum((value**2).sum() for value in gradient.values())))
         if not np.isfinite(norm):
             return UpdateResult(norm, taken=False)
@@ -317,17 +333,22 @@ class Together(ToyBackend):
         uniforms: FloatArray,
         sampling: Sampling,
         policy: Policy = "student",
+        prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
         """Samples, together with the others."""
         self.total(SAMPLE)
-        return super().sample(prompts, uniforms, sampling, policy)
+        return super().sample(prompts, uniforms, sampling, policy, prefill)
 
     def accumulate(
-        self, groups: Sequence[Group], objective: Objective, split: int = 0
+        self,
+        groups: Sequence[Group],
+        objective: Objective,
+        split: int = 0,
+        prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
         """Accumulates, together with the others."""
         self.total(ACCUMULATE)
-        return super().accumulate(groups, objective, split)
+        return super().accumulate(groups, objective, split, prefill)
 
     @staticmethod
     def start(size: int, run: Callable[[ToyBackend], None]) -> None:

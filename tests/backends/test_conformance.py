@@ -41,9 +41,9 @@ def test_backends(backend_name, random_model):
 class Mean(ToyBackend):
     """Averages per call, as the official code does."""
 
-    def accumulate(self, groups, objective, split=0):
+    def accumulate(self, groups, objective, split=0, prefill=None):
         before = {name: value.copy() for name, value in self.gradient.items()}
-        statistics = super().accumulate(groups, objective, split)
+        statistics = super().accumulate(groups, objective, split, prefill)
         for name, value in self.gradient.items():
             value[...] = before[name] + (value - before[name]) / len(groups)
         return statistics
@@ -52,14 +52,33 @@ class Mean(ToyBackend):
 class LosesTheRest(ToyBackend):
     """Only the first completions of a split group teach."""
 
-    def accumulate(self, groups, objective, split=0):
+    def accumulate(self, groups, objective, split=0, prefill=None):
         before = {name: value.copy() for name, value in self.gradient.items()}
-        statistics = super().accumulate(groups, objective, split)
+        statistics = super().accumulate(groups, objective, split, prefill)
         if split:
             first = [replace(one, completions=one.completions[:split], weights=one.weights[:split]) for one in groups]
             self.gradient = before
             super().accumulate(first, objective)
         return statistics
+
+
+class OwnOrder(ToyBackend):
+    """Takes what ran for one prompt as that of another."""
+
+    def accumulate(self, groups, objective, split=0, prefill=None):
+        if prefill and prefill.order != tuple(range(len(groups))):
+            wrong = [replace(group, student=prompt) for group, prompt in zip(groups, prefill.prompts, strict=True)]
+            prefill.take([group.student for group in groups], self._weights)
+            return super().accumulate(wrong, objective, split)
+        return super().accumulate(groups, objective, split, prefill)
+
+
+class KeepsOldWeights(ToyBackend):
+    def apply(self, update):
+        weights = self._weights
+        result = super().apply(update)
+        self._weights = weights
+        return result
 
 
 class Unclipped(ToyBackend):
@@ -86,19 +105,19 @@ class Forgets(ToyBackend):
 class TeacherSeesStudent(ToyBackend):
     """The gradient goes through the teacher's side too, and with the wrong sign."""
 
-    def accumulate(self, groups, objective, split=0):
-        statistics = super().accumulate(groups, objective, split)
+    def accumulate(self, groups, objective, split=0, prefill=None):
+        statistics = super().accumulate(groups, objective, split, prefill)
         self.gradient["vision"] *= -1
         return statistics
 
 
 class Warm(ToyBackend):
-    def sample(self, prompts, uniforms, sampling, policy="student"):
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
         return super().sample(prompts, uniforms, replace(sampling, temperature=sampling.temperature and 1.1), policy)
 
 
 class Unbanned(ToyBackend):
-    def sample(self, prompts, uniforms, sampling, policy="student"):
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
         return super().sample(prompts, uniforms, replace(sampling, banned=()), policy)
 
 
@@ -125,6 +144,8 @@ class Leaks(ToyBackend):
     [
         (LosesTheRest, "split groups are whole"),
         (Mean, "calls add up"),
+        (OwnOrder, "a prefill changes nothing"),
+        (KeepsOldWeights, "a prefill changes nothing"),
         (Unclipped, "a step is AdamW"),
         (NoBias, "a step is AdamW"),
         (Forgets, "a checkpoint restores all"),

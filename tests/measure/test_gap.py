@@ -83,9 +83,9 @@ def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
     asked = []
 
     class Counting(ToyBackend):
-        def sample(self, prompts, uniforms, sampling, policy="student"):
+        def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
             asked.append(len(prompts))
-            return super().sample(prompts, uniforms, sampling, policy)
+            return super().sample(prompts, uniforms, sampling, policy, prefill)
 
     assert greedy_answers(Counting(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6) == whole
     assert asked == [4, 4, 2]

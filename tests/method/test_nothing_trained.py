@@ -38,7 +38,7 @@ class Drawing(ToyBackend):
         super().__init__()
         self.completions = completions
 
-    def sample(self, prompts, uniforms, sampling, policy="student"):
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
         made = [Completion(np.array(one, np.int32), np.zeros(len(one), np.float32), False) for one in self.completions]
         return [[made[index % len(made)] for index in range(uniforms.shape[1])] for _ in prompts]
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from opd import registry
+from opd.method import microbatch
 from opd.objective import Objective
 from opd.plan import view
 from opd.plan.memory import memory
@@ -209,16 +210,18 @@ def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(backend_n
     """Nothing is planned for it."""
     measured = Measured(backend_name, middle, QUESTION, (32, 32), (32, 32), n=1, length=2)
     backend = measured.backend
-    backend.sample([measured.group.student, measured.short], np.full((2, 1, 2), 0.5, np.float32), Sampling())
+    prefill = backend.prefill([measured.group.student, measured.short])
+    held = prefill.read(prefill.prompts, backend._weights)
     if backend_name == "mlx":
-        kept = weakref.ref(backend._prefill.pending)
+        kept = weakref.ref(held.pending)
         holder, teacher = importlib.import_module("opd_mlx.gradient"), "_teacher_hidden"
     else:
-        kept = weakref.ref(backend._prefill.cache[0][0])
+        kept = weakref.ref(held.cache[0][0])
         holder, teacher = importlib.import_module("opd_torch.gradient"), "_hidden"
+    del held
     run, seen = getattr(holder, teacher), []
     monkeypatch.setattr(holder, teacher, lambda *rest: seen.append(kept()) or run(*rest))
-    backend.accumulate([measured.group], Objective(top_k=100))
+    microbatch.accumulate(backend, [measured.group], Objective(top_k=100), 10**6, None, prefill)
     assert seen == [None]
 
 

@@ -56,8 +56,8 @@ class Sampled(ToyBackend):
         super().__init__()
         self.rollouts = []
 
-    def sample(self, prompts, uniforms, sampling, policy="student"):
-        found = super().sample(prompts, uniforms, sampling, policy)
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
+        found = super().sample(prompts, uniforms, sampling, policy, prefill)
         self.rollouts += [
             (prompt.key, tuple(tuple(one.tokens.tolist()) for one in group)) for prompt, group in zip(prompts, found, strict=True)
         ]
@@ -114,13 +114,13 @@ class Spy(ToyBackend):
         super().__init__()
         self.temperatures = []
 
-    def sample(self, prompts, uniforms, sampling, policy="student"):
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
         self.temperatures.append(sampling.temperature)
-        return super().sample(prompts, uniforms, sampling, policy)
+        return super().sample(prompts, uniforms, sampling, policy, prefill)
 
-    def accumulate(self, groups, objective, split=0):
+    def accumulate(self, groups, objective, split=0, prefill=None):
         self.temperatures.append(objective.temperature)
-        return super().accumulate(groups, objective, split)
+        return super().accumulate(groups, objective, split, prefill)
 
 
 def test_metrics_add_up(tmp_path):
@@ -346,12 +346,12 @@ class Small(ToyBackend):
         self.limits = sampled, differentiated
         self.failures = self.calls = 0
 
-    def sample(self, prompts, uniforms, sampling, policy="student"):
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
         longest = max(map(len, prompts)) + uniforms.shape[1] * uniforms.shape[2]
         self.check_budget(len(prompts) * longest, self.limits[0])
-        return super().sample(prompts, uniforms, sampling, policy)
+        return super().sample(prompts, uniforms, sampling, policy, prefill)
 
-    def accumulate(self, groups, objective, split=0):
+    def accumulate(self, groups, objective, split=0, prefill=None):
         longest = max(max(len(group.student), len(group.teacher)) for group in groups)
         members = min(split or 99, max(len(group.completions) for group in groups))
         tokens = max(len(one) for group in groups for one in group.completions)
@@ -360,7 +360,7 @@ class Small(ToyBackend):
         except OutOfMemory:
             self.gradient = self._zeros()  # with what earlier calls added, as the protocol says
             raise
-        return super().accumulate(groups, objective, split)
+        return super().accumulate(groups, objective, split, prefill)
 
     def check_budget(self, padded, limit):
         self.calls += limit == "third call"

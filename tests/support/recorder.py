@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opd.backend import Prefill
 from opd.types import Completion, ModelOptions, TokenStatistics, UpdateResult
 
 NAME = "recorder"
@@ -64,13 +65,17 @@ class Recorder:
     def total(self, values):
         return values.copy()
 
-    def sample(self, prompts, uniforms, sampling, policy="student"):
-        found = [[self.write(prompt, row, sampling) for row in rows] for prompt, rows in zip(prompts, uniforms, strict=True)]
-        return self.called("sample", found, prompts=list(prompts), uniforms=uniforms.copy(), sampling=sampling, policy=policy)
+    def prefill(self, prompts):
+        return self.called("prefill", Prefill(prompts, "read"), prompts=list(prompts))
 
-    def accumulate(self, groups, objective, split=0):
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
+        found = [[self.write(prompt, row, sampling) for row in rows] for prompt, rows in zip(prompts, uniforms, strict=True)]
+        given = {"prompts": list(prompts), "uniforms": uniforms.copy(), "sampling": sampling}
+        return self.called("sample", found, **given, policy=policy, prefill=prefill)
+
+    def accumulate(self, groups, objective, split=0, prefill=None):
         rows = [[_statistics(one) for one in group.completions] for group in groups]
-        return self.called("accumulate", rows, groups=list(groups), objective=objective, split=split)
+        return self.called("accumulate", rows, groups=list(groups), objective=objective, split=split, prefill=prefill)
 
     def score(self, groups, objective, top=0):
         rows = [[_statistics(one) for one in group.completions] for group in groups]

@@ -154,9 +154,9 @@ def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(monkeypatc
     asked = []
 
     class Counting(ToyBackend):
-        def sample(self, prompts, uniforms, sampling, policy="student"):
+        def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
             asked.append(len(prompts))
-            return super().sample(prompts, uniforms, sampling, policy)
+            return super().sample(prompts, uniforms, sampling, policy, prefill)
 
     heard = []
     found = greedy_answers(Counting(), Large(), coloured(12), ViewOptions(), 2, 10**6, heard.append)
