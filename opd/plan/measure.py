@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from opd import registry
+from opd.backend import Prefill
 from opd.errors import RecipeError
 from opd.memory import forget_peak_resident, peak_resident
 from opd.models.random_weights import write_random_model
@@ -84,10 +85,26 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
     uniforms = rng.random((len(sampled), work.completions, work.tokens), dtype=np.float32)
     sampling = Sampling(plan.recipe.rollout.temperature, (), encoder.banned)
     objective = plan.recipe.objective.objective(sampling.temperature)
+    prefill: Prefill | None = None
+
+    def sample() -> None:
+        """Nothing ends a completion, so all are of full length."""
+        nonlocal prefill
+        prefill = backend.prefill(sampled) if work.sampled >= work.prompts else None
+        backend.sample(sampled, uniforms, sampling, prefill=prefill)
+
+    def accumulate() -> None:
+        nonlocal prefill
+        shared, prefill = prefill, None
+        if shared and len(some) < len(sampled):
+            shared.release()
+        backend.accumulate(
+            some, objective, work.split, shared if len(some) == len(sampled) else None
+        )
+
     verbs: dict[str, Callable[[], object]] = {
-        # Nothing ends a completion, so all are of full length.
-        "sample": lambda: backend.sample(sampled, uniforms, sampling),
-        "accumulate": lambda: backend.accumulate(some, objective, work.split),
+        "sample": sample,
+        "accumulate": accumulate,
         "apply": lambda: backend.apply(Update(1e-6)),
         "move_teacher": lambda: backend.move_teacher(0.05),
     }

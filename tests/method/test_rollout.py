@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd.method import microbatch
 from opd.method.microbatch import completions_at_once, largest_count, microbatches, microbatches_of
-from opd.method.rollout import Pair, cut_at_stop, drop_unusable, groups, padding_group, sample
+from opd.method.rollout import Pair, RolloutOptions, cut_at_stop, drop_unusable, groups, padding_group, prefill_of, sample
+from opd.objective import Objective
 from opd.testing.toy import Together, ToyBackend, ToyEncoder
 from opd.types import Completion, Sampling
 from opd.views import usable
@@ -84,6 +88,61 @@ def test_sampling_does_not_depend_on_the_cut():
             np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
+class Watched(ToyBackend):
+    """Writes down which prompts run once for both, in the order of their groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = []
+
+    def accumulate(self, groups, objective, split=0, prefill=None):
+        self.shared.append(prefill and prefill.order)
+        return super().accumulate(groups, objective, split, prefill)
+
+
+def rolled_out(questions, budget=10**6):
+    """A backend, pairs whose questions have these lengths, their prefill, and their groups."""
+    backend, encoder = Watched(), ToyEncoder()
+    some = [replace(one, question="q" * length) for one, length in zip(coloured(len(questions)), questions, strict=True)]
+    made = [
+        Pair(place, one.id, 1.0, usable.encode_student(encoder, one), usable.encode_teacher(encoder, one, ViewOptions()))
+        for place, one in enumerate(some)
+    ]
+    options = RolloutOptions(completions=2, max_tokens=4, sample_tokens=budget)
+    prefill = prefill_of(backend, [pair.student for pair in made], options)
+    uniforms = np.random.default_rng(1).random((len(made), 2, 4), np.float32)
+    sampled = sample(backend, [pair.student for pair in made], uniforms, Sampling(1.0, (0,), ()), budget, prefill=prefill)
+    return backend, prefill, groups(drop_unusable(made, sampled, ()), 10)
+
+
+def test_prompts_run_once_for_the_rollout_and_the_gradient():
+    backend, prefill, made = rolled_out([2, 9, 5])
+    longest = np.argsort([-len(one) for one in prefill.prompts], kind="stable")
+    assert list(longest) == [0, 1, 2]  # sampled longest first
+    statistics = microbatch.accumulate(backend, made, Objective(), 10**6, None, prefill)
+    assert [sorted(order) for order in backend.shared] == [[0, 1, 2]]
+    alone = ToyBackend()
+    wanted = alone.accumulate(made, Objective())
+    for name, value in alone.tensors("gradient").items():
+        np.testing.assert_allclose(backend.tensors("gradient")[name], value, rtol=1e-6, atol=1e-9)
+    for ours, theirs in zip(chain(*statistics), chain(*wanted), strict=True):
+        np.testing.assert_array_equal(ours.divergence, theirs.divergence)
+
+
+@pytest.mark.parametrize("change", ["a group fell out", "two micro-batches", "twice the same prompt", "no group"])
+def test_a_prefill_that_does_not_serve_is_released_before_anything_runs(change):
+    backend, prefill, made = rolled_out([2, 9, 5])
+    some = {"a group fell out": made[1:], "twice the same prompt": [*made[1:], made[1]], "no group": []}.get(change, made)
+    microbatch.accumulate(backend, some, Objective(), 1 if change == "two micro-batches" else 10**6, None, prefill)
+    assert set(backend.shared) <= {None}
+    with pytest.raises(ValueError, match="taken or released"):
+        prefill.read(prefill.prompts, backend._weights)
+
+
+def test_prompts_that_are_sampled_apart_are_not_held():
+    assert rolled_out([2, 9, 5], budget=1)[1] is None
+
+
 def test_the_most_of_all_processes():
     found = {}
 
@@ -96,8 +155,6 @@ def test_the_most_of_all_processes():
 
 def test_a_spare_group_adds_nothing():
     backend = ToyBackend()
-    from opd.objective import Objective
-
     backend.accumulate([padding_group(pairs(1)[0], (0,))], Objective())
     assert all((value == 0).all() for value in backend.tensors("gradient").values())
 

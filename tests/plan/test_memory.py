@@ -104,7 +104,14 @@ class Measured:
         return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max(initial=0))
 
     def rollout(self):
-        return self.peak(lambda: self.backend.sample([self.group.student], self.uniforms, Sampling()))
+        """With the prompts' pass held for the gradient, where the backend holds it."""
+        prompts = [self.group.student]
+
+        def run():
+            prefill = self.backend.prefill(prompts)
+            self.backend.sample(prompts, self.uniforms, Sampling(), prefill=prefill)
+
+        return self.peak(run)
 
     def accumulate(self, monkeypatch, checkpointed):
         """Above what is held: the second micro-batch, and the gradient of the first."""
