@@ -126,10 +126,11 @@ def prefill_of(
     backend: Backend, prompts: Sequence[Prompt], options: RolloutOptions
 ) -> Prefill | None:
     """One pass of the student over a step's prompts for both rollout and gradient; None where they
-    are not sampled together, or where the backend says that it does not serve."""
-    budget = options.sample_tokens
-    parts = parts_of(prompts, options.completions, options.max_tokens, budget)
-    if len(parts) != 1:
+    are not sampled together, cannot be differentiated together, or where the backend says that it
+    does not serve."""
+    parts = parts_of(prompts, options.completions, options.max_tokens, options.sample_tokens)
+    fewest = parts_of(prompts, options.completions, 1, options.microbatch_tokens)
+    if len(parts) != 1 or len(fewest) != 1:
         return None
     return backend.prefill([prompts[index] for index in parts[0]])
 

@@ -100,7 +100,7 @@ class Watched(ToyBackend):
         return super().accumulate(groups, objective, split, prefill)
 
 
-def rolled_out(questions, budget=10**6):
+def rolled_out(questions, budget=10**6, together=10**6):
     """A backend, pairs whose questions have these lengths, their prefill, and their groups."""
     backend, encoder = Watched(), ToyEncoder()
     some = [replace(one, question="q" * length) for one, length in zip(coloured(len(questions)), questions, strict=True)]
@@ -108,7 +108,7 @@ def rolled_out(questions, budget=10**6):
         Pair(place, one.id, 1.0, usable.encode_student(encoder, one), usable.encode_teacher(encoder, one, ViewOptions()))
         for place, one in enumerate(some)
     ]
-    options = RolloutOptions(completions=2, max_tokens=4, sample_tokens=budget)
+    options = RolloutOptions(completions=2, max_tokens=4, sample_tokens=budget, microbatch_tokens=together)
     prefill = prefill_of(backend, [pair.student for pair in made], options)
     uniforms = np.random.default_rng(1).random((len(made), 2, 4), np.float32)
     sampled = sample(backend, [pair.student for pair in made], uniforms, Sampling(1.0, (0,), ()), budget, prefill=prefill)
@@ -139,8 +139,10 @@ def test_a_prefill_that_does_not_serve_is_released_before_anything_runs(change):
         prefill.read(prefill.prompts, backend._weights)
 
 
-def test_prompts_that_are_sampled_apart_are_not_held():
+def test_prompts_that_are_sampled_or_differentiated_apart_are_not_held():
     assert rolled_out([2, 9, 5], budget=1)[1] is None
+    assert rolled_out([2, 9, 5], together=20)[1] is None
+    assert rolled_out([2, 9, 5], together=3 * (10 + 2))[1] is not None
 
 
 def test_the_most_of_all_processes():
