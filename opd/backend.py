@@ -162,9 +162,8 @@ class Backend(Protocol):
         """Writes student, teacher and optimizer moments under Hugging Face tensor names as
         safetensors.
 
-        Every process calls it with a folder of its own: where the processes share storage, that of
-        rank 0 is kept, and of the others what rank 0's lacks. A backend whose processes all hold
-        the same writes on rank 0 alone.
+        Every process calls it, at the same time and with the same folder, which exists. Rank 0
+        writes what all processes hold alike, the others what they alone hold.
         """
 
     def load(self, folder: Path) -> None:
@@ -172,7 +171,7 @@ class Backend(Protocol):
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student's weights and configuration into `folder` as a Hugging Face model (or
-        a PEFT adapter)."""
+        a PEFT adapter). Every process calls it, as `save`."""
 
     def tensors(
         self, kind: Literal["student", "teacher", "gradient"]

@@ -139,8 +139,8 @@ class MlxBackend:
         if not used:
             return restore_empty(groups, [])
         check_ids((), used, self._model.vocabulary)
-        policies = self._student, self._teacher
-        return restore_empty(groups, gradient.score(self._model, *policies, used, objective, top))
+        inputs = self._student, self._teacher, used, objective, top
+        return restore_empty(groups, gradient.score(self._model, *inputs))
 
     def apply(self, update: Update) -> UpdateResult:
         """One optimizer step on the gradient summed over all processes."""
@@ -160,7 +160,8 @@ class MlxBackend:
         """Writes both policies' trained parameters, the moments and the step count."""
         state = self._optimizer
         trained = self._student, self._teacher, state.first, state.second, state.step
-        write_checkpoint(folder, self._model, Checkpoint(*trained))
+        if self.rank == 0:
+            write_checkpoint(folder, self._model, Checkpoint(*trained))
 
     def load(self, folder: Path) -> None:
         """Restores what `save` of either backend wrote. A FolderError changes nothing."""
@@ -173,12 +174,10 @@ class MlxBackend:
         self._gradient, self._weights = {}, object()
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
-        """Writes the student as a Hugging Face model folder, or its adapters in PEFT's format.
-
-        In a model folder adapters are merged; over weights in 4 bits, into the weights as stored.
-        """
+        """Writes the student as a Hugging Face model folder, or its adapters in PEFT's format."""
         write = write_model if kind == "model" else write_adapter
-        write(self._model, self._options, self._student, folder)
+        if self.rank == 0:
+            write(self._model, self._options, self._student, folder)
 
     def tensors(
         self, kind: Literal["student", "teacher", "gradient"]
@@ -196,5 +195,4 @@ class MlxBackend:
     @property
     def device(self) -> str:
         """The device in words."""
-        device = self._model.device
-        return f"{device.name}, {'GPU' if device.gpu else 'CPU'}"
+        return f"{self._model.device.name}, {'GPU' if self._model.device.gpu else 'CPU'}"

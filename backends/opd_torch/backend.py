@@ -158,7 +158,8 @@ class TorchBackend:
 
     def save(self, folder: Path) -> None:
         """Writes both policies' trained parameters, the moments and the step count."""
-        write_checkpoint(folder, self._state(), self._optimizer.step)
+        if self.rank == 0:
+            write_checkpoint(folder, self._state(), self._optimizer.step)
 
     def load(self, folder: Path) -> None:
         """Restores either backend's files, or raises FolderError and changes nothing."""
@@ -167,10 +168,9 @@ class TorchBackend:
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student as a Hugging Face model folder, or its adapters in PEFT's format."""
-        if kind == "adapter":
-            write_adapter(self._student, self._options, folder)
-        else:
-            export_model(self._student, self._options, folder)
+        write = export_model if kind == "model" else write_adapter
+        if self.rank == 0:
+            write(self._student, self._options, folder)
 
     def tensors(
         self, kind: Literal["student", "teacher", "gradient"]

@@ -54,7 +54,7 @@ class Saver:
     def saved(self, state: State) -> bool:
         """Whether the state's last step is in a checkpoint."""
         checkpoints = self.folder.checkpoints()
-        return bool(checkpoints) and checkpoints[-1][0] >= state.step
+        return self.folder.anywhere(bool(checkpoints) and checkpoints[-1][0] >= state.step)
 
     def save(self, state: State) -> None:
         """Writes a checkpoint; nothing before the first step that was taken, when there is nothing
@@ -63,11 +63,10 @@ class Saver:
             return
         state.seconds = time.monotonic() - self.started
 
-        def fill(checkpoint: Path) -> None:
-            self.backend.save(checkpoint)
+        def beside(checkpoint: Path) -> None:
             files.write_json(checkpoint / STATE, asdict(state))
 
-        self.folder.checkpoint(state.step, self.keep, fill)
+        self.folder.checkpoint(state.step, self.keep, self.backend.save, beside)
 
 
 def restore(folder: RunFolder, backend: Backend) -> State:

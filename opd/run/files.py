@@ -21,12 +21,12 @@ from opd.run.strict_json import dumps
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file as UTF-8. Raises OSError if the disk is full or the folder is gone."""
-    temporary = path.with_name(path.name + ".partial")
+    written = temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        written.write_text(text, encoding="utf-8")
+        os.replace(written, path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # half a file on a full disk
+        written.unlink(missing_ok=True)  # half a file on a full disk
         raise
 
 
@@ -40,30 +40,44 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(read_file(path)))
 
 
+def temporary(path: Path) -> Path:
+    """Where a file or folder is written before it is renamed."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def empty_folder(path: Path) -> None:
+    """Makes a new, empty folder in place of whatever is there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def move_folder(source: Path, path: Path) -> None:
+    """Puts a folder in place of another one."""
+    shutil.rmtree(path, ignore_errors=True)
+    source.rename(path)
+
+
 def replace_folder(path: Path, fill: Callable[[Path], None], shared: bool = False) -> None:
     """Replaces the folder `path`, or makes it: `fill` writes a temporary folder beside it.
 
     With `shared`, several processes may write the same content at once; the folder of the first
     one stays. If `fill` raises, the folder stays as it was. Raises RunError if the disk is full.
     """
-    temporary = path.with_name(
-        f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial"
-    )
+    written = path.with_name(f"{path.name}.{os.getpid()}.partial") if shared else temporary(path)
     with guarded(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        empty_folder(written)
         try:
-            fill(temporary)
+            fill(written)
             if not shared:
-                shutil.rmtree(path, ignore_errors=True)
+                return move_folder(written, path)
             try:
-                temporary.rename(path)
+                written.rename(path)
             except OSError:
-                if not (shared and path.is_dir()):
+                if not path.is_dir():
                     raise
-                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(written, ignore_errors=True)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # half a folder would fill a full disk
+            shutil.rmtree(written, ignore_errors=True)  # half a folder would fill a full disk
             raise
 
 

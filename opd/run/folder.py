@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from opd.errors import FolderError, one_line
+from opd.errors import FolderError, RunError, one_line
 from opd.models.find import CONFIG, checkpoint_of
 from opd.paths import read_file, unusable
 from opd.run import files, lock
@@ -35,6 +35,9 @@ class RunFolder:
     """What keeps other processes from training here, where this process trains."""
     writes: bool = field(default=True, compare=False)
     """Whether this process writes: of several that train one run, the first does."""
+    anywhere: Callable[[bool], bool] = field(default=bool, compare=False)
+    """Whether something holds in any of the processes that train this run; each calls it with its
+    own answer, and waits for the others."""
 
     @staticmethod
     def check(path: Path, force: bool = False) -> None:
@@ -184,18 +187,53 @@ class RunFolder:
         damaged."""
         return files.read_json(self.path / name)
 
-    def replace_folder(self, name: str, fill: Callable[[Path], None]) -> None:
-        """Replaces a folder of the run by one that `fill` writes; see `files.replace_folder`."""
-        if self.writes:
-            files.replace_folder(self.path / name, fill)
+    def replace_folder(
+        self, name: str, fill: Callable[[Path], None], beside: Callable[[Path], None]
+    ) -> None:
+        """Replaces a folder of the run, or makes it. Every process calls it: `fill` writes on all
+        of them into one temporary folder, then `beside` on the first alone.
 
-    def checkpoint(self, step: int, keep: int, fill: Callable[[Path], None]) -> None:
-        """Writes the checkpoint of a step, then removes all but the newest `keep`."""
-        self.replace_folder(f"checkpoints/step-{step:06d}", fill)
+        If any fails, all raise, and the folder stays as it was. Raises RunError if the disk is
+        full.
+        """
+        path = self.path / name
+        written = files.temporary(path)
+
+        def first(write: Callable[[Path], None]) -> Callable[[], None]:
+            return lambda: write(written) if self.writes else None
+
+        with files.guarded(path):
+            try:
+                self._on_all(first(files.empty_folder))
+                self._on_all(lambda: fill(written))
+                self._on_all(first(beside))
+                self._on_all(first(lambda source: files.move_folder(source, path)))
+            except BaseException:
+                if self.writes:  # half a folder would fill a full disk
+                    shutil.rmtree(written, ignore_errors=True)
+                raise
+
+    def checkpoint(
+        self, step: int, keep: int, fill: Callable[[Path], None], beside: Callable[[Path], None]
+    ) -> None:
+        """Writes the checkpoint of a step as `replace_folder` does, then removes all but the newest
+        `keep`."""
+        self.replace_folder(f"checkpoints/step-{step:06d}", fill, beside)
         if not self.writes:
             return
         for old, _ in self.checkpoints()[:-keep]:
             shutil.rmtree(self.path / "checkpoints" / f"step-{old:06d}")
+
+    def _on_all(self, action: Callable[[], None]) -> None:
+        """Runs an action that every process runs. Raises what it raised here, or RunError where it
+        failed in another process."""
+        failure: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            failure = error
+        if self.anywhere(failure is not None):
+            raise failure or RunError(f"another process could not write in '{self.path}'")
 
     def _replace(self, name: str, text: str) -> None:
         if self.writes:

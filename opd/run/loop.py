@@ -52,9 +52,10 @@ class Loop:
             if len(state.idle) >= IDLE_STEPS:
                 self._end(state, ended(step, state.idle))
             self.probe.between(step, before)
-            if self.progress.stopping or self.saver.due(step):
+            stopping = self.saver.folder.anywhere(self.progress.stopping)
+            if stopping or self.saver.due(step):
                 self.saver.save(state)
-            if self.progress.stopping:
+            if stopping:
                 raise Stopped(
                     f"stopped after step {step}; go on with: opd train --resume"
                     f" {self.saver.folder.path}"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from opd.backend import Backend
 from opd.errors import OutOfMemory, RunError, plural
 from opd.method.step import Batch, Method, StepResult, train_step
@@ -46,7 +48,7 @@ class Trainer:
     _restored: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.folder = replace(self.folder, writes=self.backend.rank == 0)
+        self.folder = replace(self.folder, writes=self.backend.rank == 0, anywhere=self._anywhere)
         sections = (
             self.recipe.rollout,
             self.recipe.objective,
@@ -131,7 +133,10 @@ class Trainer:
                 f"{ended(steps, state.idle)}; no step was taken, so there is no trained model to"
                 " write"
             )
-        self.folder.replace_folder(self.recipe.model.result, self._export)
+        result = self.recipe.model.result
+        self.folder.replace_folder(
+            result, lambda folder: self.backend.export(folder, result), self._beside
+        )
         after = probe.after(before)
         facts = {
             "backend": self.name,
@@ -182,7 +187,10 @@ class Trainer:
             )
             self.progress.note(f"{share} could not be used: {skipped.why()}; named in {names}")
 
-    def _export(self, folder: Path) -> None:
-        self.backend.export(folder, self.recipe.model.result)
+    def _anywhere(self, here: bool) -> bool:
+        return bool(self.backend.total(np.array([float(here)])).any())
+
+    def _beside(self, folder: Path) -> None:
+        """Writes what stands beside the trained weights."""
         self.encoder.save(folder)
         write_beside(self.recipe, folder, self.recipe.run.steps)

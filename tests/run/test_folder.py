@@ -5,9 +5,19 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from opd.errors import FolderError, RunError
+from opd import registry as backends
+from opd.errors import FolderError, RunError, Stopped
+from opd.progress import Quiet
 from opd.run.folder import RunFolder
+from opd.testing.toy import Together
+from opd.tiny import MODEL
+from opd.types import ModelOptions
 from opd_cli import main
+from tests.run.test_loop import trainer as toy_trainer
+
+
+def nothing(path):
+    """Nothing stands beside the weights."""
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -41,9 +51,9 @@ def test_checkpoints_are_whole_or_not_there(tmp_path):
         raise MemoryError
 
     for step in (1, 2, 3):
-        folder.checkpoint(step, 2, lambda path, step=step: (path / "weights").write_text(str(step)))
+        folder.checkpoint(step, 2, lambda path, step=step: (path / "weights").write_text(str(step)), nothing)
     with pytest.raises(MemoryError):
-        folder.checkpoint(4, 2, fail)
+        folder.checkpoint(4, 2, fail, nothing)
     assert [(step, (path / "weights").read_text()) for step, path in folder.checkpoints()] == [(2, "2"), (3, "3")]
 
 
@@ -54,7 +64,89 @@ def test_a_full_disk_is_one_line(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RunError, match="cannot be written: No space left on device; what was saved before stays"):
-        folder.checkpoint(1, 1, full)
+        folder.checkpoint(1, 1, full, nothing)
+
+
+def on_two_processes(tmp_path, fill, beside=nothing):
+    """Two toy processes replace a folder of one run together: what each of them raised, or None."""
+    run, raised = RunFolder.create(tmp_path / "run", "config"), {}
+
+    def train(backend):
+        trainer = toy_trainer(tmp_path / "run", backend=backend)
+        try:
+            trainer.folder.checkpoint(1, 2, lambda path: fill(backend.rank, path), beside)
+        except Exception as error:
+            raised[backend.rank] = error
+        else:
+            raised[backend.rank] = None
+
+    Together.start(2, train)
+    return run, raised
+
+
+def test_every_process_saves_into_one_folder(tmp_path):
+    """What each of them holds arrives; what stands beside it is written once."""
+    beside = []
+
+    def fill(rank, path):
+        assert path.is_dir()
+        (path / f"part-{rank}").write_text(str(rank))
+
+    run, raised = on_two_processes(tmp_path, fill, beside.append)
+    assert raised == {0: None, 1: None}
+    assert len(beside) == 1
+    ((step, checkpoint),) = run.checkpoints()
+    assert (step, sorted(path.name for path in checkpoint.iterdir())) == (1, ["part-0", "part-1"])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_process_cannot_write_none_goes_on(tmp_path, failing):
+    def fill(rank, path):
+        (path / f"part-{rank}").write_text(str(rank))
+        if rank == failing:
+            raise OSError(28, "No space left on device")
+
+    run, raised = on_two_processes(tmp_path, fill)
+    assert "No space left on device" in str(raised[failing])
+    assert "another process could not write" in str(raised[1 - failing])
+    assert run.checkpoints() == []
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    run, stopped = RunFolder.create(tmp_path / "run", "config"), {}
+
+    def train(backend):
+        class Asked(Quiet):
+            steps = 0
+
+            def step(self, metrics):
+                self.steps += 1
+
+            @property
+            def stopping(self):
+                return backend.rank == 1 and self.steps == 2
+
+        with pytest.raises(Stopped) as said:
+            toy_trainer(tmp_path / "run", "measure.count=0", backend=backend, progress=Asked()).train()
+        stopped[backend.rank] = str(said.value)
+
+    Together.start(2, train)
+    assert [step for step, _ in run.checkpoints()] == [2]
+    assert all(line.startswith("stopped after step 2; go on with: opd train --resume") for line in stopped.values())
+    assert len(stopped) == 2
+
+
+@pytest.mark.parametrize("verb", ["save", "export"])
+def test_a_backend_writes_what_all_processes_hold_on_the_first_alone(backend_name, tmp_path, monkeypatch, verb):
+    backend = backends.load(backend_name, ModelOptions(MODEL))
+    monkeypatch.setattr(type(backend), "rank", 1)
+    rest = ("model",) if verb == "export" else ()
+    getattr(backend, verb)(tmp_path, *rest)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(type(backend), "rank", 0)
+    getattr(backend, verb)(tmp_path, *rest)
+    assert list(tmp_path.iterdir())
 
 
 def test_a_half_written_line_is_passed_over(tmp_path):
@@ -75,14 +167,14 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_half_a_folder_does_not_stay(tmp_path):
     folder = RunFolder.create(tmp_path / "run", "config")
-    folder.checkpoint(1, 2, lambda path: (path / "whole").touch())
+    folder.checkpoint(1, 2, lambda path: (path / "whole").touch(), nothing)
 
     def full(path):
         (path / "half").touch()
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RunError):
-        folder.checkpoint(2, 2, full)
+        folder.checkpoint(2, 2, full, nothing)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
 
 
