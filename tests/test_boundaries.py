@@ -243,7 +243,7 @@ ONE_NAME_ONLY = {
         "families/qwen3_vl.py": ("QwenVL image_attention merged vision_angles", "mlx-vlm's towers are rewritten"),
         "forward.py": ("warm", "features are evaluated before a forward is traced"),
         "gradient.py": (
-            "LOOKED_UP PendingBackward Slice run_prompts take",
+            "LOOKED_UP PendingBackward RolloutPrefill Slice run_prompts",
             "a backward is an object; on torch a graph hangs on its tensors",
         ),
         "layers/attention.py": ("attend feed_forward rotary_factors rotate", "torch has them in kernels"),
