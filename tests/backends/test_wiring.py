@@ -205,7 +205,8 @@ def test_nothing_that_a_rollout_kept_outlives_the_weights(change, case, tmp_path
     """A backend may keep its pass over a rollout's prompts for the gradient along them; but not once the student is another one."""
     backend, uniforms = case.restored(), np.full((3, 2, 3), 0.5, np.float32)
     before = gradient(backend, case.groups)
-    backend.sample(case.prompts, uniforms, Sampling(1.0))
+    prefill = backend.prefill(case.prompts)
+    backend.sample(case.prompts, uniforms, Sampling(1.0), prefill=prefill)
     fresh = case.make()
     if change == "apply":
         assert backend.apply(STEP).taken
@@ -214,6 +215,8 @@ def test_nothing_that_a_rollout_kept_outlives_the_weights(change, case, tmp_path
     else:
         fresh.save(tmp_path)
         backend.load(tmp_path)
+    with pytest.raises(ValueError, match="weights have changed"):
+        backend.accumulate(case.groups, Objective(), prefill=prefill)
     expected = gradient(fresh, case.groups)
     assert not near(before, expected)
     assert near(gradient(backend, case.groups), expected)
