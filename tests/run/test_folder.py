@@ -5,7 +5,7 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from opd import registry as backends
+from opd import registry
 from opd.errors import FolderError, RunError, Stopped
 from opd.progress import Quiet
 from opd.run.folder import RunFolder
@@ -139,7 +139,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("verb", ["save", "export"])
 def test_a_backend_writes_what_all_processes_hold_on_the_first_alone(backend_name, tmp_path, monkeypatch, verb):
-    backend = backends.load(backend_name, ModelOptions(MODEL))
+    backend = registry.load(backend_name, ModelOptions(MODEL))
     monkeypatch.setattr(type(backend), "rank", 1)
     rest = ("model",) if verb == "export" else ()
     getattr(backend, verb)(tmp_path, *rest)
