@@ -1,8 +1,8 @@
 """The backend protocol; `opd.registry` finds a backend by name.
 
-A backend holds kernels: it samples, differentiates, steps and stores. Every rule of the method
-(weights, schedules, randomness, micro-batches, what a step is) is the core's. `opd.testing.toy` is
-the protocol by example; `opd.testing.conformance` checks any implementation.
+A backend samples, differentiates, steps and stores. The core decides everything else: weights,
+schedules, random numbers, micro-batches and the order of a step. `opd.testing.toy` is an example
+implementation; `opd.testing.conformance` checks any implementation.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Prefill:
 
 
 class Backend(Protocol):
-    """What the core asks of a backend. B prompts, n completions a prompt, T tokens of a completion.
+    """The operations that the core needs. B prompts, n completions of each, T tokens of a
+    completion.
 
     Every call takes many groups of unequal lengths and runs them together. The teacher begins as a
     copy of the student.
@@ -118,8 +119,8 @@ class Backend(Protocol):
         vocabulary, exceeds uniforms[b, j, t]; banned ids have probability 0. A completion ends with
         a stop token (kept) or at max_tokens. `prefill`: of these prompts, in this order, by the
         student; it changes no result.
-        Raises ModelError where weights are NaN or infinite, RunError where training made logits so,
-        and OutOfMemory where the device's memory does not suffice.
+        Raises ModelError if weights are NaN or infinite, RunError if logits are after training, and
+        OutOfMemory if the device's memory does not suffice.
         """
 
     def accumulate(
@@ -129,34 +130,34 @@ class Backend(Protocol):
         split: int = 0,
         prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
-        """Adds the gradient of sum(weight * ratio * divergence) to the student's; statistics of
-        every completion of every group.
+        """Adds the gradient of sum(weight * ratio * divergence) to the student's gradient. Returns
+        the statistics of every completion of every group.
 
-        With `split`, only so many completions of each group run at once, to hold less: prompts run
-        once all the same, and their backward once, on the sum of what all completions ask of their
-        keys and values. `prefill` has run the students' prompts of these groups, and is taken. Both
-        change no result.
-        Where it raises, the gradient is gone, with what other calls added: it is added to in place,
-        since two would not fit where one does. The step is then begun again. Raises OutOfMemory
-        where the device's memory does not suffice.
+        With `split` > 0, at most so many completions of each group run at once, to save memory.
+        Prompts still run once, and their backward runs once, on the sum of the gradients to keys
+        and values from all completions. `prefill` has run the student prompts of these groups, and
+        is taken. Neither changes a result.
+        The gradient is accumulated in place, since a second one might not fit. If the call raises,
+        the gradient of earlier calls is lost too, and the step has to be retried. Raises
+        OutOfMemory if the device's memory does not suffice.
         """
 
     def score(
         self, groups: Sequence[Group], objective: Objective, top: int = 0
     ) -> list[list[TokenStatistics]]:
-        """The statistics of `accumulate` without a gradient; with `top`, both policies' most likely
-        alternatives."""
+        """The statistics of `accumulate`, without a gradient; with `top` > 0, also the `top` most
+        likely tokens of both policies."""
 
     def apply(self, update: Update) -> UpdateResult:
-        """Takes one AdamW step on the gradient summed over all processes, and clears it; a step
-        that is not finite changes nothing.
+        """Takes one AdamW step on the gradient summed over all processes, and clears the gradient.
+        If the gradient is not finite, parameters and moments stay.
 
         Clipping multiplies the gradient by min(1, gradient_clip / norm).
         """
 
     def move_teacher(self, rate: float) -> None:
-        """Moves every teacher parameter: theta_T += rate * (theta_S - theta_T), in float32; rate 1
-        copies, 0 does nothing."""
+        """Moves every teacher parameter: theta_T += rate * (theta_S - theta_T), in float32. `rate`
+        in 0..1; 1 copies the student, 0 does nothing."""
 
     def save(self, folder: Path) -> None:
         """Writes student, teacher and optimizer moments under Hugging Face tensor names as
@@ -176,27 +177,27 @@ class Backend(Protocol):
     def tensors(
         self, kind: Literal["student", "teacher", "gradient"]
     ) -> dict[str, NDArray[np.float32]]:
-        """Float32 copies of all trained parameters, of the teacher's, or of the gradient
+        """Float32 copies of the student's trained parameters, of the teacher's, or of the gradient
         accumulated so far, by Hugging Face name.
 
-        Layouts are Hugging Face's, so that backends compare name by name. For checks and tests; the
-        loop never calls it.
+        Tensors have Hugging Face's layout, so that backends can be compared. For checks and tests
+        only.
         """
 
     @property
     def peak_memory(self) -> int:
-        """Largest number of bytes allocated on the device since the start (resident bytes of the
-        process where no counter exists)."""
+        """Largest number of bytes allocated on the device since the start; resident bytes of the
+        process if the device has no counter."""
 
     @property
     def device(self) -> str:
-        """The device in words, for people."""
+        """The device in words."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Whether a backend can run on this machine: its `device` in words, or what is `missing` and
-    what to do."""
+    """Whether a backend can run on this machine: `ready` and the `device` in words, or what is
+    `missing` and what to do."""
 
     ready: bool
     device: str

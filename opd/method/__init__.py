@@ -1,2 +1,2 @@
-"""Vision-OPD itself: the rollout, its micro-batches and the schedules. Imports nothing but the
-ground floor."""
+"""The method Vision-OPD: the training step, the rollout, micro-batches and schedules. This package
+imports only the modules directly in `opd/`."""

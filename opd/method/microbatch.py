@@ -1,4 +1,5 @@
-"""Micro-batches: what runs together, so that a step of any size fits. They change no result.
+"""Cuts a step into micro-batches, so that a step of any size fits in memory. Micro-batches do not
+change results.
 
 Legend: n completions of a prompt; budgets are padded tokens, prompts and completions together.
 """
@@ -23,12 +24,13 @@ def accumulate(
     padding: Group | None,
     prefill: Prefill | None = None,
 ) -> list[list[TokenStatistics]]:
-    """Adds the gradient of a step's groups in micro-batches of at most `budget` tokens; statistics
-    in the order of the groups.
+    """Adds the gradient of a step's groups in micro-batches of at most `budget` tokens. Returns the
+    statistics in the order of the groups.
 
-    Every process makes the same number of calls: one with fewer micro-batches than another adds
-    `padding`, a group of weight 0. `prefill`, of the students' prompts of all pairs, serves where
-    all of them have a group and run together; else it is released before anything runs.
+    Every process makes the same number of calls: a process with fewer micro-batches than another
+    adds calls with `padding`, a group of weight 0. `prefill` holds the student prompts of all
+    pairs. It is used if every pair has a group and one micro-batch holds all groups; otherwise it
+    is released before anything runs.
     """
     parts = microbatches_of(groups, budget)
     missing = largest_count(backend, len(parts)) - len(parts)
@@ -39,8 +41,8 @@ def accumulate(
         together = [groups[index] for index in part]
         at_once = completions_at_once(together, budget)
         rows = backend.accumulate(together, objective, at_once, prefill)
-        for index, found in zip(part, rows, strict=True):
-            statistics[index] = found
+        for index, row in zip(part, rows, strict=True):
+            statistics[index] = row
     for _ in range(missing):
         assert padding is not None, "a process without examples takes no part in a step"
         backend.accumulate([padding], objective)
@@ -48,8 +50,8 @@ def accumulate(
 
 
 def _arranged(prefill: Prefill, groups: Sequence[Group]) -> Prefill | None:
-    """The prefill, arranged for these groups; None, and released, where it is not of their prompts,
-    each once."""
+    """The prefill with the order of these groups. If the student prompts of the groups are not
+    exactly the prompts of the prefill, releases it and returns None."""
     order = []
     for group in groups:
         order += [place for place, one in enumerate(prefill.prompts) if one is group.student][:1]
@@ -63,11 +65,12 @@ def _arranged(prefill: Prefill, groups: Sequence[Group]) -> Prefill | None:
 def microbatches(
     costs: Sequence[tuple[int, int]], completions: int, budget: int
 ) -> list[list[int]]:
-    """Cuts groups into micro-batches of at most `budget` padded tokens, like lengths together to
-    pad little.
+    """Cuts groups into micro-batches of at most `budget` padded tokens; groups of similar lengths
+    run together, which keeps padding small.
 
-    `costs` holds (prompt tokens, tokens of the longest completion) of each group. Returns indices;
-    a group above the budget is alone.
+    `costs`: (prompt tokens, tokens of the longest completion) of each group. `completions`: the
+    largest number of completions in a group. Returns the indices of each micro-batch's groups; a
+    group above the budget is alone.
     """
     order = sorted(range(len(costs)), key=lambda index: costs[index], reverse=True)
     cut: list[list[int]] = []
@@ -85,8 +88,8 @@ def microbatches(
 
 
 def microbatches_of(groups: Sequence[Group], budget: int) -> list[list[int]]:
-    """Cuts a step's groups into micro-batches by their longer prompt and longest completion; see
-    `microbatches`."""
+    """Cuts a step's groups into `microbatches`, by the longer prompt and the longest completion of
+    each group."""
     costs = [
         (max(len(group.student), len(group.teacher)), max(map(len, group.completions)))
         for group in groups
@@ -96,18 +99,18 @@ def microbatches_of(groups: Sequence[Group], budget: int) -> list[list[int]]:
 
 
 def completions_at_once(groups: Sequence[Group], budget: int) -> int:
-    """Completions of a micro-batch's group that run at once: 0 for all, fewer where a group that is
-    alone is above the budget."""
+    """The number of completions of each group that run at once in a micro-batch; 0: all. It is
+    fewer if a group that is alone exceeds the budget."""
     if len(groups) != 1:
         return 0
     (group,) = groups
-    room = budget - max(len(group.student), len(group.teacher))
-    together = max(1, room // max(map(len, group.completions)))
+    completion_budget = budget - max(len(group.student), len(group.teacher))
+    together = max(1, completion_budget // max(map(len, group.completions)))
     return together if together < len(group.completions) else 0
 
 
 def largest_count(backend: Backend, count: int) -> int:
-    """The largest of all processes' counts."""
+    """The maximum of `count` over all processes; every process calls it."""
     counts: NDArray[np.float64] = np.zeros(backend.size)
     counts[backend.rank] = count
     return int(backend.total(counts).max())

@@ -1,4 +1,5 @@
-"""The rollout: what the student samples, what of it is dropped, and the weights of a step's tokens.
+"""The rollout: samples completions of the student, drops unusable ones, and computes the weights of
+a step's tokens.
 
 Legend: B prompts of a step, n completions of each, T tokens of a completion.
 """
@@ -26,7 +27,7 @@ NOT_FINITE = (
 
 
 class RolloutOptions(Options):
-    """What the student samples in a step."""
+    """The completions that the student samples in a step."""
 
     prompts: int = Field(96, ge=1, description="Prompts of one optimizer step.")
     completions: int = Field(8, ge=1, description="Completions sampled of each prompt.")
@@ -57,10 +58,10 @@ class RolloutOptions(Options):
 
 @dataclass(frozen=True)
 class Pair:
-    """One example as the two policies see it: student prompt, teacher prompt, and what training
-    needs to know of the example.
+    """The prompts of one example for both policies, and the `weight` of the example in the loss.
 
-    `place`: index of the example in the step's whole batch, over all processes.
+    `place`: index of the example in the step's whole batch, over all processes. `id`: the example's
+    id.
     """
 
     place: int
@@ -72,8 +73,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rollout:
-    """The pairs that have something to learn from, their completions, and how many were dropped;
-    `empty` of those had no token."""
+    """The pairs with usable completions, and these `completions` for each pair. `dropped` counts
+    unusable completions, of which `empty` had no token."""
 
     pairs: tuple[Pair, ...]
     completions: tuple[tuple[Completion, ...], ...]
@@ -90,18 +91,18 @@ def sample(
     progress: Callable[[int], None] = lambda prompts: None,
     prefill: Prefill | None = None,
 ) -> list[list[Completion]]:
-    """The student samples n completions of all prompts in micro-batches; results are in the order
-    of the prompts.
+    """Samples n completions of every prompt from the student, in micro-batches. Returns them in the
+    order of the prompts.
 
-    `uniforms` [B, n, max_tokens]; `budget` in padded tokens; `progress` hears the number of prompts
-    that each micro-batch finished; `prefill` is of all prompts, see `prefill_of`.
-    Raises RunError where the model's log-probabilities are not finite: nothing that is drawn from
-    them means anything.
+    `uniforms` [B, n, max_tokens]. `budget`: padded tokens of a micro-batch. `progress` is called
+    with the number of prompts that a micro-batch has finished. `prefill`: a result of `prefill_of`
+    for all prompts.
+    Raises RunError if log-probabilities are not finite, since the draws would be meaningless.
     """
     _, completions, max_tokens = uniforms.shape
     result: list[list[Completion]] = [[] for _ in prompts]
     parts = parts_of(prompts, completions, max_tokens, budget)
-    # every process makes the same number of calls
+    # Every process has to make the same number of calls.
     parts += [[0]] * (largest_count(backend, len(parts)) - len(parts))
     for part in parts:
         together = [prompts[index] for index in part]
@@ -117,17 +118,16 @@ def sample(
 def parts_of(
     prompts: Sequence[Prompt], completions: int, max_tokens: int, budget: int
 ) -> list[list[int]]:
-    """Which prompts are sampled together: `budget` in padded tokens, every completion as long as it
-    may be."""
+    """Indices of the prompts in each micro-batch of the rollout, of at most `budget` padded tokens
+    if all completions are as long as possible."""
     return microbatches([(len(prompt), max_tokens) for prompt in prompts], completions, budget)
 
 
 def prefill_of(
     backend: Backend, prompts: Sequence[Prompt], options: RolloutOptions
 ) -> Prefill | None:
-    """One pass of the student over a step's prompts for both rollout and gradient; None where they
-    are not sampled together, cannot be differentiated together, or where the backend says that it
-    does not serve."""
+    """Runs the student once over a step's prompts, for both rollout and gradient. None if the
+    prompts do not fit in one micro-batch of either, or if the backend does not support it."""
     parts = parts_of(prompts, options.completions, options.max_tokens, options.sample_tokens)
     fewest = parts_of(prompts, options.completions, 1, options.microbatch_tokens)
     if len(parts) != 1 or len(fewest) != 1:
@@ -138,14 +138,18 @@ def prefill_of(
 def cut_at_stop(
     tokens: NDArray[np.integer], logprobs: FloatArray, n: int, stop: Sequence[int]
 ) -> list[list[Completion]]:
-    """Cuts what ran in lockstep, tokens and log-probabilities [B * n, steps], behind each row's
-    first stop token: n completions of each prompt, finished where there is one."""
+    """Cuts each row of `tokens` and `logprobs` [B * n, steps] after the first stop token. Returns n
+    completions of each prompt; a completion is finished if it has a stop token."""
     stopped = np.isin(tokens, stop)
     finished = np.atleast_1d(stopped.any(1))
     lengths = np.where(finished, stopped.argmax(1) + 1, tokens.shape[1])
     rows = [
-        Completion(row[:length].astype(np.int32), values[:length].copy(), bool(found))
-        for row, values, length, found in zip(tokens, logprobs, lengths, finished, strict=True)
+        Completion(
+            tokens[row, :length].astype(np.int32),
+            logprobs[row, :length].copy(),
+            bool(finished[row]),
+        )
+        for row, length in enumerate(lengths)
     ]
     return [rows[start : start + n] for start in range(0, len(rows), n)]
 
@@ -153,26 +157,26 @@ def cut_at_stop(
 def drop_unusable(
     pairs: Sequence[Pair], sampled: Sequence[Sequence[Completion]], banned: Sequence[int]
 ) -> Rollout:
-    """Drops empty completions and such that hold a banned token, and pairs with nothing left; they
-    are counted, never fatal."""
-    kept = [
-        tuple(completion for completion in group if _usable(completion, banned))
-        for group in sampled
-    ]
-    dropped = sum(len(group) for group in sampled) - sum(len(group) for group in kept)
-    empty = sum(not len(completion) for group in sampled for completion in group)
-    left = [index for index, group in enumerate(kept) if group]
-    return Rollout(
-        tuple(pairs[index] for index in left), tuple(kept[index] for index in left), dropped, empty
-    )
+    """Drops completions that are empty or hold a banned token, and pairs without any completion
+    left. The rollout counts them."""
+    left: list[Pair] = []
+    completions: list[tuple[Completion, ...]] = []
+    dropped = empty = 0
+    for pair, group in zip(pairs, sampled, strict=True):
+        usable = tuple(completion for completion in group if _usable(completion, banned))
+        dropped += len(group) - len(usable)
+        empty += sum(not len(completion) for completion in group)
+        if usable:
+            left.append(pair)
+            completions.append(usable)
+    return Rollout(tuple(left), tuple(completions), dropped, empty)
 
 
 def groups(rollout: Rollout, step_tokens: int) -> list[Group]:
-    """Groups whose weights make their sum the mean over all `step_tokens` tokens of the step, over
-    all processes.
+    """The groups of a rollout. The weight of a token is the weight of the example / `step_tokens`,
+    the tokens of the step over all processes.
 
-    A token's weight is its example's weight / step_tokens, so micro-batches and processes cannot
-    change the result.
+    So the loss is a mean over all tokens, and does not depend on micro-batches and processes.
     """
     return [
         Group(
@@ -189,11 +193,12 @@ def groups(rollout: Rollout, step_tokens: int) -> list[Group]:
 
 
 def padding_group(pair: Pair, stop: Sequence[int]) -> Group:
-    """A group of one stop token with weight 0: it costs a call and adds nothing. It pads the calls
-    of a process that has fewer."""
+    """A group of one stop token with weight 0, which adds nothing to the gradient. A process that
+    would make fewer calls than others runs it."""
     token = Completion(np.array(stop[:1], np.int32), np.zeros(1, np.float32), finished=True)
     return Group(pair.student, pair.teacher, (token,), (np.zeros(1, np.float32),))
 
 
 def _usable(completion: Completion, banned: Sequence[int]) -> bool:
+    """Whether a completion has tokens, and none of them is banned."""
     return len(completion) > 0 and set(banned).isdisjoint(completion.tokens.tolist())

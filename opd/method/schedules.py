@@ -1,4 +1,4 @@
-"""Learning rate and teacher rate, as pure functions of the step (1, 2, ..., steps)."""
+"""Learning rate and teacher rate as pure functions of the step (1, 2, ..., steps)."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class TeacherOptions(Options):
 
 
 def learning_rate(options: OptimizerOptions, step: int, steps: int) -> float:
-    """Learning rate of a step: linear warm-up from peak / warmup_steps, then constant, or a cosine
-    or line that ends near 0."""
+    """Learning rate of a step in 1..`steps`: linear warm-up from peak / warmup_steps, then
+    constant, or decay by a cosine or a line to nearly 0."""
     if step <= options.warmup_steps:
         return options.learning_rate * step / options.warmup_steps
     if options.schedule == "constant":
@@ -65,8 +65,8 @@ def learning_rate(options: OptimizerOptions, step: int, steps: int) -> float:
 
 
 def teacher_rate(options: TeacherOptions, step: int) -> float:
-    """Rate in 0..1 of theta_T += rate * (theta_S - theta_T) after a step: every rule of the teacher
-    is this one number."""
+    """The rate in 0..1 of theta_T += rate * (theta_S - theta_T) after a step; every teacher rule is
+    a choice of this number."""
     if options.rule == "frozen" or (options.rule != "live" and step % options.every):
         return 0.0
     return options.rate if options.rule == "ema" else 1.0

@@ -1,7 +1,7 @@
-"""One step of Vision-OPD.
+"""One training step of Vision-OPD.
 
-The student samples completions on the full image. Student (full image) and teacher (evidence) read
-them, and the divergence between both is differentiated through the student. The optimizer steps,
+The student samples completions on the full image. Student (full image) and teacher (evidence) score
+them, and the divergence between the two is differentiated through the student. The optimizer steps,
 and the teacher moves towards the student.
 """
 
@@ -33,8 +33,8 @@ EMPTY_OR_BANNED = "every completion was empty or held a banned token"
 
 @dataclass(frozen=True)
 class Method:
-    """What the method is set to: four sections of a recipe, seed and number of steps, and the ids
-    that end a completion (`stop`) or never stand in one (`banned`)."""
+    """The settings of the method: four sections of a recipe, `seed`, number of `steps`, and the
+    token ids that end a completion (`stop`) or never appear in one (`banned`)."""
 
     rollout: RolloutOptions
     objective: ObjectiveOptions
@@ -46,24 +46,24 @@ class Method:
     banned: tuple[int, ...]
 
     def with_half_the_budgets(self) -> Method | None:
-        """The same method in micro-batches of half the size; None where they are as small as one
+        """The same method with half the budgets of tokens; None if both would be below one
         completion."""
         options = self.rollout
-        tokens = options.microbatch_tokens // 2, options.sample_tokens // 2
-        if max(tokens) < options.max_tokens:
+        microbatch_tokens = options.microbatch_tokens // 2
+        sample_tokens = options.sample_tokens // 2
+        if max(microbatch_tokens, sample_tokens) < options.max_tokens:
             return None
-        halved = dict(
-            zip(
-                ("microbatch_tokens", "sample_tokens"), (max(1, one) for one in tokens), strict=True
-            )
-        )
+        halved = {
+            "microbatch_tokens": max(1, microbatch_tokens),
+            "sample_tokens": max(1, sample_tokens),
+        }
         return replace(self, rollout=options.model_copy(update=halved))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's encoded examples of a step, and how many others of its share could not be
-    used."""
+    """The encoded examples of a step on this process; `skipped` counts this process's rows that
+    could not be used."""
 
     pairs: tuple[Pair, ...]
     skipped: int = 0
@@ -71,8 +71,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: its `metrics` over all processes, and this process's completions with their
-    statistics, group by group."""
+    """The result of a step: `metrics` over all processes, and the rollout of this process with
+    `statistics` for each completion of each group."""
 
     metrics: dict[str, Any]
     rollout: Rollout
@@ -80,11 +80,12 @@ class StepResult:
 
 
 def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> StepResult:
-    """Takes step 1, 2, ... of a run. A step that raised (out of memory) can be taken again, with
-    smaller budgets too: they change no result.
+    """Takes step `step` (1, 2, ...) of a run.
 
-    Where nothing can be learnt from the batch, or what was learnt is not finite, the step is not
-    taken: neither policy changes, and `not_taken` among the metrics says why.
+    If it raises OutOfMemory, the same step can be retried, also with smaller budgets, which do not
+    change the result. If the batch has nothing to learn from, or gradient or log-probabilities are
+    not finite, the step is not taken: neither policy changes, and the metric `not_taken` is the
+    reason.
     """
     options = method.rollout
     objective = method.objective.objective(options.temperature)
@@ -104,7 +105,7 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
     kept = rollout.drop_unusable(batch.pairs, sampled, method.banned)
     clock.lap("rollout")
 
-    # 2. Both policies read them; the gradient of their divergence goes through the student.
+    # 2. Both policies score them; the gradient of the divergence goes through the student.
     counts = _counts(kept, batch, backend)
     groups = rollout.groups(kept, counts["tokens"]) if counts["weighted"] else []
     padding = rollout.padding_group(batch.pairs[0], method.stop) if batch.pairs else None
@@ -146,20 +147,21 @@ def train_step(step: int, batch: Batch, method: Method, backend: Backend) -> Ste
 
 @dataclass
 class Clock:
-    """Seconds of the parts of a step, by name."""
+    """Measures the seconds of each part of a step, by name."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
 
     def lap(self, name: str) -> None:
-        """Ends the part `name`."""
+        """Ends the part `name`; the next part begins."""
         now = time.monotonic()
         self.seconds[f"seconds_{name}"] = now - self._last
         self._last = now
 
 
 def _counts(kept: Rollout, batch: Batch, backend: Backend) -> dict[str, int]:
-    """What was sampled, over all processes; `weighted` counts examples with a weight above 0."""
+    """Counts of the rollout over all processes; `weighted` counts examples with a weight above
+    0."""
     completions = [completion for group in kept.completions for completion in group]
     counts = {
         "tokens": sum(map(len, completions)),
@@ -180,7 +182,8 @@ def _means(
     tokens: int,
     backend: Backend,
 ) -> dict[str, float]:
-    """The step's loss, and means over all its tokens on all processes."""
+    """The loss of the step, and means of statistics over the step's `tokens`, over all
+    processes."""
     sums = np.zeros(6)
     for group, rows in zip(groups, statistics, strict=True):
         for weight, row in zip(group.weights, rows, strict=True):
@@ -200,7 +203,7 @@ def _means(
 
 
 def _nothing_to_learn(counts: dict[str, int]) -> str:
-    """Why nothing can be learnt from a step's completions."""
+    """The reason why the step's completions have nothing to learn from."""
     if counts["tokens"]:
         return WEIGHTS
     if not counts["dropped"]:

@@ -1,4 +1,4 @@
-"""Where a run stands, in its checkpoints: saved, and found again."""
+"""Saves and restores the state of a run in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STATE = "state.json"
 
 @dataclass
 class State:
-    """Where a run stands: the last `step` that is done, `seconds` of all its parts, how many steps
-    were `taken`, and the reasons for which the last ones were not (`idle`: one a step, empty after
-    a step that was taken)."""
+    """The state of a run: the last `step` that is done, `seconds` of training over all resumptions,
+    the number of steps that were `taken`, and `idle`, the reasons why the steps since the last
+    taken step were not taken."""
 
     step: int = 0
     seconds: float = 0.0
@@ -26,7 +26,7 @@ class State:
     idle: list[str] = field(default_factory=list)
 
     def count(self, step: int, not_taken: str | None) -> None:
-        """Counts a step that was taken, or the reason for which it was not."""
+        """Counts a step; `not_taken` is the reason why it was not taken, or None."""
         self.step = step
         if not_taken is None:
             self.taken, self.idle = self.taken + 1, []
@@ -36,8 +36,8 @@ class State:
 
 @dataclass(frozen=True)
 class Saver:
-    """Writes the checkpoints of a run: every `every` steps (0: the last alone), and keeps the
-    newest `keep`."""
+    """Writes a checkpoint every `every` steps (0: only after the last step), and keeps the newest
+    `keep`."""
 
     folder: RunFolder
     backend: Backend
@@ -45,7 +45,7 @@ class Saver:
     keep: int
     steps: int
     started: float
-    """When the run would have begun in one go, by `time.monotonic`."""
+    """The start of the run by `time.monotonic`, as if it had never been interrupted."""
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is written after a step."""
@@ -57,8 +57,7 @@ class Saver:
         return self.folder.anywhere(bool(checkpoints) and checkpoints[-1][0] >= state.step)
 
     def save(self, state: State) -> None:
-        """Writes a checkpoint; nothing before the first step that was taken, when there is nothing
-        to save."""
+        """Writes a checkpoint, unless no step was taken yet."""
         if not state.taken:
             return
         state.seconds = time.monotonic() - self.started
@@ -70,16 +69,16 @@ class Saver:
 
 
 def restore(folder: RunFolder, backend: Backend) -> State:
-    """Loads the last checkpoint, and drops the records of later steps; the beginning where there is
-    none. Raises FolderError."""
+    """Loads the last checkpoint, and removes the rows of later steps from the run's files. Without
+    a checkpoint, the state is that of the beginning. Raises FolderError if a file is damaged."""
     state, checkpoints = State(), folder.checkpoints()
     if checkpoints:
         done, path = checkpoints[-1]
         earlier = f"go on from step {checkpoints[-2][0]}" if len(checkpoints) > 1 else "start again"
         try:
             backend.load(path)
-            found = files.read_json(path / STATE)
-            state = State(done, float(found["seconds"]), int(found["taken"]), list(found["idle"]))
+            saved = files.read_json(path / STATE)
+            state = State(done, float(saved["seconds"]), int(saved["taken"]), list(saved["idle"]))
         except (OSError, ValueError, KeyError, TypeError, FolderError) as error:
             raise FolderError(
                 f"checkpoint '{path}' is damaged: {error}; remove it to {earlier}"
@@ -87,7 +86,7 @@ def restore(folder: RunFolder, backend: Backend) -> State:
     for name in (records.METRICS, records.ROLLOUTS, records.ACCURACY):
         rows = records.read(folder, name)
         folder.rewrite(name, [row for row in rows if row["step"] <= state.step])
-    # a row behind a half-written one would be on its line
+    # Rewriting drops a half-written last row; the next row would continue that line.
     if (folder.path / records.SKIPPED).exists():
         folder.rewrite(records.SKIPPED, records.read(folder, records.SKIPPED))
     return state

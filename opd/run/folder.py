@@ -1,4 +1,4 @@
-"""The run folder: everything a run writes, each file whole or not at all.
+"""The run folder: all files that a run writes, each written whole or not at all.
 
 config.toml, metrics.jsonl, rollouts.jsonl, answers.jsonl, accuracy.jsonl, summary.json, model/ or
 adapter/, checkpoints/step-000040/
@@ -28,11 +28,12 @@ DEEPEST = "checkpoints/step-000000.partial/optimizer.safetensors"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run on disk; `path` holds a config.toml."""
+    """The folder of one run; `path` holds config.toml."""
 
     path: Path
     lock: lock.RunLock | None = field(default=None, compare=False)
-    """What keeps other processes from training here, where this process trains."""
+    """The lock that keeps other processes from training here; None if this process does not
+    train."""
     writes: bool = field(default=True, compare=False)
     """Whether this process writes: of several that train one run, the first does."""
     anywhere: Callable[[bool], bool] = field(default=bool, compare=False)
@@ -41,8 +42,8 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path, force: bool = False) -> None:
-        """Raises FolderError where a run cannot start in `path`: unwritable, or it holds a run
-        (without `force`, or while that one is being trained), or something else."""
+        """Raises FolderError if a run cannot start in `path`: the folder cannot be written, holds a
+        run (and `force` is not set, or the run is being trained), or holds other files."""
         _check_name(path, path / DEEPEST, *([f"{path}~1"] if force else []))
         there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if path.exists() and not path.is_dir():
@@ -65,10 +66,10 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, config: str, force: bool = False) -> RunFolder:
-        """Starts a run folder, locked. With `force`, a run that is there already is kept as NAME~1,
-        NAME~2, ...
+        """Makes a locked run folder with config.toml. With `force`, a run that is already in `path`
+        is renamed to NAME~1, NAME~2, ...
 
-        Raises FolderError where it is taken or cannot be written.
+        Raises FolderError if the folder is taken or cannot be written.
         """
         RunFolder.check(path, force)
         aside = _free(path) if (path / CONFIG).is_file() else None
@@ -93,7 +94,7 @@ class RunFolder:
             if held:
                 held.release()
             for folder in made:
-                with suppress(OSError):  # not empty: not ours
+                with suppress(OSError):  # a folder that is not empty stays
                     folder.rmdir()
             if aside and aside.exists():
                 aside.rename(path)
@@ -104,7 +105,7 @@ class RunFolder:
 
     @staticmethod
     def open(path: Path) -> RunFolder:
-        """The folder of an earlier run. Raises FolderError where there is none."""
+        """The folder of an existing run. Raises FolderError if there is none."""
         _check_name(path, path / CONFIG)
         checkpoint = checkpoint_of(path)
         if checkpoint:
@@ -119,19 +120,19 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """Where the trained student goes."""
+        """The folder of the trained model."""
         return self.path / "model"
 
     def locked(self) -> RunFolder:
-        """This folder, locked while this process trains here. Raises FolderError where another one
-        does.
+        """The same folder, locked by this process. Raises FolderError if another process holds the
+        lock.
 
-        Of several processes that train one run together, the first holds the lock.
+        If several processes train a run together, only the first takes the lock.
         """
         return replace(self, lock=lock.take(self.path)) if lock.is_first_process() else self
 
     def release(self) -> None:
-        """Lets other processes train here."""
+        """Releases the lock, so that other processes can train here."""
         if self.lock:
             self.lock.release()
 
@@ -143,15 +144,15 @@ class RunFolder:
                 file.write(dumps(row) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The objects of a .jsonl file; a last line that a killed run left unfinished is passed
-        over. Raises FolderError."""
+        """The objects of a .jsonl file, without an unfinished last line of a killed run. Raises
+        FolderError for a damaged line."""
         return [row for _, row in self.numbered(name)]
 
     def numbered(
         self, name: str, remedy: str = "remove that line to go on"
     ) -> list[tuple[int, dict[str, Any]]]:
-        """The `rows`, each with the number of its line, counted from 1; `remedy`: what an error
-        says to do."""
+        """The `rows`, each with its line number from 1. `remedy`: the advice in the message of a
+        FolderError."""
         path = self.path / name
         try:
             lines = read_file(path).split(b"\n") if path.exists() else []
@@ -183,7 +184,7 @@ class RunFolder:
                 files.write_json(self.path / name, value)
 
     def read(self, name: str) -> dict[str, Any]:
-        """The object of a .json file. Raises OSError or ValueError where it is missing or
+        """The object of a .json file. Raises OSError or ValueError if the file is missing or
         damaged."""
         return files.read_json(self.path / name)
 
@@ -241,12 +242,12 @@ class RunFolder:
                 files.write_text(self.path / name, text)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """Steps and folders of all whole checkpoints, oldest first."""
-        found = [
-            (re.fullmatch(r"step-(\d{6,})", path.name), path)
-            for path in (self.path / "checkpoints").glob("step-*")
-        ]
-        return sorted((int(match[1]), path) for match, path in found if match)
+        """Steps and folders of all complete checkpoints, oldest first."""
+        checkpoints = []
+        for path in (self.path / "checkpoints").glob("step-*"):
+            if match := re.fullmatch(r"step-(\d{6,})", path.name):
+                checkpoints.append((int(match[1]), path))
+        return sorted(checkpoints)
 
 
 def next_free(path: Path) -> Path:
@@ -259,7 +260,7 @@ def next_free(path: Path) -> Path:
 
 
 def check_empty(path: Path) -> None:
-    """Raises FolderError where `path` is not a folder that is empty, or can be made."""
+    """Raises FolderError unless `path` is an empty folder, or can be made."""
     _check_name(path, f"{path}.partial", path / DEEPEST)
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if path.is_dir() and any(path.iterdir()):
@@ -272,7 +273,7 @@ def check_empty(path: Path) -> None:
 
 
 def _check_name(*paths: Path | str) -> None:
-    """Raises FolderError where no file can have one of `paths`."""
+    """Raises FolderError if no file can have one of `paths`."""
     for path in paths:
         fault = unusable(path)
         if fault:
@@ -280,7 +281,7 @@ def _check_name(*paths: Path | str) -> None:
 
 
 def _set_aside(path: Path, aside: Path) -> None:
-    """Renames a run that nobody trains. Raises FolderError where somebody does."""
+    """Renames the run in `path` to `aside`. Raises FolderError if a process trains it."""
     held = lock.take(path)
     try:
         path.rename(aside)
@@ -290,6 +291,7 @@ def _set_aside(path: Path, aside: Path) -> None:
 
 
 def _free(path: Path) -> Path:
+    """The first of NAME~1, NAME~2, ... that does not exist."""
     number = 1
     while path.with_name(f"{path.name}~{number}").exists():
         number += 1
@@ -297,11 +299,13 @@ def _free(path: Path) -> Path:
 
 
 def _obstacle(path: Path) -> str:
+    """The reason why nothing can be written into `path`, in words."""
     return "not writable" if path.is_dir() else "not a folder"
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    found = json.loads(line.decode("utf-8"))
-    if not isinstance(found, dict):
+    """The JSON object of a line. Raises ValueError."""
+    value = json.loads(line.decode("utf-8"))
+    if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
-    return found
+    return value

@@ -1,5 +1,5 @@
-"""The loop of a run: it takes the steps that are left, has monitors hear of them, measures in
-between and saves."""
+"""The loop of a run: takes the remaining steps, tells monitors about them, measures in between, and
+saves checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from opd.run.probe import Probe
 
 @dataclass(frozen=True)
 class Loop:
-    """The parts of a run. `take` takes a step; see `opd.method.step.train_step`."""
+    """The parts of a run. `take` takes a step, as `opd.method.step.train_step` does."""
 
     batches: Batches
     take: Callable[[int, Batch], StepResult]
@@ -33,8 +33,8 @@ class Loop:
     def run(self, state: State, before: Sequence[Answered], steps: int) -> None:
         """Takes the steps after `state.step`, up to `steps`. `before`: the answers before training.
 
-        Raises Stopped when asked to, RunError where the run cannot go on; the last step that was
-        taken is then saved.
+        Raises Stopped if `progress.stopping` becomes true, RunError if the run cannot continue. A
+        checkpoint of the last step is written first.
         """
         first = state.step + 1
         for step, batch in enumerate(prefetch(self.batches.encode, range(first, steps + 1)), first):
@@ -62,7 +62,7 @@ class Loop:
                 )
 
     def _end(self, state: State, why: str) -> NoReturn:
-        """Ends the run, whose last step is saved where anything was learnt."""
+        """Saves a checkpoint if a step was taken, and raises RunError."""
         for monitor in self.monitors:
             monitor.interrupted()
         if not self.saver.saved(state):

@@ -1,5 +1,4 @@
-"""A run as an object: what it trains, on what, where it writes; `train` runs it from where it
-stands to its summary."""
+"""The trainer: holds model, data and run folder of one run, and trains it to the end."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ from opd.views.usable import Skipped
 
 @dataclass
 class Trainer:
-    """One run. `name`: the backend's; `monitors` hear of the run beside the progress bar and the
-    run folder."""
+    """One run. `name`: the name of the backend. `monitors` receive events in addition to progress
+    bar and run folder."""
 
     recipe: Recipe
     backend: Backend
@@ -44,7 +43,7 @@ class Trainer:
     progress: Progress = field(default_factory=Quiet)
     monitors: Sequence[Monitor] = ()
     state: State = field(default_factory=State, init=False)
-    """Where the run stands."""
+    """The state of the run after the last step."""
     _restored: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -59,8 +58,8 @@ class Trainer:
         self.method = Method(*sections, run.seed, run.steps, self.encoder.stop, self.encoder.banned)
 
     def restore(self) -> int:
-        """Loads the last checkpoint, and returns the steps that are done; `train` does so where
-        nobody has. Raises FolderError."""
+        """Loads the last checkpoint unless that is done already, and returns the number of steps
+        that are done. `train` calls it. Raises FolderError."""
         if not self._restored:
             self.state = restore(self.folder, self.backend)
             self._restored = True
@@ -73,8 +72,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains from the last checkpoint, or from the start, and returns the summary.
 
-        Raises Stopped when asked to, RunError where the run cannot go on; the folder then holds a
-        checkpoint to resume from.
+        Raises Stopped if `progress.stopping` becomes true, RunError if the run cannot continue; the
+        folder then holds a checkpoint to resume from.
         """
         try:
             return self._train()
@@ -83,14 +82,14 @@ class Trainer:
             self.folder.release()
 
     def take(self, step: int, batch: Batch) -> StepResult:
-        """A step; where memory does not suffice it is taken again with half the budgets, which
-        changes no result."""
+        """Takes a step. If memory does not suffice, retries it with half the budgets, which does
+        not change the result. Raises OutOfMemory if that does not help."""
         while True:
             try:
                 return train_step(step, batch, self.method, self.backend)
             except OutOfMemory:
                 smaller = self.method.with_half_the_budgets()
-                # other processes are in the middle of the step
+                # With several processes, the others are in the middle of the step.
                 if smaller is None or self.backend.size > 1:
                     raise
             self.method, now = smaller, smaller.rollout
@@ -147,16 +146,15 @@ class Trainer:
             "rows_skipped": len(getattr(self.examples, "skipped", ())),
             "rows_unusable": len(skipped.reasons),
         }
-        found = summary(
-            facts, records.read(self.folder, records.METRICS), before, after, len(self.held_out)
-        )
+        metrics = records.read(self.folder, records.METRICS)
+        result_summary = summary(facts, metrics, before, after, len(self.held_out))
         for monitor in monitors:
-            monitor.ended(found)
-        self._tell_skipped(found["prompts_skipped"], skipped)
-        return found
+            monitor.ended(result_summary)
+        self._tell_skipped(result_summary["prompts_skipped"], skipped)
+        return result_summary
 
     def _tell(self) -> None:
-        """What a person should know of the rows before the first step."""
+        """Notes about the rows, before the first step."""
         steps, done = self.recipe.run.steps, self.state.step
         if done == steps:
             which = (
@@ -178,14 +176,12 @@ class Trainer:
             )
 
     def _tell_skipped(self, count: int, skipped: Skipped) -> None:
-        """How many prompts of the run fell out, and why."""
+        """A note about the `count` prompts of the run that were skipped, if there are any."""
         drawn = self.recipe.run.steps * self.recipe.rollout.prompts
         if count:
-            share, names = (
-                f"{count:,} of {plural(drawn, 'prompt')} ({count / drawn:.1%})",
-                self.folder.path / records.SKIPPED,
-            )
-            self.progress.note(f"{share} could not be used: {skipped.why()}; named in {names}")
+            share = f"{count:,} of {plural(drawn, 'prompt')} ({count / drawn:.1%})"
+            file = self.folder.path / records.SKIPPED
+            self.progress.note(f"{share} could not be used: {skipped.why()}; named in {file}")
 
     def _anywhere(self, here: bool) -> bool:
         return bool(self.backend.total(np.array([float(here)])).any())
