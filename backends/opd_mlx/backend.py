@@ -1,4 +1,4 @@
-"""The protocol's verbs on MLX."""
+"""The verbs of `opd.backend.Backend` on MLX."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ from opd_mlx.optimizer import Optimizer, move_teacher, zeros
 class MlxBackend:
     """`opd.backend.Backend` on an MLX device.
 
-    Parameters are flat dictionaries of float32 arrays; the model's modules compute with those that
-    are bound to them. Gradients are summed over mx.distributed if `mlx.launch` started several
-    processes.
+    Parameters are flat dictionaries of float32 arrays, which are bound to the model's modules for a
+    computation. mx.distributed sums gradients if `mlx.launch` started several processes.
     """
 
     def __init__(self, options: ModelOptions, device: Device | None = None) -> None:
@@ -62,16 +61,16 @@ class MlxBackend:
 
     @property
     def rank(self) -> int:
-        """Index of this process."""
+        """The index of this process."""
         return int(self._processes.rank())
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """The number of processes."""
         return int(self._processes.size())
 
     def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Elementwise sum over all processes."""
+        """Sums elementwise over all processes."""
         if self.size == 1:
             return values.copy()
         local = mx.array(values, dtype=mx.float64)
@@ -94,7 +93,7 @@ class MlxBackend:
         policy: Policy = "student",
         prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
-        """Draws completions."""
+        """Samples completions."""
         check_ids(prompts, (), self._model.vocabulary)
         if not uniforms.size:
             return nothing_sampled(uniforms)
@@ -134,7 +133,7 @@ class MlxBackend:
     def score(
         self, groups: Sequence[Group], objective: Objective, top: int = 0
     ) -> list[list[TokenStatistics]]:
-        """Statistics without a gradient."""
+        """Computes statistics without a gradient."""
         used = drop_empty(groups)
         if not used:
             return restore_empty(groups, [])
@@ -143,11 +142,11 @@ class MlxBackend:
         return restore_empty(groups, gradient.score(self._model, *inputs))
 
     def apply(self, update: Update) -> UpdateResult:
-        """One optimizer step on the gradient summed over all processes."""
+        """Takes one optimizer step on the gradient, summed over all processes."""
         sums = self._gradient or zeros(self._student)
         self._gradient, self._weights = {}, object()
         if self.size > 1:
-            # In one order on all processes: nothing else matches what they add.
+            # In the same order on all processes, because only the order matches the sums.
             group = self._processes
             sums = {k: mx.distributed.all_sum(sums[k], group=group) for k in self._student}
         return self._optimizer.apply(sums, update)
@@ -164,9 +163,9 @@ class MlxBackend:
             write_checkpoint(folder, self._model, Checkpoint(*trained))
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` of either backend wrote. A FolderError changes nothing."""
+        """Restores a checkpoint of either backend. Raises FolderError before anything changes."""
         read = read_checkpoint(folder, self._model, self._student)
-        # In place: the optimizer holds the same dictionary.
+        # In place, because the optimizer holds the same dictionary.
         self._student.update(read.student)
         self._teacher.update(read.teacher)
         self._optimizer.first, self._optimizer.second = read.first, read.second
@@ -182,17 +181,17 @@ class MlxBackend:
     def tensors(
         self, kind: Literal["student", "teacher", "gradient"]
     ) -> dict[str, NDArray[np.float32]]:
-        """Float32 copies by Hugging Face name."""
+        """Copies tensors to float32 arrays, by Hugging Face name."""
         held = {"student": self._student, "teacher": self._teacher, "gradient": self._gradient}
         source = held[kind] or zeros(self._student)
         return {k: np.array(value) for k, value in self._model.to_hugging_face(source).items()}
 
     @property
     def peak_memory(self) -> int:
-        """Largest number of bytes that MLX had allocated."""
+        """The peak of bytes that MLX has allocated."""
         return int(mx.get_peak_memory())
 
     @property
     def device(self) -> str:
-        """The device in words."""
+        """The device's name, and whether it is a GPU."""
         return f"{self._model.device.name}, {'GPU' if self._model.device.gpu else 'CPU'}"

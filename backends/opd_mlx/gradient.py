@@ -1,9 +1,10 @@
-"""The student's gradient: prompts, completions, head, and the backwards to parameters by name.
+"""Computes the student's gradient: prompts, completions, head, and the backwards to parameters.
 
-The student's prompts run once, and their backward waits until all slices of completions have added
-gradients to what the prompts keep. On torch, autograd does this by itself.
+The student's prompts run once. Their backward waits until the backwards of all slices of
+completions have summed the gradients of the prompts' cache.
 
-Legend: U different tokens that some rows look up, V vocabulary, D width, M completion tokens.
+Legend: U different tokens that some rows look up, V vocabulary, D hidden width, M completion
+tokens.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from opd_mlx.objective import HeadResult, default_chunk, divergence_head
 from opd_mlx.sampling import PrefilledPrompts
 
 LOOKED_UP = "language_model.looked_up"
-"""The name among gradients of those of the embedding rows that completions look up."""
+"""The name, among gradients, of the gradient of the embedding rows that completions look up."""
 
 
 class PendingBackward:
-    """Some rows of the student, and their backward: to parameters, and to other inputs by name.
+    """A forward of some rows of the student, and the backward to parameters and other inputs, by
+    name.
 
-    Where the embedding is trained, the rows [U, D] that are looked up run in its place, so that its
-    gradient is not a table [V, D] of zeros.
+    If the embedding is trained, the forward takes the rows [U, D] that are looked up instead of the
+    embedding, so that the gradient is not a table [V, D].
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class PendingBackward:
         inputs: Mapping[str, mx.array] | None = None,
         looked_up_ids: NDArray[np.int32] | None = None,
     ) -> None:
-        """`run` takes the `tokens` [N] and the `inputs`.
+        """Traces `run`, a function of `tokens` [N] and `inputs`.
 
-        `names` are the `parameters` that it reads beside the embedding. `looked_up_ids` [U], in
-        order, are given if other rows look up more tokens than these.
+        `names` are the `parameters` that `run` reads, without the embedding. `looked_up_ids` [U],
+        sorted, contain the tokens of all slices; by default they are those in `tokens`.
         """
         self.parameters = parameters
         names, inputs = list(names), inputs or {}
@@ -75,14 +77,14 @@ class PendingBackward:
 
     @property
     def outputs(self) -> list[mx.array]:
-        """Outputs of the rows; evaluate them before `start`."""
+        """The outputs of `run`; evaluate them before `start`."""
         return self._backward.outputs
 
     def start(self, gradients: Sequence[mx.array]) -> Parameters:
-        """Gradients by name from the float32 `gradients` to the outputs.
+        """The gradients by name, from the float32 `gradients` of the outputs.
 
-        The embedding's are those of the `looked_up_ids`. They are not evaluated yet, and this
-        object keeps nothing of them.
+        That of the embedding has the rows of the `looked_up_ids`. They are not evaluated yet, and
+        this object drops all arrays.
         """
         self.parameters = {}
         return dict(zip(self._names, self._backward.start(gradients), strict=True))
@@ -104,7 +106,7 @@ class RolloutPrefill:
 
 @dataclass(frozen=True)
 class Slice:
-    """Some of the completions of all groups, and their batch for either policy."""
+    """A slice of the completions of all groups, and the batch for each policy."""
 
     groups: list[Group]
     student: Batch
@@ -132,7 +134,7 @@ def prefill_for_rollout(
 
 
 def to_sample(held: object) -> PrefilledPrompts:
-    """What a prefill holds, as `sampling.sample` takes it."""
+    """Returns the prompts that a prefill holds, for `sampling.sample`."""
     assert isinstance(held, RolloutPrefill)
     return PrefilledPrompts(held.prefixes, held.cache)
 
@@ -140,16 +142,17 @@ def to_sample(held: object) -> PrefilledPrompts:
 def take(
     prefill: Prefill | None, groups: Sequence[Group], used: Sequence[Group], weights: object
 ) -> tuple[list[int], PendingBackward | None]:
-    """An order of the `used` groups, by index, and their prompts in that order: the prefill's.
+    """Takes the prompts from `prefill`; also returns the order of the `used` groups, by index, in
+    which the prefill holds their prompts.
 
-    Without a prefill the order is theirs, and there are no prompts; nor where not all `groups` are
-    used: the prefill is released then.
+    Returns None for the prompts, and the groups' order, without a prefill. If some `groups` are not
+    used, releases the prefill and returns the same.
     """
     if prefill is None or len(used) < len(groups):
         if prefill is not None:
             prefill.release()
         return list(range(len(used))), None
-    held = prefill.take([one.student for one in groups], weights)
+    held = prefill.take([group.student for group in groups], weights)
     assert isinstance(held, RolloutPrefill)
     return sorted(range(len(used)), key=prefill.order.__getitem__), held.pending
 
@@ -164,10 +167,12 @@ def accumulate(
     split: int,
     prompts: PendingBackward | None,
 ) -> list[list[TokenStatistics]]:
-    """Adds the gradient of the groups' weighted sum to `gradient`; statistics by group.
+    """Adds the gradient of all groups to `gradient`, by parameter; returns the statistics of all
+    completions, none of which may be empty.
 
-    Every completion has tokens. `split` completions of each group run at a time; 0: all. `prompts`
-    are the students' prompts if a rollout has run them.
+    `split` completions of a group run together; 0 for all. `prompts` are the student's prompts, if
+    they have run. Accumulates in place, because a second gradient might not fit; if an error is
+    raised, `gradient` is lost.
     """
     parts = [
         Slice(some, _lay_out_groups("student", some), _lay_out_groups("teacher", some))
@@ -188,8 +193,8 @@ def accumulate(
         result, gradients = _completions(
             model, part, hidden, prompts, ids, heads, objective, recompute
         )
-        for row, more in zip(statistics, result.records(part.groups), strict=True):
-            row += more
+        for rows, records in zip(statistics, result.records(part.groups), strict=True):
+            rows += records
         del result
         _add(gradient, gradients, model.device.gradient_bytes)
     _finish_prompts(model, student, gradient, prompts, ids)
@@ -204,7 +209,9 @@ def score(
     objective: Objective,
     top: int,
 ) -> list[list[TokenStatistics]]:
-    """Statistics by group without a gradient, with the `top` likeliest tokens of both policies."""
+    """Statistics of all completions, none of which may be empty; with `top`, also the `top` most
+    likely tokens of both policies.
+    """
     hidden: dict[Policy, mx.array] = {}
     policies: dict[Policy, Parameters] = {"teacher": teacher, "student": student}
     for policy, parameters in policies.items():
@@ -220,7 +227,7 @@ def score(
 def run_prompts(
     model: Model, parameters: Parameters, prefixes: Prefixes, recompute: float
 ) -> PendingBackward:
-    """The student's prompts; the outputs are what they keep, layer by layer."""
+    """Runs the student's prompts; the outputs are the prompts' cache, layer by layer."""
 
     def run(tokens: mx.array) -> list[mx.array]:
         return list(chain(*prefill(model, replace(prefixes, tokens=tokens), recompute)))
@@ -238,7 +245,7 @@ def _divergence(
     gradient: bool,
     top: int = 0,
 ) -> HeadResult:
-    """`divergence_head` over both policies' hidden states [M, D] of all completions of `groups`.
+    """Runs `divergence_head` on both policies' hidden states [M, D] of the completions of `groups`.
 
     `heads` [V, D] are the student's and the teacher's.
     """
@@ -261,35 +268,36 @@ def _divergence(
 
 
 def _lay_out_groups(policy: Policy, groups: Sequence[Group]) -> Batch:
-    """The batch of one policy's prompts and all completions."""
+    """The batch of one policy's prompts and all completions of `groups`."""
     prompts = [group.student if policy == "student" else group.teacher for group in groups]
-    return lay_out(prompts, [[one.tokens for one in group.completions] for group in groups])
+    tokens = [[completion.tokens for completion in group.completions] for group in groups]
+    return lay_out(prompts, tokens)
 
 
 def _traced(model: Model, student: Parameters, completions: bool = False) -> list[str]:
-    """Names of the trained parameters that prompts run through, or `completions`: no vision
-    tower's.
+    """The names of the trained parameters that prompts read, or with `completions` those that
+    completions read, which excludes the vision tower's.
 
-    Head and embedding go their own ways.
+    The gradients of head and embedding are computed separately.
     """
-    apart = (model.head_name, model.embedding_name)
-    names = [name for name in student if name not in apart]
+    separate = (model.head_name, model.embedding_name)
+    names = [name for name in student if name not in separate]
     if completions:
         names = [name for name in names if not name.startswith(model.family.vision)]
     return names
 
 
 def _cast(model: Model, student: Parameters) -> Parameters:
-    """The student with its layers in the compute dtype, once for prompts and completions."""
+    """Casts the student's layers to the compute dtype, once for prompts and completions."""
     cast = {name: student[name].astype(model.dtype) for name in _traced(model, student)}
     return {**student, **cast}
 
 
 def _teacher_hidden(model: Model, teacher: Parameters, parts: Sequence[Slice]) -> list[mx.array]:
-    """The teacher's hidden states [M, D] of each slice.
+    """The teacher's final hidden states [M, D] of each slice.
 
-    Before the student runs, so that one policy's casts and keys are freed before the other's are
-    made.
+    The teacher runs before the student, so that the teacher's casts and cache are freed before the
+    student's are made.
     """
     prefixes, hidden = parts[0].teacher.prefixes, []
     with model.bound(teacher):
@@ -312,9 +320,8 @@ def _completions(
     objective: Objective,
     recompute: float,
 ) -> tuple[HeadResult, list[Parameters]]:
-    """A slice's statistics, and gradients to parameters, prompts and embedding rows.
-
-    The gradients are not evaluated yet.
+    """Runs a slice; returns the statistics, and the gradients of parameters, prompts' cache, and
+    looked-up embedding rows, which are not evaluated yet.
     """
     parameters, batch = prompts.parameters, part.student
 
@@ -346,7 +353,9 @@ def _finish_prompts(
     prompts: PendingBackward,
     ids: NDArray[np.int32],
 ) -> None:
-    """Adds the prompts' gradients, which start at those of the prompt cache."""
+    """Runs the prompts' backward from the gradients of the prompts' cache, and adds the parameters'
+    gradients.
+    """
     caches = [gradient.pop(_cache_name(place)) for place in range(len(prompts.outputs))]
     gradients = prompts.start(caches)
     del caches
@@ -363,23 +372,23 @@ def _finish_prompts(
 
 
 def _looked_up_ids(groups: Sequence[Group]) -> NDArray[np.int32]:
-    """All tokens that completions look up, in order; 0 stands behind a completion's end."""
-    tokens = [one.tokens for group in groups for one in group.completions]
+    """All tokens that completions look up, sorted; they include 0, which pads completions."""
+    tokens = [completion.tokens for group in groups for completion in group.completions]
     tokens += [group.student.tokens[-1:] for group in groups]
     return np.unique(np.concatenate([np.zeros(1, np.int32), *tokens])).astype(np.int32)
 
 
 def _cache_name(place: int) -> str:
-    """The name among gradients of a layer's keys (even places) or values (odd ones)."""
+    """The name, among gradients, of a layer's keys (even `place`) or values (odd `place`)."""
     return f"language_model.{place // 2}.cache.{place % 2}"
 
 
 def _add(sums: Parameters, gradients: list[Parameters], most: int) -> None:
-    """Adds gradients to `sums` in float32, and evaluates them as a backward meets them.
+    """Adds gradients to `sums` in float32, and evaluates them in the order of a backward.
 
-    That is the language model from its last layer down, then what makes image features. At most
-    `most` bytes, or a layer, are evaluated together. Each sum takes its gradient's place, so that
-    what is done with is freed on the way.
+    This order is the language model from the last layer to the first, then vision. At most `most`
+    bytes, and at most one layer, are evaluated together. Gradients are removed from `gradients`, so
+    that arrays are freed early.
     """
 
     def order(name: str) -> tuple[bool, int]:
@@ -389,15 +398,15 @@ def _add(sums: Parameters, gradients: list[Parameters], most: int) -> None:
     pending: list[str] = []
     names = sorted(dict.fromkeys(chain(*gradients)), key=order)
     for name, following in zip(names, [*names[1:], None], strict=True):
-        for one in gradients:
-            if name in one:
-                more = one.pop(name).astype(mx.float32)
-                sums[name] = sums[name] + more if name in sums else more
-                del more
+        for part in gradients:
+            if name in part:
+                gradient = part.pop(name).astype(mx.float32)
+                sums[name] = sums[name] + gradient if name in sums else gradient
+                del gradient
         pending.append(name)
-        size = sum(sums[one].nbytes for one in pending)
+        size = sum(sums[pending_name].nbytes for pending_name in pending)
         if following is None or order(following) != order(name) or size > most:
-            mx.eval([sums[one] for one in pending])
+            mx.eval([sums[pending_name] for pending_name in pending])
             pending.clear()
 
 
@@ -407,7 +416,9 @@ def _add_embedding_rows(
     shape: Sequence[int],
     rows: Sequence[tuple[mx.array, mx.array]],
 ) -> None:
-    """Adds gradients [U, D] of ids [U] to the sum of a table of `shape` (V, D), in one pass."""
+    """Adds `rows`, pairs of ids [U] and gradients [U, D], to the sum of the embedding of `shape`
+    (V, D), in one pass.
+    """
     ids, gradients = (mx.concatenate(list(parts)) for parts in zip(*rows, strict=True))
     table = sums.pop(name) if name in sums else mx.zeros(shape)
     sums[name] = table.at[ids].add(gradients)

@@ -1,4 +1,4 @@
-"""The protocol's verbs on torch."""
+"""The verbs of `opd.backend.Backend` on torch."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from opd_torch.optimizer import Optimizer, move_teacher
 
 
 class TorchBackend:
-    """`opd.backend.Backend` on one device; sums over processes by torch.distributed."""
+    """`opd.backend.Backend` on one device per process; torch.distributed sums over processes."""
 
     def __init__(self, options: ModelOptions, device: Device) -> None:
         if options.dtype not in DTYPES:
             raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
         self._options = options
         self._student = load_model(options, device)
-        # The teacher's parameters keep requires_grad: autocast caches casts only of those.
+        # The teacher's parameters keep requires_grad, because autocast caches only their casts.
         self._teacher = copy_model(self._student)
         self._optimizer = Optimizer(self._student.parameters)
         self._gradient: dict[str, Tensor] = {}
@@ -61,16 +61,16 @@ class TorchBackend:
 
     @property
     def rank(self) -> int:
-        """Index of this process."""
+        """The index of this process."""
         return distributed.get_rank() if distributed.is_initialized() else 0
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """The number of processes."""
         return distributed.get_world_size() if distributed.is_initialized() else 1
 
     def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Elementwise sum over all processes."""
+        """Sums elementwise over all processes."""
         if self.size == 1:
             return values.copy()
         summed = torch.from_numpy(values.astype(np.float64)).to(self._student.device.torch)
@@ -93,7 +93,7 @@ class TorchBackend:
         policy: Policy = "student",
         prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
-        """Draws completions."""
+        """Samples completions."""
         model = self._student if policy == "student" else self._teacher
         check_ids(prompts, (), model.vocabulary)
         if not uniforms.size:
@@ -120,7 +120,7 @@ class TorchBackend:
             return restore_empty(groups, [])
         check_ids((), used, self._student.vocabulary)
         cache = gradients.take(prefill, groups, used, self._weights)
-        # Where `accumulate` raises there is no gradient: it adds to the sums in place.
+        # `accumulate` adds in place, so a call that fails leaves no gradient.
         sums, self._gradient = self._gradient, {}
         policies = self._student, self._teacher
         statistics = gradients.accumulate(*policies, used, objective, sums, split, cache)
@@ -131,7 +131,7 @@ class TorchBackend:
     def score(
         self, groups: Sequence[Group], objective: Objective, top: int = 0
     ) -> list[list[TokenStatistics]]:
-        """Statistics without a gradient."""
+        """Computes statistics without a gradient."""
         used = drop_empty(groups)
         if not used:
             return restore_empty(groups, [])
@@ -140,10 +140,10 @@ class TorchBackend:
         return restore_empty(groups, gradients.score(*policies, used, objective, top))
 
     def apply(self, update: Update) -> UpdateResult:
-        """One optimizer step on the gradient summed over all processes."""
+        """Takes one optimizer step on the gradient, summed over all processes."""
         gradient = {}
         for name, parameter in self._student.parameters.items():
-            # Every process sums every parameter, whether or not a gradient reached it here.
+            # Every process sums every parameter, even one without a gradient in this process.
             value = self._gradient.pop(name, None)
             gradient[name] = torch.zeros_like(parameter) if value is None else value
         if self.size > 1:
@@ -162,7 +162,7 @@ class TorchBackend:
             write_checkpoint(folder, self._state(), self._optimizer.step)
 
     def load(self, folder: Path) -> None:
-        """Restores either backend's files, or raises FolderError and changes nothing."""
+        """Restores a checkpoint of either backend. Raises FolderError before anything changes."""
         self._optimizer.step = read_checkpoint(folder, self._state())
         self._gradient, self._weights = {}, object()
 
@@ -175,7 +175,7 @@ class TorchBackend:
     def tensors(
         self, kind: Literal["student", "teacher", "gradient"]
     ) -> dict[str, NDArray[np.float32]]:
-        """Float32 copies by Hugging Face name."""
+        """Copies tensors to float32 arrays, by Hugging Face name."""
         student, teacher, _ = self._state()
         source = {"student": student, "teacher": teacher, "gradient": self._gradient}[kind]
         return {
@@ -187,12 +187,12 @@ class TorchBackend:
 
     @property
     def peak_memory(self) -> int:
-        """Largest number of bytes allocated on the GPU, or held by the process on the CPU."""
+        """The peak of bytes allocated on the GPU, or resident in the process on a CPU."""
         return self._student.device.peak_memory
 
     @property
     def device(self) -> str:
-        """The device in words."""
+        """The device's name."""
         return self._student.device.name
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

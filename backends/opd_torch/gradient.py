@@ -1,8 +1,8 @@
-"""The student's gradient: prompts, completions, head, and the two backwards.
+"""Computes the student's gradient: prompts, completions, head, and the two backwards.
 
-The completions' backward ends at what the prompts left in the cache; the sum of its slices there is
-where the prompts' backward begins. So prompts run once, forward and backward, however many slices
-the completions run in.
+The completions' backward ends at the prompts' cache. The gradients of all slices are summed there,
+and the prompts' backward begins with the sum. So prompts run once, forward and backward, even if
+completions run in several slices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opd_torch.sampling import PrefilledPrompts
 
 
 def to_sample(model: Model, held: object) -> PrefilledPrompts:
-    """What a prefill holds, as `sampling.sample` takes it: without the graph."""
+    """Returns the prompts that a prefill holds without their graph, for `sampling.sample`."""
     assert isinstance(held, PrefilledPrompts)
     with torch.no_grad():
         return PrefilledPrompts(held.prefixes, concatenate_caches(model, [list(held.cache)]))
@@ -35,22 +35,25 @@ def to_sample(model: Model, held: object) -> PrefilledPrompts:
 def take(
     prefill: Prefill | None, groups: Sequence[Group], used: Sequence[Group], weights: object
 ) -> PromptCache | None:
-    """The prompts' cache with its graph, in the order of `groups`. None where there is no prefill,
-    or where not all groups are `used`: it is released then.
+    """Takes the prompts' cache with the graph from `prefill`, in the order of `groups`.
+
+    Returns None without a prefill. If some groups are not `used`, releases the prefill and returns
+    None.
     """
     if prefill is None:
         return None
     if len(used) < len(groups):
         prefill.release()
         return None
-    held, order = prefill.take([one.student for one in groups], weights), prefill.order
+    held, order = prefill.take([group.student for group in groups], weights), prefill.order
     assert isinstance(held, PrefilledPrompts)
     return held.cache if sorted(order) == list(order) else reorder(held.cache, order)
 
 
 def prefill_for_rollout(model: Model, prompts: Sequence[Prompt]) -> PrefilledPrompts | None:
-    """Runs a rollout's prompts with a graph; None where the graph is not small, or would hold casts
-    of all weights.
+    """Runs a rollout's prompts with a graph.
+
+    Returns None if the graph would be large, or would hold casts of all weights.
     """
     masters = next(iter(model.parameters.values())).dtype
     if model.family is None or model.dtype != masters:
@@ -73,12 +76,12 @@ def accumulate(
     completions_at_once: int = 0,
     cache: PromptCache | None = None,
 ) -> list[list[TokenStatistics]]:
-    """Statistics of all completions, of which none is empty; adds their gradient to `sums`, by
-    parameter.
+    """Adds the gradient of all groups to `sums`, by parameter; returns the statistics of all
+    completions, none of which may be empty.
 
-    `completions_at_once`: completions of a group that run together; 0 for all. `cache`: what the
-    student's prompts keep, with their graph, where they have run. Adds in place, since a second
-    gradient might not fit: where it raises, `sums` are lost.
+    `completions_at_once` completions of a group run together; 0 for all. `cache` is the cache of
+    the student's prompts with the graph, if they have run. Accumulates in place, because a second
+    gradient might not fit; if an error is raised, `sums` are lost.
     """
     try:
         for name, parameter in student.parameters.items():
@@ -103,8 +106,8 @@ def _differentiate(
     objective: Objective,
     cache: PromptCache | None,
 ) -> list[list[TokenStatistics]]:
-    """Statistics of all groups, slice by slice; adds their gradient to the `grad` of the student's
-    parameters.
+    """Runs all groups slice by slice, and adds the gradient to the `grad` of the student's
+    parameters; returns the statistics.
     """
     prompts = [group.student for group in groups]
     teacher_hidden = _hidden(teacher, [group.teacher for group in groups], parts)
@@ -113,18 +116,24 @@ def _differentiate(
     wanted = max(activation_bytes(student, batch) for batch in batches)
     recompute = recompute_share(student, wanted)
     statistics: list[list[TokenStatistics]] = [[] for _ in groups]
-    # Graphs that hold casts of weights share them. Where all layers are recomputed no graph does:
-    # each slice's casts are freed.
+    # An outer autocast keeps casts of weights, so that the graphs of all slices share them. If all
+    # layers are recomputed, no graph holds casts, and each slice's casts are freed.
     shared = torch.autocast(student.device.torch.type, enabled=False)
     with nullcontext() if recompute == 1 else shared:
         with student.autocast():
             cache = cache or prefill(student, prefixes, recompute)
         leaves = [(_leaf(first), _leaf(second)) for first, second in cache]
-        for part, taught in zip(parts, teacher_hidden, strict=True):
+        for part, part_teacher_hidden in zip(parts, teacher_hidden, strict=True):
             with student.autocast():
                 hidden = complete(student, batches.pop(0), leaves, recompute)
             result = _divergence(
-                student, teacher, hidden.detach(), taught, part, objective, gradient=True
+                student,
+                teacher,
+                hidden.detach(),
+                part_teacher_hidden,
+                part,
+                objective,
+                gradient=True,
             )
             _add_head_gradient(student, result)
             assert result.hidden_gradient is not None
@@ -143,12 +152,12 @@ def score(
     objective: Objective,
     top: int = 0,
 ) -> list[list[TokenStatistics]]:
-    """Statistics of all completions, of which none is empty; with `top`, both policies' likeliest
-    alternatives.
+    """Statistics of all completions, none of which may be empty; with `top`, also the `top` most
+    likely tokens of both policies.
     """
-    (taught,) = _hidden(teacher, [group.teacher for group in groups], [groups])
+    (teacher_hidden,) = _hidden(teacher, [group.teacher for group in groups], [groups])
     (hidden,) = _hidden(student, [group.student for group in groups], [groups])
-    result = _divergence(student, teacher, hidden, taught, groups, objective, top=top)
+    result = _divergence(student, teacher, hidden, teacher_hidden, groups, objective, top=top)
     return result.records(groups)
 
 
@@ -157,7 +166,7 @@ def _hidden(
 ) -> list[Tensor]:
     """Final hidden states [M, D] of each slice's completions over `prompts`, without a gradient.
 
-    In an autocast of its own, so that one policy's casts are freed before the other's.
+    Each call has a separate autocast, so that one policy's casts are freed before the other runs.
     """
     prefixes = lay_out_prefixes(prompts, model.device.torch)
     with torch.no_grad(), model.autocast():
@@ -177,7 +186,7 @@ def _divergence(
     gradient: bool = False,
     top: int = 0,
 ) -> HeadResult:
-    """The divergence of both policies' hidden states [M, D] at the completions of `groups`."""
+    """Runs `divergence_head` on both policies' hidden states [M, D] of completions."""
     targets = lay_out_targets(groups, student.device.torch)
     student_head = student.head.detach().to(student.dtype)
     teacher_head = student_head
@@ -201,13 +210,14 @@ def _divergence(
 
 
 def _tokens(groups: Sequence[Group]) -> list[list[IntArray]]:
-    """The completions' tokens of every group."""
+    """The tokens of each group's completions."""
     return [[completion.tokens for completion in group.completions] for group in groups]
 
 
 def _add_head_gradient(student: Model, result: HeadResult) -> None:
-    """Adds the head's gradient, before the backward adds the rows that a tied embedding looked up;
-    frees it in `result`.
+    """Adds the head's gradient to `grad`, and frees it in `result`.
+
+    This comes before the backward, which adds the rows that a tied embedding looked up.
     """
     if result.head_gradient is None:
         return
@@ -216,22 +226,21 @@ def _add_head_gradient(student: Model, result: HeadResult) -> None:
         head.grad = result.head_gradient
     else:
         head.grad.add_(result.head_gradient)
-    result.head_gradient = None  # a table of the vocabulary
+    result.head_gradient = None  # as large as the head
 
 
 def _leaf(x: Tensor) -> Tensor:
-    """`x` as the start of a graph of its own."""
+    """A copy of `x` that starts a separate graph; it shares the data."""
     return x.detach().requires_grad_(x.requires_grad)
 
 
 def _backward_through_prompts(cache: PromptCache, leaves: PromptCache) -> None:
-    """The prompts' backward, from the gradient that completions left at what the prompts keep."""
-    pairs = [
-        (x, leaf.grad)
-        for kept, read in zip(cache, leaves, strict=True)
-        for x, leaf in zip(kept, read, strict=True)
-        if leaf.grad is not None
-    ]
-    if pairs:
-        tensors, gradients = zip(*pairs, strict=True)
+    """Runs the prompts' backward, from the gradients that the completions left in `leaves`."""
+    tensors, gradients = [], []
+    for layer_cache, layer_leaves in zip(cache, leaves, strict=True):
+        for x, leaf in zip(layer_cache, layer_leaves, strict=True):
+            if leaf.grad is not None:
+                tensors.append(x)
+                gradients.append(leaf.grad)
+    if tensors:
         torch.autograd.backward(tensors, gradients)

@@ -1,7 +1,8 @@
-"""Rollout: every prompt once, then all completions of all prompts in lockstep, one token at a time.
+"""Samples completions: every prompt runs once, then all completions of all prompts run in lockstep,
+one token at a time. Ended completions leave the batch.
 
-Legend: B prompts, n completions of a prompt, R = B * n, V vocabulary, D width; B, n and R fall as
-completions end.
+Legend: B prompts, n completions of a prompt, R = B * n, V vocabulary, D hidden width; B, n and R
+shrink as completions end.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class PrefilledPrompts:
 
 
 def read_prompts(model: Model, prompts: Sequence[Prompt]) -> PrefilledPrompts:
-    """Runs all prompts, some at a time.
+    """Runs all prompts in batches of at most `Device.prefill_tokens` tokens.
 
-    Longer prompts come first in a batch. A prompt of less than half the length of the first one in
-    its batch starts a new batch, since attention pads.
+    `prompts` come longest first. A prompt of less than half the length of the first prompt in the
+    batch starts a new batch, because attention pads to the longest.
     """
     device = model.device
     parts: list[list[Prompt]] = []
@@ -71,11 +72,13 @@ def sample(
     sampling: Sampling,
     prefilled: PrefilledPrompts | None = None,
 ) -> list[list[Completion]]:
-    """Draws n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens].
+    """Samples n completions of each prompt by inverse CDF from `uniforms` [B, n, max_tokens] in
+    [0, 1).
 
-    Raises FloatingPointError where logits are not finite.
+    `prefilled` are the prompts, if they have run. Raises FloatingPointError if logits are not
+    finite.
     """
-    # In inference mode autocast caches no casts of weights: every token would cast them.
+    # In inference mode autocast does not cache casts of weights, so every token would cast them.
     half = model.dtype == torch.bfloat16
     with torch.no_grad(), model.autocast():
         read = prefilled or read_prompts(model, prompts)
@@ -86,11 +89,12 @@ def sample(
 
 @dataclass
 class LiveCompletions:
-    """The completions that run, R rows, n to a prompt: token steps change all tensors in place.
+    """The completions in the batch, R rows, n to a prompt. Token steps change all tensors in place.
 
-    `rows` [R] are their places in the call; `token` [R] is what runs next, `positions` [axes, R,
-    max_tokens] are the rotary positions; `ended` [R]; `draws` [R, max_tokens] are the uniforms.
-    `layout` is a batch of one row of each.
+    `rows` [R] are the completions' numbers in the call, `token` [R] the tokens that run next,
+    `positions` [axes, R, max_tokens] the rotary positions, `ended` [R] says which have ended, and
+    `draws` [R, max_tokens] are the uniforms. `layout` is a batch of one row per completion,
+    `prompts` the prompts' cache, and `cache` the completions'.
     """
 
     rows: Tensor
@@ -104,7 +108,7 @@ class LiveCompletions:
 
     @staticmethod
     def begin(model: Model, prompts: PrefilledPrompts, uniforms: FloatArray) -> LiveCompletions:
-        """All completions before their first tokens."""
+        """All completions of the prompts, before the first token."""
         count, n, limit = uniforms.shape
         device, sources = model.device.torch, prompts.prefixes.sources
         # [axes, B, limit]; the first row is the prompt's last token.
@@ -129,11 +133,11 @@ class LiveCompletions:
         return replace(self.layout, tokens=self.token, positions=positions)
 
     def without_ended(self, model: Model, ended: NDArray[np.bool_]) -> LiveCompletions:
-        """The completions without those that have `ended` [R], if few enough stay; of each prompt
-        as many as of any.
+        """Drops completions that have `ended` [R], if at most the share `Device.compact_below` of
+        rows remains.
 
-        A prompt with fewer live completions keeps ended ones, so that all prompts have the same
-        number.
+        All prompts must keep the same number of completions, so a prompt with fewer live ones keeps
+        some that have ended. Prompts without live completions are dropped.
         """
         prefixes = self.layout.prefixes
         live = ~ended.reshape(len(prefixes.sources), -1)
@@ -160,7 +164,7 @@ class LiveCompletions:
 
 
 def _one_row_each(prefixes: Prefixes, tokens: Tensor, positions: Tensor, n: int) -> Batch:
-    """A batch of one row for each of n completions of every prompt."""
+    """A batch with one row for each of n completions of every prompt."""
     count, device = len(prefixes.sources), tokens.device
     return Batch(
         prefixes=prefixes,
@@ -175,10 +179,10 @@ def _one_row_each(prefixes: Prefixes, tokens: Tensor, positions: Tensor, n: int)
 def _lockstep(
     model: Model, prompts: PrefilledPrompts, uniforms: FloatArray, sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Tokens and log-probabilities [R, steps], until every completion has ended; entries behind a
-    stop token are arbitrary.
+    """Samples tokens and log-probabilities [R, steps] until every completion has ended. Entries
+    after a stop token are arbitrary.
 
-    Raises FloatingPointError where logits are not finite.
+    Raises FloatingPointError if logits are not finite.
     """
     limit, device = uniforms.shape[2], model.device
     head = operand(model.head.to(model.dtype))
@@ -193,8 +197,8 @@ def _lockstep(
     recorder = Recorder(model)
 
     def advance(live: LiveCompletions, step: DecodeStep) -> None:
-        """One token of every live row. All changes are in place, so that a recorded step can run
-        again.
+        """Samples one token of every row. All changes are in place, so that a recorded step can be
+        replayed.
         """
         hidden = decode(model, live.next_rows(number), live.prompts, live.cache, step)
         draws = live.draws.index_select(1, number)[:, 0]
@@ -211,12 +215,12 @@ def _lockstep(
         step = DecodeStep(number, count, exact=not recorder.records)
         recorder.run((len(live.rows), count), partial(advance, live, step))
         if done % device.check_every == 0:
-            known = torch.cat([live.ended, finite]).cpu().numpy()
-            if not known[-1]:
+            *ended, all_finite = torch.cat([live.ended, finite]).tolist()
+            if not all_finite:
                 raise FloatingPointError
-            if known[:-1].all():
+            if all(ended):
                 break
-            live = live.without_ended(model, known[:-1])
+            live = live.without_ended(model, np.array(ended))
     if not finite:
         raise FloatingPointError
     return tokens[:, :done].cpu().numpy(), logprobs[:, :done].cpu().numpy()
@@ -225,9 +229,10 @@ def _lockstep(
 def draw(
     hidden: Tensor, head: Tensor, uniforms: Tensor, temperature: float, banned: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of every row and its log-probability, [R] each.
+    """Samples one token of every row; returns tokens and log-probabilities, [R] each.
 
-    From `hidden` [R, D], `head` [V, D] and `uniforms` [R]; ids in `banned` are never drawn.
+    `hidden` is [R, D], `head` [V, D], and `uniforms` [R] in [0, 1). Ids in `banned` are never
+    sampled. At temperature 0 the most likely token is taken.
     """
     parts = (torch.split(x, default_chunk(len(head))) for x in (hidden, uniforms))
     pieces = [
@@ -240,12 +245,10 @@ def draw(
 def _draw(
     logits: Tensor, uniforms: Tensor, temperature: float, banned: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The first id whose cumulative probability exceeds the uniform; at temperature 0 the likeliest
-    id.
-    """
+    """Samples from `logits` [R, V], as `draw` does."""
     logits = logits.index_fill_(1, banned, float("-inf"))
     logits = logits.sub_(logits.amax(1, keepdim=True)).div_(temperature or 1.0)
-    # Sums in float64: over a vocabulary float32 loses the rare ids.
+    # Sums in float64, because float32 sums over a vocabulary would lose rare ids.
     cumulative = logits.exp().cumsum(1, dtype=torch.float64)
     token = inverse_cdf(cumulative, uniforms) if temperature else logits.argmax(1)
     logprob = logits.gather(1, token[:, None])[:, 0] - cumulative[:, -1].log()
@@ -253,18 +256,18 @@ def _draw(
 
 
 def inverse_cdf(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """The first id [R] whose `cumulative` weight [R, V], as a share of the last, exceeds `uniforms`
-    [R] in [0, 1); all in float64.
+    """The first id [R] whose `cumulative` weight [R, V], as a share of the last one, exceeds
+    `uniforms` [R] in [0, 1); all in float64.
 
-    The ends of an id's share lie within 1e-6 of those of float64 logits, and an id of weight 0 is
-    never drawn. The 24 bits of a uniform cost more: an id's probability is exact to 2^-24, so an id
-    below 2^-24 may never be drawn, and the distribution of V ids is off by up to V * 2^-25 in total
-    variation.
+    The bounds of an id's share are within 1e-6 of those from float64 logits, and an id of weight 0
+    is never sampled. The 24 bits of a uniform matter more: probabilities are exact to 2^-24, so an
+    id below 2^-24 may never be sampled, and the distribution of V ids is off by up to V * 2^-25 in
+    total variation.
     """
     total = cumulative[:, -1:].contiguous()
     token = torch.searchsorted(cumulative, uniforms[:, None].double() * total, right=True)
-    # A uniform at or above the total falls past the end: the last id that adds any weight takes it.
+    # Rounding can move a uniform past the end; the last id with any weight takes it.
     last = torch.searchsorted(cumulative, total)
-    # Where weights are not finite a place may lie past the end, and on a GPU the next gather would
-    # end the process.
+    # With weights that are not finite an index may be past the end, and on a GPU the next gather
+    # would end the process.
     return torch.minimum(token, last).clamp_(max=cumulative.shape[1] - 1)[:, 0]
