@@ -59,7 +59,7 @@ ROOMS: dict[str, set[str]] = {
 """The rooms of `opd`, from the lowest floor up, and the rooms that each may import beside the ground and itself."""
 
 FOR_BACKENDS = {
-    "models": {"adapters", "files", "inert", "names", "permissions", "settings", "weight_formats"},
+    "models": {"adapters", "files", "inert", "names", "peft_files", "permissions", "settings", "weight_formats"},
     "method": {"rollout"},
 }
 """What backends import beside the ground: the files of a model folder, and the bookkeeping of completions."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from opd.errors import ModelError, RecipeError
-from opd.models import adapters, hub
+from opd.models import hub, peft_files
 from opd.models.find import checkpoint_of
 from opd.options import Options
 from opd.paths import PathText, expanded, read_file
@@ -144,7 +144,7 @@ class ModelChoice(Options):
             self.dtype,
             False,
             # Training that continues an adapter keeps the adapter's rank, scale and layers.
-            chosen if adapter is None else adapters.options_of(adapter),
+            chosen if adapter is None else peft_files.options_of(adapter),
             adapter,
             self.tune == "qlora",
         )
@@ -192,7 +192,7 @@ class ModelChoice(Options):
                     f" --resume {self.path}"
                 )
             path = results[0]
-        if adapters.is_adapter(path):
+        if peft_files.is_adapter(path):
             if is_base:
                 raise ModelError(
                     f"'{self.path}' is an adapter itself; export it, and name the export with --set"
@@ -203,7 +203,7 @@ class ModelChoice(Options):
             raise RecipeError(
                 f"model.base = '{self.base}': '{self.path}' is no adapter, so it has no base"
             )
-        adapters.check_alone(path)
+        peft_files.check_alone(path)
         hub.refuse_remote_code(path, self.path)
         return path, None
 
@@ -241,7 +241,7 @@ class ModelChoice(Options):
 
     def _base(self, adapter: Path, weights: bool, visited: tuple[Path, ...]) -> Path:
         """The folder of an adapter's base model: `base`, or the one that the adapter names."""
-        name = self.base or adapters.base_model(adapter)
+        name = self.base or peft_files.base_model(adapter)
         if not os.path.isdir(name) and Path(name).parts[-3:] == ("opd", "tiny", "model"):
             name = "tiny"  # the embedded model of another installation
         told = f"model '{self.path}' is an adapter, and its base"
@@ -252,7 +252,7 @@ class ModelChoice(Options):
             )
         try:
             choice = ModelChoice(
-                path=name, revision="" if self.base else adapters.revision(adapter)
+                path=name, revision="" if self.base else peft_files.revision(adapter)
             )
             return choice._resolved(weights, is_base=True, visited=visited)[0]
         except ValidationError as error:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from opd import registry
 from opd.errors import ModelError, RecipeError
-from opd.models import adapters
+from opd.models import peft_files
 from opd.models.choice import ModelChoice
 from opd.objective import Objective
 from opd.testing.conformance import check, relative_error
@@ -37,7 +37,7 @@ def case(tmp_path_factory):
 
 def fresh(seed=0, layers=None, **options):
     model = ModelOptions(None, adapters=AdapterOptions(seed=seed, **options))
-    return adapters.initial_adapters(model, layers or {**language_layers(), **VISION, "lm_head": (350, 48)})
+    return peft_files.initial_adapters(model, layers or {**language_layers(), **VISION, "lm_head": (350, 48)})
 
 
 def test_fresh_adapters_are_pefts():
@@ -368,7 +368,7 @@ def test_an_adapter_that_cannot_be_used(case, backend_name, tmp_path, change, me
     change(folder)
     with pytest.raises(ModelError) as error:
         registry.load(
-            backend_name, ModelOptions(case.folder, adapters=adapters.options_of(folder) if tune == "lora" else None, adapter=folder)
+            backend_name, ModelOptions(case.folder, adapters=peft_files.options_of(folder) if tune == "lora" else None, adapter=folder)
         )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -387,13 +387,13 @@ def test_a_run_leaves_an_adapter_that_model_takes(backend_name, tmp_path):
     result = opd("train", *lora, "--steps", 2, "--out", tmp_path / "first")
     assert f"adapter: {tmp_path / 'first/adapter'}" in result.stdout
     assert not (tmp_path / "first/model").exists()
-    first = adapters.read(tmp_path / "first/adapter")
+    first = peft_files.read(tmp_path / "first/adapter")
     assert first.rank == 4
     assert any(value.any() for name, value in first.tensors.items() if name.endswith("B.weight"))
 
     more = [*lora, "--set", "model.rank=8", "--set", "optimizer.learning_rate=1e-9"]
     opd("train", *more, "--model", tmp_path / "first", "--steps", 1, "--out", tmp_path / "second")
-    second = adapters.read(tmp_path / "second/adapter")
+    second = peft_files.read(tmp_path / "second/adapter")
     assert second.rank == 4  # the adapter's own
     assert all(np.abs(value - first.tensors[name]).max() < 1e-7 for name, value in second.tensors.items())
 

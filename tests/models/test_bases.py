@@ -7,9 +7,9 @@ import json
 import pytest
 
 from opd.errors import ModelError
-from opd.models.adapters import options_of
 from opd.models.choice import ModelChoice, is_tiny
 from opd.models.inert import copy_result
+from opd.models.peft_files import options_of
 from opd.tiny import MODEL
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from opd import registry
 from opd.errors import ModelError
-from opd.models import adapters
+from opd.models import peft_files
 from opd.models.choice import ModelChoice
 from opd.models.names import current_name, is_left_out
 from opd.prompts.processor import open_encoder
@@ -106,7 +106,7 @@ def test_adapters_by_names_of_other_versions(models, tmp_path, family, number):
     adapter = write_adapter(tmp_path / "adapter", folder, layers)
     expected = stock(under_peft(stock_model(folder), adapter).double(), group)
     tensors = load_file(adapter / "adapter_model.safetensors")
-    prefix = adapters.PREFIX
+    prefix = peft_files.PREFIX
     older = {prefix + renamed(name.removeprefix(prefix), spelling): value for name, value in tensors.items()}
     assert spelling.keys().isdisjoint({"model.language_model."}) or older.keys() != tensors.keys()
     save_file(older, adapter / "adapter_model.safetensors")
@@ -258,8 +258,8 @@ def adapter(models, tmp_path_factory):
 
 def with_settings(adapter, out, **settings):
     shutil.copytree(adapter, out)
-    config = json.loads((out / adapters.CONFIG).read_text())
-    (out / adapters.CONFIG).write_text(json.dumps(config | settings))
+    config = json.loads((out / peft_files.CONFIG).read_text())
+    (out / peft_files.CONFIG).write_text(json.dumps(config | settings))
     return out
 
 
@@ -274,20 +274,20 @@ def test_every_setting_of_peft_is_known_or_refused(adapter, tmp_path):
     """Each on its own at another value: allowed are those of which peft itself computes the same adapter from the stored tensors."""
     import peft
 
-    allowed = {*adapters.SAME_FUNCTION, *adapters.READ}
+    allowed = {*peft_files.SAME_FUNCTION, *peft_files.READ}
     settings = peft.LoraConfig().to_dict()
-    assert settings.keys() >= {*adapters.PLAIN}
+    assert settings.keys() >= {*peft_files.PLAIN}
     refused = set()
     for name, value in settings.items():
-        if name in adapters.READ:
+        if name in peft_files.READ:
             continue
         changed = with_settings(adapter, tmp_path / name, **{name: other(value)})
         if name in allowed:
-            adapters.read(changed)
+            peft_files.read(changed)
         else:
             refused.add(name)
             with pytest.raises(ModelError, match=f"{name} = .* is not supported; only plain LoRA is"):
-                adapters.read(changed)
+                peft_files.read(changed)
     assert refused >= {
         *("use_dora", "use_rslora", "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters"),
         *("trainable_token_indices", "modules_to_save", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "megatron_config"),
@@ -309,12 +309,12 @@ def test_every_setting_of_peft_is_known_or_refused(adapter, tmp_path):
 )  # fmt: skip
 def test_settings_that_change_the_function(adapter, tmp_path, settings, message):
     with pytest.raises(ModelError) as error:
-        adapters.read(with_settings(adapter, tmp_path / "changed", **settings))
+        peft_files.read(with_settings(adapter, tmp_path / "changed", **settings))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("settings", [{"init_lora_weights": start} for start in adapters.PLAIN_STARTS])
+@pytest.mark.parametrize("settings", [{"init_lora_weights": start} for start in peft_files.PLAIN_STARTS])
 def test_starts_that_leave_the_base_alone(models, adapter, tmp_path, settings):
     """As peft computes the adapter as it is stored."""
     if settings["init_lora_weights"] == "eva":
@@ -350,7 +350,7 @@ def test_starts_that_leave_the_base_alone(models, adapter, tmp_path, settings):
 def test_tensors_of_an_adapter_that_are_none_of_lora(models, adapter, tmp_path, change, message):
     folder, _ = models("qwen3_vl")
     out = with_settings(adapter, tmp_path / "changed")
-    save_file(change(load_file(adapter / adapters.WEIGHTS)), out / adapters.WEIGHTS)
+    save_file(change(load_file(adapter / peft_files.WEIGHTS)), out / peft_files.WEIGHTS)
     for name in BACKENDS:
         with pytest.raises(ModelError) as error:
             registry.load(name, ModelOptions(folder, adapter=out))

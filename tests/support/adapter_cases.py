@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from opd import registry
-from opd.models import adapters
+from opd.models import peft_files
 from opd.prompts.processor import open_encoder
 from opd.types import AdapterOptions, Completion, Group, ModelOptions
 
@@ -50,7 +50,7 @@ def write_adapter(folder: Path, model: Path, layers: dict[str, tuple[int, int]],
     for name, (out, width) in layers.items():
         tensors[f"{name}.lora_A.weight"] = (rng.standard_normal((options.rank, width)) / np.sqrt(width)).astype(np.float32)
         tensors[f"{name}.lora_B.weight"] = (0.2 * rng.standard_normal((out, options.rank))).astype(np.float32)
-    adapters.write_config(folder, options, tensors, model)
+    peft_files.write_config(folder, options, tensors, model)
     save_file({f"base_model.model.{name}": value for name, value in tensors.items()}, folder / "adapter_model.safetensors")
     return folder
 
@@ -93,7 +93,7 @@ class Case:
         state = self.folder.parent / "state"
         if not state.is_dir():
             registry.load(name, self.options()).save(state)
-            teacher = {key.removeprefix("base_model.model."): value for key, value in adapters.read(self.other).tensors.items()}
+            teacher = {key.removeprefix("base_model.model."): value for key, value in peft_files.read(self.other).tensors.items()}
             save_file(teacher, state / "teacher.safetensors", metadata={"format": "pt"})
         return state
 

@@ -15,7 +15,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from opd.models import adapters
+from opd.models import adapters, peft_files
 from opd.types import FloatArray, ModelOptions
 
 SIDES = {".lora_a": adapters.A, ".lora_b": adapters.B}
@@ -48,7 +48,7 @@ def add_adapters(
 
     assert options.adapters is not None
     rank, scale = options.adapters.rank, options.adapters.scale
-    values = adapters.initial_adapters(
+    values = peft_files.initial_adapters(
         options, {name: shape for name, (_, shape) in layers.items()}
     )
     modules = dict(module.named_modules())
@@ -97,8 +97,8 @@ def merge_adapter(
     if options.adapter is None:
         return tensors
     if layers is None:
-        adapter = adapters.read(options.adapter, adapters.model_type(options.path))
+        adapter = peft_files.read(options.adapter, peft_files.model_type(options.path))
     else:
         shapes = {name: shape for name, (_, shape) in layers.items()}
-        adapter = adapters.fitting(options, shapes)
+        adapter = peft_files.fitting(options, shapes)
     return merge(tensors, adapter.tensors, adapter.alpha / adapter.rank)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from opd.errors import FolderError, RecipeError
-from opd.models import adapters, inert, names, weight_formats
+from opd.models import inert, names, peft_files, weight_formats
 from opd.models.files import read_json
 from opd.models.permissions import as_new
 from opd.types import ModelOptions
@@ -82,9 +82,9 @@ def write_adapter(
             "there is no adapter to export: all weights were trained; export the model"
         )
     tensors = model.to_hugging_face(parameters)
-    adapters.write_config(folder, options.adapters, tensors, model.folder)
-    named = {f"{adapters.PREFIX}{name}": value for name, value in tensors.items()}
-    _write_tensors(folder / adapters.WEIGHTS, named)
+    peft_files.write_config(folder, options.adapters, tensors, model.folder)
+    named = {f"{peft_files.PREFIX}{name}": value for name, value in tensors.items()}
+    _write_tensors(folder / peft_files.WEIGHTS, named)
 
 
 def write_checkpoint(folder: Path, model: Model, state: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd.models import adapters
+from opd.models import adapters, peft_files
 from opd.types import FloatArray, ModelOptions
 from opd_torch.model.names import hugging_face
 
@@ -29,7 +29,7 @@ def add_adapters(model: Any, options: ModelOptions, dtype: torch.dtype) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     assert options.adapters is not None
-    values = adapters.initial_adapters(options, linear_layers(model))
+    values = peft_files.initial_adapters(options, linear_layers(model))
     config = LoraConfig(
         r=options.adapters.rank,
         lora_alpha=options.adapters.alpha,  # type: ignore[arg-type]  # peft takes any number

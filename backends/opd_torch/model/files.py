@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd.errors import FolderError, RecipeError
-from opd.models import adapters, inert, names, weight_formats
+from opd.models import inert, names, peft_files, weight_formats
 from opd.models.files import read_json, tensor_headers
 from opd.models.permissions import as_new
 from opd.types import ModelOptions
@@ -96,9 +96,9 @@ def write_adapter(student: Model, options: ModelOptions, folder: Path) -> None:
         raise RecipeError(
             "there is no adapter to export: all weights were trained; export the model"
         )
-    adapters.write_config(folder, options.adapters, student.parameters, Path(options.path))
-    named = {f"{adapters.PREFIX}{name}": value for name, value in student.parameters.items()}
-    write_tensors(folder / adapters.WEIGHTS, named)
+    peft_files.write_config(folder, options.adapters, student.parameters, Path(options.path))
+    named = {f"{peft_files.PREFIX}{name}": value for name, value in student.parameters.items()}
+    write_tensors(folder / peft_files.WEIGHTS, named)
 
 
 def write_checkpoint(folder: Path, state: Sequence[Mapping[str, Tensor]], step: int) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from opd.errors import ModelError, holds_nan, one_line
-from opd.models import adapters, inert, names, settings, weight_formats
+from opd.models import inert, names, peft_files, settings, weight_formats
 from opd.models.files import read_json, tensor_headers
 from opd.types import ModelOptions
 from opd_torch import rows
@@ -105,7 +105,7 @@ def load_model(options: ModelOptions, device: Device) -> Model:
         add_adapters(module, options, masters)
     else:
         if options.adapter:
-            adapter = adapters.fitting(options, linear_layers(module))
+            adapter = peft_files.fitting(options, linear_layers(module))
             merge(module, adapter.tensors, adapter.alpha / adapter.rank)
         for part in vision:
             part.requires_grad_(options.tune_vision)
