@@ -7,8 +7,8 @@ implementation; `opd.testing.conformance` checks any implementation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -197,8 +197,10 @@ class Backend(Protocol):
 @dataclass(frozen=True)
 class State:
     """Whether a backend can run on this machine: `ready` and the `device` in words, or what is
-    `missing` and what to do."""
+    `missing` and what to do. `budgets`: the most that the device holds, in bytes or tokens by
+    name."""
 
     ready: bool
     device: str
     missing: str = ""
+    budgets: Mapping[str, int] = field(default_factory=dict)

@@ -10,6 +10,13 @@ from pathlib import Path
 FEATURES_SHARE, FEATURES_MOST = 32, 2**30
 """The feature cache takes a 32nd of the device's memory, and at most 1 GiB."""
 
+ACTIVATION_BYTES = 2**31
+"""Bytes of activations that a backward may hold without recomputing any layer, where a recipe does
+not say another bound (`model.recompute_above`)."""
+
+PREFILL_TOKENS = 16384
+"""Padded prompt tokens that a rollout runs together."""
+
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files in which Linux says how many bytes of memory a container may use."""
 

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from opd.memory import ACTIVATION_BYTES
+
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int32]
 ImageSource: TypeAlias = Path | Image
@@ -249,7 +251,8 @@ class ModelOptions:
     With `adapters`, only adapters are trained and the model's weights are frozen, in 4 bits if
     `four_bit`. Without, all parameters are trained, those of the vision tower only if
     `tune_vision`. `adapter` is a folder in PEFT's format (`opd.models.adapters`): with `adapters`
-    training starts from it, without it is merged into the weights.
+    training starts from it, without it is merged into the weights. `checkpoint_above`: bytes of
+    activations that a backward may hold without recomputing any layer.
     """
 
     path: Path
@@ -258,6 +261,7 @@ class ModelOptions:
     adapters: AdapterOptions | None = None
     adapter: Path | None = None
     four_bit: bool = False
+    checkpoint_above: int = ACTIVATION_BYTES
 
 
 class Encoder(Protocol):

@@ -30,11 +30,11 @@ def state() -> State:
     """Whether MLX runs here, and the name of its default device."""
     import platform
 
-    import mlx.core as mx
+    from opd_mlx.device import this_device
 
-    gpu = mx.default_device() == mx.Device(mx.gpu)
+    device = this_device()
     name = "Metal GPU" if platform.system() == "Darwin" else "CUDA GPU"
-    return State(True, name if gpu else "CPU")
+    return State(True, name if device.gpu else "CPU", budgets=device.budgets)
 
 
 def quantize(source: Path, folder: Path, bits: int) -> None:

@@ -51,8 +51,8 @@ class MlxBackend:
     """
 
     def __init__(self, options: ModelOptions, device: Device | None = None) -> None:
-        self._options = options
-        self._model, self._student = load_model(options, device or this_device())
+        self._options, device = options, device or this_device(options.checkpoint_above)
+        self._model, self._student = load_model(options, device)
         self._teacher = dict(self._student)
         self._optimizer = Optimizer(self._student, self._model.device)
         self._gradient: Parameters = {}

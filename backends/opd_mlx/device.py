@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 import mlx.core as mx
 
 from opd.errors import out_of_memory
-from opd.memory import feature_bytes, host_memory
+from opd.memory import ACTIVATION_BYTES, PREFILL_TOKENS, feature_bytes, host_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,11 +67,11 @@ class Device:
     """The most bytes of scores that one attention keeps for the backward, instead of recomputing
     them."""
 
-    checkpoint_above: int = 2 * 2**30
+    checkpoint_above: int = ACTIVATION_BYTES
     """Bytes of activations that a backward may hold. Above this estimate the backward recomputes
     layers: all of them, or on a GPU those whose activations do not fit in the free memory."""
 
-    prefill_tokens: int = 16384
+    prefill_tokens: int = PREFILL_TOKENS
     """Prompt tokens, with padding, that run together in a rollout's prefill."""
 
     gradient_bytes: int = 2**24
@@ -88,9 +88,17 @@ class Device:
     """Ended completions are dropped when at most this share of the batch's rows would remain,
     because dropping them copies all caches."""
 
+    @property
+    def budgets(self) -> dict[str, int]:
+        """The budgets that `opd backends` shows, by field."""
+        names = ("checkpoint_above", "prefill_tokens", "feature_bytes")
+        return {name: getattr(self, name) for name in names}
 
-def this_device() -> Device:
-    """Makes the record of MLX's default device."""
+
+def this_device(checkpoint_above: int = ACTIVATION_BYTES) -> Device:
+    """MLX's default device; a backward may hold `checkpoint_above` bytes without recomputing any
+    layer.
+    """
     gpu, info = mx.default_device() == mx.gpu, mx.device_info()
     return Device(
         name=str(info.get("device_name", "unknown device")),
@@ -105,6 +113,7 @@ def this_device() -> Device:
         head_block_bytes=2**26 if gpu else 2**20,
         pixel_bytes=2**62 if gpu else 3 * 2**20,
         feature_bytes=feature_bytes(host_memory()),
+        checkpoint_above=checkpoint_above,
     )
 
 

@@ -85,7 +85,7 @@ class BackendPlanner:
             layer=layer_bytes,
             blocks=family(config["model_type"]).image_blocks,
             stream=item,
-            recompute_above=device.checkpoint_above,
+            recompute_above=options.checkpoint_above,
             frozen=item,
             cast=item * (half and full),
             keeps_casts=True,

@@ -38,10 +38,10 @@ def load_cuda(options: ModelOptions) -> TorchBackend:
 
 def state_of_cpu() -> State:
     """The state of the CPU, which is always available."""
-    import torch
+    from opd_torch.device import this_device
 
-    threads = torch.get_num_threads()
-    return State(True, f"CPU, {threads} thread{'s' if threads > 1 else ''}")
+    device = this_device("cpu")
+    return State(True, device.name, budgets=device.budgets)
 
 
 def state_of_cuda() -> State:
@@ -50,7 +50,10 @@ def state_of_cuda() -> State:
 
     if not torch.cuda.is_available():
         return State(False, "", "torch sees no CUDA GPU on this machine")
-    return State(True, torch.cuda.get_device_name())
+    from opd_torch.device import this_device
+
+    device = this_device("cuda")
+    return State(True, device.name, budgets=device.budgets)
 
 
 def _load(options: ModelOptions, device: str) -> TorchBackend:
@@ -63,4 +66,4 @@ def _load(options: ModelOptions, device: str) -> TorchBackend:
     # before.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
-    return TorchBackend(options, this_device(device, options.dtype))
+    return TorchBackend(options, this_device(device, options.dtype, options.checkpoint_above))

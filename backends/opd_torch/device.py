@@ -10,7 +10,13 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from opd.errors import out_of_memory
-from opd.memory import feature_bytes, host_memory, peak_resident
+from opd.memory import (
+    ACTIVATION_BYTES,
+    PREFILL_TOKENS,
+    feature_bytes,
+    host_memory,
+    peak_resident,
+)
 from opd_torch.objective import CHUNK_BYTES
 
 P = ParamSpec("P")
@@ -35,7 +41,7 @@ class Device:
     Triton is installed.
     """
 
-    checkpoint_above: int = 2 * 2**30
+    checkpoint_above: int = ACTIVATION_BYTES
     """Bytes of activations that a backward may hold. Above this estimate the backward recomputes
     layers: all of them, or on a GPU those whose activations do not fit in the free memory.
     """
@@ -45,7 +51,7 @@ class Device:
     wait until the host has cut and copied them. 0 turns this off.
     """
 
-    prefill_tokens: int = 16384
+    prefill_tokens: int = PREFILL_TOKENS
     """Prompt tokens that run together in a rollout's prefill, which needs more memory than
     decoding.
     """
@@ -77,6 +83,12 @@ class Device:
     """
 
     @property
+    def budgets(self) -> dict[str, int]:
+        """The budgets that `opd backends` shows, by field."""
+        names = ("checkpoint_above", "prefill_tokens", "feature_bytes", "uploaded_bytes")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def gpu(self) -> bool:
         """Whether the device is a GPU."""
         return bool(self.torch.type == "cuda")
@@ -97,8 +109,12 @@ class Device:
         return peak_resident()
 
 
-def this_device(name: str, dtype: str = "float32") -> Device:
-    """Makes the record of the device with torch's name `name`, for computation in `dtype`."""
+def this_device(
+    name: str, dtype: str = "float32", checkpoint_above: int = ACTIVATION_BYTES
+) -> Device:
+    """The record of the device `name`, as torch names it, for computation in `dtype`; a backward
+    may hold `checkpoint_above` bytes without recomputing any layer.
+    """
     device = torch.device(name)
     if device.type == "cuda":
         return Device(
@@ -109,9 +125,15 @@ def this_device(name: str, dtype: str = "float32") -> Device:
             prompt_multiple=64,
             check_every=8,
             records_steps=True,
+            checkpoint_above=checkpoint_above,
         )
     block_bytes = 2**20 if device.type == "cpu" else CHUNK_BYTES
-    return Device(device, feature_bytes(host_memory()), head_block_bytes=block_bytes)
+    return Device(
+        device,
+        feature_bytes(host_memory()),
+        checkpoint_above=checkpoint_above,
+        head_block_bytes=block_bytes,
+    )
 
 
 def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:

@@ -72,7 +72,7 @@ class BackendPlanner:
             layer=layer_bytes,
             blocks=family(settings.model_type).image_blocks,
             stream=4,
-            recompute_above=device.checkpoint_above,
+            recompute_above=options.checkpoint_above,
             frozen=4 if full else item,
             cast=item * (half and full),
             keeps_casts=False,

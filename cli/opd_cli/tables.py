@@ -124,8 +124,18 @@ def answers(rows: Sequence[tuple[str, Answered]]) -> None:
     Terminal().print(table)
 
 
+BUDGETS = {
+    "checkpoint_above": ("activations of a backward", "model.recompute_above"),
+    "prefill_tokens": ("prompt tokens of a rollout at once", "rollout.sample_tokens"),
+    "feature_bytes": ("image features of a frozen tower", ""),
+    "uploaded_bytes": ("images between passes of a step", ""),
+}
+"""A device's budgets in words, with the key of the recipe that bounds them."""
+
+
 def backend_table(states: Mapping[str, State], automatic: str) -> None:
-    """Prints every backend with its device, or with what is missing."""
+    """Prints every backend with its device, or with what is missing, then what those that can run
+    here hold on their device at most."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("backend", "device", "missing"):
         table.add_column(heading, overflow="fold")
@@ -134,6 +144,16 @@ def backend_table(states: Mapping[str, State], automatic: str) -> None:
             f"{name} (auto)" if name == automatic else name, state.device or "-", state.missing
         )
     Terminal().print(table)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("backend", "budget", "", "key of the recipe"):
+        table.add_column(heading, overflow="fold", justify="left" if heading else "right")
+    for name, state in states.items():
+        for number, (budget, most) in enumerate(state.budgets.items()):
+            size = str(most) if budget.endswith("tokens") else f"{most / 2**30:.2f} GiB"
+            what, key = BUDGETS.get(budget, (budget, ""))
+            table.add_row("" if number else name, what, size, key)
+    if table.row_count:
+        Terminal().print(table)
 
 
 def check_table(name: str, device: str, checks: Sequence[Result]) -> None:

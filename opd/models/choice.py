@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from opd.errors import ModelError, RecipeError
+from opd.memory import ACTIVATION_BYTES
 from opd.models import hub, peft_files
 from opd.models.find import checkpoint_of
 from opd.options import Options
@@ -93,6 +94,16 @@ class ModelChoice(Options):
         0, ge=0, description="The same for what the teacher sees; 0: as the student's."
     )
 
+    recompute_above: float = Field(
+        ACTIVATION_BYTES / 2**30,
+        ge=0,
+        le=2**20,
+        description=(
+            "GiB of activations above which a backward recomputes layers: all of them, on a GPU"
+            " those that do not fit. Lower takes less memory and more time. Changes no result."
+        ),
+    )
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         teacher = (
@@ -134,8 +145,11 @@ class ModelChoice(Options):
         """The options with which a backend loads the model; `seed` draws new adapters, `weights` as
         in `folder`. Raises ModelError and RecipeError as `folder` does."""
         folder, adapter = self._resolved(weights)
+        held = int(self.recompute_above * 2**30)
         if self.tune == "full":
-            return ModelOptions(folder, self.dtype, self.vision, adapter=adapter)
+            return ModelOptions(
+                folder, self.dtype, self.vision, adapter=adapter, checkpoint_above=held
+            )
         chosen = AdapterOptions(
             self.rank, self.alpha, self.targets, self.vision, self.projector, seed
         )
@@ -147,6 +161,7 @@ class ModelChoice(Options):
             chosen if adapter is None else peft_files.options_of(adapter),
             adapter,
             self.tune == "qlora",
+            held,
         )
 
     def _resolved(

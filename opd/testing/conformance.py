@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from opd.backend import Backend
 from opd.objective import Objective
 from opd.randomness import uniforms
-from opd.types import Completion, FloatArray, Group, Prompt, Sampling, TokenStatistics, Update
+from opd.types import (
+    STATISTICS,
+    Completion,
+    FloatArray,
+    Group,
+    Prompt,
+    Sampling,
+    TokenStatistics,
+    Update,
+)
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -109,20 +118,14 @@ def statistics_error(
     ours: Iterable[Sequence[TokenStatistics]], theirs: Iterable[Sequence[TokenStatistics]]
 ) -> float:
     """Largest absolute difference, in units of max(1, |b|), of all statistics of all tokens."""
-    names = (
-        "student_logprobs",
-        "teacher_logprobs",
-        "student_entropy",
-        "teacher_entropy",
-        "ratio",
-        "divergence",
-    )
     pairs = [
         (a, b)
         for ours_row, theirs_row in zip(ours, theirs, strict=True)
         for a, b in zip(ours_row, theirs_row, strict=True)
     ]
-    return max(_difference(getattr(a, name), getattr(b, name)) for a, b in pairs for name in names)
+    return max(
+        _difference(getattr(a, name), getattr(b, name)) for a, b in pairs for name in STATISTICS
+    )
 
 
 def check(

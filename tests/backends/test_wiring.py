@@ -6,6 +6,7 @@ gives and which token every uniform draws. Nothing here looks into a backend.
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,15 +17,16 @@ from opd import registry
 from opd.errors import BackendError
 from opd.models.choice import ModelChoice
 from opd.objective import Objective, evaluate, log_softmax
+from opd.plan.shape import read_config
 from opd.prompts.processor import open_encoder
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.tiny import MODEL
-from opd.types import Completion, Group, Sampling, Update
+from opd.types import STATISTICS, Completion, Group, Sampling, Update
 from tests.conftest import INSTALLED
+from tests.support.cases import watch
 
 WHOLE = Objective(top_k=None, ratio_clip=None)
 OBJECTIVE = Objective(alpha=0.5, top_k=7, tail=True, ratio_clip=1.5, temperature=1.0)
-NAMES = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "ratio", "divergence")
 STEP = Update(learning_rate=1e-2, weight_decay=0.1)
 NOTHING = Update(learning_rate=0.0, weight_decay=0.0)
 """Clears the gradient, and changes no weight."""
@@ -126,7 +128,7 @@ def test_every_part_of_the_objective_counts(case):
         for group, students, teachers, *rows in zip(case.groups, case.student, case.teacher, scored, accumulated, strict=True):
             for completion, student, teacher, *found in zip(group.completions, students, teachers, *rows, strict=True):
                 expected = evaluate(student, teacher, completion.tokens, completion.logprobs, objective)
-                for name in NAMES:
+                for name in STATISTICS:
                     wanted = getattr(expected, name)
                     for one in found:
                         np.testing.assert_allclose(getattr(one, name), wanted, rtol=2e-4, atol=2e-5, err_msg=f"{name} of {objective}")
@@ -389,6 +391,35 @@ def test_the_type_of_computation_is_the_recipes(backend_name):
 
 
 DTYPES = ("float32", "bfloat16")
+
+
+def test_layers_run_again_above_the_recipes_bound(backend_name, monkeypatch):
+    """Where a backward would hold more, to the same gradient; `opd plan` takes the same bound."""
+    package = "opd_mlx" if backend_name == "mlx" else "opd_torch"
+    encoder, shares, gradients = open_encoder(MODEL), [], []
+    share = pkgutil.resolve_name(f"{package}.footprint.recompute_share")
+    seen = f"{package}.gradient.recompute_share"
+    watch(monkeypatch, seen, lambda *given: shares.append(share(*given)))
+    student, teacher = (encoder.encode([Image.new("RGB", (32, 32), colour)], "What digit?") for colour in ("red", "blue"))
+    completion = Completion(np.array([5, 9, 3], np.int32), np.zeros(3, np.float32), False)
+    group = [Group(student, teacher, (completion,), (np.ones(3, np.float32),))]
+    for bound in (2.0, 0.0):
+        backend = load(backend_name, recompute_above=bound)
+        gradients.append(gradient(backend, group))
+    assert shares == [0.0, 1.0]
+    assert near(gradients[1], gradients[0])
+    for bound in (2.0, 0.5):
+        options = ModelChoice(recompute_above=bound).options()
+        planner = registry.planner(backend_name)
+        plan = planner.footprint(options, read_config(MODEL), 1, here=True)
+        assert plan.recompute_above == options.checkpoint_above == int(bound * 2**30)
+
+
+def test_a_backend_says_the_budgets_of_its_device(backend_name):
+    said = registry.state(backend_name).budgets
+    assert said["checkpoint_above"] == ModelChoice().options().checkpoint_above
+    assert said["prefill_tokens"] > 0
+    assert said["feature_bytes"] > 0
 
 
 def test_qlora_holds_the_base_in_four_bits(backend_name):

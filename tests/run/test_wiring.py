@@ -323,6 +323,16 @@ def _(opd, value):
     return kind, run.options.four_bit
 
 
+@key("model.recompute_above", 2.0, 0.0, 0.5)
+def _(opd, value):
+    """GiB in the recipe, bytes in what the backend is given, whatever is trained."""
+    settings = {"model.recompute_above": value}
+    runs = [opd.train({**settings, "model.tune": tune}) for tune in ("full", "lora")]
+    seen = {run.options.checkpoint_above for run in runs}
+    assert seen == {int(value * 2**30)}
+    return seen
+
+
 @key("model.dtype", "float32", "bfloat16")
 def _(opd, value):
     assert opd.train({"model.dtype": value, "model.tune": "lora"}).options.dtype == value
