@@ -257,7 +257,7 @@ def test_sample_shows_the_question_with_the_choices_that_the_model_sees(backend_
 def test_backends_are_checked_against_committed_numbers(backend_name):
     result = json.loads(opd("backends", backend_name, "--check", "--json").stdout)
     assert [check for check in result["backends"][backend_name]["checks"] if not check["passed"]] == []
-    assert len(result["backends"][backend_name]["checks"]) == 16
+    assert len(result["backends"][backend_name]["checks"]) == 17
     assert "did you mean 'mlx'?" in opd("backends", "mlxx", code=2).stderr
 
 
