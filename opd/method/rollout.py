@@ -104,9 +104,10 @@ def sample(
     parts = parts_of(prompts, completions, max_tokens, budget)
     # Every process has to make the same number of calls.
     parts += [[0]] * (largest_count(backend, len(parts)) - len(parts))
-    for part in parts:
+    for number, part in enumerate(parts):
         together = [prompts[index] for index in part]
-        sampled = backend.sample(together, uniforms[part], sampling, prefill=prefill)
+        shared = prefill if number == 0 else None  # the other calls are there for other processes
+        sampled = backend.sample(together, uniforms[part], sampling, prefill=shared)
         for index, group in zip(part, sampled, strict=True):
             if not all(np.isfinite(completion.logprobs).all() for completion in group):
                 raise RunError(NOT_FINITE)

@@ -139,6 +139,23 @@ def test_a_prefill_that_does_not_serve_is_released_before_anything_runs(change):
         prefill.read(prefill.prompts, backend._weights)
 
 
+def test_a_process_that_runs_its_prompts_together_joins_the_calls_of_one_that_does_not():
+    """Two prompts fit one call, three do not: the first process samples one of its prompts again."""
+    found = {}
+
+    def run(backend):
+        prompts = [pair.student for pair in pairs(2 + backend.rank)]
+        longest = max(map(len, prompts)) + 2 * 4
+        options = RolloutOptions(completions=2, max_tokens=4, sample_tokens=2 * longest)
+        prefill = prefill_of(backend, prompts, options)
+        uniforms = np.random.default_rng(1).random((len(prompts), 2, 4), np.float32)
+        sampled = sample(backend, prompts, uniforms, Sampling(1.0, (0,), ()), options.sample_tokens, prefill=prefill)
+        found[backend.rank] = (prefill is not None, len(sampled))
+
+    Together.start(2, run)
+    assert found == {0: (True, 2), 1: (False, 3)}
+
+
 def test_prompts_that_are_sampled_or_differentiated_apart_are_not_held():
     assert rolled_out([2, 9, 5], budget=1)[1] is None
     assert rolled_out([2, 9, 5], together=20)[1] is None
