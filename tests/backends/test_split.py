@@ -84,7 +84,7 @@ def test_parts_of_a_group_add_up(case, twin, whole, monkeypatch, recomputed):
                 for one, theirs in zip(row, wanted, strict=True):
                     for field in STATISTICS:
                         ours, other = getattr(one, field), getattr(theirs, field)
-                        np.testing.assert_allclose(ours, other, rtol=2e-5, atol=1e-6)
+                        np.testing.assert_allclose(ours, other, **twin.STATISTICS)
 
 
 @pytest.mark.parametrize(("place", "call"), [("gradient.divergence_head", 2), ("objective.HeadResult.records", 1)])

@@ -32,6 +32,11 @@ SIZES = [[(64, 64)], [(96, 64), (64, 64)], [(48, 80)], [(64, 64), (48, 48), (64,
 LENGTHS = [(5, 3, 7), (1,), (4, 6), (), (2, 2, 2)]
 """Tokens of each group's completions."""
 
+WEIGHTED_SIZES = [[(64, 64)], [(96, 64), (48, 48)], [(40, 88)]]
+WEIGHTED_LENGTHS = [(5, 3, 9), (1, 4), (6, 2)]
+WEIGHTED_QUESTIONS = ("What digit is on the red tile?", "digit?", "What is red?")
+"""What `weighted_groups` has in place of `SIZES`, `LENGTHS` and `QUESTIONS`."""
+
 QUESTIONS = ("What digit is on the red tile?", "digit?", "What?")
 
 
@@ -85,6 +90,27 @@ def make_case(
     }
     save_file(moved, path, metadata={"format": "pt"})
     return kind(folder, encoder, groups, state)
+
+
+def weighted_groups(encoder: PromptEncoder) -> list[Group]:
+    """Three groups without empty completions or zero weights, whose teachers see other images."""
+    rng, prompts, groups = np.random.default_rng(0), [], []
+    for sizes, question in zip(WEIGHTED_SIZES, WEIGHTED_QUESTIONS, strict=True):
+        pixels = [rng.integers(0, 255, (high, wide, 3), dtype=np.uint8) for wide, high in sizes]
+        prompts.append(encoder.encode([Image.fromarray(one) for one in pixels], question))
+    for index, lengths in enumerate(WEIGHTED_LENGTHS):
+        completions = tuple(
+            Completion(
+                rng.integers(10, 250, size=length).astype(np.int32),
+                rng.normal(-5, 1.5, size=length).astype(np.float32),
+                False,
+            )
+            for length in lengths
+        )
+        weights = tuple(rng.uniform(0.01, 0.1, size=n).astype(np.float32) for n in lengths)
+        teacher = prompts[(index + 1) % len(prompts)]
+        groups.append(Group(prompts[index], teacher, completions, weights))
+    return groups
 
 
 def half_precision(folder: Path, source: Path) -> Path:

@@ -37,6 +37,9 @@ DTYPE = "float32"
 LOSS, GRADIENT = 1e-5, 1e-4
 """Bounds for the relative error of the loss, and of every gradient (`relative_error`)."""
 
+STATISTICS = {"rtol": 2e-5, "atol": 1e-6}
+"""Bounds for statistics of completions that run a few at a time."""
+
 LOGPROB = {"atol": 1e-5}
 """Bounds for log-probabilities, as `assert_allclose` takes them."""
 

@@ -177,7 +177,7 @@ def test_decoding_stops_when_all_have_ended(case, loaded, monkeypatch):
 
 
 @pytest.mark.parametrize("room", [2**30, 0])
-def test_frozen_vision_tower(case, patches, room):
+def test_frozen_vision_tower(case, patches, monkeypatch, room):
     """The same numbers; and every image runs once for rollout, student and teacher.
 
     While there is room for its features: else the tower runs again.
@@ -186,6 +186,10 @@ def test_frozen_vision_tower(case, patches, room):
     whole = case.backend()
     whole.move_teacher(1.0)
     assert not any(".visual." in name for name in frozen.tensors("student"))
+    keys: list[str] = []
+    seen = lambda prompts, *_: keys.extend(prompt.key for prompt in prompts)
+    watch(monkeypatch, "opd_mlx.families.qwen3_vl.visual_features", seen)
+    encoded = {}
     uniforms, taken = np.random.default_rng(4).random((1, 2, 4), dtype=np.float32), {}
     found = []
     for backend in (frozen, whole):
@@ -194,6 +198,7 @@ def test_frozen_vision_tower(case, patches, room):
         loss = loss_of(case.groups, backend.accumulate(case.groups, JSD))
         found.append((sampled, loss))
         taken[backend] = sum(patches)
+        encoded[backend], keys[:] = list(keys), []
     for ours, theirs in zip(*(sampled for sampled, _ in found), strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
@@ -203,6 +208,8 @@ def test_frozen_vision_tower(case, patches, room):
     once = patches_of([group.student for group in case.groups])
     assert taken[frozen] >= once
     assert (taken[frozen] == once) == bool(room)
+    assert len(set(encoded[frozen])) == 4
+    assert (len(encoded[frozen]) == 4) == bool(room)
 
 
 def test_modules_keep_nothing_between_calls(case, loaded):
