@@ -223,9 +223,6 @@ class Step:
 
     def peak(self, run: Any, backend_name: str) -> int:
         """The peak of allocated bytes while a verb runs."""
-        # Drop the rollout's prefill: it was allocated before the profiler starts, so the profiler
-        # would see only the release.
-        self.backend._kept = self.backend._prefill = None  # of MLX, of torch
         return self.held() + measuring.peak_bytes(run, backend_name)
 
     def held(self) -> int:
