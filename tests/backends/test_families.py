@@ -185,11 +185,12 @@ def test_frozen_vision(case, backend, twin):
 
 @pytest.mark.slow
 def test_conformance(case, twin):
+    """On clones of one model: test_conformance.py loads Qwen3-VL for every check."""
     if case.kind == "qwen3_vl":
         pytest.skip("stands in test_conformance.py")
-    pairs = [(group.student, group.teacher) for group in case.groups[:4]]
-    options = ModelOptions(case.folder)
-    results = check(lambda: twin.load(options, **twin.GPU), pairs, case.encoder.stop, case.encoder.banned)
+    pairs = [(group.student, group.teacher) for group in case.groups[: twin.PAIRS]]
+    loaded, encoder = twin.load(ModelOptions(case.folder), **twin.GPU), case.encoder
+    results = check(lambda: twin.clone(loaded), pairs, encoder.stop, encoder.banned)
     assert [str(result) for result in results if not result.passed] == []
 
 

@@ -35,6 +35,9 @@ DTYPE = "float64"
 LOSS, GRADIENT = 1e-6, 1e-6
 """Bounds for the relative error of the loss, and of every gradient (`relative_error`)."""
 
+PAIRS = 4
+"""Pairs of prompts that the conformance suite runs on; of three images too."""
+
 STATISTICS = {"rtol": 1e-5, "atol": 1e-6}
 """Bounds for statistics of completions that run a few at a time."""
 
