@@ -66,10 +66,12 @@ def test_prompts_are_the_own_processors_in_every_layout(laid_out, monkeypatch, t
     # What is exported serves the same prompt, by whatever place a program reads.
     encoder.save(folder)
     exported = stock(folder, kind, monkeypatch)
-    assert exported._resolve_chat_template(None) == exported.tokenizer.get_chat_template() == encoder._template
+    chosen, named = exported.tokenizer.get_chat_template(), exported.chat_template
+    assert (named["default"] if isinstance(named, dict) else named) == chosen
     held = [read(folder / name).get("chat_template") for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json")]
-    assert {one for one in held if one} <= {encoder._template}
-    same(PromptEncoder(folder).encode([noise((200, 50))], QUESTION), wanted(exported, [noise((200, 50))]))
+    assert {one for one in held if one} <= {chosen}
+    for one in (encoder, PromptEncoder(folder)):
+        same(one.encode([noise((200, 50))], QUESTION), wanted(exported, [noise((200, 50))]))
 
 
 MARKS = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
@@ -89,7 +91,6 @@ def test_the_order_of_places_is_the_own_processors(source, tmp_path, monkeypatch
         elif mark >= missing:
             write(path, read(path) | {"chat_template": text})
     encoder = PromptEncoder(tmp_path / "model")
-    assert encoder._template == f"{missing}{held}"
     processor = stock(tmp_path / "model", kind, monkeypatch)
     if missing < 3:  # a processor without a template of its own has no use for its tokenizer's
         same(encoder.encode([noise((64, 64))], QUESTION), wanted(processor, [noise((64, 64))]))
@@ -99,7 +100,7 @@ def test_the_order_of_places_is_the_own_processors(source, tmp_path, monkeypatch
         text = path.read_text() if name.endswith(".jinja") else read(path).get("chat_template")
         assert text in (None, f"{missing}{held}"), name
     processor = stock(tmp_path / "model", kind, monkeypatch)
-    assert processor._resolve_chat_template(None) == processor.tokenizer.get_chat_template() == f"{missing}{held}"
+    assert processor.chat_template == processor.tokenizer.get_chat_template() == f"{missing}{held}"
 
 
 def test_templates_by_name_are_resolved_and_stay(source, tmp_path, monkeypatch):
@@ -136,10 +137,11 @@ def test_one_file_may_hold_several_templates(tmp_path, name, form):
         return listed if form is list else dict(named)
 
     write(model / name, read(model / name) | {"chat_template": formed()})
-    encoder = PromptEncoder(model)
-    assert encoder._template == PromptEncoder(MODEL)._template
-    encoder.save(model)
-    named["default"] = encoder._template
+    PromptEncoder(model).save(model)
+    plain = tmp_path / "plain"
+    shutil.copytree(MODEL, plain)
+    PromptEncoder(plain).save(plain)
+    named["default"] = template(plain)
     assert read(model / name)["chat_template"] == formed()
 
 
