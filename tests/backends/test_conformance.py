@@ -9,7 +9,7 @@ import pytest
 
 from opd import registry
 from opd.prompts.encoder import PromptEncoder
-from opd.testing.conformance import check
+from opd.testing.conformance import CHECKS, Result, check
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import ModelOptions
 from opd.views import usable
@@ -139,23 +139,51 @@ class Leaks(ToyBackend):
         return super().score(groups, objective, top)
 
 
-@pytest.mark.parametrize(
-    ("broken", "check_name"),
-    [
-        (LosesTheRest, "split groups are whole"),
-        (Mean, "calls add up"),
-        (OwnOrder, "a prefill changes nothing"),
-        (KeepsOldWeights, "a prefill changes nothing"),
-        (Unclipped, "a step is AdamW"),
-        (NoBias, "a step is AdamW"),
-        (Forgets, "a checkpoint restores all"),
-        (TeacherSeesStudent, "the gradient is the loss's derivative"),
-        (Warm, "on-policy ratio is one"),
-        (Unbanned, "sampling keeps the rules"),
-        (Steps, "a step that is not finite changes nothing"),
-        (Slow, "the teacher moves by its rate"),
-        (Leaks, "score is accumulate without gradient"),
-    ],
-)
+class PerCompletion(ToyBackend):
+    """Every group weighs the same, however many completions it has."""
+
+    def accumulate(self, groups, objective, split=0, prefill=None):
+        shared = [replace(one, weights=tuple(values / len(one.weights) for values in one.weights)) for one in groups]
+        return super().accumulate(shared, objective, split, prefill)
+
+
+class Renormalises(ToyBackend):
+    """The weights of every call sum to 1."""
+
+    def accumulate(self, groups, objective, split=0, prefill=None):
+        whole = sum(values.sum() for one in groups for values in one.weights)
+        shares = [replace(one, weights=tuple(values / whole for values in one.weights)) for one in groups]
+        return super().accumulate(shares, objective, split, prefill)
+
+
+BROKEN = [
+    (PerCompletion, "a group equals its rows"),
+    (Renormalises, "weights scale the gradient"),
+    (LosesTheRest, "split groups are whole"),
+    (Mean, "calls add up"),
+    (OwnOrder, "a prefill changes nothing"),
+    (KeepsOldWeights, "a prefill changes nothing"),
+    (Unclipped, "a step is AdamW"),
+    (NoBias, "a step is AdamW"),
+    (Forgets, "a checkpoint restores all"),
+    (TeacherSeesStudent, "the gradient is the loss's derivative"),
+    (Warm, "on-policy ratio is one"),
+    (Unbanned, "sampling keeps the rules"),
+    (Steps, "a step that is not finite changes nothing"),
+    (Slow, "the teacher moves by its rate"),
+    (Leaks, "score is accumulate without gradient"),
+]
+
+
+@pytest.mark.parametrize(("broken", "check_name"), BROKEN)
 def test_every_check_can_fail(broken, check_name):
     assert not toy(broken)[check_name].passed
+
+
+def test_every_check_has_a_backend_that_fails_it():
+    assert {name for name, _, _ in CHECKS} == {name for _, name in BROKEN}
+
+
+@pytest.mark.parametrize(("error", "passed"), [(1.0, True), (1.1, False), (np.nan, False)])
+def test_an_error_that_is_no_number_does_not_pass(error, passed):
+    assert Result("a check", error, bound=1.0).passed is passed

@@ -84,6 +84,8 @@ COLOURS = ("red", "dark red", "blue")
         ("Yes, there is a dog.", "yes", True),
         ("No.", "yes", False),
         ("Yesterday", "yes", False),
+        ("Maybe, but I would not say yes.", "yes", False),
+        ("It is yes, or it is no", "no", False),
     ],
 )
 def test_without_choices(prediction: str, answer: str, expected: bool) -> None:

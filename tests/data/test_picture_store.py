@@ -72,6 +72,24 @@ def test_few_rows_decode_few_pictures_and_are_those_of_the_whole(many: Path, dec
     assert [one.id for one in spread([few[0], few[1]], 5)] == [few[0].id, few[1].id]
 
 
+@pytest.mark.parametrize(
+    ("usable", "count", "chosen"),
+    [
+        ("12...9", 2, "19"),  # the last row is the only one of its section
+        ("1234", 3, "123"),
+        (".234", 3, "234"),  # no row of the first section: the first row not tried fills in
+        ("....5", 1, "5"),
+        (".2..", 4, "2"),
+    ],
+)
+def test_few_rows_come_from_every_section_to_the_last_row(tmp_path: Path, usable: str, count: int, chosen: str) -> None:
+    """A letter a row, a dot where its picture is missing."""
+    Image.new("L", (20, 10)).save(tmp_path / "image.png")
+    rows = [row("none.png" if id == "." else "image.png", id=id) for id in usable]
+    few = read_dataset(write(tmp_path, *rows), count=count)
+    assert "".join(one.id for one in few) == chosen
+
+
 def test_what_was_decoded_is_not_decoded_again(many: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = read_dataset(many)
     store = store_paths(many)[0]

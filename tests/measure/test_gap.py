@@ -66,6 +66,13 @@ def test_intervals_are_paired_over_examples():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 400), rel=0.1)
 
 
+def test_a_bootstrap_interval_leaves_out_a_fortieth_at_each_end():
+    """For many rows the ends lie 1.96 standard errors from the value."""
+    found = accuracies(answered("rw" * 200, "r" * 400))
+    middle, half = found["gap"], 1.96 * np.sqrt(0.25 / 400)
+    assert found["gap_interval"] == pytest.approx([middle - half, middle + half], abs=0.1 * half)
+
+
 def test_intervals_cover_the_truth_19_times_of_20():
     rng = np.random.default_rng(1)
     covered = 0
