@@ -179,7 +179,7 @@ class Step:
 
         from opd import registry
         from opd.prompts.encoder import PromptEncoder
-        from opd.types import Completion, Group, Sampling, Update
+        from opd.types import Completion, Group, Prompt, Sampling, Update
 
         work, rng = planned.work, np.random.default_rng(0)
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
@@ -209,12 +209,15 @@ class Step:
         groups = [group() for _ in range(work.prompts)]
         uniforms = rng.random((1, work.completions, work.tokens), dtype=np.float32)
         backend, objective = self.backend, recipe.objective.objective(recipe.rollout.temperature)
+
+        def sample(prompt: Prompt) -> None:
+            """Samples as a step does: with the prompt's pass held for the gradient."""
+            prefill = backend.prefill([prompt])
+            backend.sample([prompt], uniforms, Sampling(banned=encoder.banned), prefill=prefill)
+
         self.verbs = {
             # No stop token is given, so all completions have full length.
-            "rollout": lambda: [
-                backend.sample([one.student], uniforms, Sampling(banned=encoder.banned))
-                for one in groups
-            ],
+            "rollout": lambda: [sample(one.student) for one in groups],
             "accumulate": lambda: [backend.accumulate([one], objective) for one in groups],
             "apply": lambda: backend.apply(Update(learning_rate=1e-6)),
             "move_teacher": lambda: backend.move_teacher(0.05),

@@ -220,7 +220,7 @@ class ToyBackend:
             for kind in ("student", "teacher", "first", "second"):
                 setattr(self, kind, {name: stored[f"{kind}.{name}"] for name in self.student})
             self.steps = int(stored["steps"])
-        self.gradient = self._zeros()
+        self.gradient, self._weights = self._zeros(), object()
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
         """Writes the student's parameters; there is nothing of Hugging Face in a toy."""

@@ -218,8 +218,10 @@ def test_a_frozen_towers_features_are_computed_once(case, backend_name, tmp_path
     count = lambda _, __, prompts, *___: counted.extend(prompt.key for prompt in prompts)
     watch(monkeypatch, name, count)
     backend = registry.load(backend_name, case.options(adapter=folder))
-    backend.sample([group.student for group in case.groups], np.full((3, 1, 2), 0.5, np.float32), Sampling())
-    backend.accumulate(case.groups, JSD)
+    prompts = [group.student for group in case.groups]
+    prefill = backend.prefill(prompts)
+    backend.sample(prompts, np.full((3, 1, 2), 0.5, np.float32), Sampling(), prefill=prefill)
+    backend.accumulate(case.groups, JSD, 0, prefill)
     backend.score(case.groups, JSD)
     assert len(set(counted)) == 3
     assert len(counted) == (12 if vision else 3)

@@ -1042,7 +1042,7 @@ def test_a_resumed_run_has_the_same_calls(opd):
     assert again.options == whole.options
     assert [call.name for call in again.calls] == [
         "load",
-        *["sample", "accumulate", "apply", "move_teacher"] * 2,
+        *["prefill", "sample", "accumulate", "apply", "move_teacher"] * 2,
         "save",
         "export",
         "sample",
