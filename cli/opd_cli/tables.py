@@ -126,7 +126,7 @@ def answers(rows: Sequence[tuple[str, Answered]]) -> None:
 
 BUDGETS = {
     "checkpoint_above": ("activations of a backward", "model.recompute_above"),
-    "prefill_tokens": ("prompt tokens of a rollout at once", "rollout.sample_tokens"),
+    "prefill_tokens": ("prompt tokens read together", "rollout.sample_tokens"),
     "feature_bytes": ("image features of a frozen tower", ""),
     "uploaded_bytes": ("images between passes of a step", ""),
 }
@@ -148,7 +148,8 @@ def backend_table(states: Mapping[str, State], automatic: str) -> None:
     for heading in ("backend", "budget", "", "key of the recipe"):
         table.add_column(heading, overflow="fold", justify="left" if heading else "right")
     for name, state in states.items():
-        for number, (budget, most) in enumerate(state.budgets.items()):
+        held = {budget: most for budget, most in state.budgets.items() if most}
+        for number, (budget, most) in enumerate(held.items()):
             size = str(most) if budget.endswith("tokens") else f"{most / 2**30:.2f} GiB"
             what, key = BUDGETS.get(budget, (budget, ""))
             table.add_row("" if number else name, what, size, key)

@@ -318,20 +318,23 @@ def the_gradient_is_the_losss_derivative(material: Material) -> float:
 
 
 def weights_scale_the_gradient(material: Material) -> float:
-    """Doubled weights double the gradient, and a token of weight 0 adds nothing."""
+    """Tripled weights triple the gradient, and a token of weight 0 adds nothing.
+
+    Doubled ones would not do: a backend that takes every weight as 1 counts two groups as well.
+    """
     backend, other = material.make(), material.make()
     groups = material.groups(backend)
     backend.accumulate(groups, OBJECTIVE)
-    doubled = [
-        replace(group, weights=tuple(2 * weights for weights in group.weights)) for group in groups
+    tripled = [
+        replace(group, weights=tuple(3 * weights for weights in group.weights)) for group in groups
     ]
     silent = [
         replace(group, weights=tuple(0 * weights for weights in group.weights)) for group in groups
     ]
-    other.accumulate([*doubled, *silent], OBJECTIVE)
+    other.accumulate([*tripled, *silent], OBJECTIVE)
     return relative_error(
         other.tensors("gradient"),
-        {name: 2 * value for name, value in backend.tensors("gradient").items()},
+        {name: 3 * value for name, value in backend.tensors("gradient").items()},
     )
 
 

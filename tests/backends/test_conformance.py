@@ -62,6 +62,14 @@ class LosesTheRest(ToyBackend):
         return statistics
 
 
+class Unweighted(ToyBackend):
+    """Every token counts alike."""
+
+    def accumulate(self, groups, objective, split=0, prefill=None):
+        ones = [replace(group, weights=tuple(np.ones_like(one) for one in group.weights)) for group in groups]
+        return super().accumulate(ones, objective, split, prefill)
+
+
 class OwnOrder(ToyBackend):
     """Takes what ran for one prompt as that of another."""
 
@@ -159,6 +167,7 @@ class Renormalises(ToyBackend):
 BROKEN = [
     (PerCompletion, "a group equals its rows"),
     (Renormalises, "weights scale the gradient"),
+    (Unweighted, "weights scale the gradient"),
     (LosesTheRest, "split groups are whole"),
     (Mean, "calls add up"),
     (OwnOrder, "a prefill changes nothing"),
