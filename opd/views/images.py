@@ -3,7 +3,7 @@ the recipe's view."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from PIL.Image import Image, Resampling
 from PIL.Image import new as new_image
@@ -32,6 +32,7 @@ def teacher_images(
     for number, source in enumerate(view.sources(example, options)):
         image = open_image(source, example.max_image_pixels)
         pieces = view.pieces(example, number, image.size, options, max_pixels)
+        _check_pieces(pieces, image.size, options, max_pixels)
         images += [_cut(image, piece) for piece in pieces]
         counts.append(len(pieces))
     _check_counts(example, options, counts)
@@ -56,10 +57,28 @@ def teacher_sizes(
     for number, source in enumerate(view.sources(example, options)):
         size = size_of(source, example.max_image_pixels)
         pieces = view.pieces(example, number, size, options, max_pixels)
+        _check_pieces(pieces, size, options, max_pixels)
         sizes += [piece.size for piece in pieces]
         counts.append(len(pieces))
     _check_counts(example, options, counts)
     return sizes
+
+
+def _check_pieces(
+    pieces: Sequence[Piece], size: Size, options: ViewOptions, max_pixels: int | None
+) -> None:
+    """Raises ValueError for a piece that is empty, lies outside the image, which has `size`, or is
+    enlarged to more than twice the pixels that anything here can use."""
+    width, height = size
+    largest = 2 * max(width * height, max_pixels or 0, MAX_PIXELS)
+    for piece in pieces:
+        left, top, right, bottom = piece.region
+        inside = 0 <= left < right <= width and 0 <= top < bottom <= height
+        if not inside or min(piece.size) < 1 or piece.size[0] * piece.size[1] > largest:
+            raise ValueError(
+                f"the view '{options.kind}' gives the region {piece.region} at size {piece.size} of"
+                f" an image of {width} x {height} pixels"
+            )
 
 
 def _check_counts(example: Example, options: ViewOptions, given: list[int]) -> None:
@@ -75,6 +94,8 @@ def _check_counts(example: Example, options: ViewOptions, given: list[int]) -> N
 def _cut(image: Image, piece: Piece) -> Image:
     """The pixels of a piece, resized."""
     changed = piece.change(image) if piece.change else image
+    if changed.size != image.size:
+        raise ValueError(f"a view's change makes an image of {changed.size} of one of {image.size}")
     cut = _region(changed, piece.region)
     return cut if cut.size == piece.size else cut.resize(piece.size, Resampling.BICUBIC)
 

@@ -84,6 +84,41 @@ def test_an_unknown_name_is_told_with_the_nearest():
 
 @pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("see", [teacher_images, teacher_sizes])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        Piece((40, 0, 60, 20), (20, 20)),  # beside the image, which has 40 x 30 pixels
+        Piece((-1, 0, 20, 20), (21, 20)),
+        Piece((0, 0, 41, 30), (41, 30)),
+        Piece((5, 5, 5, 9), (48, 48)),
+        Piece((0, 0, 9, 9), (0, 48)),
+        Piece((0, 0, 9, 9), (9, -4)),
+        Piece((0, 0, 9, 9), (200_000, 200_000)),
+    ],
+)
+def test_a_piece_that_shows_nothing_or_fills_the_memory_is_told(see, piece):
+    class Wrong(View):
+        def pieces(self, example, number, size, options, max_pixels):
+            return [piece]
+
+    register("wrong piece", Wrong())
+    with pytest.raises(ValueError, match=r"'wrong piece' gives the region .* of 40 x 30 pixels"):
+        see(example(), ViewOptions(kind="wrong piece"))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_change_keeps_the_size():
+    class Shrinks(View):
+        def pieces(self, example, number, size, options, max_pixels):
+            return [Piece((0, 0, 9, 9), (9, 9), lambda image: image.resize((4, 4)))]
+
+    register("shrinks", Shrinks())
+    with pytest.raises(ValueError, match=r"makes an image of \(4, 4\) of one of \(40, 30\)"):
+        teacher_images(example(), ViewOptions(kind="shrinks"))
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("see", [teacher_images, teacher_sizes])
 def test_a_view_that_counts_otherwise_is_told(see):
     class Wrong(Halves):
         def pieces(self, example, number, size, options, max_pixels):
