@@ -9,7 +9,7 @@ from opd.plan.shape import Shape, item_of
 from opd.planner import Footprint, Rows
 from opd.types import ModelOptions
 
-FORWARD = 0.5
+FORWARD = 0.45
 """The share of a layer's activations that pass by in a forward without a backward."""
 
 
