@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import platform
 import statistics
@@ -223,6 +224,7 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
     On the CPU a profiler follows every tensor's allocation and release; on CUDA and MLX the
     allocator reports the peak.
     """
+    gc.collect()  # else arrays in reference cycles may be freed during `run`, which lowers the peak
     if device == "mlx":
         import mlx.core as mx
 

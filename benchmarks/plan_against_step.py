@@ -11,6 +11,7 @@ peak of all allocated bytes. The plan is made for the device `this machine`. A s
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import sys
@@ -181,6 +182,8 @@ class Step:
         from opd.prompts.encoder import PromptEncoder
         from opd.types import Completion, Group, Prompt, Sampling, Update
 
+        self.mlx = backend_name == "mlx"
+        self.before = self.active()
         work, rng = planned.work, np.random.default_rng(0)
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
         # The question fills the number of text tokens that the plan assumes.
@@ -228,12 +231,19 @@ class Step:
         """The peak of allocated bytes while a verb runs."""
         return self.held() + measuring.peak_bytes(run, backend_name)
 
-    def held(self) -> int:
-        """The bytes that are allocated between two verbs."""
-        if hasattr(self.backend, "_model"):
-            import mlx.core as mx
+    def active(self) -> int:
+        """The bytes of all MLX arrays of the process, and 0 on torch."""
+        if not self.mlx:
+            return 0
+        import mlx.core as mx
 
-            return int(mx.get_active_memory())
+        gc.collect()
+        return int(mx.get_active_memory())
+
+    def held(self) -> int:
+        """The bytes of this step that are allocated between two verbs."""
+        if self.mlx:
+            return self.active() - self.before
         models = (self.backend._student.module, self.backend._teacher.module)
         tensors = [*(one for model in models for one in (*model.parameters(), *model.buffers()))]
         tensors += [

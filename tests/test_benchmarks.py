@@ -264,12 +264,29 @@ def test_parity_sees_a_difference():
     assert parity.relative_difference([true[0] * (1 + 1e-3)], true) == pytest.approx(1e-3)
 
 
+def left_over(name, count):
+    """`count` float32 numbers that stay alive, and as many that only the garbage collector frees."""
+    if name.startswith("mlx"):
+        import mlx.core as mx
+
+        alive, garbage = mx.zeros(count) + 1, mx.zeros(count) + 1
+        mx.eval(alive, garbage)
+    else:
+        alive, garbage = torch.ones(count), torch.ones(count)
+    cycle = [garbage]
+    cycle.append(cycle)
+    return alive
+
+
 @pytest.mark.parametrize("name", ["cpu-full", "mlx-qlora"])
 def test_plan_against_step(name, tmp_path):
+    """Whatever else the process holds, here more than a rollout does."""
     pytest.importorskip("mlx" if name.startswith("mlx") else "torch")
+    alive = left_over(name, 5 * 10**7)
     folder = workload.folder(tmp_path / "model", plan_against_step.QUICK_VOCABULARY, **plan_against_step.QUICK)
     rows = {row["verb"]: row for row in plan_against_step.side(name, folder, quick=True)}
     for verb in ("rollout", "accumulate", "step"):
         assert 0.8 < rows[verb]["bytes_ratio"] < 1.2, verb
     assert rows["step"]["seconds"] == pytest.approx(sum(rows[verb]["seconds"] for verb in plan_against_step.STAGES))
     assert all(row["planned_seconds"] > 0 for row in rows.values())
+    assert alive.nbytes > rows["rollout"]["bytes"]
