@@ -324,11 +324,10 @@ class PromptEncoder:
 
     def _adds(self, text: str) -> bool:
         """Whether the tokenizer adds special tokens to a rendered prompt; the rule is that of
-        `ProcessorMixin.apply_chat_template`."""
+        `ProcessorMixin.apply_chat_template`. (transformers loads no tokenizer whose file sets
+        `add_special_tokens`.)"""
         begin = self._tokenizer.bos_token
-        return bool(self._tokenizer.init_kwargs.get("add_special_tokens", True)) and not (
-            begin and text.startswith(begin)
-        )
+        return not (begin and text.startswith(begin))
 
     def _render(self, content: list[dict[str, str]]) -> str:
         """The text of a prompt. Raises DataError if the template refuses the question, ModelError

@@ -179,6 +179,21 @@ def test_a_first_token_is_added_as_the_own_processor_adds_it(tmp_path, monkeypat
         assert np.flatnonzero(prompt.tokens == begin).tolist() == [0]
 
 
+@pytest.mark.parametrize("setting", [True, False])
+def test_the_own_processor_reads_no_add_special_tokens(tmp_path, monkeypatch, setting):
+    """Whether a first token is added needs no such setting: transformers loads no tokenizer whose
+    file has one."""
+    folder = random_models.gemma3(tmp_path / "model")
+    LAYOUTS["5"](folder, "gemma3")
+    settings = folder / "tokenizer_config.json"
+    write(settings, read(settings) | {"add_special_tokens": setting})
+    with pytest.raises(AttributeError, match="add_special_tokens conflicts with the method"):
+        stock(folder, "gemma3", monkeypatch)
+    with pytest.raises(ModelError, match="add_special_tokens conflicts") as caught:
+        PromptEncoder(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_tokens_of_images_are_those_that_the_processor_names(tmp_path, monkeypatch):
     """Another spelling of every token of an image, in tokenizer, template and settings."""
     folder = random_models.gemma3(tmp_path / "model")
