@@ -36,29 +36,45 @@ def twin_of(name: str) -> ModuleType:
 
 @pytest.fixture
 def kernel(backend_name):
-    """The backend's divergence kernel on numpy arrays: keyword arguments as in `divergence_head`, results as numpy."""
+    """The backend's divergence kernel on numpy arrays: keyword arguments as in `divergence_head`,
+    results as numpy."""
     module = importlib.import_module(f"{BACKENDS[backend_name]}.objective")
     if backend_name == "mlx":
         import mlx.core as mx
 
         def device(value, dtype):
             return mx.array(np.asarray(value, dtype))
+
     else:
         import torch
 
         def device(value, dtype):
             return torch.tensor(np.asarray(value, dtype))
 
-    def run(student, student_head, teacher, teacher_head, tokens, sampler, weights, objective, **options):
-        floats = [device(value, np.float32) for value in (student, student_head, teacher, teacher_head)]
+    def run(
+        student, student_head, teacher, teacher_head, tokens, sampler, weights, objective, **options
+    ):
+        floats = [
+            device(value, np.float32) for value in (student, student_head, teacher, teacher_head)
+        ]
         result = module.divergence_head(
-            *floats, device(tokens, np.int64), device(sampler, np.float32), device(weights, np.float32), objective, **options
+            *floats,
+            device(tokens, np.int64),
+            device(sampler, np.float32),
+            device(weights, np.float32),
+            objective,
+            **options,
         )
         found = {name: value for name, value in vars(result).items() if value is not None}
         for policy in ("student", "teacher"):
             if f"{policy}_top" in found:
-                found[f"{policy}_top_tokens"], found[f"{policy}_top_logprobs"] = found.pop(f"{policy}_top")
-        return {name: value.numpy() if hasattr(value, "numpy") else np.array(value) for name, value in found.items()}
+                found[f"{policy}_top_tokens"], found[f"{policy}_top_logprobs"] = found.pop(
+                    f"{policy}_top"
+                )
+        return {
+            name: value.numpy() if hasattr(value, "numpy") else np.array(value)
+            for name, value in found.items()
+        }
 
     return run
 
@@ -72,7 +88,14 @@ def coloured(count: int = 12) -> list[Example]:
         pixels[4:28, 8:40] = rng.integers(0, 255, size=3)
         question = "what colour"[: 4 + index % 7]
         examples.append(
-            Example(f"toy-{index}", (Image.fromarray(pixels),), question, (Box(8, 4, 40, 28),), answer="abc", source=f"toy:{index}")
+            Example(
+                f"toy-{index}",
+                (Image.fromarray(pixels),),
+                question,
+                (Box(8, 4, 40, 28),),
+                answer="abc",
+                source=f"toy:{index}",
+            )
         )
     return examples
 

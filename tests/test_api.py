@@ -54,7 +54,9 @@ def test_the_page_shows_every_function_and_argument():
     for name in FUNCTIONS:
         (shown,) = re.findall(rf"### `opd\.{name}\((.*)\)`", PAGE)
         given = [part.strip("*, ").partition("=")[0] for part in shown.split(", ")]
-        assert [part for part in given if part] == list(inspect.signature(getattr(opd, name)).parameters)
+        assert [part for part in given if part] == list(
+            inspect.signature(getattr(opd, name)).parameters
+        )
 
 
 def test_every_public_name_is_there_and_typed():

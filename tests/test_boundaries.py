@@ -56,13 +56,24 @@ ROOMS: dict[str, set[str]] = {
     "plan": {"run", "views", "registry", "prompts", "data", "models", "tiny"},
     "api": {"run", "measure", "data", "models"},
 }
-"""The rooms of `opd`, from the lowest floor up, and the rooms that each may import beside the ground and itself."""
+"""The rooms of `opd`, from the lowest floor up, and the rooms that each may import beside the
+ground and itself."""
 
 FOR_BACKENDS = {
-    "models": {"adapters", "files", "inert", "names", "peft_files", "permissions", "settings", "weight_formats"},
+    "models": {
+        "adapters",
+        "files",
+        "inert",
+        "names",
+        "peft_files",
+        "permissions",
+        "settings",
+        "weight_formats",
+    },
     "method": {"rollout"},
 }
-"""What backends import beside the ground: the files of a model folder, and the bookkeeping of completions."""
+"""What backends import beside the ground: the files of a model folder, and the bookkeeping of
+completions."""
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -75,7 +86,8 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imports(file: Path, known: Collection[str]) -> Iterator[tuple[int, str]]:
-    """Line and name of every module among the `known` that a file imports: at its top, in a function or for its types."""
+    """Line and name of every module among the `known` that a file imports: at its top, in a
+    function or for its types."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names if alias.name in known)
@@ -102,7 +114,8 @@ def room(module: str) -> str:
 
 
 def test_the_core_imports_no_framework():
-    """Not even in a function: what a framework can tell, a backend says itself. Tokenizers and processors are transformers'."""
+    """Not even in a function: what a framework can tell, a backend says itself. Tokenizers and
+    processors are transformers'."""
     for file in modules("opd").values():
         found = {name.partition(".")[0] for _, name in every_import(file)}
         assert not found & (HEAVY - {"transformers"}), file
@@ -117,10 +130,13 @@ def test_rooms_import_the_floors_below():
         below.add(name)
     for name, file in known.items():
         for line, target in imports(file, known):
-            if name == "opd" or room(target) in ("", room(name)):  # the package's own names are of any room
+            # the package's own names are of any room
+            if name == "opd" or room(target) in ("", room(name)):
                 continue
             assert room(name), f"{file}:{line}: the ground imports {target}"
-            assert room(target) in ROOMS[room(name)], f"{file}:{line}: {room(name)} imports {target}"
+            assert room(target) in ROOMS[room(name)], (
+                f"{file}:{line}: {room(name)} imports {target}"
+            )
 
 
 @pytest.mark.parametrize("package", ["opd_torch", "opd_mlx"])
@@ -129,13 +145,18 @@ def test_backends_import_the_ground_and_named_helpers(package):
     for file in modules(package).values():
         for line, target in imports(file, known):
             helper = target.split(".")[2] if target.count(".") > 1 else ""
-            assert not room(target) or helper in FOR_BACKENDS.get(room(target), ()), f"{file}:{line} imports {target}"
+            assert not room(target) or helper in FOR_BACKENDS.get(room(target), ()), (
+                f"{file}:{line} imports {target}"
+            )
 
 
 @pytest.mark.parametrize("package", ["opd", "opd_cli"])
 def test_no_imports_go_in_a_circle(package):
     known = modules(package)
-    arrows = {name: {target for _, target in imports(file, known) if target != name} for name, file in known.items()}
+    arrows = {
+        name: {target for _, target in imports(file, known) if target != name}
+        for name, file in known.items()
+    }
     sorter = TopologicalSorter(arrows)
     try:
         sorter.prepare()
@@ -145,8 +166,15 @@ def test_no_imports_go_in_a_circle(package):
 
 def loaded_by(code: str) -> set[str]:
     path = [str(ROOT), str(ROOT / "backends"), str(ROOT / "cli")]
-    script = f"import sys; sys.path[:0] = {path!r}\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    script = (
+        f"import sys; sys.path[:0] = {path!r}\n{code}\nprint(*{{name.partition('.')[0] for name in"
+        " sys.modules})"
+    )
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -165,13 +193,27 @@ def test_the_command_line_loads_no_framework():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
-@pytest.mark.parametrize(("given", "found"), [({}, opd_cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, opd_cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
 def test_threads_of_torch_do_not_spin_for_long(given, found):
-    """As libgomp itself says, which is loaded after the command line; what the user has set stays."""
+    """As libgomp itself says, which is loaded after the command line; what the user has set
+    stays."""
     pytest.importorskip("torch")
-    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
     command = [sys.executable, "-m", "opd_cli", "backends", "cpu"]
-    done = subprocess.run(command, env={**kept, "OMP_DISPLAY_ENV": "verbose", **given}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command,
+        env={**kept, "OMP_DISPLAY_ENV": "verbose", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert f"GOMP_SPINCOUNT = '{found}'" in done.stderr
 
 
@@ -211,10 +253,16 @@ ONE_TWIN_ONLY = {
 ONE_NAME_ONLY = {
     "opd_torch": {
         "plan.py": ("CPU CUDA", "torch plans for two kinds of devices"),
-        "__init__.py": ("load_cpu load_cuda state_of_cpu state_of_cuda", "two backends in one package"),
+        "__init__.py": (
+            "load_cpu load_cuda state_of_cpu state_of_cuda",
+            "two backends in one package",
+        ),
         "backend.py": ("TorchBackend", "each is named after its framework"),
         "batch.py": ("lay_out_completions", "slices share prompts that are laid out once"),
-        "families/idefics3.py": ("SmolVLM tiles", "transformers has the same modules under two names"),
+        "families/idefics3.py": (
+            "SmolVLM tiles",
+            "transformers has the same modules under two names",
+        ),
         "families/qwen3_vl.py": ("QwenVision block embed", "Qwen2.5-VL shares parts of the tower"),
         "footprint.py": ("prompt_bytes", "a prefill is measured before a batch is laid out"),
         "forward.py": (
@@ -227,11 +275,23 @@ ONE_NAME_ONLY = {
             "Angles stack_prompts",
             "rotary factors are complex numbers, and caches of prompts are stacked",
         ),
-        "model/files.py": ("STORED export_model read_tensors write_tensors", "MLX writes and reads by names of its own"),
-        "model/load.py": ("copy_model master_dtype read_model", "a module holds its parameters, so a teacher is a copy of it"),
-        "model/names.py": ("check_stored head_name stored_names trained_parameters", "modules have transformers' names"),
+        "model/files.py": (
+            "STORED export_model read_tensors write_tensors",
+            "MLX writes and reads by names of its own",
+        ),
+        "model/load.py": (
+            "copy_model master_dtype read_model",
+            "a module holds its parameters, so a teacher is a copy of it",
+        ),
+        "model/names.py": (
+            "check_stored head_name stored_names trained_parameters",
+            "modules have transformers' names",
+        ),
         "model/quantised.py": ("NEEDED check_four_bits", "4 bits are bitsandbytes' there"),
-        "objective.py": ("LARGEST_DIFFERENCE head_logits operand", "products take half precision on CUDA"),
+        "objective.py": (
+            "LARGEST_DIFFERENCE head_logits operand",
+            "products take half precision on CUDA",
+        ),
         "vision.py": ("Shape Size", "images of one size are stacked by shape"),
     },
     "opd_mlx": {
@@ -239,19 +299,34 @@ ONE_NAME_ONLY = {
         "__init__.py": ("GROUP load quantize state", "one backend, which also quantises"),
         "backend.py": ("MlxBackend", "each is named after its framework"),
         "batch.py": ("Masks", "masks are given to layers; torch's layers ask for them"),
-        "families/gemma3.py": ("KINDS", "transformers has the types of layers in its configuration"),
-        "families/qwen3_vl.py": ("QwenVL image_attention merged vision_angles", "mlx-vlm's towers are rewritten"),
+        "families/gemma3.py": (
+            "KINDS",
+            "transformers has the types of layers in its configuration",
+        ),
+        "families/qwen3_vl.py": (
+            "QwenVL image_attention merged vision_angles",
+            "mlx-vlm's towers are rewritten",
+        ),
         "forward.py": ("warm", "features are evaluated before a forward is traced"),
         "gradient.py": (
             "LOOKED_UP PendingBackward RolloutPrefill Slice run_prompts",
             "a backward is an object; on torch a graph hangs on its tensors",
         ),
-        "layers/attention.py": ("attend feed_forward rotary_factors rotate", "torch has them in kernels"),
-        "model/adapters.py": ("LinearLayers SIDES merge_adapter transposed", "peft's layers are torch's"),
+        "layers/attention.py": (
+            "attend feed_forward rotary_factors rotate",
+            "torch has them in kernels",
+        ),
+        "model/adapters.py": (
+            "LinearLayers SIDES merge_adapter transposed",
+            "peft's layers are torch's",
+        ),
         "model/files.py": ("Checkpoint", "parameters are arrays by name"),
         "model/load.py": ("read_config stored_tensors", "transformers loads weights on torch"),
         "model/names.py": ("Parameters channels_last channels_second", "MLX keeps channels last"),
-        "model/quantised.py": ("BITS GROUPS Quantisation TABLES dequantised quantisation quantise_alike", "4 bits are MLX's own format"),
+        "model/quantised.py": (
+            "BITS GROUPS Quantisation TABLES dequantised quantisation quantise_alike",
+            "4 bits are MLX's own format",
+        ),
         "optimizer.py": ("zeros", "a gradient that nothing was added to, as arrays"),
         "sampling.py": ("UNIT", "a GPU of Apple's has no float64, so draws are whole numbers"),
     },
@@ -260,7 +335,8 @@ ONE_NAME_ONLY = {
 
 
 def public_names(package: str) -> dict[str, set[str]]:
-    """Names without an underscore that each file defines, by its path in the package; without `kernels`."""
+    """Names without an underscore that each file defines, by its path in the package; without
+    `kernels`."""
     found = {}
     for file in PACKAGES[package].rglob("*.py"):
         place = file.relative_to(PACKAGES[package])

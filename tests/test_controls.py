@@ -19,7 +19,8 @@ def controls():
 
 
 def test_the_committed_controls_bear_the_claim(controls):
-    """Three seeds of each; the evidence closes the gap, the same image does not, another part of it makes it worse."""
+    """Three seeds of each; the evidence closes the gap, the same image does not, another part of it
+    makes it worse."""
     assert controls.keys() == tiny_controls.CONTROLS.keys()
     assert all(sorted(runs) == ["0", "1", "2"] for runs in controls.values())
     rows = {name: tiny_controls.table_row(runs) for name, runs in controls.items()}
@@ -33,15 +34,27 @@ def test_the_readme_shows_the_committed_controls(controls):
     readme = (RESULTS.parent / "README.md").read_text()
     for name, runs in controls.items():
         row = tiny_controls.table_row(runs)
-        ends = [f"{100 * row[f'{view}_before']:.1f} → {100 * row[f'{view}_after']:.1f}" for view in ("full", "crop")]
+        ends = [
+            f"{100 * row[f'{view}_before']:.1f} → {100 * row[f'{view}_after']:.1f}"
+            for view in ("full", "crop")
+        ]
         (line,) = [line for line in readme.splitlines() if line.startswith(f"| {name}")]
-        assert [cell.strip() for cell in line.split("|")[2:5]] == [*ends, f"{100 * row['gap_closed']:.0f} %"]
+        assert [cell.strip() for cell in line.split("|")[2:5]] == [
+            *ends,
+            f"{100 * row['gap_closed']:.0f} %",
+        ]
 
 
-@pytest.mark.parametrize("name", ["crop teacher", "teacher sees a wrong crop", "supervised on the labels"])
+@pytest.mark.parametrize(
+    "name", ["crop teacher", "teacher sees a wrong crop", "supervised on the labels"]
+)
 def test_a_control_runs(name, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setitem(tiny_controls.CONTROLS, name, [*tiny_controls.CONTROLS[name], "measure.count=4", "rollout.prompts=4"])
+    monkeypatch.setitem(
+        tiny_controls.CONTROLS,
+        name,
+        [*tiny_controls.CONTROLS[name], "measure.count=4", "rollout.prompts=4"],
+    )
     summary = tiny_controls.run(name, 0, steps=2)
     assert summary["steps_not_finite"] == 0
     assert [row[0] for row in summary["curve"]] == [0, 2]
@@ -61,15 +74,32 @@ def test_supervised_training_is_the_cross_entropy_of_the_labels():
     from opd.run.trainer import Trainer
     from opd.views.usable import Skipped
 
-    session = open_session(recipes.load("tiny", ["rollout.prompts=2", "measure.count=0", "run.steps=1"]), "cpu", Quiet())
-    trainer = Trainer(session.recipe, session.backend, session.encoder, session.examples, (), RunFolder(Path("unused")))
+    session = open_session(
+        recipes.load("tiny", ["rollout.prompts=2", "measure.count=0", "run.steps=1"]),
+        "cpu",
+        Quiet(),
+    )
+    trainer = Trainer(
+        session.recipe,
+        session.backend,
+        session.encoder,
+        session.examples,
+        (),
+        RunFolder(Path("unused")),
+    )
     backend = tiny_controls.supervised(trainer)
-    batch = Batches(session.recipe, backend, session.encoder, session.examples, Skipped(Quiet())).encode(1)
+    batch = Batches(
+        session.recipe, backend, session.encoder, session.examples, Skipped(Quiet())
+    ).encode(1)
     from opd.types import Sampling
     from tests.support.torch_cases import model_of
 
     uniforms = np.zeros((2, 1, 16), np.float32)
-    sampled = backend.sample([pair.student for pair in batch.pairs], uniforms, Sampling(1.0, trainer.encoder.stop, trainer.encoder.banned))
+    sampled = backend.sample(
+        [pair.student for pair in batch.pairs],
+        uniforms,
+        Sampling(1.0, trainer.encoder.stop, trainer.encoder.banned),
+    )
     kept = rollout.drop_unusable(batch.pairs, sampled, trainer.encoder.banned)
     tokens = sum(len(one) for group in kept.completions for one in group)
     groups = rollout.groups(kept, tokens)

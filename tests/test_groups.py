@@ -1,4 +1,5 @@
-"""Which completions a backend computes, and whose statistics the results are: small cases written out by hand."""
+"""Which completions a backend computes, and whose statistics the results are: small cases written
+out by hand."""
 
 from __future__ import annotations
 
@@ -6,25 +7,50 @@ import numpy as np
 import pytest
 
 from opd.groups import drop_empty, records, restore_empty, slices
-from opd.types import STATISTICS, Alternatives, Completion, Group, Prompt, TokenStatistics, VisualTokens
+from opd.types import (
+    STATISTICS,
+    Alternatives,
+    Completion,
+    Group,
+    Prompt,
+    TokenStatistics,
+    VisualTokens,
+)
 
 NONE = VisualTokens(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
 PROMPT = Prompt(np.arange(2, dtype=np.int32), np.arange(2, dtype=np.int32)[None], {}, "", NONE)
 
 
 def group(*lengths):
-    completions = tuple(Completion(np.full(length, length, np.int32), np.zeros(length, np.float32), True) for length in lengths)
-    return Group(PROMPT, PROMPT, completions, tuple(np.full(length, 0.1 * length, np.float32) for length in lengths))
+    completions = tuple(
+        Completion(np.full(length, length, np.int32), np.zeros(length, np.float32), True)
+        for length in lengths
+    )
+    return Group(
+        PROMPT,
+        PROMPT,
+        completions,
+        tuple(np.full(length, 0.1 * length, np.float32) for length in lengths),
+    )
 
 
 def lengths(groups):
     for one in groups:
-        assert [len(completion) for completion in one.completions] == [len(weights) for weights in one.weights]
+        assert [len(completion) for completion in one.completions] == [
+            len(weights) for weights in one.weights
+        ]
     return [[len(completion) for completion in one.completions] for one in groups]
 
 
 def test_statistics_are_the_six_arrays():
-    assert STATISTICS == ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "ratio", "divergence")
+    assert STATISTICS == (
+        "student_logprobs",
+        "teacher_logprobs",
+        "student_entropy",
+        "teacher_entropy",
+        "ratio",
+        "divergence",
+    )
 
 
 def test_completions_without_tokens_are_dropped_and_restored():
@@ -40,7 +66,10 @@ def test_completions_without_tokens_are_dropped_and_restored():
 
 def test_nothing_but_empty_completions():
     assert drop_empty([group(0), group()]) == []
-    assert [[len(one.ratio) for one in row] for row in restore_empty([group(0), group()], [])] == [[0], []]
+    assert [[len(one.ratio) for one in row] for row in restore_empty([group(0), group()], [])] == [
+        [0],
+        [],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +87,9 @@ def test_slices_hold_every_group(size, expected):
 
 def test_records_are_cut_in_order():
     rows = np.arange(24, dtype=np.float32).reshape(4, 6)
-    top = Alternatives(np.arange(8, dtype=np.int32).reshape(4, 2), -np.arange(8, dtype=np.float32).reshape(4, 2))
+    top = Alternatives(
+        np.arange(8, dtype=np.int32).reshape(4, 2), -np.arange(8, dtype=np.float32).reshape(4, 2)
+    )
     (first, second), (third,) = records([group(1, 2), group(1)], rows, student_top=top)
     assert isinstance(first, TokenStatistics)
     np.testing.assert_array_equal(second.teacher_logprobs, [7, 13])

@@ -1,4 +1,5 @@
-"""Paths on the command line and in recipes: the home folder, and names that no file system holds."""
+"""Paths on the command line and in recipes: the home folder, and names that no file system
+holds."""
 
 from __future__ import annotations
 
@@ -35,19 +36,44 @@ def home(tmp_path, monkeypatch):
 
 def test_the_home_folder_in_every_option_and_key(home):
     (home / "model").symlink_to(MODEL)
-    recipe = 'preset = "tiny"\n[data]\npath = "~/pairs.jsonl"\n[model]\npath = "~/model"\n[measure]\npath = "~/pairs.jsonl"\n'
+    recipe = (
+        'preset = "tiny"\n[data]\npath = "~/pairs.jsonl"\n[model]\npath ='
+        ' "~/model"\n[measure]\npath = "~/pairs.jsonl"\n'
+    )
     (home / "my.toml").write_text(recipe)
     read = recipes.load("~/my.toml", ['model.path="~/model"'])
     assert (read.data.path, read.model.path, read.measure.path) == (
         str(home / "pairs.jsonl"), str(home / "model"), str(home / "pairs.jsonl"),
     )  # fmt: skip
     (home / "model").unlink()
-    opd("train", "~/my.toml", "--model", "tiny", "--backend", "cpu", "--steps", 1, "--out", "~/run", *FEW)
+    opd(
+        "train",
+        "~/my.toml",
+        "--model",
+        "tiny",
+        "--backend",
+        "cpu",
+        "--steps",
+        1,
+        "--out",
+        "~/run",
+        *FEW,
+    )
     assert (home / "run/summary.json").is_file()
     assert "the one step" in opd("train", "--resume", "~/run").stderr
     opd("export", "~/run", "--out", "~/out")
     assert (home / "out/config.json").is_file()
-    measured = ["--model", "~/out", "--data", "~/pairs.jsonl", "--backend", "cpu", "--count", 1, "--json"]
+    measured = [
+        "--model",
+        "~/out",
+        "--data",
+        "~/pairs.jsonl",
+        "--backend",
+        "cpu",
+        "--count",
+        1,
+        "--json",
+    ]
     assert json.loads(opd("gap", *measured).stdout)["rows"] == 1
     assert list(Path().iterdir()) == []
 
@@ -81,7 +107,10 @@ def test_an_over_long_name_is_one_line(home, arguments):
 
 
 def test_what_no_file_is_called(home):
-    for text, fault in {"a\0b": "holds characters that no file name holds", "a\ud800b": "unable to parse"}.items():
+    for text, fault in {
+        "a\0b": "holds characters that no file name holds",
+        "a\ud800b": "unable to parse",
+    }.items():
         with pytest.raises(RecipeError, match=fault):
             recipes.validate({"data": {"path": text}}, "my.toml")
     with pytest.raises(RecipeError, match=r"model\.path"):

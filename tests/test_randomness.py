@@ -11,7 +11,12 @@ def test_uniforms_are_keyed_by_place_alone():
     assert whole.min() >= 0
     assert whole.max() < 1
     np.testing.assert_array_equal(uniforms(7, 3, [9], 2, 5)[0], whole[1, :2, :5])
-    for other in (uniforms(8, 3, [5], 1, 8), uniforms(7, 4, [5], 1, 8), uniforms(7, 3, [6], 1, 8), uniforms(7, 3, [5], 2, 8)[:, 1:]):
+    for other in (
+        uniforms(8, 3, [5], 1, 8),
+        uniforms(7, 4, [5], 1, 8),
+        uniforms(7, 3, [6], 1, 8),
+        uniforms(7, 3, [5], 2, 8)[:, 1:],
+    ):
         assert not np.isin(other, whole[0, 0]).any()
 
 
@@ -25,7 +30,9 @@ def test_uniforms_are_uniform():
 
 def test_known_values_so_that_runs_stay_reproducible():
     np.testing.assert_array_equal(batch(0, 1, 4, 10), [1, 4, 8, 7])
-    np.testing.assert_allclose(uniforms(0, 1, [0], 1, 3)[0, 0], [0.8246245, 0.1360783, 0.5807111], rtol=1e-6)
+    np.testing.assert_allclose(
+        uniforms(0, 1, [0], 1, 3)[0, 0], [0.8246245, 0.1360783, 0.5807111], rtol=1e-6
+    )
 
 
 def test_every_epoch_sees_every_example_once():

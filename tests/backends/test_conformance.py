@@ -19,12 +19,18 @@ from tests.conftest import coloured
 
 def pairs(encoder, examples):
     view = ViewOptions()
-    return [(usable.encode_student(encoder, one), usable.encode_teacher(encoder, one, view)) for one in examples]
+    return [
+        (usable.encode_student(encoder, one), usable.encode_teacher(encoder, one, view))
+        for one in examples
+    ]
 
 
 def toy(make):
     encoder = ToyEncoder()
-    return {result.name: result for result in check(make, pairs(encoder, coloured(4)), encoder.stop, encoder.banned)}
+    return {
+        result.name: result
+        for result in check(make, pairs(encoder, coloured(4)), encoder.stop, encoder.banned)
+    }
 
 
 def test_toy():
@@ -33,8 +39,15 @@ def test_toy():
 
 def test_backends(backend_name, random_model):
     encoder = PromptEncoder(random_model)
-    examples = [replace(one, question=one.question * (1 + index)) for index, one in enumerate(coloured(4))]
-    results = check(lambda: registry.load(backend_name, ModelOptions(random_model)), pairs(encoder, examples), encoder.stop, encoder.banned)
+    examples = [
+        replace(one, question=one.question * (1 + index)) for index, one in enumerate(coloured(4))
+    ]
+    results = check(
+        lambda: registry.load(backend_name, ModelOptions(random_model)),
+        pairs(encoder, examples),
+        encoder.stop,
+        encoder.banned,
+    )
     assert [str(result) for result in results if not result.passed] == []
 
 
@@ -56,7 +69,10 @@ class LosesTheRest(ToyBackend):
         before = {name: value.copy() for name, value in self.gradient.items()}
         statistics = super().accumulate(groups, objective, split, prefill)
         if split:
-            first = [replace(one, completions=one.completions[:split], weights=one.weights[:split]) for one in groups]
+            first = [
+                replace(one, completions=one.completions[:split], weights=one.weights[:split])
+                for one in groups
+            ]
             self.gradient = before
             super().accumulate(first, objective)
         return statistics
@@ -66,7 +82,10 @@ class Unweighted(ToyBackend):
     """Every token counts alike."""
 
     def accumulate(self, groups, objective, split=0, prefill=None):
-        ones = [replace(group, weights=tuple(np.ones_like(one) for one in group.weights)) for group in groups]
+        ones = [
+            replace(group, weights=tuple(np.ones_like(one) for one in group.weights))
+            for group in groups
+        ]
         return super().accumulate(ones, objective, split, prefill)
 
 
@@ -75,7 +94,10 @@ class OwnOrder(ToyBackend):
 
     def accumulate(self, groups, objective, split=0, prefill=None):
         if prefill and prefill.order != tuple(range(len(groups))):
-            wrong = [replace(group, student=prompt) for group, prompt in zip(groups, prefill.prompts, strict=True)]
+            wrong = [
+                replace(group, student=prompt)
+                for group, prompt in zip(groups, prefill.prompts, strict=True)
+            ]
             prefill.take([group.student for group in groups], self._weights)
             return super().accumulate(wrong, objective, split)
         return super().accumulate(groups, objective, split, prefill)
@@ -121,7 +143,9 @@ class TeacherSeesStudent(ToyBackend):
 
 class Warm(ToyBackend):
     def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
-        return super().sample(prompts, uniforms, replace(sampling, temperature=sampling.temperature and 1.1), policy)
+        return super().sample(
+            prompts, uniforms, replace(sampling, temperature=sampling.temperature and 1.1), policy
+        )
 
 
 class Unbanned(ToyBackend):
@@ -132,7 +156,9 @@ class Unbanned(ToyBackend):
 class Steps(ToyBackend):
     def apply(self, update):
         if not all(np.isfinite(value).all() for value in self.gradient.values()):
-            self.gradient = {name: np.nan_to_num(value) + 1 for name, value in self.gradient.items()}
+            self.gradient = {
+                name: np.nan_to_num(value) + 1 for name, value in self.gradient.items()
+            }
         return super().apply(update)
 
 
@@ -151,7 +177,10 @@ class PerCompletion(ToyBackend):
     """Every group weighs the same, however many completions it has."""
 
     def accumulate(self, groups, objective, split=0, prefill=None):
-        shared = [replace(one, weights=tuple(values / len(one.weights) for values in one.weights)) for one in groups]
+        shared = [
+            replace(one, weights=tuple(values / len(one.weights) for values in one.weights))
+            for one in groups
+        ]
         return super().accumulate(shared, objective, split, prefill)
 
 
@@ -160,7 +189,9 @@ class Renormalises(ToyBackend):
 
     def accumulate(self, groups, objective, split=0, prefill=None):
         whole = sum(values.sum() for one in groups for values in one.weights)
-        shares = [replace(one, weights=tuple(values / whole for values in one.weights)) for one in groups]
+        shares = [
+            replace(one, weights=tuple(values / whole for values in one.weights)) for one in groups
+        ]
         return super().accumulate(shares, objective, split, prefill)
 
 

@@ -116,7 +116,9 @@ def test_score_is_the_stock_distribution(case, backend, twin, stock):
     for group, row in zip(case.groups, scored, strict=True):
         for completion, one in zip(group.completions, row, strict=True):
             for policy in ("student", "teacher"):
-                logits = torch_cases.logits_of(stock(policy), getattr(group, policy), completion.tokens)
+                logits = torch_cases.logits_of(
+                    stock(policy), getattr(group, policy), completion.tokens
+                )
                 wanted, top = distribution_of(logits), getattr(one, f"{policy}_top")
                 likeliest = -np.sort(-wanted, -1)[:, :3]
                 chosen = wanted[range(len(completion)), completion.tokens]
@@ -126,7 +128,9 @@ def test_score_is_the_stock_distribution(case, backend, twin, stock):
                     np.testing.assert_array_equal(top.tokens, np.argsort(-wanted, -1)[:, :3])
 
 
-@pytest.mark.parametrize(("temperature", "policy"), [(1.0, "student"), (0.7, "teacher"), (0.0, "student")])
+@pytest.mark.parametrize(
+    ("temperature", "policy"), [(1.0, "student"), (0.7, "teacher"), (0.0, "student")]
+)
 def test_samples_are_the_stock_distributions(case, backend, twin, stock, temperature, policy):
     """Longer than any window; greedy, or by inverse CDF, from whole rows without a cache.
 
@@ -212,7 +216,10 @@ def test_files(case, backend, twin, tmp_path):
     assert (out / "config.json").read_bytes() == (case.folder / "config.json").read_bytes()
     group, model = case.groups[2], torch_cases.exported(out)
     tokens = group.completions[0].tokens
-    wanted, before = (distribution_of(torch_cases.logits_of(one, group.student, tokens)) for one in (model, case.stock()))
+    wanted, before = (
+        distribution_of(torch_cases.logits_of(one, group.student, tokens))
+        for one in (model, case.stock())
+    )
     scored = backend.score([group], JSD)[0][0].student_logprobs
     near = {"rtol": 1e-5} if twin.DTYPE == "float64" else logprobs_near(twin, case)
     # The file is float32, whatever the backend computes in here.
@@ -245,7 +252,9 @@ def test_bfloat16_is_near(case, backend, twin, stock):
         np.testing.assert_allclose(one.logprobs, other.student_logprobs, atol=0.2)
     if near:
         draws = np.full((1, 2, 4), 0.4, np.float32)
-        ours, theirs = (one.sample([prompt], draws, Sampling(1.0))[0][0] for one in (backend, exact))
+        ours, theirs = (
+            one.sample([prompt], draws, Sampling(1.0))[0][0] for one in (backend, exact)
+        )
         np.testing.assert_allclose(ours.logprobs[:1], theirs.logprobs[:1], atol=0.1)
     for one in sampled:
         logits = torch_cases.logits_of(stock("student"), prompt, one.tokens)

@@ -1,4 +1,5 @@
-"""Features of a frozen vision tower that are kept: never more than their bound, which follows from the device."""
+"""Features of a frozen vision tower that are kept: never more than their bound, which follows from
+the device."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def prompt(key, tokens):
 
 @pytest.fixture
 def cache(backend_name):
-    """A cache of a room, and what was computed: features [tokens, 8] of two levels, each of the prompt's number."""
+    """A cache of a room, and what was computed: features [tokens, 8] of two levels, each of the
+    prompt's number."""
     computed = []
 
     def features(prompts):
@@ -31,15 +33,25 @@ def cache(backend_name):
 
             from opd_mlx.vision import FeatureCache
 
-            known = FeatureCache(lambda prompts: [mx.array(level) for level in features(prompts)], room)
-            return known, lambda prompts: [np.array(level) for level in known.features(prompts)], computed
+            known = FeatureCache(
+                lambda prompts: [mx.array(level) for level in features(prompts)], room
+            )
+            return (
+                known,
+                lambda prompts: [np.array(level) for level in known.features(prompts)],
+                computed,
+            )
         import torch
 
         from opd_torch.vision import FeatureCache
 
         known = FeatureCache(room)
         compute = lambda prompts: [torch.from_numpy(level) for level in features(prompts)]
-        return known, lambda prompts: [level.numpy() for level in known.features(prompts, compute)], computed
+        return (
+            known,
+            lambda prompts: [level.numpy() for level in known.features(prompts, compute)],
+            computed,
+        )
 
     return make
 
@@ -50,7 +62,10 @@ def test_never_above_the_room(cache, room):
     known, ask, computed = cache(room)
     rng = np.random.default_rng(room)
     for _ in range(40):
-        asked = [prompt(str(number), 1 + number % 7) for number in rng.integers(0, 12, rng.integers(1, 9))]
+        asked = [
+            prompt(str(number), 1 + number % 7)
+            for number in rng.integers(0, 12, rng.integers(1, 9))
+        ]
         first, second = ask(asked)
         wanted = np.concatenate([np.full(len(one.visual.index), float(one.key)) for one in asked])
         np.testing.assert_array_equal(first[:, 0], wanted)
@@ -79,7 +94,13 @@ def test_a_part_does_not_keep_the_whole(backend_name, cache):
 
 
 def test_the_bound_follows_the_memory(backend_name, monkeypatch, tmp_path):
-    assert [feature_bytes(size * 2**30) for size in (8, 16, 24, 32, 141)] == [2**28, 2**29, 3 * 2**28, 2**30, 2**30]
+    assert [feature_bytes(size * 2**30) for size in (8, 16, 24, 32, 141)] == [
+        2**28,
+        2**29,
+        3 * 2**28,
+        2**30,
+        2**30,
+    ]
     whole = host_memory()
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "limit").write_text(f"{2**31}\n")
@@ -97,5 +118,9 @@ def test_the_bound_follows_the_memory(backend_name, monkeypatch, tmp_path):
         from opd_torch.device import this_device
 
         assert this_device("cpu").feature_bytes == 2**26
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(total_memory=24 * 2**30),
+        )
         assert this_device("cuda").feature_bytes == 3 * 2**28

@@ -36,7 +36,8 @@ def cumulative(logits, temperature=1.0, banned=()):
 
 @pytest.fixture
 def draw(backend_name):
-    """Ids and log-probabilities that a backend draws from logits [V], or hidden states [V, D], by uniforms."""
+    """Ids and log-probabilities that a backend draws from logits [V], or hidden states [V, D], by
+    uniforms."""
 
     def of(logits, uniforms, temperature=1.0, banned=(), dtype="float32"):
         uniforms = np.asarray(uniforms, np.float32)
@@ -73,7 +74,8 @@ def off(tokens, uniforms, ends):
 @pytest.mark.parametrize("size", VOCABULARIES)
 @pytest.mark.parametrize(("kind", "temperature"), [("normal", 1.0), ("zipf", 0.7), ("first", 1.3)])
 def test_ids_are_those_of_float64(draw, size, kind, temperature):
-    """Near an end of a share alone may rounding choose the neighbour; and log-probabilities are those of the ids."""
+    """Near an end of a share alone may rounding choose the neighbour; and log-probabilities are
+    those of the ids."""
     logits = logits_of(kind, size)
     banned = (size // 3 + 1, size - 1)
     ends = cumulative(logits, temperature, banned)
@@ -88,23 +90,28 @@ def test_ids_are_those_of_float64(draw, size, kind, temperature):
 @pytest.mark.parametrize("size", VOCABULARIES)
 @pytest.mark.parametrize("kind", ["normal", "peak"])
 def test_every_id_can_be_drawn(draw, size, kind):
-    """Rare ones first, and both ends of the vocabulary: each by the uniform in the middle of its share, above 2^-22."""
+    """Rare ones first, and both ends of the vocabulary: each by the uniform in the middle of its
+    share, above 2^-22."""
     logits = logits_of(kind, size)
     ends = cumulative(logits)
     shares = np.diff(ends, prepend=0)
     likely = np.flatnonzero(shares > 2**-22)
-    chosen = np.unique([*likely[np.argsort(shares[likely])][:24], *likely[:12], *likely[-12:], shares.argmax()])
+    chosen = np.unique(
+        [*likely[np.argsort(shares[likely])][:24], *likely[:12], *likely[-12:], shares.argmax()]
+    )
     middle = np.round((ends[chosen] - shares[chosen] / 2) * 2**24) / 2**24
     np.testing.assert_array_equal(draw(logits, middle)[0], chosen)
 
 
 def test_distribution(draw):
-    """Total variation, over some ids, of the shares by bisection: no more than uniforms of 24 bits cost by themselves."""
+    """Total variation, over some ids, of the shares by bisection: no more than uniforms of 24 bits
+    cost by themselves."""
     size = VOCABULARIES[0]
     logits = logits_of("normal", size)
     ids = np.arange(size // 2, size // 2 + 33)
     ends = cumulative(logits)
-    # The first uniform of which an id behind is drawn lies near the end of the share; bisected from there.
+    # The first uniform of which an id behind is drawn lies near the end of the share; bisected from
+    # there.
     guess = np.ceil(ends[ids] * 2**24).astype(np.int64)
     low, high = guess - 16, guess + 16
     while (high - low).max() > 1:
@@ -145,7 +152,9 @@ def test_half_precision(draw, backend_name):
     if backend_name == "mlx":
         import mlx.core as mx
 
-        logits = np.array(mx.array(logits_of("normal", size)).astype(mx.bfloat16).astype(mx.float32))
+        logits = np.array(
+            mx.array(logits_of("normal", size)).astype(mx.bfloat16).astype(mx.float32)
+        )
     else:
         import torch
 

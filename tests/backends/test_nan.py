@@ -1,4 +1,5 @@
-"""Weights and logits that are no numbers: one clear error, on both backends, and nothing that looks trained."""
+"""Weights and logits that are no numbers: one clear error, on both backends, and nothing that looks
+trained."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ from opd.types import ModelOptions, Sampling
 from opd_cli import main
 from tests.support.random_models import FAMILIES, qwen3_vl
 
-FEW = ["--set", "data.path=tiny", "--set", "measure.count=2", "--set", "rollout.prompts=2", "--set", "rollout.completions=2"]
+FEW = [
+    "--set",
+    "data.path=tiny",
+    "--set",
+    "measure.count=2",
+    "--set",
+    "rollout.prompts=2",
+    "--set",
+    "rollout.completions=2",
+]
 
 
 def broken(folder, part, value=np.nan, make=qwen3_vl):
@@ -30,15 +40,33 @@ def broken(folder, part, value=np.nan, make=qwen3_vl):
     return name
 
 
-PLACES = [("embed_tokens", np.nan), ("layers.1.mlp.down_proj", np.inf), ("visual", -np.inf), ("norm.weight", np.nan)]
+PLACES = [
+    ("embed_tokens", np.nan),
+    ("layers.1.mlp.down_proj", np.inf),
+    ("visual", -np.inf),
+    ("norm.weight", np.nan),
+]
 
 
-@pytest.mark.parametrize(("part", "value", "tune"), [(*place, tune) for place, tune in zip(PLACES, ["full", "lora"] * 2, strict=True)])
+@pytest.mark.parametrize(
+    ("part", "value", "tune"),
+    [(*place, tune) for place, tune in zip(PLACES, ["full", "lora"] * 2, strict=True)],
+)
 def test_weights_that_are_no_numbers(backend_name, part, value, tune, tmp_path):
     """The tensor is named before the run folder is made, wherever it stands, trained or frozen."""
     name = broken(tmp_path / "model", part, value)
-    given = ["--model", tmp_path / "model", "--backend", backend_name, "--set", f"model.tune={tune}", *FEW]
-    result = CliRunner().invoke(main, [str(one) for one in ("train", "tiny", "--out", tmp_path / "run", *given)])
+    given = [
+        "--model",
+        tmp_path / "model",
+        "--backend",
+        backend_name,
+        "--set",
+        f"model.tune={tune}",
+        *FEW,
+    ]
+    result = CliRunner().invoke(
+        main, [str(one) for one in ("train", "tiny", "--out", tmp_path / "run", *given)]
+    )
     assert result.exit_code == 2, result.output + repr(result.exception)
     assert result.stdout == ""
     assert f"model: weights hold NaN or infinity, in tensor {name}; " in result.stderr
@@ -88,7 +116,10 @@ def change(backend, folder, value, policy="student", step=None):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize(("value", "said"), [(np.nan, "in tensor model.language_model.norm.weight"), (3e38, "although the weights are")])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(np.nan, "in tensor model.language_model.norm.weight"), (3e38, "although the weights are")],
+)
 def test_training_that_makes_them_so(loaded, tmp_path, temperature, value, said):
     """The step is named, and the tensor where it is one."""
     backend, prompt = loaded
@@ -133,15 +164,33 @@ def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
     def load(name, options):
         backend = real(name, options)
         move = backend.move_teacher
-        monkeypatch.setattr(backend, "move_teacher", lambda rate: (move(rate), change(backend, tmp_path / "state", np.nan)))
+        monkeypatch.setattr(
+            backend,
+            "move_teacher",
+            lambda rate: (move(rate), change(backend, tmp_path / "state", np.nan)),
+        )
         return backend
 
     monkeypatch.setattr(registry, "load", load)
-    arguments = ["train", "tiny", "--backend", backend_name, "--steps", "3", "--out", str(tmp_path / "run"), "--json", *FEW]
+    arguments = [
+        "train",
+        "tiny",
+        "--backend",
+        backend_name,
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "run"),
+        "--json",
+        *FEW,
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1, result.output + repr(result.exception)
     assert result.stdout == ""
     assert "after step 1 weights hold NaN or infinity" in result.stderr
     assert not (tmp_path / "run/model").exists()
     assert not (tmp_path / "run/summary.json").exists()
-    assert all("NaN" not in json.dumps(json.loads(line)) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert all(
+        "NaN" not in json.dumps(json.loads(line))
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    )

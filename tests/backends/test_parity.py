@@ -37,7 +37,10 @@ def case(tmp_path_factory):
 
 @pytest.fixture
 def both(case):
-    backends = opd_torch.load_cpu(ModelOptions(case.folder)), opd_mlx.load(ModelOptions(case.folder))
+    backends = (
+        opd_torch.load_cpu(ModelOptions(case.folder)),
+        opd_mlx.load(ModelOptions(case.folder)),
+    )
     for backend in backends:
         backend.load(case.state)
     return backends
@@ -54,12 +57,22 @@ def test_samples(case, both):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [JSD, Objective(alpha=0.3, top_k=None, temperature=1.3), Objective(form="sampled")])
+@pytest.mark.parametrize(
+    "objective", [JSD, Objective(alpha=0.3, top_k=None, temperature=1.3), Objective(form="sampled")]
+)
 def test_statistics_and_gradients(case, both, objective):
     theirs, ours = (list(chain(*backend.accumulate(case.groups, objective))) for backend in both)
     for one, other in zip(ours, theirs, strict=True):
-        for name in ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "divergence"):
-            np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-5, err_msg=name)
+        for name in (
+            "student_logprobs",
+            "teacher_logprobs",
+            "student_entropy",
+            "teacher_entropy",
+            "divergence",
+        ):
+            np.testing.assert_allclose(
+                getattr(one, name), getattr(other, name), atol=1e-5, err_msg=name
+            )
         np.testing.assert_allclose(one.ratio, other.ratio, rtol=1e-4)
     gradient, expected = both[1].tensors("gradient"), both[0].tensors("gradient")
     assert relative_error(gradient, expected) < 1e-4
@@ -70,15 +83,24 @@ def test_alternatives(case, both):
     theirs, ours = (list(chain(*backend.score(case.groups, JSD, top=4))) for backend in both)
     for one, other in zip(ours, theirs, strict=True):
         for policy in ("student_top", "teacher_top"):
-            np.testing.assert_array_equal(getattr(one, policy).tokens, getattr(other, policy).tokens)
-            np.testing.assert_allclose(getattr(one, policy).logprobs, getattr(other, policy).logprobs, atol=1e-5)
+            np.testing.assert_array_equal(
+                getattr(one, policy).tokens, getattr(other, policy).tokens
+            )
+            np.testing.assert_allclose(
+                getattr(one, policy).logprobs, getattr(other, policy).logprobs, atol=1e-5
+            )
 
 
 def test_ten_steps(case, both):
     """On replayed completions the losses fall together, and the parameters end together."""
     weight = np.float32(1 / sum(group.tokens for group in case.groups))
     groups = [
-        Group(group.student, group.teacher, group.completions, tuple(np.full(len(one), weight) for one in group.completions))
+        Group(
+            group.student,
+            group.teacher,
+            group.completions,
+            tuple(np.full(len(one), weight) for one in group.completions),
+        )
         for group in case.groups
     ]
     start = both[0].tensors("student")
@@ -92,7 +114,10 @@ def test_ten_steps(case, both):
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
     assert losses[0][-1] < 0.9 * losses[0][0]
     for kind in ("student", "teacher"):
-        moved, expected = ({name: value - start[name] for name, value in backend.tensors(kind).items()} for backend in both[::-1])
+        moved, expected = (
+            {name: value - start[name] for name, value in backend.tensors(kind).items()}
+            for backend in both[::-1]
+        )
         assert relative_error(moved, expected) < 0.02
 
 
@@ -114,5 +139,8 @@ def test_a_checkpoint_resumes_on_the_other(case, both, tmp_path, first):
     for backend in both:
         backend.accumulate(case.groups[:1], JSD)
         backend.apply(Update(1e-3))
-    moved, expected = ({name: value - before[name] for name, value in backend.tensors("student").items()} for backend in (reader, writer))
+    moved, expected = (
+        {name: value - before[name] for name, value in backend.tensors("student").items()}
+        for backend in (reader, writer)
+    )
     assert relative_error(moved, expected) < 1e-3

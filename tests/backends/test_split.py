@@ -87,7 +87,9 @@ def test_parts_of_a_group_add_up(case, twin, whole, monkeypatch, recomputed):
                         np.testing.assert_allclose(ours, other, **twin.STATISTICS)
 
 
-@pytest.mark.parametrize(("place", "call"), [("gradient.divergence_head", 2), ("objective.HeadResult.records", 1)])
+@pytest.mark.parametrize(
+    ("place", "call"), [("gradient.divergence_head", 2), ("objective.HeadResult.records", 1)]
+)
 def test_a_call_that_fails(case, twin, whole, monkeypatch, place, call):
     """It leaves no gradient, and no part of one; of earlier calls neither. A step begins anew."""
     loaded, _, gradient = whole(twin.NAME)

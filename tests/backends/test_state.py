@@ -69,7 +69,10 @@ def stepping(request, opened):
 
 def fill(backend, scale, seed, poison=None):
     """Puts a random gradient in place of an accumulated one; returns it in float64."""
-    rng, twin = np.random.default_rng(seed), twin_of("mlx" if "mlx" in str(type(backend)) else "cpu")
+    rng, twin = (
+        np.random.default_rng(seed),
+        twin_of("mlx" if "mlx" in str(type(backend)) else "cpu"),
+    )
     twin.fill(backend, partial(rng.normal, 0, scale), poison)
     gradient = backend.tensors("gradient")
     return {name: value.astype(np.float64) for name, value in gradient.items()}
@@ -321,7 +324,10 @@ UP = "model.language_model.layers.1.mlp.up_proj.weight"
         (
             other_kind,
             {
-                name: f"architecture 'qwen3_vi' is not supported by the {backend} backend; did you mean 'qwen3_vl'"
+                name: (
+                    f"architecture 'qwen3_vi' is not supported by the {backend} backend; did you"
+                    " mean 'qwen3_vl'"
+                )
                 for name, backend in (("cpu", "torch"), ("mlx", "mlx"))
             },
         ),
@@ -395,7 +401,9 @@ def test_two_processes_are_one(case, twin, tmp_path):
         one.accumulate(part, OBJECTIVE)
         assert norm_of(one.tensors("gradient")) > 0.1
     alone.accumulate(case.groups, OBJECTIVE)
-    assert norm_of(one.tensors("gradient")) != pytest.approx(norm_of(alone.tensors("gradient")), rel=1e-3)
+    assert norm_of(one.tensors("gradient")) != pytest.approx(
+        norm_of(alone.tensors("gradient")), rel=1e-3
+    )
     result = alone.apply(STEP)
     assert result.gradient_norm > 0.1
     expected = {name: value - start[name] for name, value in alone.tensors("student").items()}

@@ -1,4 +1,5 @@
-"""Bars that stand once on the screen, rates and times in fitting units, and runs that are asked to stop."""
+"""Bars that stand once on the screen, rates and times in fitting units, and runs that are asked to
+stop."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from opd_cli.progress import digits_of, duration, rate
 from opd_cli.terminal import Stderr
 
 ROOT = Path(__file__).parents[2]
-METRICS = {"step": 1, "loss": 0.123456, "divergence": 0.1234, "tokens_per_second": 1234.5, "taken": True}
+METRICS = {
+    "step": 1,
+    "loss": 0.123456,
+    "divergence": 0.1234,
+    "tokens_per_second": 1234.5,
+    "taken": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +49,10 @@ def test_times_have_fitting_units(seconds, said):
     assert duration(seconds) == said
 
 
-@pytest.mark.parametrize(("number", "said"), [(1234.5, "1234"), (9.97, "10"), (9.94, "9.9"), (0.4, "0.4"), (0.0321, "0.032")])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(1234.5, "1234"), (9.97, "10"), (9.94, "9.9"), (0.4, "0.4"), (0.0321, "0.032")],
+)
 def test_a_slow_machine_draws_more_than_0_tokens_a_second(number, said):
     assert digits_of(number) == said
 
@@ -144,9 +154,15 @@ def test_each_bar_stands_once(screen, columns):
     assert len([row for row in bars if row]) == 4
     assert all(len(row) <= columns for row in bars)
     if columns == 120:
-        assert re.search(r"━{24} +3/65  \d+ s left  \d+\.?\d* steps/s  loss 0.1235  divergence 0.1234  1234 tokens/s$", bars[2])
+        assert re.search(
+            r"━{24} +3/65  \d+ s left  \d+\.?\d* steps/s  loss 0.1235  divergence 0.1234  1234"
+            r" tokens/s$",
+            bars[2],
+        )
     if columns == 80:
-        assert re.search(r"━{8} +3/65  \d+ s left  \d+\.?\d* steps/s  loss 0.123  1234 tok/s$", bars[2])
+        assert re.search(
+            r"━{8} +3/65  \d+ s left  \d+\.?\d* steps/s  loss 0.123  1234 tok/s$", bars[2]
+        )
 
 
 def test_a_bar_stands_once_where_the_run_is_interrupted(screen):
@@ -195,7 +211,10 @@ def test_plain_lines_where_nothing_can_be_drawn(screen, monkeypatch, live, term,
     assert "\x1b" not in shown.raw
     lines = shown.raw.replace("their bar\r", "").splitlines()
     assert lines[:4] == ["read: 6/6", "a note", "measure before: 4 answers", "measure before: 4/4"]
-    assert re.fullmatch(r"train: 1/65  [\d.]+ steps/s  \d+ s left  loss 0.1235  divergence 0.1234  1234 tokens/s", lines[5])
+    assert re.fullmatch(
+        r"train: 1/65  [\d.]+ steps/s  \d+ s left  loss 0.1235  divergence 0.1234  1234 tokens/s",
+        lines[5],
+    )
 
 
 def test_a_slow_step_is_told_in_minutes(screen, monkeypatch):
@@ -256,18 +275,36 @@ def test_a_run_under_nohup_goes_on():
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_any_command(monkeypatch, name, code):
-    monkeypatch.setattr("opd.run.recipe.load", lambda *arguments: os.kill(os.getpid(), getattr(signal, name)))
+    monkeypatch.setattr(
+        "opd.run.recipe.load", lambda *arguments: os.kill(os.getpid(), getattr(signal, name))
+    )
     result = CliRunner().invoke(main, ["gap"])
     assert (result.exit_code, result.stderr) == (code, "opd: interrupted\n")
 
 
 @pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_a_run_that_goes_on(tmp_path):
-    options = ["rollout.prompts=2", "rollout.completions=2", "rollout.max_tokens=4", "measure.count=0", "run.rollouts_every=0"]
+    options = [
+        "rollout.prompts=2",
+        "rollout.completions=2",
+        "rollout.max_tokens=4",
+        "measure.count=0",
+        "run.rollouts_every=0",
+    ]
     arguments = ["train", "--backend", "cpu", "--steps", "25", "--out", "run"]
     arguments += [part for option in options for part in ("--set", option)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "cli"))), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([sys.executable, "-m", "opd_cli", *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "cli"))),
+        "OMP_NUM_THREADS": "1",
+    }
+    run = subprocess.Popen(
+        [sys.executable, "-m", "opd_cli", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     while run.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 1):
         time.sleep(0.02)

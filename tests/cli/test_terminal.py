@@ -1,4 +1,5 @@
-"""Nothing that data, a model or an argument holds steers the terminal, and no console breaks a command."""
+"""Nothing that data, a model or an argument holds steers the terminal, and no console breaks a
+command."""
 
 from __future__ import annotations
 
@@ -65,7 +66,12 @@ SAFE = {"\n"}
 
 def raw(text: str) -> list[str]:
     """What in a text steers a terminal or shows nothing."""
-    return [letter for letter in text if letter not in SAFE and unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn")]
+    return [
+        letter
+        for letter in text
+        if letter not in SAFE
+        and unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn")
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
@@ -97,7 +103,14 @@ def test_a_long_text_is_cut_and_says_so():
 
 
 def test_markup_is_text(capsys):
-    answers([("[red]x[/red] :smile: [link=http://x]y[/link]", gap.Answered("1", "[bold]a", "[/]", "[blink]b", True, False))])
+    answers(
+        [
+            (
+                "[red]x[/red] :smile: [link=http://x]y[/link]",
+                gap.Answered("1", "[bold]a", "[/]", "[blink]b", True, False),
+            )
+        ]
+    )
     said = capsys.readouterr().out
     for text in ("[red]x[/red] :smile:", "[link=http://x]y[/link]", "[bold]a", "[/]", "[blink]b"):
         assert text in said
@@ -109,7 +122,13 @@ def test_tables_steer_nothing(text, capsys, monkeypatch):
     answers([(text, gap.Answered(text, text, text, text, None, None))])
     rows = [gap.Answered("1", "a", "a", "a", True, True)]
     measured(gap.accuracies(rows), text, text)
-    summary = {"completions": 1, "completions_truncated": 0, "steps": 1, "seconds": 1.0, "device": text}
+    summary = {
+        "completions": 1,
+        "completions_truncated": 0,
+        "steps": 1,
+        "seconds": 1.0,
+        "device": text,
+    }
     summary |= {"verdict": "unchanged", "rows_not_measured": 0}
     before_after(summary | {name: gap.accuracies(rows) for name in ("before", "after")}, Path(text))
     said = capsys.readouterr().out
@@ -148,7 +167,9 @@ HOSTILE_ARGUMENTS = [
 def test_errors_steer_nothing(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in [*HOSTILE, "x" * 3_000_000]:
-        result = CliRunner().invoke(main, [argument.format(text.replace("\x00", "")) for argument in arguments])
+        result = CliRunner().invoke(
+            main, [argument.format(text.replace("\x00", "")) for argument in arguments]
+        )
         assert result.exit_code == 2, result.stderr
         assert raw(result.stderr) == []
         assert result.stderr.count("\n") == 1
@@ -177,14 +198,30 @@ def test_json_is_valid_and_parses_to_the_same(text, capsys):
     assert json.loads(said) == value
     stored = dumps(value)
     assert json.loads(stored) == value
-    assert not {letter for letter in raw(stored) if letter not in "\u200c\u200d\ufff9\ufffa\ufffb\u00ad\ufdd0\ue000"}
+    assert not {
+        letter
+        for letter in raw(stored)
+        if letter not in "\u200c\u200d\ufff9\ufffa\ufffb\u00ad\ufdd0\ue000"
+    }
     stored.encode()
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     folder = RunFolder.create(tmp_path / "run", "")
-    row = {"step": 1, "loss": math.nan, "rows": [math.inf, (-math.inf, 2.0)], "deep": {"x": [math.nan]}, "on": True}
-    stored = {"step": 1, "loss": None, "rows": [None, [None, 2.0]], "deep": {"x": [None]}, "on": True}
+    row = {
+        "step": 1,
+        "loss": math.nan,
+        "rows": [math.inf, (-math.inf, 2.0)],
+        "deep": {"x": [math.nan]},
+        "on": True,
+    }
+    stored = {
+        "step": 1,
+        "loss": None,
+        "rows": [None, [None, 2.0]],
+        "deep": {"x": [None]},
+        "on": True,
+    }
     folder.append("metrics.jsonl", row)
     assert folder.rows("metrics.jsonl") == [stored]
     folder.rewrite("metrics.jsonl", [row, row])
@@ -207,14 +244,29 @@ def test_halves_of_pairs_are_stored(tmp_path):
         (["train", "--lr", "1e-5"], "--lr; did you mean --set optimizer.learning_rate=1e-5?"),
         (["train", "--lr=1e-5"], "--lr; did you mean --set optimizer.learning_rate=1e-5?"),
         (["train", "-lr", "1e-5"], "-lr; did you mean --set optimizer.learning_rate=1e-5?"),
-        (["train", "--learning-rate", "2"], "--learning-rate; did you mean --set optimizer.learning_rate=2?"),
-        (["train", "--learning_rat", "2"], "--learning_rat; did you mean --set optimizer.learning_rate=2?"),
-        (["train", "--optimizer.lr", "2"], "--optimizer.lr; did you mean --set optimizer.learning_rate=2?"),
+        (
+            ["train", "--learning-rate", "2"],
+            "--learning-rate; did you mean --set optimizer.learning_rate=2?",
+        ),
+        (
+            ["train", "--learning_rat", "2"],
+            "--learning_rat; did you mean --set optimizer.learning_rate=2?",
+        ),
+        (
+            ["train", "--optimizer.lr", "2"],
+            "--optimizer.lr; did you mean --set optimizer.learning_rate=2?",
+        ),
         (["train", "--batch-size", "8"], "--batch-size; did you mean --set rollout.prompts=8?"),
         (["train", "--epochs", "3"], "--epochs; a run is as long as its steps: --steps N"),
-        (["train", "--max-tokens", "9"], "did you mean --set rollout.max_tokens=9 or --set measure.max_tokens=9?"),
+        (
+            ["train", "--max-tokens", "9"],
+            "did you mean --set rollout.max_tokens=9 or --set measure.max_tokens=9?",
+        ),
         (["gap", "--max_new_tokens", "9"], "did you mean --set rollout.max_tokens=9"),
-        (["train", "--temperature"], "--temperature; did you mean --set rollout.temperature=VALUE?"),
+        (
+            ["train", "--temperature"],
+            "--temperature; did you mean --set rollout.temperature=VALUE?",
+        ),
         (["train", "--lora-rank", "9"], "did you mean --set model.rank=9?"),
         (["train", "--max-steps", "9"], "did you mean --steps 9?"),
         (["gap", "--steps", "9"], "did you mean --set run.steps=9?"),
@@ -240,7 +292,9 @@ def test_an_unknown_option_names_what_it_may_have_meant(arguments, meant):
 
 def test_every_key_and_every_name_of_elsewhere_is_known():
     keys = suggestions.keys()
-    options = {option for parameter in main.get_command(None, "train").params for option in parameter.opts} | {"--count", "RECIPE"}
+    options = {
+        option for parameter in main.get_command(None, "train").params for option in parameter.opts
+    } | {"--count", "RECIPE"}
     for target in suggestions.ELSEWHERE:
         name, _, value = target.partition("=")
         assert name.partition(" ")[0] in options or name in keys[name.partition(".")[2]]
@@ -286,7 +340,8 @@ def test_a_fault_of_opd_keeps_its_traceback_and_asks_for_a_report(monkeypatch):
     assert r"ValueError: \x1b[2J\u202ehidden" in result.stderr
     assert raw(result.stderr) == []
     assert result.stderr.splitlines()[-1] == (
-        "opd: this is a fault of opd, not of your input; please report it with the lines above (ValueError)"
+        "opd: this is a fault of opd, not of your input; please report it with the lines above"
+        " (ValueError)"
     )
 
 
@@ -314,7 +369,11 @@ class Full(io.StringIO):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (OSError(28, "No space left on device"), 1, "opd: stdout cannot be written: No space left on device\n"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "opd: stdout cannot be written: No space left on device\n",
+        ),
         (BrokenPipeError(32, "Broken pipe"), 141, ""),
     ],
 )
@@ -360,17 +419,33 @@ def test_any_width(columns, monkeypatch, capsys):
 
 def test_closed_streams_and_a_reader_that_goes(tmp_path):
     """The interpreter itself has nothing to complain of at its end."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "cli")))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "cli"))),
+    }
     opd = f"{sys.executable} -m opd_cli"
-    script = f"""{opd} --version >&- 2>a; echo $?; {opd} trian 2>&- >b; echo $?; {opd} trian <&- >&- 2>&-; echo $?
-{{ {opd} train --help 2>c; echo $? >d; }} | true; cat d; {opd} train --help >/dev/full 2>e; echo $?"""
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    script = f"""
+        {opd} --version >&- 2>a; echo $?
+        {opd} trian 2>&- >b; echo $?
+        {opd} trian <&- >&- 2>&-; echo $?
+        {{ {opd} train --help 2>c; echo $? >d; }} | true; cat d
+        {opd} train --help >/dev/full 2>e; echo $?
+    """
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.split()[:3] == ["0", "2", "2"]
     assert done.stdout.split()[3] in ("0", "141")  # written before the reader went, or after
     assert done.stdout.split()[4] == "1"
     assert done.stderr == ""
     assert [(tmp_path / name).read_text() for name in "abc"] == ["", "", ""]
-    assert (tmp_path / "e").read_text() == "opd: stdout cannot be written: No space left on device\n"
+    full = "opd: stdout cannot be written: No space left on device\n"
+    assert (tmp_path / "e").read_text() == full
 
 
 def test_help_is_plain():

@@ -19,8 +19,23 @@ from opd.data.choices import with_choices
 from opd.tiny import Scenes
 from opd_cli import main
 
-FAST = ["--set", "measure.count=4", "--set", "rollout.prompts=2", "--set", "rollout.completions=2", "--set", "run.checkpoint_every=1"]
-TIMES = {"seconds_rollout", "seconds_accumulate", "seconds_apply", "tokens_per_second", "peak_memory_bytes"}
+FAST = [
+    "--set",
+    "measure.count=4",
+    "--set",
+    "rollout.prompts=2",
+    "--set",
+    "rollout.completions=2",
+    "--set",
+    "run.checkpoint_every=1",
+]
+TIMES = {
+    "seconds_rollout",
+    "seconds_accumulate",
+    "seconds_apply",
+    "tokens_per_second",
+    "peak_memory_bytes",
+}
 
 
 def opd(*arguments, code=0):
@@ -44,7 +59,13 @@ def weights(run):
 def photos(tmp_path):
     """A folder of image files as people have them, and a data file that names them."""
     rows = []
-    formats = [("png", {}), ("jpg", {"quality": 95}), ("webp", {"quality": 90}), ("bmp", {}), ("gif", {})]
+    formats = [
+        ("png", {}),
+        ("jpg", {"quality": 95}),
+        ("webp", {"quality": 90}),
+        ("bmp", {}),
+        ("gif", {}),
+    ]
     for index, (suffix, options) in enumerate(formats):
         scene = Scenes("train", 5)[index]
         scene.images[0].save(tmp_path / f"photo {index}.{suffix}", **options)
@@ -62,11 +83,19 @@ def photos(tmp_path):
     exif[0x0112] = 6  # stored turned: viewers rotate it by 90 degrees clockwise
     turned.images[0].rotate(90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     box = turned.boxes[0]
-    rows.append({"image": "turned.jpg", "question": turned.question, "boxes": [[box.x0, box.y0, box.x1, box.y1]]})
+    rows.append(
+        {
+            "image": "turned.jpg",
+            "question": turned.question,
+            "boxes": [[box.x0, box.y0, box.x1, box.y1]],
+        }
+    )
     scene = Scenes("train", 7)[6]
     scene.images[0].convert("RGBA").save(tmp_path / "whole.png")
     box = scene.boxes[0]
-    scene.images[0].crop((int(box.x0) - 6, int(box.y0) - 6, int(box.x1) + 6, int(box.y1) + 6)).resize((48, 48)).save(tmp_path / "crop.png")
+    scene.images[0].crop(
+        (int(box.x0) - 6, int(box.y0) - 6, int(box.x1) + 6, int(box.y1) + 6)
+    ).resize((48, 48)).save(tmp_path / "crop.png")
     rows.append({"image": "whole.png", "question": scene.question, "teacher_image": "crop.png"})
     rows.append({"image": "missing.png", "question": "Where is it?", "boxes": [[0, 0, 5, 5]]})
     data = tmp_path / "pairs.jsonl"
@@ -76,7 +105,18 @@ def photos(tmp_path):
 
 def test_the_default_run(backend_name, tmp_path):
     run = tmp_path / "run"
-    result = opd("train", "--backend", backend_name, "--steps", 3, "--out", run, *FAST, "--set", "measure.every=2")
+    result = opd(
+        "train",
+        "--backend",
+        backend_name,
+        "--steps",
+        3,
+        "--out",
+        run,
+        *FAST,
+        "--set",
+        "measure.every=2",
+    )
     assert "before" in result.stdout
     assert "evidence crop" in result.stdout
     assert "4 examples, 3 steps" in result.stdout
@@ -86,7 +126,10 @@ def test_the_default_run(backend_name, tmp_path):
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]
     followed = [json.loads(line) for line in (run / "accuracy.jsonl").read_text().splitlines()]
     assert [row["step"] for row in followed] == [0, 2, 3]
-    assert (followed[0]["gap"], followed[-1]["gap"]) == (summary["before"]["gap"], summary["after"]["gap"])
+    assert (followed[0]["gap"], followed[-1]["gap"]) == (
+        summary["before"]["gap"],
+        summary["after"]["gap"],
+    )
     config = tomllib.loads((run / "config.toml").read_text())
     assert config["run"]["steps"] == 3
     assert config["made_with"]["backend"] == backend_name
@@ -97,7 +140,9 @@ def test_the_default_run(backend_name, tmp_path):
     before, after = load_file(MODEL / "model.safetensors"), weights(run)
     assert before.keys() == after.keys()
     assert all(before[name].shape == value.shape for name, value in after.items())
-    assert sum(not np.array_equal(before[name], value) for name, value in after.items()) == len(after)
+    assert sum(not np.array_equal(before[name], value) for name, value in after.items()) == len(
+        after
+    )
 
 
 def test_the_trained_model_loads_in_transformers(tmp_path):
@@ -108,13 +153,38 @@ def test_the_trained_model_loads_in_transformers(tmp_path):
     model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(run / "model")
     for name, value in weights(run).items():
         np.testing.assert_array_equal(model.state_dict()[name].to(torch.float32).numpy(), value)
-    again = opd("train", "--backend", "cpu", "--model", run, "--steps", 1, "--out", tmp_path / "next", *FAST, "--json")
+    again = opd(
+        "train",
+        "--backend",
+        "cpu",
+        "--model",
+        run,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "next",
+        *FAST,
+        "--json",
+    )
     assert json.loads(again.stdout)["steps"] == 1
 
 
 def test_ones_own_images(backend_name, photos, tmp_path):
     run = tmp_path / "run"
-    result = opd("train", "--backend", backend_name, "--data", photos, "--steps", 4, "--out", run, *FAST, "--set", "rollout.prompts=4")
+    result = opd(
+        "train",
+        "--backend",
+        backend_name,
+        "--data",
+        photos,
+        "--steps",
+        4,
+        "--out",
+        run,
+        *FAST,
+        "--set",
+        "rollout.prompts=4",
+    )
     assert "skipped" in result.stderr
     assert "pairs.jsonl:8" in result.stderr
     assert "missing.png" in result.stderr
@@ -125,13 +195,31 @@ def test_ones_own_images(backend_name, photos, tmp_path):
 
 
 def test_answers_are_never_read(backend_name, photos, tmp_path):
-    """Completions, losses, divergences, gradient norms and weights are the same without any answer."""
+    """Completions, losses, divergences, gradient norms and weights are the same without any
+    answer."""
     bare = photos.with_name("bare.jsonl")
     rows = [json.loads(line) for line in photos.read_text().splitlines()]
-    bare.write_text("".join(json.dumps({key: value for key, value in row.items() if key != "answer"}) + "\n" for row in rows))
+    bare.write_text(
+        "".join(
+            json.dumps({key: value for key, value in row.items() if key != "answer"}) + "\n"
+            for row in rows
+        )
+    )
     for name, data in (("labelled", photos), ("bare", bare)):
         options = ["--set", "measure.count=0", "--set", "run.rollouts_every=1"]
-        opd("train", "--backend", backend_name, "--data", data, "--steps", 3, "--out", tmp_path / name, *FAST, *options)
+        opd(
+            "train",
+            "--backend",
+            backend_name,
+            "--data",
+            data,
+            "--steps",
+            3,
+            "--out",
+            tmp_path / name,
+            *FAST,
+            *options,
+        )
     assert metrics(tmp_path / "labelled") == metrics(tmp_path / "bare")
     rollouts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("labelled", "bare")]
     assert rollouts[0].replace("pairs.jsonl", "bare.jsonl") == rollouts[1]
@@ -141,7 +229,16 @@ def test_answers_are_never_read(backend_name, photos, tmp_path):
 
 def test_resume_goes_on_to_the_same_numbers(backend_name, tmp_path):
     opd("train", "--backend", backend_name, "--steps", 4, "--out", tmp_path / "whole", *FAST)
-    arguments = ["train", "--backend", backend_name, "--steps", "4", "--out", str(tmp_path / "cut"), *FAST]
+    arguments = [
+        "train",
+        "--backend",
+        backend_name,
+        "--steps",
+        "4",
+        "--out",
+        str(tmp_path / "cut"),
+        *FAST,
+    ]
     opd(*arguments)
     # As if it had been killed after step 2: later checkpoints and the model are gone.
     import shutil
@@ -156,7 +253,17 @@ def test_resume_goes_on_to_the_same_numbers(backend_name, tmp_path):
 
 def test_a_run_is_resumed_from_any_folder_but_not_on_other_data(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--data", photos.name, "--steps", 1, "--out", "run", *FAST, "--set", "measure.count=2"]
+    arguments = [
+        "--data",
+        photos.name,
+        "--steps",
+        1,
+        "--out",
+        "run",
+        *FAST,
+        "--set",
+        "measure.count=2",
+    ]
     said = opd("train", "--backend", "cpu", *arguments).stderr
     assert "measured on rows that are trained on too" in said
     assert "the embedded tiny model knows nothing but its own scenes" in said
@@ -191,7 +298,10 @@ def test_ctrl_c_saves_and_resumes(tmp_path):
         ],
         stderr=subprocess.PIPE,
         text=True,
-        env={**__import__("os").environ, "PYTHONPATH": f"{root}:{root / 'backends'}:{root / 'cli'}"},
+        env={
+            **__import__("os").environ,
+            "PYTHONPATH": f"{root}:{root / 'backends'}:{root / 'cli'}",
+        },
     )
     deadline = time.monotonic() + 120
     while not (run / "checkpoints/step-000001").exists() and time.monotonic() < deadline:
@@ -201,7 +311,10 @@ def test_ctrl_c_saves_and_resumes(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in said
     last = metrics(run)[-1]["step"]
-    assert said.splitlines()[-1] == f"opd: stopped after step {last}; go on with: opd train --resume {run}"
+    assert (
+        said.splitlines()[-1]
+        == f"opd: stopped after step {last}; go on with: opd train --resume {run}"
+    )
     assert (run / f"checkpoints/step-{last:06d}/state.json").is_file()
 
 
@@ -213,17 +326,34 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
     assert "holds a run" in opd(*short, "--out", "runs/tiny", code=2).stderr
     opd(*short, "--out", "runs/tiny", "--force")
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2", "tiny~1"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "tiny",
+        "tiny-2",
+        "tiny~1",
+    ]
 
 
 def test_json_prints_one_object(tmp_path):
-    result = opd("train", "--backend", "cpu", "--steps", 1, "--out", tmp_path / "run", *FAST, "--json")
+    result = opd(
+        "train", "--backend", "cpu", "--steps", 1, "--out", tmp_path / "run", *FAST, "--json"
+    )
     assert json.loads(result.stdout)["run"] == str(tmp_path / "run")
 
 
 def test_help_names_every_option_with_a_sentence():
     text = opd("train", "--help").stdout
-    for option in ("--backend", "--model", "--data", "--out", "--steps", "--seed", "--set", "--resume", "--force", "--json"):
+    for option in (
+        "--backend",
+        "--model",
+        "--data",
+        "--out",
+        "--steps",
+        "--seed",
+        "--set",
+        "--resume",
+        "--force",
+        "--json",
+    ):
         assert option in text
     assert "Train a model with Vision-OPD" in opd("--help").stdout
     assert opd().stdout == opd("--help").stdout
@@ -241,10 +371,18 @@ def test_gap_and_sample_tell_what_the_model_says(backend_name, monkeypatch):
     assert answers[0]["crop"] in opd("sample", *few).stdout
 
 
-def test_sample_shows_the_question_with_the_choices_that_the_model_sees(backend_name, tmp_path, monkeypatch):
+def test_sample_shows_the_question_with_the_choices_that_the_model_sees(
+    backend_name, tmp_path, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "200")
     Image.new("RGB", (80, 80), "red").save(tmp_path / "red.png")
-    row = {"image": "red.png", "question": "Which color?", "boxes": [[8, 8, 40, 40]], "choices": ["red", "blue"], "answer": "A"}
+    row = {
+        "image": "red.png",
+        "question": "Which color?",
+        "boxes": [[8, 8, 40, 40]],
+        "choices": ["red", "blue"],
+        "answer": "A",
+    }
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     given = ["--backend", backend_name, "--data", tmp_path / "rows.jsonl", "--count", 1]
     (answer,) = json.loads(opd("sample", *given, "--json").stdout)["answers"]
@@ -256,7 +394,9 @@ def test_sample_shows_the_question_with_the_choices_that_the_model_sees(backend_
 @pytest.mark.slow
 def test_backends_are_checked_against_committed_numbers(backend_name):
     result = json.loads(opd("backends", backend_name, "--check", "--json").stdout)
-    assert [check for check in result["backends"][backend_name]["checks"] if not check["passed"]] == []
+    assert [
+        check for check in result["backends"][backend_name]["checks"] if not check["passed"]
+    ] == []
     assert len(result["backends"][backend_name]["checks"]) == 17
     assert "did you mean 'mlx'?" in opd("backends", "mlxx", code=2).stderr
 
@@ -268,25 +408,54 @@ def test_the_preset_follows_the_model(tmp_path, monkeypatch):
     from tests.support.random_models import qwen3_vl
 
     monkeypatch.chdir(tmp_path)
-    said = opd("train", "--backend", "cpu", "--steps", 1, "--out", "one", *FAST, "--set", "measure.count=0").stderr
+    said = opd(
+        "train", "--backend", "cpu", "--steps", 1, "--out", "one", *FAST, "--set", "measure.count=0"
+    ).stderr
     assert "preset tiny: no recipe was named" in said
     assert (
-        "preset" not in opd("train", "tiny", "--backend", "cpu", "--steps", 1, "--out", "named", *FAST, "--set", "measure.count=0").stderr
+        "preset"
+        not in opd(
+            "train",
+            "tiny",
+            "--backend",
+            "cpu",
+            "--steps",
+            1,
+            "--out",
+            "named",
+            *FAST,
+            "--set",
+            "measure.count=0",
+        ).stderr
     )
     opd("export", "one", "--out", "exported")
     for name, base in {"adapter": "/elsewhere/opd/tiny/model", "other": "org/model"}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        (tmp_path / name / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": base})
+        )
     (tmp_path / "second").mkdir()
     (tmp_path / "second/config.toml").write_text('[model]\npath = "one"\n')
-    assert all(is_tiny(path) for path in ("tiny", str(MODEL), "one", "one/model", "exported", "second", "adapter"))
+    assert all(
+        is_tiny(path)
+        for path in ("tiny", str(MODEL), "one", "one/model", "exported", "second", "adapter")
+    )
     random = qwen3_vl(tmp_path / "random")
     assert not any(is_tiny(str(path)) for path in (random, "org/model", "nowhere", "other"))
     for command in ("gap", "sample"):
-        for model, line in {MODEL: "preset tiny: no recipe was named", "exported": "the recipe of 'exported': tune full"}.items():
+        for model, line in {
+            MODEL: "preset tiny: no recipe was named",
+            "exported": "the recipe of 'exported': tune full",
+        }.items():
             assert line in opd(command, "--model", model, "--backend", "cpu", "--count", 1).stderr
-        assert "preset" not in opd(command, "tiny", "--model", random, "--backend", "cpu", "--count", 1).stderr
-    monkeypatch.setattr("opd.run.session.start", lambda recipe, *rest: pytest.fail(f"{recipe.model.tune} {recipe.optimizer.learning_rate}"))
+        assert (
+            "preset"
+            not in opd(command, "tiny", "--model", random, "--backend", "cpu", "--count", 1).stderr
+        )
+    monkeypatch.setattr(
+        "opd.run.session.start",
+        lambda recipe, *rest: pytest.fail(f"{recipe.model.tune} {recipe.optimizer.learning_rate}"),
+    )
     for arguments in (["--model", random], ["--set", f"model.path={random}"]):
         with pytest.raises(pytest.fail.Exception, match="lora 5e-05"):
             CliRunner().invoke(main, ["train", *map(str, arguments)], catch_exceptions=False)

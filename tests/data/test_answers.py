@@ -132,7 +132,9 @@ def test_without_choices(prediction: str, answer: str, expected: bool) -> None:
         ("(2)", "B", ("1", "2", "3"), "B"),
     ],
 )
-def test_a_choice_is_found_and_no_other_choice_is_right(prediction: str, answer: str, choices: tuple[str, ...], expected: str) -> None:
+def test_a_choice_is_found_and_no_other_choice_is_right(
+    prediction: str, answer: str, choices: tuple[str, ...], expected: str
+) -> None:
     right = "ABCD".index(expected)
     assert chosen(answer, choices) == right
     assert matches(prediction, answer, choices)
@@ -176,7 +178,9 @@ def test_no_choice_is_right_where_the_prediction_settles_on_none(prediction: str
         ("A", ("C", "B", "A"), 0),
     ],
 )
-def test_reference_answers_name_a_choice(answer: str, choices: tuple[str, ...], expected: int | None) -> None:
+def test_reference_answers_name_a_choice(
+    answer: str, choices: tuple[str, ...], expected: int | None
+) -> None:
     assert chosen(answer, choices) == expected
 
 
@@ -229,7 +233,9 @@ def test_any_of_several_reference_answers_is_right(
     assert matches(prediction, answers, choices) is expected
 
 
-def test_several_reference_answers_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_reference_answers_are_shown_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     example = Example("a", (), "Which?", answer=("green", "lime"))
     judged = judge(0, example, "lime", "blue")
     assert (judged.answer, judged.full_right, judged.crop_right) == (("green", "lime"), True, False)

@@ -22,7 +22,8 @@ GOOD = {"image": "a.png", "question": "What?", "boxes": [[1, 2, 11, 12]]}
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Image files of 40 x 20 pixels, left half red and right half white, in the formats that real data comes in."""
+    """Image files of 40 x 20 pixels, left half red and right half white, in the formats that real
+    data comes in."""
     folder = tmp_path_factory.mktemp("images")
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     image.paste((255, 0, 0), (0, 0, WIDTH // 2, HEIGHT))
@@ -33,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image.save(folder / "turned.jpg", exif=exif, quality=95)
     image.save(folder / "a.webp", lossless=True)
     image.quantize(4).save(folder / "palette.gif")
-    image.convert("P").save(folder / "palette.png", transparency=image.convert("P").getpixel((30, 5)))
+    image.convert("P").save(
+        folder / "palette.png", transparency=image.convert("P").getpixel((30, 5))
+    )
     image.convert("L").save(folder / "grey.png")
     clear = image.convert("RGBA")
     clear.paste((0, 0, 0, 0), (WIDTH // 2, 0, WIDTH, HEIGHT))
@@ -56,7 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, *rows: Any, name: str = "data.jsonl") -> Path:
     path = folder / name
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -80,7 +86,9 @@ def one(folder: Path, **fields: Any) -> Example:
         ("cmyk.jpg", (255, 0, 0), (255, 255, 255)),
     ],
 )
-def test_every_kind_of_image_becomes_rgb(folder: Path, name: str, left: tuple[int, int, int] | None, right: tuple[int, int, int]) -> None:
+def test_every_kind_of_image_becomes_rgb(
+    folder: Path, name: str, left: tuple[int, int, int] | None, right: tuple[int, int, int]
+) -> None:
     example = one(folder, image=name)
     assert example.images == (folder / name,)
     image = open_image(folder / name)
@@ -93,7 +101,16 @@ def test_every_kind_of_image_becomes_rgb(folder: Path, name: str, left: tuple[in
 
 def test_sixteen_bits_are_rounded_to_eight() -> None:
     deep = np.array([[0, 128, 129, 257, 32767, 65406, 65407, 65535]], dtype=np.uint16)
-    assert np.asarray(open_image(Image.fromarray(deep)))[0, :, 0].tolist() == [0, 0, 1, 1, 127, 254, 255, 255]
+    assert np.asarray(open_image(Image.fromarray(deep)))[0, :, 0].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        127,
+        254,
+        255,
+        255,
+    ]
 
 
 def test_boxes_are_in_the_upright_image(folder: Path) -> None:
@@ -135,8 +152,20 @@ def test_all_fields(folder: Path) -> None:
 
 
 def test_defaults_and_nulls(folder: Path) -> None:
-    optional = ("images", "box_format", "teacher_image", "teacher_images", "teacher_question", "answer", "choices", "id", "weight")
-    expected = Example("data.jsonl:1", (folder / "a.png",), "What?", (Box(1, 2, 11, 12),), source="data.jsonl:1")
+    optional = (
+        "images",
+        "box_format",
+        "teacher_image",
+        "teacher_images",
+        "teacher_question",
+        "answer",
+        "choices",
+        "id",
+        "weight",
+    )
+    expected = Example(
+        "data.jsonl:1", (folder / "a.png",), "What?", (Box(1, 2, 11, 12),), source="data.jsonl:1"
+    )
     assert one(folder) == expected
     assert one(folder, **dict.fromkeys(optional)) == expected
     given = one(folder, boxes=[], teacher_image="b.png", answer=7.5)
@@ -147,10 +176,12 @@ def test_defaults_and_nulls(folder: Path) -> None:
     ("unit", "box", "expected"),
     [
         ("pixels", [4, 5, 20, 15], Box(4, 5, 20, 15)),
-        ("pixels", [-1, 0, 41, 20.5], Box(-1, 0, 41, 20.5)),  # within the tolerance; the view cuts it off
+        # within the tolerance; the view cuts it off
+        ("pixels", [-1, 0, 41, 20.5], Box(-1, 0, 41, 20.5)),
         ("fraction", [0.1, 0.25, 0.5, 0.75], Box(4, 5, 20, 15)),
         ("fraction", [0, 0, 1, 1], Box(0, 0, 40, 20)),
-        ("fraction", [-1e-9, 0, 1.0000001, 1], Box(0, 0, 40, 20)),  # a rounding error outside is cut
+        # a rounding error outside is cut
+        ("fraction", [-1e-9, 0, 1.0000001, 1], Box(0, 0, 40, 20)),
         ("fraction", [0, -0.0004, 0.5, 1.0005], Box(0, 0, 20, 20)),
         ("per-mille", [-0.5, 0, 1000.4, 500], Box(0, 0, 40, 10)),
         ("per-mille", [100, 250, 500, 750], Box(4, 5, 20, 15)),
@@ -158,8 +189,16 @@ def test_defaults_and_nulls(folder: Path) -> None:
 )
 def test_box_formats(folder: Path, unit: str, box: list[float], expected: Box) -> None:
     assert one(folder, boxes=[box], box_format=unit).boxes == (expected,)
-    header = write(folder, {"box_format": unit}, {**GOOD, "boxes": [box]}, {**GOOD, "boxes": [[4, 5, 20, 15]], "box_format": "pixels"})
-    assert [example.boxes for example in read_dataset(header, strict=True)] == [(expected,), (Box(4, 5, 20, 15),)]
+    header = write(
+        folder,
+        {"box_format": unit},
+        {**GOOD, "boxes": [box]},
+        {**GOOD, "boxes": [[4, 5, 20, 15]], "box_format": "pixels"},
+    )
+    assert [example.boxes for example in read_dataset(header, strict=True)] == [
+        (expected,),
+        (Box(4, 5, 20, 15),),
+    ]
 
 
 OTHER = '; if its unit is another one, say "box_format":'
@@ -169,31 +208,55 @@ ROW_FAULTS: list[tuple[Any, str]] = [
     ("null", "a row is a JSON object, but this is null"),
     ("[" * 100_000, "not JSON: maximum recursion depth"),
     ({"image": None}, "field 'image' is missing: a path"),
-    ({"image": None, "img": "a.png"}, "field 'image' is missing: a path, or images: a list of paths"),
+    (
+        {"image": None, "img": "a.png"},
+        "field 'image' is missing: a path, or images: a list of paths",
+    ),
     ({"image": ""}, "field 'image': \"\" is not a path"),
     ({"image": 5}, "field 'image': 5 is not a path"),
     ({"image": ["a.png"]}, "field 'image': [\"a.png\"] is not a path"),
     ({"images": ["a.png"]}, "fields 'image' and 'images': give one of them, not both"),
     ({"image": None, "images": "a.png"}, "field 'images': \"a.png\" is not a list of paths"),
-    ({"image": None, "images": ["a.png", 3]}, "field 'images': [\"a.png\", 3] is not a list of paths"),
+    (
+        {"image": None, "images": ["a.png", 3]},
+        "field 'images': [\"a.png\", 3] is not a list of paths",
+    ),
     ({"image": "nowhere.png"}, "field 'image': image not found: "),
     ({"image": "."}, "field 'image': image not found: "),
     ({"image": "truncated.jpg"}, "truncated.jpg: image file is truncated"),
     ({"image": "text.png"}, "text.png: not an image, or of an unknown format"),
     ({"image": "empty.png"}, "empty.png: not an image, or of an unknown format"),
     ({"image": "float.tiff"}, "float.tiff: floating-point pixels have no agreed range"),
-    ({"image": "integer.tiff"}, "integer.tiff: integer pixels outside 0..65535 have no agreed range"),
+    (
+        {"image": "integer.tiff"},
+        "integer.tiff: integer pixels outside 0..65535 have no agreed range",
+    ),
     ({"question": None}, "field 'question' is missing: a text"),
-    ({"question": None, "qestion": "What?"}, "field 'question' is missing: a text (the row has 'qestion'; did you mean 'question'?)"),
+    (
+        {"question": None, "qestion": "What?"},
+        "field 'question' is missing: a text (the row has 'qestion'; did you mean 'question'?)",
+    ),
     ({"question": " "}, "field 'question': \" \" is not a text that is not empty"),
     ({"question": ["What?"]}, "field 'question': [\"What?\"] is not a text that is not empty"),
     ({"question": "<image><image>"}, "field 'question': 2 '<image>' markers for 1 image"),
-    ({"teacher_question": "<image><image>"}, "field 'teacher_question': 2 '<image>' markers for 1 teacher image"),
-    ({"boxes": None}, "field 'boxes' is missing: the evidence as [[left, top, right, bottom], ...], or teacher_image: a path"),
+    (
+        {"teacher_question": "<image><image>"},
+        "field 'teacher_question': 2 '<image>' markers for 1 teacher image",
+    ),
+    (
+        {"boxes": None},
+        (
+            "field 'boxes' is missing: the evidence as [[left, top, right, bottom], ...], or"
+            " teacher_image: a path"
+        ),
+    ),
     ({"boxes": []}, "field 'boxes' is missing"),
     ({"boxes": None, "bboxes": []}, "(the row has 'bboxes'; did you mean 'boxes'?)"),
     ({"boxes": {}}, "field 'boxes': {} is not a list of boxes"),
-    ({"boxes": [1, 2, 11, 12]}, "field 'boxes': 1 is not a box of four numbers, [left, top, right, bottom]"),
+    (
+        {"boxes": [1, 2, 11, 12]},
+        "field 'boxes': 1 is not a box of four numbers, [left, top, right, bottom]",
+    ),
     ({"boxes": [[1, 2, 11]]}, "field 'boxes': [1, 2, 11] is not a box of four numbers"),
     ({"boxes": [[1, 2, 11, "12"]]}, "is not a box of four numbers"),
     ({"boxes": [[1, 2, 11, True]]}, "is not a box of four numbers"),
@@ -201,30 +264,72 @@ ROW_FAULTS: list[tuple[Any, str]] = [
     ({"boxes": [[1, 2, 11, 10**400]]}, "is not finite"),
     ({"boxes": [[11, 2, 1, 12]]}, "field 'boxes': box [11, 2, 1, 12] is empty or inverted"),
     ({"boxes": [[1, 2, 1, 12]]}, "is empty or inverted"),
-    ({"boxes": [[1, 2, 42, 12]]}, f'box [1, 2, 42, 12] is outside the image of 40 x 20 pixels{OTHER} "per-mille"'),
+    (
+        {"boxes": [[1, 2, 42, 12]]},
+        f'box [1, 2, 42, 12] is outside the image of 40 x 20 pixels{OTHER} "per-mille"',
+    ),
     ({"boxes": [[1, -2, 11, 12]]}, "is outside the image of 40 x 20 pixels"),
     ({"boxes": [[40, 2, 41, 12]]}, "is outside the image of 40 x 20 pixels"),
     ({"boxes": [[-1, 2, 0, 12]]}, "is outside the image of 40 x 20 pixels"),
-    ({"boxes": [[0.1, 0.2, 0.5, 0.6]]}, f'is at most one pixel in the image\'s corner{OTHER} "fraction"'),
-    ({"boxes": [[1, 2, 11, 12]], "box_format": "fraction"}, f'is outside 0..1, the range of fraction{OTHER} "pixels" or "per-mille"'),
-    ({"boxes": [[1, 2, 1001, 12]], "box_format": "per-mille"}, "box [1, 2, 1001, 12] is outside 0..1000, the range of per-mille"),
-    ({"boxes": [[0, 0, 1000.6, 12]], "box_format": "per-mille"}, "is outside 0..1000, the range of per-mille"),
-    ({"boxes": [[0, -0.001, 1, 1]], "box_format": "fraction"}, "is outside 0..1, the range of fraction"),
-    ({"boxes": [[1, 2, 1.0004, 12]], "box_format": "fraction"}, "is outside 0..1, the range of fraction"),
-    ({"boxes": [[0.1, 0.2, 0.5, 0.6]], "box_format": "per-mille"}, f'is at most one thousandth in the image\'s corner{OTHER} "fraction"'),
-    ({"boxes": [{"image": 1, "box": [1, 2, 11, 12]}]}, "image 1 of box [1, 2, 11, 12] is not among the row's 1 image, counted from 0"),
-    ({"boxes": [{"image": False, "box": [1, 2, 11, 12]}]}, "image false of box [1, 2, 11, 12] is not among"),
-    ({"boxes": [{"image": -1, "box": [1, 2, 11, 12]}]}, "image -1 of box [1, 2, 11, 12] is not among"),
+    (
+        {"boxes": [[0.1, 0.2, 0.5, 0.6]]},
+        f'is at most one pixel in the image\'s corner{OTHER} "fraction"',
+    ),
+    (
+        {"boxes": [[1, 2, 11, 12]], "box_format": "fraction"},
+        f'is outside 0..1, the range of fraction{OTHER} "pixels" or "per-mille"',
+    ),
+    (
+        {"boxes": [[1, 2, 1001, 12]], "box_format": "per-mille"},
+        "box [1, 2, 1001, 12] is outside 0..1000, the range of per-mille",
+    ),
+    (
+        {"boxes": [[0, 0, 1000.6, 12]], "box_format": "per-mille"},
+        "is outside 0..1000, the range of per-mille",
+    ),
+    (
+        {"boxes": [[0, -0.001, 1, 1]], "box_format": "fraction"},
+        "is outside 0..1, the range of fraction",
+    ),
+    (
+        {"boxes": [[1, 2, 1.0004, 12]], "box_format": "fraction"},
+        "is outside 0..1, the range of fraction",
+    ),
+    (
+        {"boxes": [[0.1, 0.2, 0.5, 0.6]], "box_format": "per-mille"},
+        f'is at most one thousandth in the image\'s corner{OTHER} "fraction"',
+    ),
+    (
+        {"boxes": [{"image": 1, "box": [1, 2, 11, 12]}]},
+        "image 1 of box [1, 2, 11, 12] is not among the row's 1 image, counted from 0",
+    ),
+    (
+        {"boxes": [{"image": False, "box": [1, 2, 11, 12]}]},
+        "image false of box [1, 2, 11, 12] is not among",
+    ),
+    (
+        {"boxes": [{"image": -1, "box": [1, 2, 11, 12]}]},
+        "image -1 of box [1, 2, 11, 12] is not among",
+    ),
     ({"boxes": [{"box": [1, 2]}]}, "is not a box of four numbers"),
-    ({"box_format": "permille"}, "field 'box_format': unknown value \"permille\"; did you mean 'per-mille'?"),
+    (
+        {"box_format": "permille"},
+        "field 'box_format': unknown value \"permille\"; did you mean 'per-mille'?",
+    ),
     ({"box_format": ["pixels"]}, "field 'box_format': unknown value [\"pixels\"]"),
     ({"teacher_image": "nowhere.png"}, "field 'teacher_image': image not found: "),
     ({"teacher_image": 1}, "field 'teacher_image': 1 is not a path"),
     ({"answer": [["7"]]}, "field 'answer': [\"7\"] is not a text or a number, or a list of them"),
     ({"answer": ["7", ""]}, "field 'answer': \"\" is not a text or a number"),
-    ({"answer": ["A", "C"], "choices": ["cat", "dog"]}, "field 'answer': \"C\" is neither a letter nor the text of one of the 2 choices"),
-    ({"answer": {"text": "7"}}, "field 'answer': {\"text\": \"7\"} is not a text or a number"),
-    ({"answer": "E", "choices": ["cat", "dog"]}, "field 'answer': \"E\" is neither a letter nor the text of one of the 2 choices"),
+    (
+        {"answer": ["A", "C"], "choices": ["cat", "dog"]},
+        "field 'answer': \"C\" is neither a letter nor the text of one of the 2 choices",
+    ),
+    ({"answer": {"text": "7"}}, 'field \'answer\': {"text": "7"} is not a text or a number'),
+    (
+        {"answer": "E", "choices": ["cat", "dog"]},
+        "field 'answer': \"E\" is neither a letter nor the text of one of the 2 choices",
+    ),
     ({"choices": "cat"}, "field 'choices': \"cat\" is not a list of texts"),
     ({"choices": ["cat", 3]}, "field 'choices': [\"cat\", 3] is not a list of texts"),
     ({"id": ""}, "field 'id': \"\" is not a text or a whole number"),
@@ -232,11 +337,15 @@ ROW_FAULTS: list[tuple[Any, str]] = [
     ({"weight": -1}, "field 'weight': -1 is not a number of at least 0"),
     ({"weight": "1"}, "field 'weight': \"1\" is not a number of at least 0"),
     ({"weight": float("inf")}, "field 'weight': Infinity is not a number of at least 0"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("fault", "message"), ROW_FAULTS, ids=[message[:50] for _, message in ROW_FAULTS])
-def test_a_faulty_row_is_skipped_and_counted_and_fatal_where_it_must_be(folder: Path, fault: Any, message: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "message"), ROW_FAULTS, ids=[message[:50] for _, message in ROW_FAULTS]
+)
+def test_a_faulty_row_is_skipped_and_counted_and_fatal_where_it_must_be(
+    folder: Path, fault: Any, message: str
+) -> None:
     bad = fault if isinstance(fault, str) else {**GOOD, **fault}
     path = write(folder, {**GOOD, "id": "first"}, bad, {**GOOD, "id": "last"})
     data = read_dataset(path)
@@ -253,13 +362,19 @@ def test_a_faulty_row_is_skipped_and_counted_and_fatal_where_it_must_be(folder: 
 
     with pytest.raises(DataError) as alone:
         read_dataset(write(folder, bad, bad))
-    assert str(alone.value) == f"{path}: no usable row of 2; the first fault, in data.jsonl:1: {reason}"
+    assert (
+        str(alone.value)
+        == f"{path}: no usable row of 2; the first fault, in data.jsonl:1: {reason}"
+    )
 
 
 def test_a_picture_above_the_bound_is_a_faulty_row(folder: Path) -> None:
     path = write(folder, GOOD)
     assert len(read_dataset(path, max_image_pixels=800)) == 1
-    with pytest.raises(DataError, match=r"a.png: 40 x 20 = 800 pixels, above data.max_image_pixels = 799; raise it for"):
+    with pytest.raises(
+        DataError,
+        match=r"a.png: 40 x 20 = 800 pixels, above data.max_image_pixels = 799; raise it for",
+    ):
         read_dataset(path, max_image_pixels=799)
 
 
@@ -267,14 +382,25 @@ FILE_FAULTS: list[tuple[bytes | None, str]] = [
     (None, "data file not found: {path}"),
     (b"", "{path}: the file is empty"),
     (b" \n\r\n", "{path}: the file is empty"),
-    (b'{"a": 1}\n{"b": "caf\xe9"}\n', "{path}:2: the file is not UTF-8 text (byte 0xe9); save it as UTF-8"),
+    (
+        b'{"a": 1}\n{"b": "caf\xe9"}\n',
+        "{path}:2: the file is not UTF-8 text (byte 0xe9); save it as UTF-8",
+    ),
     (b'{"box_format": "pixels"}\n', "{path}: no usable row of 0"),
-    (b'{"box_format": "inches"}\n{}\n', "{path}:1: field 'box_format': unknown value \"inches\"; did you mean 'pixels'?"),
-    (b'{"box_format": "pixels"\n{}\n', "{path}:1: not JSON: Expecting ',' delimiter: line 1 column 24 (char 23)"),
+    (
+        b'{"box_format": "inches"}\n{}\n',
+        "{path}:1: field 'box_format': unknown value \"inches\"; did you mean 'pixels'?",
+    ),
+    (
+        b'{"box_format": "pixels"\n{}\n',
+        "{path}:1: not JSON: Expecting ',' delimiter: line 1 column 24 (char 23)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), FILE_FAULTS, ids=[message for _, message in FILE_FAULTS])
+@pytest.mark.parametrize(
+    ("content", "message"), FILE_FAULTS, ids=[message for _, message in FILE_FAULTS]
+)
 def test_a_faulty_file_is_fatal(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "data.jsonl"
     if content is not None:
@@ -301,7 +427,15 @@ def test_line_ends_inside_texts_byte_order_mark_and_windows_line_ends(folder: Pa
 
 
 def test_rows_keep_their_order(folder: Path) -> None:
-    data = read_dataset(write(folder, *({**GOOD, "id": number, "image": ("a.png", "turned.jpg")[number % 2]} for number in range(60))))
+    data = read_dataset(
+        write(
+            folder,
+            *(
+                {**GOOD, "id": number, "image": ("a.png", "turned.jpg")[number % 2]}
+                for number in range(60)
+            ),
+        )
+    )
     assert [example.id for example in data] == [str(number) for number in range(60)]
     assert isinstance(data[10:12], tuple)
     assert [example.id for example in data[10:12]] == ["10", "11"]

@@ -24,7 +24,12 @@ def write(folder: Path, *rows: Any) -> Path:
 
 
 def row(image: str | list[str], **fields: Any) -> dict[str, Any]:
-    return {"image" if isinstance(image, str) else "images": image, "question": "?", "boxes": [[1, 1, 5, 5]], **fields}
+    return {
+        "image" if isinstance(image, str) else "images": image,
+        "question": "?",
+        "boxes": [[1, 1, 5, 5]],
+        **fields,
+    }
 
 
 @pytest.fixture
@@ -51,11 +56,14 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_few_rows_decode_few_pictures_and_are_those_of_the_whole(many: Path, decoded: list[str]) -> None:
+def test_few_rows_decode_few_pictures_and_are_those_of_the_whole(
+    many: Path, decoded: list[str]
+) -> None:
     few = read_dataset(many, count=20)
     assert [one.id for one in few] == [str(number) for number in range(0, 200, 10)]
     assert len(decoded) == 20
-    for number in (0, 1, 50, *range(100, 120)):  # faulty rows, two of them where few rows would be taken, and whole stretches
+    # faulty rows, two of them where few rows would be taken, and whole stretches
+    for number in (0, 1, 50, *range(100, 120)):
         (many.parent / f"{number}.png").write_bytes(b"")
     whole = read_dataset(many)
     for count in (1, 3, 20, 150, 177, 178, 500):
@@ -82,7 +90,9 @@ def test_few_rows_decode_few_pictures_and_are_those_of_the_whole(many: Path, dec
         (".2..", 4, "2"),
     ],
 )
-def test_few_rows_come_from_every_section_to_the_last_row(tmp_path: Path, usable: str, count: int, chosen: str) -> None:
+def test_few_rows_come_from_every_section_to_the_last_row(
+    tmp_path: Path, usable: str, count: int, chosen: str
+) -> None:
     """A letter a row, a dot where its picture is missing."""
     Image.new("L", (20, 10)).save(tmp_path / "image.png")
     rows = [row("none.png" if id == "." else "image.png", id=id) for id in usable]
@@ -90,11 +100,16 @@ def test_few_rows_come_from_every_section_to_the_last_row(tmp_path: Path, usable
     assert "".join(one.id for one in few) == chosen
 
 
-def test_what_was_decoded_is_not_decoded_again(many: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_decoded_is_not_decoded_again(
+    many: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = read_dataset(many)
     store = store_paths(many)[0]
     assert len(decoded) == 200
-    assert first.notes == [f"sizes and hashes of the pictures are kept in {store}: the next reading decodes only what has changed"]
+    assert first.notes == [
+        f"sizes and hashes of the pictures are kept in {store}: the next reading decodes only what"
+        " has changed"
+    ]
     decoded.clear()
     monkeypatch.chdir(many.parent)
     again = read_dataset(Path(many.name))
@@ -147,7 +162,9 @@ def test_a_picture_that_was_just_written_is_not_kept(many: Path, decoded: list[s
         b'{"version": 1, "pictures": {"3.png": [1], "4.png": 5}}',
     ],
 )
-def test_a_damaged_store_is_ignored_and_replaced(many: Path, decoded: list[str], content: bytes) -> None:
+def test_a_damaged_store_is_ignored_and_replaced(
+    many: Path, decoded: list[str], content: bytes
+) -> None:
     first = read_dataset(many)
     whole = store_paths(many)[0].read_bytes()
     store_paths(many)[0].write_bytes(content)
@@ -218,8 +235,11 @@ def test_many_faulty_rows_are_told_in_few_lines(tmp_path: Path) -> None:
     assert Notes.lines[-1] == "skipped 80 more rows, 100 in all"
 
 
-def test_a_machine_without_memory_is_no_fault_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows that share the picture hear of it; a header that asks for too much is the picture's own fault."""
+def test_a_machine_without_memory_is_no_fault_of_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows that share the picture hear of it; a header that asks for too much is the picture's
+    own fault."""
     Image.new("L", (20, 10)).save(tmp_path / "a.png")
     data = write(tmp_path, row("a.png"), row("a.png"), row("a.png"))
 

@@ -35,7 +35,10 @@ def png(path: Path, values: NDArray[np.uint16]) -> None:
     head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    body = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    body = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
 
 
@@ -46,12 +49,21 @@ def write(folder: Path, *rows: Any) -> Path:
 
 
 def row(image: str | list[str], **fields: Any) -> dict[str, Any]:
-    return {"image" if isinstance(image, str) else "images": image, "question": "?", "boxes": [[1, 1, 5, 5]], **fields}
+    return {
+        "image" if isinstance(image, str) else "images": image,
+        "question": "?",
+        "boxes": [[1, 1, 5, 5]],
+        **fields,
+    }
 
 
-@pytest.mark.parametrize(("bits", "top"), [(8, 255), (10, 1023), (12, 4095), (14, 16383), (16, 65535)])
+@pytest.mark.parametrize(
+    ("bits", "top"), [(8, 255), (10, 1023), (12, 4095), (14, 16383), (16, 65535)]
+)
 @pytest.mark.parametrize("kind", ["grey.png", "grey.tif", "colour.png", "clear.png"])
-def test_a_picture_of_few_bits_in_sixteen_is_not_dark(tmp_path: Path, kind: str, bits: int, top: int) -> None:
+def test_a_picture_of_few_bits_in_sixteen_is_not_dark(
+    tmp_path: Path, kind: str, bits: int, top: int
+) -> None:
     values = (RAMP.astype(np.int64) * top // 4095).astype(np.uint16)
     path = tmp_path / kind
     if kind.startswith("grey"):
@@ -62,11 +74,18 @@ def test_a_picture_of_few_bits_in_sixteen_is_not_dark(tmp_path: Path, kind: str,
     image = np.asarray(open_image(path))
     expected = np.floor(values / top * 255 + 0.5)
     # Pillow keeps the upper byte of 16-bit colours: one less at most.
-    np.testing.assert_allclose(image[..., 0], expected, atol=1 if bits == 16 and "grey" not in kind else 0)
+    np.testing.assert_allclose(
+        image[..., 0], expected, atol=1 if bits == 16 and "grey" not in kind else 0
+    )
     if not kind.startswith("grey"):
-        np.testing.assert_allclose(image[..., 1], np.floor(values // 2 / top * 255 + 0.5), atol=1 if bits == 16 else 0)
+        np.testing.assert_allclose(
+            image[..., 1], np.floor(values // 2 / top * 255 + 0.5), atol=1 if bits == 16 else 0
+        )
     notes = read_dataset(write(tmp_path, row(kind), row(kind))).notes
-    stretched = [f"1 picture holds {bits} bits in 16 (no value above {top}): stretched, as they would be dark"]
+    stretched = [
+        f"1 picture holds {bits} bits in 16 (no value above {top}): stretched, as they would be"
+        " dark"
+    ]
     assert notes == (stretched if bits in (10, 12, 14) else [])
 
 
@@ -74,7 +93,13 @@ def test_black_stays_black_and_grey_with_alpha_is_told(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "black.png")
     assert np.asarray(open_image(tmp_path / "black.png")).max() == 0
     png(tmp_path / "la.png", np.stack([RAMP, np.full_like(RAMP, 65535)], axis=2))
-    with pytest.raises(DataError, match=r"la.png: a picture of 16 bits whose values are all small would be dark; save it with 8 bits"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"la.png: a picture of 16 bits whose values are all small would be dark; save it with 8"
+            r" bits"
+        ),
+    ):
         open_image(tmp_path / "la.png")
 
 
@@ -92,7 +117,10 @@ def test_twelve_bits_are_turned_upright_as_well(tmp_path: Path) -> None:
     [
         (
             b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
-            "HEIC pictures need pillow-heif: pip install pillow-heif, or save the picture as PNG or JPEG",
+            (
+                "HEIC pictures need pillow-heif: pip install pillow-heif, or save the picture as"
+                " PNG or JPEG"
+            ),
         ),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC pictures need pillow-heif"),
         (b"\0\0\0\x18ftypavif\0\0\0\0avifmif1", "a damaged AVIF picture"),
@@ -111,7 +139,9 @@ def test_formats_without_a_reader_are_named(tmp_path: Path, content: bytes, mess
 
 
 def test_an_installed_plugin_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pillow_heif.py").write_text("from PIL import Image\nadded = []\ndef register_heif_opener():\n    added.append(1)\n")
+    (tmp_path / "pillow_heif.py").write_text(
+        "from PIL import Image\nadded = []\ndef register_heif_opener():\n    added.append(1)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50))
     with pytest.raises(DataError, match="a damaged HEIC picture"):
@@ -129,25 +159,34 @@ def test_pillows_warnings_are_not_shown(tmp_path: Path, monkeypatch: pytest.Monk
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg")
     whole = (tmp_path / "a.jpg").read_bytes()
     block = b"Exif\0\0II*\0\x08\0\0\0\xff\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0"
-    (tmp_path / "exif.jpg").write_bytes(whole[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + whole[2:])
+    (tmp_path / "exif.jpg").write_bytes(
+        whole[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + whole[2:]
+    )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name in ("palette.png", "a.jpg", "exif.jpg"):
             open_image(tmp_path / name)
-        (crop,) = teacher_images(Example("a", (tmp_path / "a.jpg",), "?", (Box(0, 0, 38, 19),)), ViewOptions(margin=0, min_size=1))
+        (crop,) = teacher_images(
+            Example("a", (tmp_path / "a.jpg",), "?", (Box(0, 0, 38, 19),)),
+            ViewOptions(margin=0, min_size=1),
+        )
     assert crop.size == (38, 19)
     assert [str(one.message) for one in caught] == []
 
 
-def test_the_bound_on_pixels_is_the_options_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_on_pixels_is_the_options_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Image.new("L", (40, 20)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses above 200
     (one,) = open_data(str(write(tmp_path, row("a.png"))), max_image_pixels=800)
     assert one.max_image_pixels == 800
     assert teacher_images(one, ViewOptions())[0].size == (48, 48)
     assert Image.MAX_IMAGE_PIXELS == 100
-    with pytest.raises(DataError, match=r"a.png: 40 x 20 = 800 pixels, above data.max_image_pixels = 799; raise it"):
+    with pytest.raises(
+        DataError, match=r"a.png: 40 x 20 = 800 pixels, above data.max_image_pixels = 799; raise it"
+    ):
         open_image(tmp_path / "a.png", 799)
 
 
@@ -157,7 +196,9 @@ def test_the_pictures_of_a_row_are_bounded_together(tmp_path: Path) -> None:
     data = open_data(str(path), max_image_pixels=800)
     assert len(data) == 2
     ((_, reason),) = data.skipped  # type: ignore[attr-defined]
-    assert reason == "field 'image': 4000 pixels in 5 pictures, above 4 x data.max_image_pixels = 800"
+    assert (
+        reason == "field 'image': 4000 pixels in 5 pictures, above 4 x data.max_image_pixels = 800"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +213,11 @@ def test_the_pictures_of_a_row_are_bounded_together(tmp_path: Path) -> None:
     ],
 )
 def test_a_crop_is_enlarged_up_to_the_processors_bound(
-    size: tuple[int, int], min_size: int, enlarge: float, bound: int | None, expected: tuple[int, int]
+    size: tuple[int, int],
+    min_size: int,
+    enlarge: float,
+    bound: int | None,
+    expected: tuple[int, int],
 ) -> None:
     assert enlarged(*size, min_size, enlarge, bound) == expected
     if bound:
@@ -189,7 +234,9 @@ def test_threads_share_a_budget_of_pixels() -> None:
             time.sleep(0.002)
             held.remove(min(pixels, 100))
 
-    threads = [threading.Thread(target=read, args=(pixels,)) for pixels in [40, 30, 500, 60, 99, 1] * 5]
+    threads = [
+        threading.Thread(target=read, args=(pixels,)) for pixels in [40, 30, 500, 60, 99, 1] * 5
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -198,7 +245,9 @@ def test_threads_share_a_budget_of_pixels() -> None:
     assert max(most) <= 100
 
 
-def test_reading_many_pictures_holds_no_more_than_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_many_pictures_holds_no_more_than_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(16):
         Image.new("L", (40, 20), number).save(tmp_path / f"{number}.png")
     held: list[int] = []

@@ -1,4 +1,5 @@
-"""Fields, headers and whole formats that nobody reads are told: nothing that a person wrote is lost without a word."""
+"""Fields, headers and whole formats that nobody reads are told: nothing that a person wrote is lost
+without a word."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, *rows: Any, name: str = "data.jsonl") -> Path:
     path = folder / name
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -47,7 +51,9 @@ def refused(path: Path) -> str:
 
 
 def test_a_header_states_the_unit_and_may_hold_notes(folder: Path) -> None:
-    data = read_dataset(write(folder, {"box_format": "per-mille", "source": "export 2026", "licence": None}, ROW))
+    data = read_dataset(
+        write(folder, {"box_format": "per-mille", "source": "export 2026", "licence": None}, ROW)
+    )
     assert data[0].boxes == PER_MILLE
     assert [note.partition("data.jsonl")[2] for note in data.notes] == [
         ":1: field 'source' of the header is not known, and not read",
@@ -59,30 +65,65 @@ def test_a_header_states_the_unit_and_may_hold_notes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"box_fromat": "per-mille"}, ROW], ":1: field 'box_fromat' of the header is not known; did you mean 'box_format'?"),
-        ([{"Box_Format": "per-mille"}, ROW], ":1: field 'Box_Format' of the header is not known; did you mean 'box_format'?"),
+        (
+            [{"box_fromat": "per-mille"}, ROW],
+            ":1: field 'box_fromat' of the header is not known; did you mean 'box_format'?",
+        ),
+        (
+            [{"Box_Format": "per-mille"}, ROW],
+            ":1: field 'Box_Format' of the header is not known; did you mean 'box_format'?",
+        ),
         ([{"box-format": "per-mille"}, ROW], ":1: field 'box-format' of the header"),
         ([{"coordinate_system": "per-mille"}, ROW], ":1: field 'coordinate_system' of the header"),
         ([{"units": "per-mille"}, ROW], ":1: field 'units' of the header"),
         ([{"normalized": True}, ROW], ":1: field 'normalized' of the header"),
-        ([ROW, {"box_format": "per-mille"}, ROW], ":2: a header stands in the first line only; give each row its own 'box_format'"),
-        ([ROW, ROW, {"box_fromat": "per-mille"}], ":3: field 'box_fromat' of the header is not known"),
-        ([{"source": "export 2026"}, ROW], ":1: this line is neither a row, which has image and question, nor a header"),
+        (
+            [ROW, {"box_format": "per-mille"}, ROW],
+            ":2: a header stands in the first line only; give each row its own 'box_format'",
+        ),
+        (
+            [ROW, ROW, {"box_fromat": "per-mille"}],
+            ":3: field 'box_fromat' of the header is not known",
+        ),
+        (
+            [{"source": "export 2026"}, ROW],
+            ":1: this line is neither a row, which has image and question, nor a header",
+        ),
         ([{"box_format": "pixels", "weight": 0.5}, ROW], ":1: field 'weight' stands in the header"),
-        ([{"box_format": "pixels", "image_root": "x"}, ROW], ":1: field 'image_root' stands in the header"),
+        (
+            [{"box_format": "pixels", "image_root": "x"}, ROW],
+            ":1: field 'image_root' stands in the header",
+        ),
         (["{'box_format': 'per-mille'}", ROW], ":1: not JSON: "),
         ([ROW, "{'box_fromat': 'per-mille'}"], ":2: not JSON: "),
-        ([{**ROW, "box_fromat": "per-mille"}], ":1: field 'box_fromat' is not known; did you mean 'box_format'?"),
-        ([ROW, {**ROW, "bbox_format": "per-mille"}], ":2: field 'bbox_format' is not known; did you mean 'box_format'?"),
-        ([{**ROW, "boxformat": "per-mille"}], ":1: field 'boxformat' is not known; did you mean 'box_format'?"),
+        (
+            [{**ROW, "box_fromat": "per-mille"}],
+            ":1: field 'box_fromat' is not known; did you mean 'box_format'?",
+        ),
+        (
+            [ROW, {**ROW, "bbox_format": "per-mille"}],
+            ":2: field 'bbox_format' is not known; did you mean 'box_format'?",
+        ),
+        (
+            [{**ROW, "boxformat": "per-mille"}],
+            ":1: field 'boxformat' is not known; did you mean 'box_format'?",
+        ),
         ([{**ROW, "boxFormat": "per-mille"}], ":1: field 'boxFormat' is not known"),
         ([{**ROW, "coordinate_format": "per-mille"}], ":1: field 'coordinate_format' is not known"),
         ([{**ROW, "bbox_type": "norm1"}], ":1: field 'bbox_type' is not known"),
-        ([{**ROW, "format": "xywh"}], ":1: field 'format' is not known; did you mean 'box_format'?"),
-        ([{**ROW, "boxes": [{"box": [1, 2, 3, 4], "format": "xywh"}]}], ":1: field 'boxes': a box has no field 'format'; give the row a"),
+        (
+            [{**ROW, "format": "xywh"}],
+            ":1: field 'format' is not known; did you mean 'box_format'?",
+        ),
+        (
+            [{**ROW, "boxes": [{"box": [1, 2, 3, 4], "format": "xywh"}]}],
+            ":1: field 'boxes': a box has no field 'format'; give the row a",
+        ),
     ],
 )
-def test_a_unit_of_boxes_that_is_not_understood_is_fatal(folder: Path, rows: list[Any], message: str) -> None:
+def test_a_unit_of_boxes_that_is_not_understood_is_fatal(
+    folder: Path, rows: list[Any], message: str
+) -> None:
     path = write(folder, *rows)
     assert refused(path).startswith(f"{path}{message}")
 
@@ -97,8 +138,21 @@ def test_a_line_of_neither_kind_among_rows_is_a_faulty_row(folder: Path) -> None
 
 
 def test_fields_that_are_not_known_are_told_once_with_the_nearest(folder: Path) -> None:
-    misspelt = {**ROW, "wieght": 0.0, "choises": ["red", "blue"], "anwser": "red", "teacher_qestion": "x"}
-    data = read_dataset(write(folder, misspelt, {**misspelt, "bbox": [1, 2, 3, 4]}, {**ROW, "wieght": 1, "anwser": None, "note": "n"}))
+    misspelt = {
+        **ROW,
+        "wieght": 0.0,
+        "choises": ["red", "blue"],
+        "anwser": "red",
+        "teacher_qestion": "x",
+    }
+    data = read_dataset(
+        write(
+            folder,
+            misspelt,
+            {**misspelt, "bbox": [1, 2, 3, 4]},
+            {**ROW, "wieght": 1, "anwser": None, "note": "n"},
+        )
+    )
     assert len(data) == 3
     assert data.notes == [
         "field 'wieght' (3 rows) is not known; did you mean 'weight'?",
@@ -111,12 +165,26 @@ def test_fields_that_are_not_known_are_told_once_with_the_nearest(folder: Path) 
 
 
 def test_fields_of_a_persons_own_are_told_in_one_line(folder: Path) -> None:
-    extra = {"category": "fraction", "height": 3, "box_count": 2, "box_labels": ["x"], "format": "jpeg", "type": "choice"}
+    extra = {
+        "category": "fraction",
+        "height": 3,
+        "box_count": 2,
+        "box_labels": ["x"],
+        "format": "jpeg",
+        "type": "choice",
+    }
     boxes = [{"box": [10, 20, 30, 40], "label": "cat"}]
-    data = read_dataset(write(folder, {**ROW, **extra, "boxes": boxes, **{f"column {number}": 1 for number in range(30)}}))
+    data = read_dataset(
+        write(
+            folder,
+            {**ROW, **extra, "boxes": boxes, **{f"column {number}": 1 for number in range(30)}},
+        )
+    )
     assert data[0].boxes == (Box(10, 20, 30, 40),)
     others = data.notes[-1]
-    assert others.startswith("not known, and not read: fields 'category' (1 row), 'height' (1 row), 'box_count' (1 row)")
+    assert others.startswith(
+        "not known, and not read: fields 'category' (1 row), 'height' (1 row), 'box_count' (1 row)"
+    )
     assert others.endswith(" more")
     assert len(data.notes) <= 4
     assert max(map(len, data.notes)) < 600
@@ -125,12 +193,21 @@ def test_fields_of_a_persons_own_are_told_in_one_line(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["img", "image_id", "imgae"])
 def test_a_box_with_a_misspelt_image_is_a_faulty_row(folder: Path, name: str) -> None:
     data = read_dataset(write(folder, ROW, {**ROW, "boxes": [{name: 1, "box": [10, 20, 30, 40]}]}))
-    assert [reason for _, reason in data.skipped] == [f"field 'boxes': a box has no field '{name}'; did you mean 'image'?"]
+    assert [reason for _, reason in data.skipped] == [
+        f"field 'boxes': a box has no field '{name}'; did you mean 'image'?"
+    ]
 
 
 def test_a_field_that_stands_twice_is_a_faulty_row(folder: Path) -> None:
     twice = '{"image": "a.png", "image": "b.png", "question": "?", "boxes": [[10, 20, 30, 40]]}'
-    data = read_dataset(write(folder, ROW, twice, '{"box_format": "pixels", "box_format": "fraction", "image": "a.png", "question": "?"}'))
+    data = read_dataset(
+        write(
+            folder,
+            ROW,
+            twice,
+            '{"box_format": "pixels", "box_format": "fraction", "image": "a.png", "question": "?"}',
+        )
+    )
     assert [reason for _, reason in data.skipped] == [
         "field 'image' stands twice in the row",
         "field 'box_format' stands twice in the row",
@@ -143,21 +220,36 @@ MESSAGES = [{"role": "user", "content": "<image>x"}]
 @pytest.mark.parametrize(
     ("row", "name"),
     [
-        ({"messages": MESSAGES, "images": ["a.png"], "objects": {"bbox": []}}, "ms-swift or OpenAI messages (field 'messages')"),
+        (
+            {"messages": MESSAGES, "images": ["a.png"], "objects": {"bbox": []}},
+            "ms-swift or OpenAI messages (field 'messages')",
+        ),
         ({"messages": MESSAGES}, "ms-swift or OpenAI messages (field 'messages')"),
-        ({"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "x"}]}, "LLaVA conversations (field 'conversations')"),
+        (
+            {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "x"}]},
+            "LLaVA conversations (field 'conversations')",
+        ),
         (
             {"problem": "<image>x", "answer": "C", "images": ["a.png"], "bbox": [1, 2, 3, 4]},
             "Vision-OPD-6K or ZwZ-RL-VQA (field 'problem')",
         ),
         ({"prompt": MESSAGES, "images": ["a.png"]}, "TRL's prompts (field 'prompt')"),
-        ({"images": [{"file_name": "a.png"}], "annotations": []}, "COCO annotations (field 'annotations')"),
-        ({"image": "a.png", "query": "?", "response": "x"}, "ZoomBench (fields 'query' and 'response')"),
+        (
+            {"images": [{"file_name": "a.png"}], "annotations": []},
+            "COCO annotations (field 'annotations')",
+        ),
+        (
+            {"image": "a.png", "query": "?", "response": "x"},
+            "ZoomBench (fields 'query' and 'response')",
+        ),
     ],
 )
 def test_a_format_of_others_is_named(folder: Path, row: dict[str, Any], name: str) -> None:
     said = refused(write(folder, row, row))
-    assert f"no usable row of 2; the first fault, in data.jsonl:1: this looks like {name}, which is not read as it is" in said
+    assert (
+        f"no usable row of 2; the first fault, in data.jsonl:1: this looks like {name}, which is"
+        " not read as it is" in said
+    )
     assert "docs/data.md" in said
     assert "did you mean" not in said
 
@@ -182,17 +274,25 @@ LINE = json.dumps(ROW)
         ("a.txt", b"image\tquestion\na.png\tWhat?\n", "the file is TSV, not JSON lines"),
         ("a.parquet", b"PAR1\0\0PAR1", "the file is not UTF-8 text but Parquet; write its rows"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\0", "the file is not UTF-8 text but gzip"),
-        ("a.json", json.dumps({"rows": [ROW]}, indent=2).encode(), "the file is one JSON object (of 'rows'), not one a line"),
+        (
+            "a.json",
+            json.dumps({"rows": [ROW]}, indent=2).encode(),
+            "the file is one JSON object (of 'rows'), not one a line",
+        ),
     ],
 )
-def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_of_another_kind_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     assert refused(tmp_path / name).startswith(f"{tmp_path / name}: {message}")
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_array_is_read(folder: Path, indent: int | None) -> None:
-    (folder / "a.json").write_text(json.dumps([{"box_format": "per-mille"}, ROW, {**ROW, "question": 5}], indent=indent))
+    (folder / "a.json").write_text(
+        json.dumps([{"box_format": "per-mille"}, ROW, {**ROW, "question": 5}], indent=indent)
+    )
     data = read_dataset(folder / "a.json")
     assert (data[0].boxes, data[0].source) == (PER_MILLE, "a.json:2")
     assert [source for source, _ in data.skipped] == ["a.json:3"]
@@ -204,13 +304,19 @@ PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(3_000_000)).decode()
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image": PICTURE}, "field 'image': a picture as base64; save it to a file, and give its path"),
+        (
+            {"image": PICTURE},
+            "field 'image': a picture as base64; save it to a file, and give its path",
+        ),
         ({"image": f"data:image/jpeg;base64,{PICTURE}"}, "field 'image': a picture as base64"),
         ({"image": base64.b64encode(bytes(1000)).decode()}, "field 'image': a picture as base64"),
         ({"image": None, "images": [PICTURE, "a.png"]}, "field 'images': a picture as base64"),
         ({"teacher_image": PICTURE[:100]}, "field 'teacher_image': a picture as base64"),
         ({"image": {"bytes": PICTURE, "path": None}}, "field 'image': a picture as bytes"),
-        ({"image": "https://example.org/a.png"}, "field 'image': \"https://example.org/a.png\" is a URL; download the picture"),
+        (
+            {"image": "https://example.org/a.png"},
+            "field 'image': \"https://example.org/a.png\" is a URL; download the picture",
+        ),
         ({"image": "x/" * 5000 + "a.png"}, "field 'image': image "),
         ({"image": "x" * 300 + ".png"}, "field 'image': image "),
         ({"image": "a\0.png"}, "field 'image': image not found: "),
@@ -220,7 +326,9 @@ PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(3_000_000)).decode()
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_pictures_in_rows_and_long_values_are_told_in_one_short_line(folder: Path, fields: dict[str, Any], message: str) -> None:
+def test_pictures_in_rows_and_long_values_are_told_in_one_short_line(
+    folder: Path, fields: dict[str, Any], message: str
+) -> None:
     said = refused(write(folder, {**ROW, **fields}))
     assert message in said
 
@@ -240,7 +348,8 @@ def test_pictures_in_rows_and_long_values_are_told_in_one_short_line(folder: Pat
     ids=lambda fields: next(iter(fields)),
 )
 def test_half_a_character_is_a_faulty_row(folder: Path, fields: dict[str, Any]) -> None:
-    """JSON can write a lone surrogate, which no file and no tokenizer takes; messages show it as an escape."""
+    """JSON can write a lone surrogate, which no file and no tokenizer takes; messages show it as an
+    escape."""
     data = read_dataset(write(folder, ROW, {**ROW, **fields}))
     ((source, reason),) = data.skipped
     assert source == "data.jsonl:2"
@@ -274,7 +383,9 @@ def test_a_path_may_begin_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch)
     ],
     ids=["header", "row", "header below", "format"],
 )
-def test_the_command_refuses_in_one_line(folder: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_refuses_in_one_line(
+    folder: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     path = write(folder, *rows)
     before = sorted(folder.rglob("*"))
@@ -286,7 +397,10 @@ def test_the_command_refuses_in_one_line(folder: Path, rows: list[Any], monkeypa
 
 
 def test_few_rows_are_opened_for_measuring_and_are_those_of_training(folder: Path) -> None:
-    path = write(folder, *({**ROW, "id": number, "image": "a.png" if number else "b.png"} for number in range(9)))
+    path = write(
+        folder,
+        *({**ROW, "id": number, "image": "a.png" if number else "b.png"} for number in range(9)),
+    )
     recipe = recipes.load("tiny", [f"data.path={path}", "measure.count=3"])
     few, whole = held_out(recipe, None), held_out(recipe, read_dataset(path))
     assert [one.id for one in few] == [one.id for one in whole] == ["1", "3", "6"]

@@ -19,14 +19,21 @@ def answered(full: str, crop: str) -> list[Answered]:
     texts = {"r": "7", "w": "8", "-": "9"}
     rights = {"r": True, "w": False, "-": None}
     return [
-        Answered(str(index), None if a == "-" else "7", texts[a], texts[b], rights[a], rights[b], index)
+        Answered(
+            str(index), None if a == "-" else "7", texts[a], texts[b], rights[a], rights[b], index
+        )
         for index, (a, b) in enumerate(zip(full, crop, strict=True))
     ]
 
 
 def test_accuracies_agreement_and_gap():
     found = accuracies(answered("rwwr--", "rrwr--"))
-    assert (found["rows"], found["full_accuracy"], found["crop_accuracy"], found["gap"]) == (6, 0.5, 0.75, 0.25)
+    assert (found["rows"], found["full_accuracy"], found["crop_accuracy"], found["gap"]) == (
+        6,
+        0.5,
+        0.75,
+        0.25,
+    )
     assert found["agreement"] == pytest.approx(5 / 6)
 
 
@@ -37,8 +44,11 @@ def test_rows_without_answers_have_agreement_alone():
 
 def test_share_closed_is_of_the_gap_before():
     before, after = answered("rrwwww" * 10, "rrrrww" * 10), answered("rrrwww" * 10, "rwwwww" * 10)
-    assert gap_closed(before, after)["gap_closed"] == pytest.approx(0.5)  # losing crop accuracy is no success
-    assert gap_closed(before, answered("wwwwww" * 10, "rrrrrr" * 10))["gap_closed"] == pytest.approx(-1.0)
+    # losing crop accuracy is no success
+    assert gap_closed(before, after)["gap_closed"] == pytest.approx(0.5)
+    assert gap_closed(before, answered("wwwwww" * 10, "rrrrrr" * 10))[
+        "gap_closed"
+    ] == pytest.approx(-1.0)
     assert gap_closed(answered("rr", "rr"), answered("rr", "rr")) == {}
     assert gap_closed(answered("--", "--"), answered("--", "--")) == {}
 
@@ -50,7 +60,10 @@ def test_without_a_certain_gap_no_share_is_closed():
     assert gap_closed(before, answered("r" * 60 + "w" * 40, "r" * 100)) == {}
 
 
-@pytest.mark.parametrize(("right", "rows", "low", "high"), [(0, 3, 0.0, 0.561497), (4, 4, 0.510109, 1.0), (81, 263, 0.2553, 0.3662)])
+@pytest.mark.parametrize(
+    ("right", "rows", "low", "high"),
+    [(0, 3, 0.0, 0.561497), (4, 4, 0.510109, 1.0), (81, 263, 0.2553, 0.3662)],
+)
 def test_intervals_of_shares_are_wilsons(right, rows, low, high):
     """Source of the last: Newcombe 1998, table I (81 of 263: 0.2553 to 0.3662)."""
     found = accuracies(answered("r" * right + "w" * (rows - right), "r" * rows))
@@ -102,15 +115,30 @@ def test_answers_are_greedy_on_the_full_image_and_on_the_crop():
     """Also of a control, whose teacher does not see the crop in training."""
     backend, encoder, examples = ToyBackend(), ToyEncoder(), coloured(5)
     heard = []
-    found = greedy_answers(backend, encoder, examples, ViewOptions(kind="full", margin=0), 4, 10**6, progress=heard.append)
+    found = greedy_answers(
+        backend,
+        encoder,
+        examples,
+        ViewOptions(kind="full", margin=0),
+        4,
+        10**6,
+        progress=heard.append,
+    )
     assert sum(heard) == 10
     assert [one.id for one in found] == [example.id for example in examples]
     assert any(one.full != one.crop for one in found)
-    encoders = {"full": usable.encode_student, "crop": lambda *given: usable.encode_teacher(*given, ViewOptions(margin=0))}
+    encoders = {
+        "full": usable.encode_student,
+        "crop": lambda *given: usable.encode_teacher(*given, ViewOptions(margin=0)),
+    }
     for view, encode in encoders.items():
         prompts = [encode(encoder, example) for example in examples]
-        alone = backend.sample(prompts, np.zeros((5, 1, 4), np.float32), Sampling(0.0, encoder.stop, encoder.banned))
-        assert [getattr(one, view) for one in found] == [encoder.decode(group[0].tokens) for group in alone]
+        alone = backend.sample(
+            prompts, np.zeros((5, 1, 4), np.float32), Sampling(0.0, encoder.stop, encoder.banned)
+        )
+        assert [getattr(one, view) for one in found] == [
+            encoder.decode(group[0].tokens) for group in alone
+        ]
     again = greedy_answers(backend, encoder, examples, ViewOptions(kind="crop", margin=0), 4, 1)
     assert found == again
     assert all(one.full_right is (one.full == "abc") for one in found)

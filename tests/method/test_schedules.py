@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from opd.method.schedules import OptimizerOptions, TeacherOptions, learning_rate, optimizer_update, teacher_rate
+from opd.method.schedules import (
+    OptimizerOptions,
+    TeacherOptions,
+    learning_rate,
+    optimizer_update,
+    teacher_rate,
+)
 
 
 def rates(steps, **options):
@@ -45,6 +51,19 @@ def test_teacher_rules(options, expected):
 
 
 def test_update_carries_every_option():
-    options = OptimizerOptions(learning_rate=0.5, warmup_steps=2, betas=(0.8, 0.95), epsilon=1e-6, weight_decay=0.1, gradient_clip=0)
+    options = OptimizerOptions(
+        learning_rate=0.5,
+        warmup_steps=2,
+        betas=(0.8, 0.95),
+        epsilon=1e-6,
+        weight_decay=0.1,
+        gradient_clip=0,
+    )
     step = optimizer_update(options, 1, 10)
-    assert (step.learning_rate, step.betas, step.epsilon, step.weight_decay, step.gradient_clip) == (0.25, (0.8, 0.95), 1e-6, 0.1, None)
+    assert (
+        step.learning_rate,
+        step.betas,
+        step.epsilon,
+        step.weight_decay,
+        step.gradient_clip,
+    ) == (0.25, (0.8, 0.95), 1e-6, 0.1, None)

@@ -1,4 +1,5 @@
-"""What an adapter, a run or a checkpoint names as its base: names that lead in a circle, or that no file has, are one line."""
+"""What an adapter, a run or a checkpoint names as its base: names that lead in a circle, or that no
+file has, are one line."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def test_a_recipe_without_a_model_section_is_of_the_embedded_one(tmp_path, text)
 
 
 def test_a_model_and_an_adapter_in_one_folder(tmp_path):
-    """transformers loads the adapter over the base that it names, so neither alone is meant for certain."""
+    """transformers loads the adapter over the base that it names, so neither alone is meant for
+    certain."""
     both = adapter(tmp_path / "both", "tiny")
     (both / "config.json").write_text("{}")
     (both / "adapter_model.safetensors").write_bytes(b"")
@@ -104,7 +106,10 @@ def test_an_exported_adapter_names_no_code(tmp_path):
     """PEFT imports the modules that these settings name."""
     folder = adapter(tmp_path / "adapter", "tiny")
     content = json.loads((folder / "adapter_config.json").read_text())
-    planted = {"auto_mapping": {"base_model_class": "X", "parent_library": "planted"}, "megatron_core": "planted"}
+    planted = {
+        "auto_mapping": {"base_model_class": "X", "parent_library": "planted"},
+        "megatron_core": "planted",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(content | planted))
     copy_result(folder, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()) == content

@@ -60,11 +60,17 @@ def test_files_that_are_none_are_one_line(tmp_path, monkeypatch):
     assert message(read_json, tmp_path).endswith("is not a file")
     monkeypatch.setattr(model_files, "JSON_BYTES", 10)
     (tmp_path / "large").write_text('{"a": "0123456789"}')
-    assert "has 19 bytes, more than any such file needs (10)" in message(read_json, tmp_path / "large")
+    assert "has 19 bytes, more than any such file needs (10)" in message(
+        read_json, tmp_path / "large"
+    )
 
 
 def test_headers_are_what_safetensors_wrote(tmp_path):
-    save_file({"a": np.zeros((2, 3), np.float32), "b": np.zeros((), np.int64)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"a": np.zeros((2, 3), np.float32), "b": np.zeros((), np.int64)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     save_file({"c": np.zeros((0, 4), np.float16)}, tmp_path / "other.safetensors")
     assert weight_files(tmp_path) == ["model.safetensors"]
     assert tensor_headers(tmp_path) == {
@@ -119,7 +125,9 @@ def test_an_index_names_files_of_the_folder_alone(tmp_path, owner, expected):
         assert expected in message(call, tmp_path / "model")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": 3}']
+)
 def test_an_index_without_a_map_is_one_line(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     assert "has no weight_map" in message(tensor_headers, tmp_path)
@@ -145,14 +153,29 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
     [
         (b"", "cannot be read as safetensors: it has 0 bytes"),
         (b"half", "cannot be read as safetensors: it has 4 bytes"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read as safetensors: it has 43 bytes, and a header of"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "cannot be read as safetensors: it has 43 bytes, and a header of",
+        ),
         ((2**63).to_bytes(8, "little") + b"{}", "and a header of 9,223,372,036,854,775,808"),
-        ((3).to_bytes(8, "little") + b"{x}", "cannot be read as safetensors: the header is not JSON"),
-        ((2).to_bytes(8, "little") + b"[]", "cannot be read as safetensors: the header does not hold a JSON object"),
+        (
+            (3).to_bytes(8, "little") + b"{x}",
+            "cannot be read as safetensors: the header is not JSON",
+        ),
+        (
+            (2).to_bytes(8, "little") + b"[]",
+            "cannot be read as safetensors: the header does not hold a JSON object",
+        ),
         ((200_000).to_bytes(8, "little") + b"[" * 100_000 + b"]" * 100_000, "nested deeper"),
         (header(a=entry()), "is cut off: a ends at byte 4 of 0; download it again"),
-        (header(a=entry(shape=(10**12,), offsets=(0, 4 * 10**12))), "is cut off: a ends at byte 4,000,000,000,000 of 0"),
-        (header(a=entry(shape=(10**12,), offsets=(0, 4))) + bytes(4), "a has 4 bytes for F32 (1000000000000,)"),
+        (
+            header(a=entry(shape=(10**12,), offsets=(0, 4 * 10**12))),
+            "is cut off: a ends at byte 4,000,000,000,000 of 0",
+        ),
+        (
+            header(a=entry(shape=(10**12,), offsets=(0, 4))) + bytes(4),
+            "a has 4 bytes for F32 (1000000000000,)",
+        ),
         (header(a=entry(shape=(-1,))) + bytes(4), "says nothing usable of a"),
         (header(a=entry(shape=(True,))) + bytes(4), "says nothing usable of a"),
         (header(a=entry(shape="1")) + bytes(4), "says nothing usable of a"),
@@ -186,7 +209,11 @@ def test_links_stay_in_the_folder(tmp_path):
     check_links(tmp_path / "elsewhere")
     for name in ("notes.txt", "additional_chat_templates/other.jinja"):
         for target in ("/etc/passwd", tmp_path / "secret", "../secret", tmp_path):
-            (folder / name).symlink_to(os.path.relpath(tmp_path / "secret", (folder / name).parent) if target == "../secret" else target)
+            (folder / name).symlink_to(
+                os.path.relpath(tmp_path / "secret", (folder / name).parent)
+                if target == "../secret"
+                else target
+            )
             said = message(check_links, folder)
             assert f"{folder / name} is a link to " in said
             assert "outside of the model folder; put the file itself there" in said

@@ -18,7 +18,13 @@ from opd.tiny import MODEL
 from opd_cli import main
 from tests.support.fake_hub import COMMIT, serve
 
-SMALL = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
+SMALL = {
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @pytest.fixture
@@ -30,7 +36,11 @@ def online(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         close_session()  # keeps offline mode, and connections to servers that are gone
 
     yield to
@@ -53,7 +63,13 @@ def repository(tmp_path):
     """The embedded model as people publish models, with what must stay on the hub."""
     folder = tmp_path / "repository"
     shutil.copytree(MODEL, folder)
-    for name in ("README.md", "modeling_tiny.py", "pytorch_model.bin", "consolidated.safetensors", "onnx/config.json"):
+    for name in (
+        "README.md",
+        "modeling_tiny.py",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "onnx/config.json",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("never fetched")
     return folder
@@ -71,14 +87,25 @@ def test_only_what_a_model_needs_is_fetched_and_only_once(repository, online, of
         assert len(downloaded) == len(SMALL) + 1
     assert hub.fetch("org/tiny") == whole  # the network is gone
     offline()
-    assert hub.fetch("org/tiny") == hub.fetch("org/tiny", COMMIT) == ModelChoice(path="org/tiny", revision="v1").folder() == whole
+    assert (
+        hub.fetch("org/tiny")
+        == hub.fetch("org/tiny", COMMIT)
+        == ModelChoice(path="org/tiny", revision="v1").folder()
+        == whole
+    )
     assert (whole / "model.safetensors").read_bytes() == (MODEL / "model.safetensors").read_bytes()
 
 
 def test_a_gated_model_comes_with_a_token(repository, online, monkeypatch):
     with serve({"org/tiny": repository}, gated=("org/tiny",)) as (endpoint, _):
         online(endpoint)
-        with pytest.raises(ModelError, match=f"model 'org/tiny': it is gated: accept its terms at {endpoint}/org/tiny, then log in with"):
+        with pytest.raises(
+            ModelError,
+            match=(
+                f"model 'org/tiny': it is gated: accept its terms at {endpoint}/org/tiny, then log"
+                " in with"
+            ),
+        ):
             hub.fetch("org/tiny")
         monkeypatch.setenv("HF_TOKEN", "secret")
         assert (hub.fetch("org/tiny") / "model.safetensors").is_file()
@@ -94,7 +121,10 @@ def test_a_prepared_cache_serves_offline(tmp_path, offline):
     assert hub.fetch("org/tiny") == folder / "snapshots" / COMMIT
     (folder / "snapshots" / COMMIT / "model.safetensors").unlink()
     assert hub.fetch("org/tiny", weights=False) == folder / "snapshots" / COMMIT
-    with pytest.raises(ModelError, match=r"model 'org/tiny': its weights are not in the cache .*/cache; unset HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ModelError,
+        match=r"model 'org/tiny': its weights are not in the cache .*/cache; unset HF_HUB_OFFLINE",
+    ):
         hub.fetch("org/tiny")
 
 
@@ -109,35 +139,61 @@ def test_every_failure_of_the_hub_is_one_line(tmp_path, repository, online, offl
     monkeypatch.chdir(tmp_path)
     bare = tmp_path / "bare"
     shutil.copytree(repository, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    with serve({"org/tiny": repository, "org/gated": repository, "org/bare": bare}, gated=("org/gated",), broken=("org/broken",)) as (
+    with serve(
+        {"org/tiny": repository, "org/gated": repository, "org/bare": bare},
+        gated=("org/gated",),
+        broken=("org/broken",),
+    ) as (
         endpoint,
         downloaded,
     ):
         online(endpoint)
-        assert f"model 'org/tinny': neither a folder here nor a model on {endpoint}; check the name" in said("--model", "org/tinny")
+        assert (
+            f"model 'org/tinny': neither a folder here nor a model on {endpoint}; check the name"
+            in said("--model", "org/tinny")
+        )
         assert "model 'org/gated': it is gated: accept its terms at" in said("--model", "org/gated")
         revision = said("--model", "org/tiny", "--set", "model.revision=v9")
-        assert f"model 'org/tiny': {endpoint} has no revision 'v9' of it; check model.revision" in revision
-        assert f"model 'org/broken': {endpoint} answered 500, and it is not in the cache" in said("--model", "org/broken")
-        assert "model 'org/bare': it has no weights as safetensors" in said("tiny", "--model", "org/bare")
+        assert (
+            f"model 'org/tiny': {endpoint} has no revision 'v9' of it; check model.revision"
+            in revision
+        )
+        assert f"model 'org/broken': {endpoint} answered 500, and it is not in the cache" in said(
+            "--model", "org/broken"
+        )
+        assert "model 'org/bare': it has no weights as safetensors" in said(
+            "tiny", "--model", "org/bare"
+        )
         assert downloaded
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         online(f"http://127.0.0.1:{free.getsockname()[1]}")
         unreachable = said("--model", "org/other")
-    assert "model 'org/other': neither a folder here nor in the cache, and http://127.0.0.1:" in unreachable
+    assert (
+        "model 'org/other': neither a folder here nor in the cache, and http://127.0.0.1:"
+        in unreachable
+    )
     assert "cannot be reached" in unreachable
     offline()
     assert "neither a folder here nor in the cache" in said("--model", "org/other")
-    assert "HF_HUB_OFFLINE is set: unset it to download" in said("--model", "org/other", "--set", "model.revision=v9")
+    assert "HF_HUB_OFFLINE is set: unset it to download" in said(
+        "--model", "org/other", "--set", "model.revision=v9"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "cache", "repository"]
 
 
-def test_a_model_that_needs_remote_code_is_refused_before_its_weights(tmp_path, repository, online, monkeypatch):
+def test_a_model_that_needs_remote_code_is_refused_before_its_weights(
+    tmp_path, repository, online, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     config = json.loads((repository / "config.json").read_text())
-    (repository / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoModel": "modeling_own.Own"}}))
-    message = "model_type 'own' needs Python code of its own repository, which is never run; name a model whose class transformers has"
+    (repository / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": {"AutoModel": "modeling_own.Own"}})
+    )
+    message = (
+        "model_type 'own' needs Python code of its own repository, which is never run; name a model"
+        " whose class transformers has"
+    )
     with serve({"org/own": repository}) as (endpoint, downloaded):
         online(endpoint)
         assert message in said("--model", "org/own")
@@ -148,9 +204,22 @@ def test_a_model_that_needs_remote_code_is_refused_before_its_weights(tmp_path, 
     assert ModelChoice(path="repository").folder() == Path("repository")
 
 
-def test_a_run_from_the_hub_goes_on_offline_from_its_commit(tmp_path, repository, online, offline, monkeypatch):
+def test_a_run_from_the_hub_goes_on_offline_from_its_commit(
+    tmp_path, repository, online, offline, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    few = ["--backend", "cpu", "--steps", "1", "--out", "run", "--set", "rollout.prompts=2", "--set", "measure.count=0"]
+    few = [
+        "--backend",
+        "cpu",
+        "--steps",
+        "1",
+        "--out",
+        "run",
+        "--set",
+        "rollout.prompts=2",
+        "--set",
+        "measure.count=0",
+    ]
     with serve({"org/tiny": repository}) as (endpoint, downloaded):
         online(endpoint)
         done = CliRunner().invoke(main, ["train", "tiny", "--model", "org/tiny", *few])

@@ -1,4 +1,5 @@
-"""Prompts against the model's own processor, on folders as every version of transformers, and mlx-vlm, lays them out."""
+"""Prompts against the model's own processor, on folders as every version of transformers, and
+mlx-vlm, lays them out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from opd.errors import ModelError
 from opd.prompts.encoder import PromptEncoder
 from opd.tiny import MODEL
 from tests.support import random_models
-from tests.support.layouts import LAYOUTS, NAMED, PROCESSORS, TEXT_ALONE, read, stock, template, write
+from tests.support.layouts import (
+    LAYOUTS,
+    NAMED,
+    PROCESSORS,
+    TEXT_ALONE,
+    read,
+    stock,
+    template,
+    write,
+)
 from tests.support.prompt_cases import tokenizer_of
 
 pytest.importorskip("torch")
@@ -42,20 +52,35 @@ def laid_out(request, source, tmp_path):
 
 
 def noise(size, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def wanted(processor, images, question=QUESTION):
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
+    content = [{"type": "image", "image": image} for image in images] + [
+        {"type": "text", "text": question}
+    ]
+    options = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "np",
+    }
     return processor.apply_chat_template([[{"role": "user", "content": content}]], **options)
 
 
 def same(prompt, theirs):
     np.testing.assert_array_equal(prompt.tokens, theirs["input_ids"][0])
-    assert prompt.images.keys() == theirs.keys() & {"pixel_values", "image_grid_thw", "pixel_attention_mask"}
+    assert prompt.images.keys() == theirs.keys() & {
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_attention_mask",
+    }
     for key, value in prompt.images.items():
-        np.testing.assert_array_equal(value, theirs[key][0] if value.ndim == theirs[key].ndim - 1 else theirs[key])
+        np.testing.assert_array_equal(
+            value, theirs[key][0] if value.ndim == theirs[key].ndim - 1 else theirs[key]
+        )
 
 
 def test_prompts_are_the_own_processors_in_every_layout(laid_out, monkeypatch, tmp_path):
@@ -68,13 +93,21 @@ def test_prompts_are_the_own_processors_in_every_layout(laid_out, monkeypatch, t
     exported = stock(folder, kind, monkeypatch)
     chosen, named = exported.tokenizer.get_chat_template(), exported.chat_template
     assert (named["default"] if isinstance(named, dict) else named) == chosen
-    held = [read(folder / name).get("chat_template") for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json")]
+    held = [
+        read(folder / name).get("chat_template")
+        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+    ]
     assert {one for one in held if one} <= {chosen}
     for one in (encoder, PromptEncoder(folder)):
         same(one.encode([noise((200, 50))], QUESTION), wanted(exported, [noise((200, 50))]))
 
 
-MARKS = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
+MARKS = (
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+)
 
 
 @pytest.mark.parametrize("missing", range(len(MARKS)))
@@ -145,7 +178,9 @@ def test_one_file_may_hold_several_templates(tmp_path, name, form):
     assert read(model / name)["chat_template"] == formed()
 
 
-@pytest.mark.parametrize("held", [3, [1], {"default": 3}, [{"name": "default"}], {"tools": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "held", [3, [1], {"default": 3}, [{"name": "default"}], {"tools": "x"}], ids=str
+)
 def test_templates_of_other_types_are_one_line(tmp_path, held):
     random_models.qwen3_vl(tmp_path / "model")
     for name in ("chat_template.json", "processor_config.json"):
@@ -157,13 +192,17 @@ def test_templates_of_other_types_are_one_line(tmp_path, held):
 
 
 def test_a_first_token_is_added_as_the_own_processor_adds_it(tmp_path, monkeypatch):
-    """A tokenizer may put a token before every text; a template that writes the token itself must not have it twice."""
+    """A tokenizer may put a token before every text; a template that writes the token itself must
+    not have it twice."""
     folder = random_models.gemma3(tmp_path / "model")
     tokens = json.loads((folder / "tokenizer.json").read_text())
     begin = next(token["id"] for token in tokens["added_tokens"] if token["content"] == "<bos>")
     tokens["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<bos>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<bos>": {"id": "<bos>", "ids": [begin], "tokens": ["<bos>"]}},
     }
@@ -219,10 +258,13 @@ def test_an_old_file_without_a_template_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("generation", "added"), [(None, []), ({}, []), (5, [5]), ([5, 4], [5, 4]), ("own", []), ([4, "own"], [4])], ids=str
+    ("generation", "added"),
+    [(None, []), ({}, []), (5, [5]), ([5, 4], [5, 4]), ("own", []), ([4, "own"], [4])],
+    ids=str,
 )
 def test_completions_end_at_the_ids_of_both_files(tmp_path, generation, added):
-    """The ids of generation_config.json first, then the tokenizer's own where it is not among them."""
+    """The ids of generation_config.json first, then the tokenizer's own where it is not among
+    them."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     own = tokenizer_of(model).eos_token_id
@@ -230,6 +272,16 @@ def test_completions_end_at_the_ids_of_both_files(tmp_path, generation, added):
     if generation is None:
         file.unlink()
     else:
-        named = [own if one == "own" else one for one in (generation if isinstance(generation, list) else [generation])]
-        write(file, {} if generation == {} else {"eos_token_id": named if isinstance(generation, list) else named[0]})
+        named = [
+            own if one == "own" else one
+            for one in (generation if isinstance(generation, list) else [generation])
+        ]
+        write(
+            file,
+            (
+                {}
+                if generation == {}
+                else {"eos_token_id": named if isinstance(generation, list) else named[0]}
+            ),
+        )
     assert PromptEncoder(model).stop == (*added, own)

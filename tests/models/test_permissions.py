@@ -1,4 +1,5 @@
-"""Everything that a run and an export write has the permissions of new files: whom the umask lets read, reads."""
+"""Everything that a run and an export write has the permissions of new files: whom the umask lets
+read, reads."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from opd.models.permissions import as_new
 from opd_cli import main
 from tests.support.random_models import llava, qwen3_vl
 
-FEW = ["--set", "measure.count=0", "--set", "rollout.prompts=2", "--set", "rollout.completions=2", "--set", "run.checkpoint_every=1"]
+FEW = [
+    "--set",
+    "measure.count=0",
+    "--set",
+    "rollout.prompts=2",
+    "--set",
+    "rollout.completions=2",
+    "--set",
+    "run.checkpoint_every=1",
+]
 
 
 @pytest.fixture(params=[0o027, 0o002], ids=oct)
@@ -36,12 +46,33 @@ def check(root, umask):
 def test_a_run_and_its_exports(backend_name, umask, tmp_path):
     adapted = ["--set", "model.tune=lora", "--set", "model.rank=2"]
     if umask == 0o027:
-        opd("train", "tiny", "--backend", backend_name, "--steps", 1, "--out", tmp_path / "full", *FEW)
+        opd(
+            "train",
+            "tiny",
+            "--backend",
+            backend_name,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "full",
+            *FEW,
+        )
         opd("export", tmp_path / "full", "--out", tmp_path / "model")
         check(tmp_path / "full", umask)
         check(tmp_path / "model", umask)
     else:
-        opd("train", "tiny", "--backend", backend_name, "--steps", 1, "--out", tmp_path / "lora", *FEW, *adapted)
+        opd(
+            "train",
+            "tiny",
+            "--backend",
+            backend_name,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "lora",
+            *FEW,
+            *adapted,
+        )
         opd("export", tmp_path / "lora", "--out", tmp_path / "adapter", "--as", "adapter")
         opd("export", tmp_path / "lora", "--out", tmp_path / "merged")
         for name in ("lora", "adapter", "merged"):

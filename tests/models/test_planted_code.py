@@ -1,6 +1,8 @@
-"""Nothing from a model folder, a run, an adapter or a template is ever run, by any library that it is handed to, nor copied.
+"""Nothing from a model folder, a run, an adapter or a template is ever run, by any library that it
+is handed to, nor copied.
 
-Planted files leave a mark if they are run: Python that configurations name, pickles, and templates that reach out.
+Planted files leave a mark if they are run: Python that configurations name, pickles, and templates
+that reach out.
 """
 
 from __future__ import annotations
@@ -22,9 +24,26 @@ from tests.support.random_models import qwen3_vl
 
 FEW = [
     *("--set", "data.path=tiny", "--set", "measure.count=2", "--set", "measure.max_tokens=2"),
-    *("--set", "rollout.prompts=2", "--set", "rollout.completions=2", "--set", "run.checkpoint_every=1"),
+    *(
+        "--set",
+        "rollout.prompts=2",
+        "--set",
+        "rollout.completions=2",
+        "--set",
+        "run.checkpoint_every=1",
+    ),
 ]
-PLANTED = {"evil.py", "__init__.py", "evil.pyc", "evil.so", "run.sh", "setup.cfg", "pytorch_model.bin", "adapter_model.bin", "weights.npy"}
+PLANTED = {
+    "evil.py",
+    "__init__.py",
+    "evil.pyc",
+    "evil.so",
+    "run.sh",
+    "setup.cfg",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "weights.npy",
+}
 
 
 class Pickled:
@@ -38,16 +57,26 @@ class Pickled:
 
 
 def plant(folder, mark):
-    """Puts files that leave `mark` into a folder, and names them wherever a library looks for names."""
+    """Puts files that leave `mark` into a folder, and names them wherever a library looks for
+    names."""
     code = f"with open({str(mark)!r}, 'a') as mark:\n    mark.write('ran ')\n"
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate/generate.py").write_text(code)
     for name in PLANTED:
-        (folder / name).write_bytes(pickle.dumps(Pickled(code)) if name.endswith((".bin", ".npy")) else code.encode())
+        (folder / name).write_bytes(
+            pickle.dumps(Pickled(code)) if name.endswith((".bin", ".npy")) else code.encode()
+        )
     (folder / "run.sh").chmod(0o755)
     named = {
         "auto_map": dict.fromkeys(
-            ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor"), "evil.Evil"
+            (
+                "AutoConfig",
+                "AutoModel",
+                "AutoModelForImageTextToText",
+                "AutoProcessor",
+                "AutoImageProcessor",
+            ),
+            "evil.Evil",
         )
         | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
         "model_file": "evil.py",
@@ -55,7 +84,13 @@ def plant(folder, mark):
         "trust_remote_code": True,
         "_attn_implementation": "evil/kernel:evil",
     }
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json"):
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "generation_config.json",
+    ):
         if (folder / name).is_file():
             content = json.loads((folder / name).read_text())
             content |= named
@@ -69,7 +104,11 @@ def plant(folder, mark):
 def planted_in(folder):
     """Files of a folder that are no data, by name; and configurations that name code."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    named = [path for path in files if path.suffix == ".json" and any(f'"{key}"' in path.read_text() for key in inert.CODE)]
+    named = [
+        path
+        for path in files
+        if path.suffix == ".json" and any(f'"{key}"' in path.read_text() for key in inert.CODE)
+    ]
     return [path.name for path in files if path.name in PLANTED | {"generate.py"}] + named
 
 
@@ -82,12 +121,29 @@ def opd(*arguments, code=0):
 
 @pytest.fixture(scope="module", params=INSTALLED)
 def here(request, tmp_path_factory):
-    """A planted model, a run that trained it, an adapter's run; then both runs are planted as well."""
+    """A planted model, a run that trained it, an adapter's run; then both runs are planted as
+    well."""
     root = tmp_path_factory.mktemp(request.param)
     mark = root / "mark"
     model = plant(qwen3_vl(root / "model", hidden=64, mlp=128, head_dim=16), mark)
-    for name, more in (("full", []), ("lora", ["--set", "model.tune=lora", "--set", "model.rank=2"])):
-        opd("train", "tiny", "--model", model, "--backend", request.param, "--steps", 1, "--out", root / name, *FEW, *more)
+    for name, more in (
+        ("full", []),
+        ("lora", ["--set", "model.tune=lora", "--set", "model.rank=2"]),
+    ):
+        opd(
+            "train",
+            "tiny",
+            "--model",
+            model,
+            "--backend",
+            request.param,
+            "--steps",
+            1,
+            "--out",
+            root / name,
+            *FEW,
+            *more,
+        )
     assert not mark.exists()
     assert not planted_in(root / "full")
     assert not planted_in(root / "lora")
@@ -102,14 +158,31 @@ def test_commands_that_read_them(here):
     root, backend = here
     for folder in ("model", "full", "lora"):
         for command in ("gap", "sample"):
-            opd(command, "tiny", "--model", root / folder, "--backend", backend, "--count", 1, "--set", "data.path=tiny")
+            opd(
+                command,
+                "tiny",
+                "--model",
+                root / folder,
+                "--backend",
+                backend,
+                "--count",
+                1,
+                "--set",
+                "data.path=tiny",
+            )
     opd("plan", "tiny", "--model", root / "model")
     assert not (root / "mark").exists()
 
 
 @pytest.mark.parametrize(
     ("run", "more"),
-    [("full", []), ("full", ["--quantize", 4]), ("lora", ["--as", "adapter"]), ("lora", []), ("lora", ["--quantize", 8])],
+    [
+        ("full", []),
+        ("full", ["--quantize", 4]),
+        ("lora", ["--as", "adapter"]),
+        ("lora", []),
+        ("lora", ["--quantize", 8]),
+    ],
     ids=["model", "quantised", "adapter", "merged", "merged and quantised"],
 )
 def test_exports(here, run, more, tmp_path):
@@ -149,7 +222,8 @@ def test_names_of_modules(here, kind, tmp_path):
 
 
 def test_a_folder_with_a_model_and_an_adapter(here, tmp_path):
-    """transformers would load the adapter's base in place of the folder's own weights, where peft is installed."""
+    """transformers would load the adapter's base in place of the folder's own weights, where peft
+    is installed."""
     _, backend = here
     other = qwen3_vl(tmp_path / "other", seed=5, hidden=64, mlp=128, head_dim=16)
     folder = qwen3_vl(tmp_path / "both", seed=6, hidden=64, mlp=128, head_dim=16)
@@ -159,7 +233,9 @@ def test_a_folder_with_a_model_and_an_adapter(here, tmp_path):
     from opd.types import ModelOptions
 
     alone = registry.load(backend, ModelOptions(folder)).tensors("student")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(other)}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(other)})
+    )
     both = registry.load(backend, ModelOptions(folder)).tensors("student")
     assert all(np.array_equal(value, both[name]) for name, value in alone.items())
 
@@ -190,7 +266,9 @@ def test_pickled_weights_alone_are_refused(here, tmp_path):
     root, backend = here
     folder = shutil.copytree(root / "model", tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    said = opd("gap", "tiny", "--model", folder, "--backend", backend, "--set", "data.path=tiny", code=2).stderr
+    said = opd(
+        "gap", "tiny", "--model", folder, "--backend", backend, "--set", "data.path=tiny", code=2
+    ).stderr
     assert "pickled" in said
     assert not (root / "mark").exists()
 
@@ -202,12 +280,16 @@ def test_a_picture_that_is_a_program(name, tmp_path, monkeypatch):
     (tmp_path / "bin/gs").write_text(f"#!/bin/sh\necho ran >> {tmp_path}/mark\n")
     (tmp_path / "bin/gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin:/usr/bin")
-    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n(a) (w) file closefile\nshowpage\n")
+    (tmp_path / name).write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n(a) (w) file closefile\nshowpage\n"
+    )
     with pytest.raises(DataError, match="an EPS drawing is a program"):
         open_image(tmp_path / name)
     row = {"image": name, "question": "What?", "boxes": [[1, 1, 9, 9]], "answer": "1"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    said = opd("gap", "tiny", "--data", tmp_path / "rows.jsonl", "--set", "data.strict=true", code=2).stderr
+    said = opd(
+        "gap", "tiny", "--data", tmp_path / "rows.jsonl", "--set", "data.strict=true", code=2
+    ).stderr
     assert "an EPS drawing is a program" in said
     assert not (tmp_path / "mark").exists()
 
@@ -217,8 +299,26 @@ def test_what_is_copied(tmp_path):
     source, folder = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     folder.mkdir()
-    copied = ["config.json", "chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "README.md", "LICENSE"]
-    for name in (*copied, *PLANTED, "a.JSON.py", "LICENSE.py", "conftest", "requirements.txt", ".env", "model.safetensors", "x.gguf"):
+    copied = [
+        "config.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "vocab.txt",
+        "tokenizer.model",
+        "README.md",
+        "LICENSE",
+    ]
+    for name in (
+        *copied,
+        *PLANTED,
+        "a.JSON.py",
+        "LICENSE.py",
+        "conftest",
+        "requirements.txt",
+        ".env",
+        "model.safetensors",
+        "x.gguf",
+    ):
         (source / name).write_text("{}")
     (source / "sub").mkdir()
     (source / "sub/config.json").write_text("{}")
@@ -227,7 +327,11 @@ def test_what_is_copied(tmp_path):
 
 
 def test_keys_at_any_depth():
-    deep = {"a": [{"auto_map": 1, "b": {"model_file": "x", "c": 2}}], "auto_map": {}, "d": "auto_map"}
+    deep = {
+        "a": [{"auto_map": 1, "b": {"model_file": "x", "c": 2}}],
+        "auto_map": {},
+        "d": "auto_map",
+    }
     assert inert.without_code(deep) == {"a": [{"b": {"c": 2}}], "d": "auto_map"}
 
 

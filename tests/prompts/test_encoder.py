@@ -19,7 +19,15 @@ from opd.views.images import student_images, teacher_images
 from opd.views.view import ViewOptions
 from tests.support.prompt_cases import tokenizer_of
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 TURN = """{%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\n' }}
 {%- for part in message.content -%}
@@ -29,8 +37,8 @@ TURN = """{%- for message in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"""
 PLAIN = TURN + "{%- endif -%}"
-THINKING = TURN + (
-    "{%- if enable_thinking is defined and enable_thinking is false -%}"
+THINKING = (
+    TURN + "{%- if enable_thinking is defined and enable_thinking is false -%}"
     "{{ '<think>\n\n</think>\n\n' }}{%- else -%}{{ '<think>\n' }}{%- endif -%}{%- endif -%}"
 )
 SIZES = [
@@ -57,7 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_model(folder: Path, template: str = PLAIN, **config: Any) -> Path:
-    """A model folder without weights: patch 8, merge 2, between 256 and 65,536 pixels, byte-level tokens."""
+    """A model folder without weights: patch 8, merge 2, between 256 and 65,536 pixels, byte-level
+    tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,10 +76,14 @@ def write_model(folder: Path, template: str = PLAIN, **config: Any) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         ["What digit is on the red tile?", "The red tile shows 7."] * 9,
-        trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     bpe.add_tokens(["<think>", "</think>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     preprocessor = {
@@ -84,13 +97,17 @@ def write_model(folder: Path, template: str = PLAIN, **config: Any) -> Path:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", **config}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, 0]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [tokenizer.eos_token_id, 0]})
+    )
     return folder
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
     width, height = size
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def real_processor(folder: Path) -> Any:
@@ -105,19 +122,27 @@ def real_processor(folder: Path) -> Any:
     processor.chat_template = processor.tokenizer.chat_template
     for name in ("image", "video"):
         setattr(processor, f"{name}_token", f"<|{name}_pad|>")
-        setattr(processor, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
+        setattr(
+            processor,
+            f"{name}_token_id",
+            processor.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"),
+        )
     return processor
 
 
 def expected(folder: Path, images: list[Image.Image], question: str) -> dict[str, Any]:
     processor = real_processor(folder)
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-    text = processor.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return dict(processor(text=[text], images=images or None, return_tensors="np"))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_encodes_as_the_real_processor_and_numbers_positions_as_the_real_model(any_folder: Path, sizes: list[tuple[int, int]]) -> None:
+def test_encodes_as_the_real_processor_and_numbers_positions_as_the_real_model(
+    any_folder: Path, sizes: list[tuple[int, int]]
+) -> None:
     torch = pytest.importorskip("torch")
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
@@ -134,7 +159,9 @@ def test_encodes_as_the_real_processor_and_numbers_positions_as_the_real_model(a
             assert prompt.images[name].dtype == dtype
             assert prompt.images[name].flags.c_contiguous
 
-    model = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)))
+    model = SimpleNamespace(
+        config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    )
     model.get_vision_position_ids = MethodType(Qwen3VLModel.get_vision_position_ids, model)
     positions, _ = Qwen3VLModel.get_rope_index(
         model,
@@ -151,7 +178,9 @@ def test_the_embedded_task_gives_64_and_9_visual_tokens() -> None:
     example = Scenes("train", 1)[0]
     encoder = PromptEncoder(MODEL)
     student = encoder.encode(student_images(example), example.question)
-    teacher = encoder.encode(teacher_images(example, ViewOptions(margin=6, min_size=48)), example.question)
+    teacher = encoder.encode(
+        teacher_images(example, ViewOptions(margin=6, min_size=48)), example.question
+    )
     assert (len(student.visual.index), len(teacher.visual.index)) == (64, 9)
 
 
@@ -160,36 +189,61 @@ def test_student_and_teacher_differ_only_in_their_image_tokens(folder: Path) -> 
     student = encoder.encode([noise((128, 128))], "What digit is on the red tile?")
     teacher = encoder.encode([noise((48, 48))], "What digit is on the red tile?")
     assert (len(student.visual.index), len(teacher.visual.index)) == (64, 9)
-    np.testing.assert_array_equal(np.delete(student.tokens, student.visual.index), np.delete(teacher.tokens, teacher.visual.index))
+    np.testing.assert_array_equal(
+        np.delete(student.tokens, student.visual.index),
+        np.delete(teacher.tokens, teacher.visual.index),
+    )
     # An image of 8 x 8 visual tokens takes 8 positions, one of 3 x 3 takes 3.
     assert student.start == len(student) - 64 + 8
     assert teacher.start == len(teacher) - 9 + 3
 
 
-def test_prompts_of_one_question_share_their_layout_and_those_of_other_sizes_do_not(folder: Path) -> None:
+def test_prompts_of_one_question_share_their_layout_and_those_of_other_sizes_do_not(
+    folder: Path,
+) -> None:
     encoder, question = PromptEncoder(folder), "What digit is on the red tile?"
-    first, second, other = (encoder.encode([noise(size)], question) for size in ((128, 128), (128, 128), (120, 120)))
+    first, second, other = (
+        encoder.encode([noise(size)], question) for size in ((128, 128), (128, 128), (120, 120))
+    )
     assert first.positions is second.positions
     assert first.visual is second.visual
     with pytest.raises(ValueError, match="read-only"):
         first.positions[0, 0] = 5
-    # 120 pixels become 112 or 128: as many tokens as 128 have, or other ones, and other boxes in any case.
+    # 120 pixels become 112 or 128: as many tokens as 128 have, or other ones, and other boxes in
+    # any case.
     assert other.visual.boxes.max() == 120
     assert first.visual.boxes.max() == 128
     fresh = PromptEncoder(folder).encode([noise((120, 120))], question)
-    for mine, its in ((other.tokens, fresh.tokens), (other.positions, fresh.positions), (other.visual.boxes, fresh.visual.boxes)):
+    for mine, its in (
+        (other.tokens, fresh.tokens),
+        (other.positions, fresh.positions),
+        (other.visual.boxes, fresh.visual.boxes),
+    ):
         np.testing.assert_array_equal(mine, its)
 
 
 def test_positions_of_two_small_images_written_out(folder: Path) -> None:
     prompt = PromptEncoder(folder).encode([noise((48, 32)), noise((16, 32))], "<image>What<image>")
-    texts = ["<|im_start|>user\n<|vision_start|>", *["<|image_pad|>"] * 6, "<|vision_end|>What<|vision_start|>", *["<|image_pad|>"] * 2]
+    texts = [
+        "<|im_start|>user\n<|vision_start|>",
+        *["<|image_pad|>"] * 6,
+        "<|vision_end|>What<|vision_start|>",
+        *["<|image_pad|>"] * 2,
+    ]
     ids = tokenizer_of(folder)("".join(texts))["input_ids"]
     assert prompt.tokens[: len(ids)].tolist() == ids
     first, second = prompt.visual.index[0], prompt.visual.index[6]
-    assert (prompt.positions[:, first : first + 6] - first).tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
+    assert (prompt.positions[:, first : first + 6] - first).tolist() == [
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1],
+        [0, 1, 2, 0, 1, 2],
+    ]
     # The first image holds 6 tokens in 3 positions.
-    assert (prompt.positions[:, second : second + 2] - (second - 3)).tolist() == [[0, 0], [0, 1], [0, 0]]
+    assert (prompt.positions[:, second : second + 2] - (second - 3)).tolist() == [
+        [0, 0],
+        [0, 1],
+        [0, 0],
+    ]
     assert prompt.visual.image.tolist() == [0] * 6 + [1] * 2
 
 
@@ -215,14 +269,23 @@ def test_visual_boxes_written_out(folder: Path) -> None:
 @pytest.mark.parametrize("size", [(128, 128), (17, 200), (333, 90), (1, 1)], ids=str)
 def test_visual_boxes_tile_the_image(folder: Path, size: tuple[int, int]) -> None:
     width, height = size
-    boxes = PromptEncoder(folder).encode([noise((64, 64)), noise(size)], "What?").visual.boxes[16:].astype(np.float64)
+    boxes = (
+        PromptEncoder(folder)
+        .encode([noise((64, 64)), noise(size)], "What?")
+        .visual.boxes[16:]
+        .astype(np.float64)
+    )
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert areas.sum() == pytest.approx(width * height)
     centres = np.stack([(boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2], axis=1)
-    inside = (centres[:, None] > boxes[None, :, :2]).all(2) & (centres[:, None] < boxes[None, :, 2:]).all(2)
+    inside = (centres[:, None] > boxes[None, :, :2]).all(2) & (
+        centres[:, None] < boxes[None, :, 2:]
+    ).all(2)
     np.testing.assert_array_equal(inside, np.eye(len(boxes), dtype=bool))
     assert boxes.min() == 0
-    assert boxes.max(axis=0).tolist() == pytest.approx([width - boxes[0, 2], height - boxes[0, 3], width, height])
+    assert boxes.max(axis=0).tolist() == pytest.approx(
+        [width - boxes[0, 2], height - boxes[0, 3], width, height]
+    )
 
 
 def test_a_visual_token_looks_at_the_pixels_of_its_box(folder: Path) -> None:
@@ -233,7 +296,10 @@ def test_a_visual_token_looks_at_the_pixels_of_its_box(folder: Path) -> None:
         left, top, right, bottom = before.visual.boxes[number].astype(int)
         marked = black.copy()
         marked.paste((255, 255, 255), (left, top, right, bottom))
-        changed = (encoder.encode([marked], "What?").images["pixel_values"] != before.images["pixel_values"]).any(axis=1)
+        changed = (
+            encoder.encode([marked], "What?").images["pixel_values"]
+            != before.images["pixel_values"]
+        ).any(axis=1)
         # Four patches are merged into one token.
         assert np.flatnonzero(changed).tolist() == list(range(4 * number, 4 * number + 4))
 
@@ -251,7 +317,9 @@ def test_a_visual_token_looks_at_the_pixels_of_its_box(folder: Path) -> None:
         ("<image>a<image>b", 3, "IaIIb"),
     ],
 )
-def test_images_stand_where_the_question_says(folder: Path, question: str, count: int, expected: str) -> None:
+def test_images_stand_where_the_question_says(
+    folder: Path, question: str, count: int, expected: str
+) -> None:
     encoder = PromptEncoder(folder)
     prompt = encoder.encode([noise((16, 16))] * count, question)
     text = tokenizer_of(folder).decode(prompt.tokens.tolist())
@@ -264,10 +332,19 @@ def test_images_stand_where_the_question_says(folder: Path, question: str, count
     [
         ("<image><image>What?", (16, 16), "the question has 2 '<image>' markers for 1 image"),
         ("What is <|image_pad|>?", (16, 16), "contains a reserved token such as '<|image_pad|>'"),
-        ("What?", (2000, 2), "images of 2000 x 2 pixels cannot be encoded: absolute aspect ratio must be smaller than 200"),
+        (
+            "What?",
+            (2000, 2),
+            (
+                "images of 2000 x 2 pixels cannot be encoded: absolute aspect ratio must be smaller"
+                " than 200"
+            ),
+        ),
     ],
 )
-def test_questions_and_images_that_do_not_fit_are_data_errors(folder: Path, question: str, size: tuple[int, int], message: str) -> None:
+def test_questions_and_images_that_do_not_fit_are_data_errors(
+    folder: Path, question: str, size: tuple[int, int], message: str
+) -> None:
     with pytest.raises(DataError) as caught:
         PromptEncoder(folder).encode([noise(size)], question)
     assert message in str(caught.value)
@@ -296,19 +373,39 @@ def test_stop_banned_and_decode(folder: Path, tmp_path: Path) -> None:
 def test_pixel_limits_bound_the_number_of_visual_tokens(folder: Path) -> None:
     image = [noise((128, 128))]
     counts = {
-        limits: len(PromptEncoder(folder, max_pixels=limits[0], min_pixels=limits[1]).encode(image, "What?").visual.index)
+        limits: len(
+            PromptEncoder(folder, max_pixels=limits[0], min_pixels=limits[1])
+            .encode(image, "What?")
+            .visual.index
+        )
         for limits in [(None, None), (64 * 64, None), (None, 256 * 256), (128, None)]
     }
     assert counts == {(None, None): 64, (64 * 64, None): 16, (None, 256 * 256): 256, (128, None): 1}
 
 
 BOUNDS = {"student": (96 * 96, 64 * 64), "teacher": (300 * 300, 160 * 160)}
-ASPECTS = [(96, 96), (97, 95), (288, 32), (24, 384), (300, 300), (301, 299), (900, 100), (640, 480), (64, 64), (5, 3), (1, 90), (700, 9)]
+ASPECTS = [
+    (96, 96),
+    (97, 95),
+    (288, 32),
+    (24, 384),
+    (300, 300),
+    (301, 299),
+    (900, 100),
+    (640, 480),
+    (64, 64),
+    (5, 3),
+    (1, 90),
+    (700, 9),
+]
 
 
 @pytest.mark.parametrize("policy", ["student", "teacher"])
-def test_bounds_give_what_the_models_own_processor_gives_with_them(folder: Path, tmp_path: Path, policy: Any) -> None:
-    """Against the real processor of a model that has these bounds of its own: up to the limits, at them, and beyond."""
+def test_bounds_give_what_the_models_own_processor_gives_with_them(
+    folder: Path, tmp_path: Path, policy: Any
+) -> None:
+    """Against the real processor of a model that has these bounds of its own: up to the limits, at
+    them, and beyond."""
     (largest, smallest), (teacher_largest, teacher_smallest) = BOUNDS.values()
     ours = PromptEncoder(folder, largest, smallest, teacher_largest, teacher_smallest)
     path = write_model(tmp_path) / "preprocessor_config.json"
@@ -331,7 +428,10 @@ def test_the_teacher_follows_the_student_where_it_has_no_bounds_of_its_own(folde
 
     def counts(**bounds: int) -> tuple[int, ...]:
         encoder = PromptEncoder(folder, **bounds)
-        return tuple(len(encoder.encode(image, "What?", policy).visual.index) for policy in ("student", "teacher"))
+        return tuple(
+            len(encoder.encode(image, "What?", policy).visual.index)
+            for policy in ("student", "teacher")
+        )
 
     assert counts() == (64, 64)
     assert counts(max_pixels=64 * 64) == (16, 16)
@@ -344,9 +444,15 @@ def test_the_teacher_follows_the_student_where_it_has_no_bounds_of_its_own(folde
 def test_keys_of_the_policies_differ_where_their_bounds_do(folder: Path) -> None:
     image = [noise((32, 48))]  # within all bounds: the arrays are equal, the settings are not
     keys = {}
-    for name, bounds in {"one": {}, "two": {"teacher_max_pixels": 4096}, "three": {"max_pixels": 4096}}.items():
+    for name, bounds in {
+        "one": {},
+        "two": {"teacher_max_pixels": 4096},
+        "three": {"max_pixels": 4096},
+    }.items():
         encoder = PromptEncoder(folder, **bounds)
-        keys[name] = [encoder.encode(image, "What?", policy).key for policy in ("student", "teacher")]
+        keys[name] = [
+            encoder.encode(image, "What?", policy).key for policy in ("student", "teacher")
+        ]
     assert keys["one"][0] == keys["one"][1] == keys["two"][0] != keys["two"][1]
     assert keys["three"] == [keys["two"][1]] * 2
 
@@ -354,7 +460,10 @@ def test_keys_of_the_policies_differ_where_their_bounds_do(folder: Path) -> None
 def test_a_limit_below_the_models_own_minimum_holds(tmp_path: Path) -> None:
     path = write_model(tmp_path) / "preprocessor_config.json"
     path.write_text(path.read_text().replace('"shortest_edge": 256', '"shortest_edge": 4096'))
-    counts = [len(PromptEncoder(tmp_path, limit).encode([noise((16, 16))], "What?").visual.index) for limit in (None, 1024)]
+    counts = [
+        len(PromptEncoder(tmp_path, limit).encode([noise((16, 16))], "What?").visual.index)
+        for limit in (None, 1024)
+    ]
     assert counts == [16, 4]
 
 
@@ -378,12 +487,20 @@ def test_key_is_equal_only_for_equal_features(folder: Path) -> None:
 def test_published_names_of_the_image_processor_load_without_torchvision(tmp_path: Path) -> None:
     path = write_model(tmp_path) / "preprocessor_config.json"
     before = PromptEncoder(tmp_path).encode([noise((64, 48))], "What?").images["pixel_values"]
-    settings = {**json.loads(path.read_text()), "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"}
+    settings = {
+        **json.loads(path.read_text()),
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+    }
     path.write_text(json.dumps(settings))
-    np.testing.assert_array_equal(PromptEncoder(tmp_path).encode([noise((64, 48))], "What?").images["pixel_values"], before)
+    np.testing.assert_array_equal(
+        PromptEncoder(tmp_path).encode([noise((64, 48))], "What?").images["pixel_values"], before
+    )
     path.unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    np.testing.assert_array_equal(PromptEncoder(tmp_path).encode([noise((64, 48))], "What?").images["pixel_values"], before)
+    np.testing.assert_array_equal(
+        PromptEncoder(tmp_path).encode([noise((64, 48))], "What?").images["pixel_values"], before
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,7 +509,11 @@ def test_published_names_of_the_image_processor_load_without_torchvision(tmp_pat
         ("config.json", None, "is not a complete model folder: config.json is missing"),
         ("tokenizer_config.json", None, "tokenizer_config.json is missing"),
         ("tokenizer.json", None, "tokenizer.json or vocab.json is missing"),
-        ("preprocessor_config.json", None, "preprocessor_config.json or processor_config.json is missing"),
+        (
+            "preprocessor_config.json",
+            None,
+            "preprocessor_config.json or processor_config.json is missing",
+        ),
         ("config.json", "{", "config.json is not JSON"),
         ("config.json", "[]", "config.json does not hold a JSON object"),
         ("config.json", "{}", "config.json has no model_type"),
@@ -407,7 +528,9 @@ def test_published_names_of_the_image_processor_load_without_torchvision(tmp_pat
         ("generation_config.json", "x", "generation_config.json is not JSON"),
     ],
 )
-def test_a_broken_model_folder_is_one_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_a_broken_model_folder_is_one_line(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
     path = write_model(tmp_path) / name
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ModelError) as caught:
@@ -420,7 +543,9 @@ def test_a_broken_model_folder_is_one_line(tmp_path: Path, name: str, content: s
 def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
     """As processors kept it before transformers 4.50."""
     template = write_model(tmp_path) / "chat_template.jinja"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    (tmp_path / "chat_template.json").write_text(
+        json.dumps({"chat_template": template.read_text()})
+    )
     wanted = PromptEncoder(tmp_path).encode([], "What?").tokens
     template.unlink()
     np.testing.assert_array_equal(PromptEncoder(tmp_path).encode([], "What?").tokens, wanted)
@@ -431,5 +556,7 @@ def test_a_missing_model_folder_and_a_missing_token_are_one_line(tmp_path: Path)
         PromptEncoder(tmp_path / "nowhere")
     path = write_model(tmp_path) / "tokenizer.json"
     path.write_text(path.read_text().replace("<|video_pad|>", "<|video_pat|>"))
-    with pytest.raises(ModelError, match=r"the tokenizer has no token '<\|video_pad\|>', which qwen3_vl needs"):
+    with pytest.raises(
+        ModelError, match=r"the tokenizer has no token '<\|video_pad\|>', which qwen3_vl needs"
+    ):
         PromptEncoder(tmp_path)

@@ -11,7 +11,13 @@ from opd.prompts import families
 from opd.prompts.families import qwen_vl
 from tests.support.random_models import SOURCE
 
-SIZES = [[(128, 128)], [(48, 80), (200, 33)], [(7, 9)], [(901, 640)], [(64, 64), (64, 64), (31, 77)]]
+SIZES = [
+    [(128, 128)],
+    [(48, 80), (200, 33)],
+    [(7, 9)],
+    [(901, 640)],
+    [(64, 64), (64, 64), (31, 77)],
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,10 @@ def processor():
 @pytest.mark.parametrize("mean", [[0.5, 0.5, 0.5], [0.48145466, 0.4578275, 0.40821073]])
 def test_patches_are_the_processors(processor, sizes, bounds, mean, monkeypatch):
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+    images = [
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in sizes
+    ]
     monkeypatch.setattr(processor, "image_mean", mean)
     family = families.family("qwen3_vl")
     options = family.sizes(processor, *bounds)
@@ -45,4 +54,7 @@ def test_a_processor_with_other_steps_runs_itself(processor, monkeypatch):
     options = family.sizes(processor, None, None)
     ours, _ = family.lay_out(processor, [image], options, {})
     assert ours["pixel_values"].min() >= 0
-    np.testing.assert_array_equal(ours["pixel_values"], processor(images=[image], return_tensors="np", **options)["pixel_values"])
+    np.testing.assert_array_equal(
+        ours["pixel_values"],
+        processor(images=[image], return_tensors="np", **options)["pixel_values"],
+    )

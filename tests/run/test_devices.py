@@ -49,7 +49,14 @@ def test_data_are_no_pipe_and_no_device(command, device, pipe):
 
 
 @pytest.mark.parametrize(
-    "file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"]
+    "file",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+    ],
 )
 def test_files_of_a_model_are_no_pipes(file, tmp_path):
     shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns(file))

@@ -1,4 +1,5 @@
-"""`opd export`: what it writes is loaded by transformers and by mlx-vlm, and gives the same logits there."""
+"""`opd export`: what it writes is loaded by transformers and by mlx-vlm, and gives the same logits
+there."""
 
 from __future__ import annotations
 
@@ -20,7 +21,16 @@ from opd.views.images import student_images
 from opd_cli import main
 from tests.support.random_models import qwen3_vl
 
-FEW = ["--set", "measure.count=0", "--set", "rollout.prompts=2", "--set", "rollout.completions=2", "--set", "run.checkpoint_every=1"]
+FEW = [
+    "--set",
+    "measure.count=0",
+    "--set",
+    "rollout.prompts=2",
+    "--set",
+    "rollout.completions=2",
+    "--set",
+    "run.checkpoint_every=1",
+]
 
 
 def opd(*arguments, code=0):
@@ -31,8 +41,11 @@ def opd(*arguments, code=0):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "own head"])
 def base(request, tmp_path_factory):
-    """A random model whose language model can be quantised, with a tied head (also stored, as some writers do) and with its own."""
-    folder = qwen3_vl(tmp_path_factory.mktemp("base"), hidden=64, mlp=128, head_dim=16, tied=request.param)
+    """A random model whose language model can be quantised, with a tied head (also stored, as some
+    writers do) and with its own."""
+    folder = qwen3_vl(
+        tmp_path_factory.mktemp("base"), hidden=64, mlp=128, head_dim=16, tied=request.param
+    )
     if request.param:
         from safetensors.numpy import save_file
 
@@ -48,7 +61,20 @@ def run(request, base, tmp_path_factory):
     pytest.importorskip({"cpu": "torch", "mlx": "mlx"}[request.param])
     folder = tmp_path_factory.mktemp("runs") / "run"
     rate = ["--set", "optimizer.learning_rate=0.01", "--set", "optimizer.warmup_steps=0"]
-    opd("train", "tiny", "--model", base, "--backend", request.param, "--steps", 2, "--out", folder, *FEW, *rate)
+    opd(
+        "train",
+        "tiny",
+        "--model",
+        base,
+        "--backend",
+        request.param,
+        "--steps",
+        2,
+        "--out",
+        folder,
+        *FEW,
+        *rate,
+    )
     return folder
 
 
@@ -71,7 +97,9 @@ def mlx_vlm_logits(folder, prompt):
     model = load_model(Path(folder))
     ids = mx.array(prompt.tokens[None])
     pixels, grid = (mx.array(prompt.images[name]) for name in ("pixel_values", "image_grid_thw"))
-    return np.array(model(ids, pixel_values=pixels, image_grid_thw=grid).logits[0].astype(mx.float32))
+    return np.array(
+        model(ids, pixel_values=pixels, image_grid_thw=grid).logits[0].astype(mx.float32)
+    )
 
 
 def prompt_of(folder):
@@ -89,15 +117,29 @@ def test_transformers_and_mlx_vlm_load_the_export_with_the_same_logits(run, base
     out = tmp_path / "out"
     result = opd("export", run, "--out", out)
     assert result.stdout == f"model: {out}\n"
-    needs = "to load its processor, Qwen3VLProcessor, transformers needs torchvision beside it: pip install torchvision"
-    assert result.stderr.replace("\n", "").replace(" ", "") == f"exporting {run / 'model'}{needs}".replace(" ", "")
+    needs = (
+        "to load its processor, Qwen3VLProcessor, transformers needs torchvision beside it: pip"
+        " install torchvision"
+    )
+    assert result.stderr.replace("\n", "").replace(
+        " ", ""
+    ) == f"exporting {run / 'model'}{needs}".replace(" ", "")
     prompt = prompt_of(out)
     logits = transformers_logits(out, prompt)
     assert error(mlx_vlm_logits(out, prompt), logits) < 1e-5
     assert error(transformers_logits(base, prompt), logits) > 0.01  # it was trained
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
-    before.pop("lm_head.weight" if json.loads((base / "config.json").read_text())["tie_word_embeddings"] else "", None)
-    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    before.pop(
+        (
+            "lm_head.weight"
+            if json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+            else ""
+        ),
+        None,
+    )
+    assert {name: value.shape for name, value in after.items()} == {
+        name: value.shape for name, value in before.items()
+    }
     assert all(not np.array_equal(before[name], value) for name, value in after.items())
     # The student's own log-probabilities, as the backend that trained it has them.
     name = json.loads((run / "summary.json").read_text())["backend"]
@@ -119,9 +161,16 @@ def test_mlx_vlm_loads_what_is_quantised(run, bits, tmp_path):
     told = json.loads(opd("export", run, "--out", out, "--quantize", bits, "--json").stdout)
     assert told == {"run": str(run), "out": str(out), "as": "model", "step": 2, "quantize": bits}
     config = json.loads((out / "config.json").read_text())
-    assert {key: config["quantization"][key] for key in ("group_size", "bits")} == {"group_size": 64, "bits": bits}
-    whole, packed = load_file(run / "model/model.safetensors"), mx.load(str(out / "model.safetensors"))
-    # Every matrix of the language model is rounded as mx.quantize rounds; the vision tower stays whole.
+    assert {key: config["quantization"][key] for key in ("group_size", "bits")} == {
+        "group_size": 64,
+        "bits": bits,
+    }
+    whole, packed = (
+        load_file(run / "model/model.safetensors"),
+        mx.load(str(out / "model.safetensors")),
+    )
+    # Every matrix of the language model is rounded as mx.quantize rounds; the vision tower stays
+    # whole.
     restored = tmp_path / "restored"
     shutil.copytree(run / "model", restored)
     from safetensors.numpy import save_file
@@ -138,7 +187,10 @@ def test_mlx_vlm_loads_what_is_quantised(run, bits, tmp_path):
     )
     prompt = prompt_of(out)
     assert error(mlx_vlm_logits(out, prompt), transformers_logits(restored, prompt)) < 1e-4
-    assert error(transformers_logits(restored, prompt), transformers_logits(run / "model", prompt)) > 1e-3
+    assert (
+        error(transformers_logits(restored, prompt), transformers_logits(run / "model", prompt))
+        > 1e-3
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "restored"]
 
 
@@ -148,15 +200,21 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(backend_name, tmp_path):
     finished = load_file(run / "model/model.safetensors")
     shutil.rmtree(run / "model")
     result = opd("export", run, "--out", out, "--backend", backend_name)
-    assert "is not finished: exporting its checkpoint of step 3, of 3" in result.stderr.replace("\n", "")
+    assert "is not finished: exporting its checkpoint of step 3, of 3" in result.stderr.replace(
+        "\n", ""
+    )
     exported = load_file(out / "model.safetensors")
     assert exported.keys() == finished.keys()
     assert all(np.array_equal(exported[name], value) for name, value in finished.items())
     shutil.rmtree(run / "checkpoints/step-000003")
-    assert json.loads(opd("export", run, "--out", tmp_path / "earlier", "--json").stdout)["step"] == 2
+    assert (
+        json.loads(opd("export", run, "--out", tmp_path / "earlier", "--json").stdout)["step"] == 2
+    )
     earlier = load_file(tmp_path / "earlier/model.safetensors")
     assert all(not np.array_equal(earlier[name], value) for name, value in finished.items())
-    again = json.loads(opd("gap", "--model", out, "--count", 2, "--backend", "cpu", "--json").stdout)
+    again = json.loads(
+        opd("gap", "--model", out, "--count", 2, "--backend", "cpu", "--json").stdout
+    )
     assert again["rows"] == 2
 
 

@@ -23,11 +23,19 @@ def nothing(path):
 def test_a_run_is_never_overwritten(tmp_path):
     run = tmp_path / "run"
     RunFolder.create(run, "first")
-    with pytest.raises(FolderError, match="holds a run; continue it with --resume, replace it with --force, or name another with --out"):
+    with pytest.raises(
+        FolderError,
+        match=(
+            "holds a run; continue it with --resume, replace it with --force, or name another with"
+            " --out"
+        ),
+    ):
         RunFolder.create(run, "second")
     RunFolder.create(run, "second", force=True)
     RunFolder.create(run, "third", force=True)
-    assert [(tmp_path / name / "config.toml").read_text() for name in ("run", "run~1", "run~2")] == ["third", "first", "second"]
+    assert [
+        (tmp_path / name / "config.toml").read_text() for name in ("run", "run~1", "run~2")
+    ] == ["third", "first", "second"]
 
 
 def test_somebody_elses_folder_is_never_touched(tmp_path):
@@ -51,7 +59,9 @@ def test_checkpoints_are_whole_or_not_there(tmp_path):
         raise MemoryError
 
     for step in (1, 2, 3):
-        folder.checkpoint(step, 2, lambda path, step=step: (path / "weights").write_text(str(step)), nothing)
+        folder.checkpoint(
+            step, 2, lambda path, step=step: (path / "weights").write_text(str(step)), nothing
+        )
     with pytest.raises(MemoryError):
         folder.checkpoint(4, 2, fail, nothing)
     # A killed process cannot remove what it has begun.
@@ -67,7 +77,9 @@ def test_a_full_disk_is_one_line(tmp_path):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(RunError, match="cannot be written: No space left on device; what was saved before stays"):
+    with pytest.raises(
+        RunError, match="cannot be written: No space left on device; what was saved before stays"
+    ):
         folder.checkpoint(1, 1, full, nothing)
 
 
@@ -132,17 +144,24 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
                 return backend.rank == 1 and self.steps == 2
 
         with pytest.raises(Stopped) as said:
-            toy_trainer(tmp_path / "run", "measure.count=0", backend=backend, progress=Asked()).train()
+            toy_trainer(
+                tmp_path / "run", "measure.count=0", backend=backend, progress=Asked()
+            ).train()
         stopped[backend.rank] = str(said.value)
 
     Together.start(2, train)
     assert [step for step, _ in run.checkpoints()] == [2]
-    assert all(line.startswith("stopped after step 2; go on with: opd train --resume") for line in stopped.values())
+    assert all(
+        line.startswith("stopped after step 2; go on with: opd train --resume")
+        for line in stopped.values()
+    )
     assert len(stopped) == 2
 
 
 @pytest.mark.parametrize("verb", ["save", "export"])
-def test_a_backend_writes_what_all_processes_hold_on_the_first_alone(backend_name, tmp_path, monkeypatch, verb):
+def test_a_backend_writes_what_all_processes_hold_on_the_first_alone(
+    backend_name, tmp_path, monkeypatch, verb
+):
     backend = registry.load(backend_name, ModelOptions(MODEL))
     monkeypatch.setattr(type(backend), "rank", 1)
     rest = ("model",) if verb == "export" else ()
@@ -165,7 +184,9 @@ def test_a_half_written_line_is_passed_over(tmp_path):
 def test_a_damaged_line_is_named(tmp_path):
     folder = RunFolder.create(tmp_path / "run", "config")
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
-    with pytest.raises(FolderError, match=r"metrics.jsonl' is damaged at line 2: .*; remove that line to go on"):
+    with pytest.raises(
+        FolderError, match=r"metrics.jsonl' is damaged at line 2: .*; remove that line to go on"
+    ):
         folder.rows("metrics.jsonl")
 
 
@@ -194,11 +215,15 @@ def test_the_model_of_a_checkpoint_that_cannot_be_written_is_exported(tmp_path, 
     few = ["rollout.prompts=1", "rollout.completions=1", "rollout.max_tokens=4", "measure.count=1"]
     sets = [part for one in few for part in ("--set", one)]
     run = str(tmp_path / "run")
-    result = CliRunner().invoke(main, ["train", "tiny", "--backend", "cpu", "--steps", "1", "--out", run, *sets])
+    result = CliRunner().invoke(
+        main, ["train", "tiny", "--backend", "cpu", "--steps", "1", "--out", run, *sets]
+    )
     assert result.exit_code == 0, result.output
     checkpoint = f"{run}/checkpoints/step-000001"
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != checkpoint and access(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: str(path) != checkpoint and access(path, mode)
+    )
     result = CliRunner().invoke(main, ["gap", "--model", checkpoint, "--backend", "cpu"])
     assert result.exit_code == 2
     assert f"export it: opd export {checkpoint} --out FOLDER" in result.output

@@ -16,8 +16,20 @@ from tests.cli.test_mistakes import refused
 from tests.cli.test_train import FAST, metrics, opd, photos
 from tests.support.random_models import qwen3_vl
 
-LORA = ["model.tune=lora", "model.rank=4", "model.vision=true", "model.dtype=bfloat16", "model.max_pixels=9000", "view.enlarge=2.0"]
-SLOW = ["optimizer.learning_rate=2e-6", "optimizer.schedule=constant", "measure.max_tokens=5", "rollout.max_tokens=4"]
+LORA = [
+    "model.tune=lora",
+    "model.rank=4",
+    "model.vision=true",
+    "model.dtype=bfloat16",
+    "model.max_pixels=9000",
+    "view.enlarge=2.0",
+]
+SLOW = [
+    "optimizer.learning_rate=2e-6",
+    "optimizer.schedule=constant",
+    "measure.max_tokens=5",
+    "rollout.max_tokens=4",
+]
 
 
 def sets(*options):
@@ -26,14 +38,30 @@ def sets(*options):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """On a model of one's own that is not the embedded one: a full run measured on a file of its own, and one of adapters."""
+    """On a model of one's own that is not the embedded one: a full run measured on a file of its
+    own, and one of adapters."""
     folder = tmp_path_factory.mktemp("runs")
     qwen3_vl(folder / "base")
     photos.__wrapped__(folder)
     shutil.copy(folder / "pairs.jsonl", folder / "held.jsonl")
-    given = ["--backend", "cpu", "--model", folder / "base", "--data", folder / "pairs.jsonl", "--steps", 2, *FAST]
+    given = [
+        "--backend",
+        "cpu",
+        "--model",
+        folder / "base",
+        "--data",
+        folder / "pairs.jsonl",
+        "--steps",
+        2,
+        *FAST,
+    ]
     held = f"measure.path={folder / 'held.jsonl'}"
-    full = [*given, "--set", "model.tune=full", *sets(*SLOW, held, "view.enlarge=2.0", "model.max_pixels=9000", "measure.count=7")]
+    full = [
+        *given,
+        "--set",
+        "model.tune=full",
+        *sets(*SLOW, held, "view.enlarge=2.0", "model.max_pixels=9000", "measure.count=7"),
+    ]
     opd("train", "paper", *full, "--out", folder / "full", "--seed", 5)
     opd("train", *given, *sets(*LORA, *SLOW), "--out", folder / "lora")
     return folder
@@ -62,13 +90,23 @@ def test_a_run_is_measured_as_it_measured_itself(here, name):
     where = here / ("held.jsonl" if name == "full" else "pairs.jsonl")
     dtype = "bfloat16"
     tune = name
-    assert line.startswith(f"the recipe of run '{name}': tune {tune}, dtype {dtype}, view crop, max_pixels 9000, ")
+    assert line.startswith(
+        f"the recipe of run '{name}': tune {tune}, dtype {dtype}, view crop, max_pixels 9000, "
+    )
     assert f" rows of {where}, backend cpu" in line
     answers = [json.loads(line) for line in Path(name, "answers.jsonl").read_text().splitlines()]
     said = json.loads(opd("sample", "--model", name, "--json", "--count", 4).stdout)["answers"]
-    whole = json.loads(opd("sample", "--model", name, "--json", "--count", after["rows"]).stdout)["answers"]
-    kept = [{key: value for key, value in row.items() if key != "when"} for row in answers if row["when"] == "after"]
-    assert [{key: value for key, value in row.items() if key != "question"} for row in whole] == kept
+    whole = json.loads(opd("sample", "--model", name, "--json", "--count", after["rows"]).stdout)[
+        "answers"
+    ]
+    kept = [
+        {key: value for key, value in row.items() if key != "when"}
+        for row in answers
+        if row["when"] == "after"
+    ]
+    assert [
+        {key: value for key, value in row.items() if key != "question"} for row in whole
+    ] == kept
     assert all(row["question"] for row in whole)
     assert len(said) == 4
 
@@ -76,13 +114,25 @@ def test_a_run_is_measured_as_it_measured_itself(here, name):
 def test_a_run_is_trained_on_as_it_was_trained(here):
     """All but data and seed: a full run does not become adapters at 25 times the rate."""
     said = opd(
-        "train", "--model", "full", "--data", here / "pairs.jsonl", "--out", "more", "--backend", "cpu", "--set", "run.rollouts_every=0"
+        "train",
+        "--model",
+        "full",
+        "--data",
+        here / "pairs.jsonl",
+        "--out",
+        "more",
+        "--backend",
+        "cpu",
+        "--set",
+        "run.rollouts_every=0",
     ).stderr
     assert (
-        "the recipe, but data and seed, of run 'full': tune full, dtype bfloat16, learning rate 2e-06, 2 steps, view crop, max_pixels 9000"
-        in said
+        "the recipe, but data and seed, of run 'full': tune full, dtype bfloat16, learning rate"
+        " 2e-06, 2 steps, view crop, max_pixels 9000" in said
     )
-    ours, theirs = (json.loads(Path(name, "inputs.json").read_text())["recipe"] for name in ("more", "full"))
+    ours, theirs = (
+        json.loads(Path(name, "inputs.json").read_text())["recipe"] for name in ("more", "full")
+    )
     assert (ours["run"].pop("seed"), theirs["run"].pop("seed")) == (0, 5)
     assert (ours["run"].pop("rollouts_every"), theirs["run"].pop("rollouts_every")) == (0, 10)
     assert ours == theirs
@@ -90,13 +140,24 @@ def test_a_run_is_trained_on_as_it_was_trained(here):
     assert "--data FILE" in refused(Path(), "train", "--model", "full", "--out", "other")
 
 
-@pytest.mark.parametrize("path", ["full", "full/model", "full/checkpoints/step-000002", "full/checkpoints/step-000001"])
+@pytest.mark.parametrize(
+    "path", ["full", "full/model", "full/checkpoints/step-000002", "full/checkpoints/step-000001"]
+)
 def test_all_that_a_run_leaves_has_its_recipe(here, path):
     for training in (False, True):
         found = resolved(path, training=training)
         model, optimizer = found.recipe.model, found.recipe.optimizer
-        assert (model.path, model.tune, model.max_pixels, model.dtype) == (path, "full", 9000, "bfloat16")
-        assert (optimizer.learning_rate, found.recipe.view.enlarge, found.recipe.measure.max_tokens) == (2e-6, 2.0, 5)
+        assert (model.path, model.tune, model.max_pixels, model.dtype) == (
+            path,
+            "full",
+            9000,
+            "bfloat16",
+        )
+        assert (
+            optimizer.learning_rate,
+            found.recipe.view.enlarge,
+            found.recipe.measure.max_tokens,
+        ) == (2e-6, 2.0, 5)
         assert found.recipe.measure.path == str(here / "held.jsonl")
         assert found.recipe.data.path == ("tiny" if training else str(here / "pairs.jsonl"))
         assert ("step 1 of 2" in found.line) == path.endswith("1")
@@ -105,13 +166,22 @@ def test_all_that_a_run_leaves_has_its_recipe(here, path):
 def test_an_option_and_a_recipe_come_first(here):
     assert resolved("full", "view.kind=full").recipe.view.kind == "full"
     other = str(here / "pairs.jsonl")
-    assert resolved("full", f"data.path={other}").recipe.measure.path == ""  # what is named is measured
-    assert resolved("full", f"data.path={other}", training=True).recipe.measure.path == str(here / "held.jsonl")
-    assert resolved("full", f"data.path={other}", "measure.path=x.jsonl").recipe.measure.path == "x.jsonl"
+    # what is named is measured
+    assert resolved("full", f"data.path={other}").recipe.measure.path == ""
+    assert resolved("full", f"data.path={other}", training=True).recipe.measure.path == str(
+        here / "held.jsonl"
+    )
+    assert (
+        resolved("full", f"data.path={other}", "measure.path=x.jsonl").recipe.measure.path
+        == "x.jsonl"
+    )
     for preset in PRESETS:
         found = resolved("full", source=preset)
         assert found.line == ""
-        assert found.recipe.optimizer.learning_rate == {"tiny": 6e-4, "paper": 2e-6, "lora": 5e-5}[preset]
+        assert (
+            found.recipe.optimizer.learning_rate
+            == {"tiny": 6e-4, "paper": 2e-6, "lora": 5e-5}[preset]
+        )
     Path("my.toml").write_text("[optimizer]\nlearning_rate = 1e-7\n")
     found = resolved("full", source="my.toml", training=True)
     assert (found.recipe.optimizer.learning_rate, found.recipe.model.tune) == (1e-7, "full")
@@ -133,7 +203,18 @@ def test_an_export_has_its_recipe_without_paths(here):
         assert found.line.startswith(f"the recipe of '{name}': tune lora, dtype bfloat16")
         assert (found.recipe.model.max_pixels, found.recipe.view.enlarge) == (9000, 2.0)
         assert "--data FILE" in refused(Path(), "gap", "--model", name)
-    measured = json.loads(opd("gap", "--model", "adapter", "--data", here / "pairs.jsonl", "--json", "--backend", "cpu").stdout)
+    measured = json.loads(
+        opd(
+            "gap",
+            "--model",
+            "adapter",
+            "--data",
+            here / "pairs.jsonl",
+            "--json",
+            "--backend",
+            "cpu",
+        ).stdout
+    )
     after = json.loads(Path("lora/summary.json").read_text())["after"]
     assert {key: measured[key] for key in after} == after
 
@@ -146,14 +227,23 @@ def test_other_models_have_no_recipe(here, tmp_path):
 
 
 def test_data_that_a_run_no_longer_has(here):
-    Path("full/config.toml").write_text(Path("full/config.toml").read_text().replace("held.jsonl", "gone.jsonl"))
-    with pytest.raises(DataError, match=r"data file not found: .*gone\.jsonl, of run 'full'; give --set measure\.path=FILE"):
+    Path("full/config.toml").write_text(
+        Path("full/config.toml").read_text().replace("held.jsonl", "gone.jsonl")
+    )
+    with pytest.raises(
+        DataError,
+        match=r"data file not found: .*gone\.jsonl, of run 'full'; give --set measure\.path=FILE",
+    ):
         resolved("full")
-    Path("lora/config.toml").write_text(Path("lora/config.toml").read_text().replace("pairs.jsonl", "gone.jsonl"))
+    Path("lora/config.toml").write_text(
+        Path("lora/config.toml").read_text().replace("pairs.jsonl", "gone.jsonl")
+    )
     assert "of run 'lora'; give --data FILE" in refused(Path(), "gap", "--model", "lora")
     assert resolved("lora", "data.path=x.jsonl").recipe.data.path == "x.jsonl"
     Path("full/config.toml").write_text("")
-    with pytest.raises(FolderError, match=r"config\.toml' is damaged: section \[model\] is missing"):
+    with pytest.raises(
+        FolderError, match=r"config\.toml' is damaged: section \[model\] is missing"
+    ):
         resolved("full")
 
 
@@ -163,18 +253,37 @@ def test_a_model_of_ones_own_without_data(here):
         assert f"model '{here / 'base'}' has no data yet: give --data FILE" in said
     given = ["--model", here / "base", "--backend", "cpu", "--count", 1, "--json"]
     assert json.loads(opd("gap", "--data", "tiny", *given).stdout)["rows"] == 1
-    assert json.loads(opd("gap", "--set", f"measure.path={here / 'held.jsonl'}", *given).stdout)["rows"] == 1
-    assert "nowhere" in refused(Path(), "train", "--model", "nowhere", "--data", "pairs.jsonl", "--data", here / "pairs.jsonl")
+    assert (
+        json.loads(opd("gap", "--set", f"measure.path={here / 'held.jsonl'}", *given).stdout)[
+            "rows"
+        ]
+        == 1
+    )
+    assert "nowhere" in refused(
+        Path(),
+        "train",
+        "--model",
+        "nowhere",
+        "--data",
+        "pairs.jsonl",
+        "--data",
+        here / "pairs.jsonl",
+    )
     Path("my.toml").write_text("run = 3\n")
-    with pytest.raises(RecipeError, match=r"--set run\.steps=3: run = 3 in the recipe is no section"):
+    with pytest.raises(
+        RecipeError, match=r"--set run\.steps=3: run = 3 in the recipe is no section"
+    ):
         inherit.resolve("my.toml", ["run.steps=3"])
 
 
 def test_a_run_on_data_of_ones_own_does_not_go_on_with_scenes(tmp_path):
-    """A run of the embedded model too: where --data is forgotten, its scenes are not what the run was trained on."""
+    """A run of the embedded model too: where --data is forgotten, its scenes are not what the run
+    was trained on."""
     for name, data in (("own", "pairs.jsonl"), ("scenes", "tiny")):
         (tmp_path / name / "model").mkdir(parents=True)
-        (tmp_path / name / "config.toml").write_text(f'[model]\npath = "tiny"\n[data]\npath = "{data}"\n')
+        (tmp_path / name / "config.toml").write_text(
+            f'[model]\npath = "tiny"\n[data]\npath = "{data}"\n'
+        )
     own = tmp_path / "own"
     with pytest.raises(RecipeError, match=r"own' has no data yet: give --data FILE"):
         resolved(own, training=True)
@@ -183,7 +292,9 @@ def test_a_run_on_data_of_ones_own_does_not_go_on_with_scenes(tmp_path):
 
 
 def test_a_misspelt_model_is_told_before_any_picture_is_read(here, monkeypatch):
-    monkeypatch.setattr("opd.run.session.open_data", lambda *rest, **more: pytest.fail("data are read"))
+    monkeypatch.setattr(
+        "opd.run.session.open_data", lambda *rest, **more: pytest.fail("data are read")
+    )
     data = ["--data", here / "pairs.jsonl"]
     assert "no such folder" in refused(Path(), "train", "--model", "nowhere", *data)
     shutil.copytree(here / "base", "broken")
@@ -194,14 +305,30 @@ def test_a_misspelt_model_is_told_before_any_picture_is_read(here, monkeypatch):
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_a_checkpoint_is_a_model(here, backend_name, name, tmp_path):
-    """For measuring, training and export, on either backend; its student is the one that the run had at that step."""
+    """For measuring, training and export, on either backend; its student is the one that the run
+    had at that step."""
     path = Path(name, "checkpoints/step-000002")
     plain = ["--backend", backend_name, "--json"]
-    last, student = (json.loads(opd("sample", "--model", model, *plain, "--count", 7).stdout)["answers"] for model in (name, path))
+    last, student = (
+        json.loads(opd("sample", "--model", model, *plain, "--count", 7).stdout)["answers"]
+        for model in (name, path)
+    )
     assert last == student
     rows = json.loads(Path(name, "summary.json").read_text())["after"]["rows"]
-    assert json.loads(opd("gap", "--model", f"{name}/checkpoints/step-000001", *plain).stdout)["rows"] == rows
-    more = ["--steps", 1, "--out", "more", "--set", "measure.count=1", "--data", here / "pairs.jsonl"]
+    assert (
+        json.loads(opd("gap", "--model", f"{name}/checkpoints/step-000001", *plain).stdout)["rows"]
+        == rows
+    )
+    more = [
+        "--steps",
+        1,
+        "--out",
+        "more",
+        "--set",
+        "measure.count=1",
+        "--data",
+        here / "pairs.jsonl",
+    ]
     opd("train", "--model", path, "--backend", backend_name, *more)
     opd("train", "--resume", "more")
     opd("export", path, "--out", "out")

@@ -34,7 +34,11 @@ def held(tmp_path):
     run = tmp_path / "run"
     RunFolder.create(run, "").release()
     root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert process.stdout.readline() == b"held\n"
     yield run, process
     process.kill()
@@ -44,7 +48,10 @@ def held(tmp_path):
 def test_a_run_is_trained_by_one_process(held, monkeypatch):
     run, process = held
     monkeypatch.chdir(run.parent)
-    who = f"run folder 'run' is being trained by another process (pid {process.pid} on {os.uname().nodename})"
+    who = (
+        f"run folder 'run' is being trained by another process (pid {process.pid} on"
+        f" {os.uname().nodename})"
+    )
     for arguments in (["--resume", "run"], ["--out", "run", "--force"]):
         assert who in refused(run.parent, "train", *arguments)
     assert "holds a run" in refused(run.parent, "train", "--out", "run")
@@ -77,7 +84,19 @@ def test_training_releases_the_folder(tmp_path):
     for _ in range(2):
         assert "is damaged" in opd("train", "--resume", run, code=2).stderr
     assert not (run / lock.FILE).exists()
-    opd("train", "--backend", "cpu", "--steps", 1, "--out", run, "--force", *FAST, "--set", "measure.count=0")
+    opd(
+        "train",
+        "--backend",
+        "cpu",
+        "--steps",
+        1,
+        "--out",
+        run,
+        "--force",
+        *FAST,
+        "--set",
+        "measure.count=0",
+    )
     assert not (tmp_path / "run~1" / lock.FILE).exists()
 
 
@@ -100,7 +119,18 @@ def test_where_there_are_no_locks(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
-    said = opd("train", "--backend", "cpu", "--steps", 1, "--out", tmp_path / "run", *FAST, "--set", "measure.count=0").stderr
+    said = opd(
+        "train",
+        "--backend",
+        "cpu",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "run",
+        *FAST,
+        "--set",
+        "measure.count=0",
+    ).stderr
     assert "has no locks: nothing keeps a second process from training there" in said
 
 

@@ -21,10 +21,19 @@ from opd.views.usable import Skipped
 from tests.conftest import coloured
 
 OPTIONS = [
-    "rollout.prompts=4", "rollout.completions=3", "rollout.max_tokens=6", "optimizer.learning_rate=0.05", "optimizer.warmup_steps=2",
-    "run.steps=6", "run.checkpoint_every=2", "run.rollouts_every=3", "measure.count=4", "measure.max_tokens=4", "teacher.rate=0.1",
+    "rollout.prompts=4",
+    "rollout.completions=3",
+    "rollout.max_tokens=6",
+    "optimizer.learning_rate=0.05",
+    "optimizer.warmup_steps=2",
+    "run.steps=6",
+    "run.checkpoint_every=2",
+    "run.rollouts_every=3",
+    "measure.count=4",
+    "measure.max_tokens=4",
+    "teacher.rate=0.1",
     "view.margin=0",
-]  # fmt: skip
+]
 TIMES = ("seconds_rollout", "seconds_accumulate", "seconds_apply", "tokens_per_second")
 
 
@@ -34,12 +43,24 @@ def trainer(path, *options, backend=None, examples=None, progress=None):
         RunFolder.create(path, recipes.write(recipe, {}))
     examples = coloured() if examples is None else examples
     count = recipe.measure.count
-    return Trainer(recipe, backend or ToyBackend(), ToyEncoder(), examples, examples[:count], RunFolder(path), "toy", progress or Quiet())
+    return Trainer(
+        recipe,
+        backend or ToyBackend(),
+        ToyEncoder(),
+        examples,
+        examples[:count],
+        RunFolder(path),
+        "toy",
+        progress or Quiet(),
+    )
 
 
 def metrics(path):
     """The run's numbers, without its times."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in RunFolder(path).rows("metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in RunFolder(path).rows("metrics.jsonl")
+    ]
 
 
 def same(ours, theirs):
@@ -50,7 +71,8 @@ def same(ours, theirs):
 
 
 class Sampled(ToyBackend):
-    """Writes down every prompt of a rollout with its completions: (tokens, [tokens of each completion])."""
+    """Writes down every prompt of a rollout with its completions: (tokens, [tokens of each
+    completion])."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +81,8 @@ class Sampled(ToyBackend):
     def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
         found = super().sample(prompts, uniforms, sampling, policy, prefill)
         self.rollouts += [
-            (prompt.key, tuple(tuple(one.tokens.tolist()) for one in group)) for prompt, group in zip(prompts, found, strict=True)
+            (prompt.key, tuple(tuple(one.tokens.tolist()) for one in group))
+            for prompt, group in zip(prompts, found, strict=True)
         ]
         return found
 
@@ -69,10 +92,24 @@ class Sampled(ToyBackend):
     [(1, 4, 1, [4]), (3, 4, 1, [1, 1, 2]), (5, 4, 2, [1, 1, 2, 2, 2]), (5, 3, 3, [1, 2, 2, 2, 2])],
     ids=["one row", "three rows", "the seam of two epochs", "the seam at another place"],
 )
-def test_a_row_that_stands_twice_in_a_step_gives_different_completions(tmp_path, rows, prompts, steps, times):
+def test_a_row_that_stands_twice_in_a_step_gives_different_completions(
+    tmp_path, rows, prompts, steps, times
+):
     backend, notes = Sampled(), []
-    options = [f"rollout.prompts={prompts}", f"run.steps={steps}", "measure.count=0", "rollout.max_tokens=24", "rollout.temperature=9"]
-    one = trainer(tmp_path / "run", *options, "optimizer.learning_rate=1e-12", backend=backend, examples=coloured(rows))
+    options = [
+        f"rollout.prompts={prompts}",
+        f"run.steps={steps}",
+        "measure.count=0",
+        "rollout.max_tokens=24",
+        "rollout.temperature=9",
+    ]
+    one = trainer(
+        tmp_path / "run",
+        *options,
+        "optimizer.learning_rate=1e-12",
+        backend=backend,
+        examples=coloured(rows),
+    )
     one.progress.note = notes.append
     one.train()
     drawn = {}
@@ -83,14 +120,21 @@ def test_a_row_that_stands_twice_in_a_step_gives_different_completions(tmp_path,
         assert len(set(completions)) == len(completions)
     said = [note for note in notes if "stand in a step more than once" in note]
     assert said == (
-        [f"{rows} row{'s' * (rows > 1)} for rollout.prompts = 4: rows stand in a step more than once"] if rows < prompts else []
+        [
+            f"{rows} row{'s' * (rows > 1)} for rollout.prompts = 4: rows stand in a step more than"
+            " once"
+        ]
+        if rows < prompts
+        else []
     )
 
 
 def test_the_divergence_falls(tmp_path):
     trainer(tmp_path / "run", "run.steps=60", "measure.count=0", "teacher.rule=frozen").train()
     rows = metrics(tmp_path / "run")
-    early, late = (np.mean([row["divergence"] for row in rows[part]]) for part in (slice(0, 10), slice(50, 60)))
+    early, late = (
+        np.mean([row["divergence"] for row in rows[part]]) for part in (slice(0, 10), slice(50, 60))
+    )
     assert late < 0.5 * early
 
 
@@ -125,7 +169,13 @@ class Spy(ToyBackend):
 
 def test_metrics_add_up(tmp_path):
     backend = Spy()
-    trainer(tmp_path / "run", "rollout.temperature=0.9", "objective.ratio_clip=0", "measure.count=0", backend=backend).train()
+    trainer(
+        tmp_path / "run",
+        "rollout.temperature=0.9",
+        "objective.ratio_clip=0",
+        "measure.count=0",
+        backend=backend,
+    ).train()
     assert set(backend.temperatures) == {0.9}
     for row in metrics(tmp_path / "run"):
         assert row["completions"] == 12
@@ -137,7 +187,9 @@ def test_metrics_add_up(tmp_path):
     assert len(sample["tokens"]) == len(sample["divergence"]) == len(sample["sampler_logprobs"])
 
 
-@pytest.mark.parametrize(("rule", "rates"), [("ema", [0.1] * 6), ("frozen", [0] * 6), ("live", [1] * 6)])
+@pytest.mark.parametrize(
+    ("rule", "rates"), [("ema", [0.1] * 6), ("frozen", [0] * 6), ("live", [1] * 6)]
+)
 def test_the_teacher_follows_its_rule(tmp_path, rule, rates):
     """In closed form, from the student after every step."""
 
@@ -164,11 +216,21 @@ def test_what_is_encoded_for_training_has_no_answer(tmp_path, monkeypatch):
     for name in ("encode_student", "encode_teacher"):
         encode = getattr(usable, name)
         monkeypatch.setattr(
-            usable, name, lambda encoder, example, *view, encode=encode: (seen.append(example), encode(encoder, example, *view))[1]
+            usable,
+            name,
+            lambda encoder, example, *view, encode=encode: (
+                seen.append(example),
+                encode(encoder, example, *view),
+            )[1],
         )
-    trainer(tmp_path / "run", "measure.count=0", examples=[replace(one, choices=("abc", "d")) for one in coloured()]).train()
+    trainer(
+        tmp_path / "run",
+        "measure.count=0",
+        examples=[replace(one, choices=("abc", "d")) for one in coloured()],
+    ).train()
     assert len(seen) == 2 * 6 * 4
-    assert {(one.answer, one.choices) for one in seen} == {(None, ("abc", "d"))}  # options are part of the question
+    # options are part of the question
+    assert {(one.answer, one.choices) for one in seen} == {(None, ("abc", "d"))}
 
 
 def test_labels_are_never_read(tmp_path):
@@ -179,8 +241,16 @@ def test_labels_are_never_read(tmp_path):
         __hash__ = str.__hash__
 
     labelled = trainer(tmp_path / "a", "measure.count=0")
-    unlabelled = trainer(tmp_path / "b", "measure.count=0", examples=[replace(one, answer=None, choices=()) for one in coloured()])
-    misled = trainer(tmp_path / "c", "measure.count=0", examples=[replace(one, answer=Unreadable("no")) for one in coloured()])
+    unlabelled = trainer(
+        tmp_path / "b",
+        "measure.count=0",
+        examples=[replace(one, answer=None, choices=()) for one in coloured()],
+    )
+    misled = trainer(
+        tmp_path / "c",
+        "measure.count=0",
+        examples=[replace(one, answer=Unreadable("no")) for one in coloured()],
+    )
     for one in (labelled, unlabelled, misled):
         one.train()
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") == metrics(tmp_path / "c")
@@ -190,7 +260,10 @@ def test_labels_are_never_read(tmp_path):
 
 
 def test_micro_batches_change_nothing(tmp_path):
-    whole, cut = trainer(tmp_path / "whole"), trainer(tmp_path / "cut", "rollout.microbatch_tokens=1", "rollout.sample_tokens=1")
+    whole, cut = (
+        trainer(tmp_path / "whole"),
+        trainer(tmp_path / "cut", "rollout.microbatch_tokens=1", "rollout.sample_tokens=1"),
+    )
     whole.train()
     cut.train()
     for ours, theirs in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True):
@@ -199,19 +272,27 @@ def test_micro_batches_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_change_nothing(tmp_path, processes):
-    """Three processes share four prompts unevenly, in micro-batches of one, so that calls are padded."""
+    """Three processes share four prompts unevenly, in micro-batches of one, so that calls are
+    padded."""
     alone = trainer(tmp_path / "alone")
     summary = alone.train()
     together = {}
 
     def run(backend):
-        one = trainer(tmp_path / "together", "rollout.microbatch_tokens=1", "rollout.sample_tokens=1", backend=backend)
+        one = trainer(
+            tmp_path / "together",
+            "rollout.microbatch_tokens=1",
+            "rollout.sample_tokens=1",
+            backend=backend,
+        )
         together[backend.rank] = (one.train(), backend)
 
     recipe = recipes.load("paper", OPTIONS)
     RunFolder.create(tmp_path / "together", recipes.write(recipe, {}))
     Together.start(processes, run)
-    for ours, theirs in zip(metrics(tmp_path / "together"), metrics(tmp_path / "alone"), strict=True):
+    for ours, theirs in zip(
+        metrics(tmp_path / "together"), metrics(tmp_path / "alone"), strict=True
+    ):
         assert ours == pytest.approx(theirs, rel=1e-6)
     for found, backend in together.values():
         assert found["after"] == summary["after"]
@@ -238,12 +319,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, step):
     resumed.train()
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     for name in ("rollouts.jsonl", "answers.jsonl"):
-        assert RunFolder(tmp_path / "stopped").rows(name) == RunFolder(tmp_path / "whole").rows(name)
+        assert RunFolder(tmp_path / "stopped").rows(name) == RunFolder(tmp_path / "whole").rows(
+            name
+        )
     same(resumed.backend, whole.backend)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
-    """Steps after the checkpoint are done again, and a half-written line or checkpoint does no harm."""
+    """Steps after the checkpoint are done again, and a half-written line or checkpoint does no
+    harm."""
     whole = trainer(tmp_path / "whole")
     whole.train()
 
@@ -295,7 +379,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert taken == [(True, 0.1), (True, 0.1), (False, 0.0), (True, 0.1), (True, 0.1), (True, 0.1)]
     assert one.backend.steps == 5
     assert (summary["steps_not_finite"], summary["steps_not_taken"]) == (1, 1)
-    assert [row.get("not_taken") for row in metrics(tmp_path / "run")] == [None, None, "the gradient was not finite", None, None, None]
+    assert [row.get("not_taken") for row in metrics(tmp_path / "run")] == [
+        None,
+        None,
+        "the gradient was not finite",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
@@ -305,7 +396,13 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
                 raise DataError("too narrow")
             return super().encode(images, question, policy)
 
-    one = trainer(tmp_path / "run", "measure.count=0", "data.max_prompt_tokens=10", "rollout.prompts=12", "run.steps=2")
+    one = trainer(
+        tmp_path / "run",
+        "measure.count=0",
+        "data.max_prompt_tokens=10",
+        "rollout.prompts=12",
+        "run.steps=2",
+    )
     one.encoder = Narrow()
     notes = []
     one.progress.note = notes.append
@@ -321,25 +418,37 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
         [*(f"skipped {row}: too narrow" for row in narrow)]
         + [f"skipped {row}: prompt of 11 tokens, above data.max_prompt_tokens = 10" for row in long]
     )
-    assert notes[-1] == (
-        "6 of 24 prompts (25.0%) could not be used: 2 rows: too narrow, 1 row: above data.max_prompt_tokens = 10; "
-        f"named in {tmp_path / 'run/skipped.jsonl'}"
+    assert (
+        notes[-1] == "6 of 24 prompts (25.0%) could not be used: 2 rows: too narrow, 1 row: above"
+        f" data.max_prompt_tokens = 10; named in {tmp_path / 'run/skipped.jsonl'}"
     )
-    assert {row["row"] for row in RunFolder(tmp_path / "run").rows("skipped.jsonl")} == narrow | long
+    assert {
+        row["row"] for row in RunFolder(tmp_path / "run").rows("skipped.jsonl")
+    } == narrow | long
 
 
 def test_the_teacher_sees_the_crop(tmp_path):
     one = trainer(tmp_path / "run")
-    pair = Batches(one.recipe, one.backend, one.encoder, one.examples, Skipped(Quiet())).encode(1).pairs[0]
+    pair = (
+        Batches(one.recipe, one.backend, one.encoder, one.examples, Skipped(Quiet()))
+        .encode(1)
+        .pairs[0]
+    )
     (example,) = (one for one in coloured() if one.id == pair.id)
     colour = np.asarray(example.images[0])
-    np.testing.assert_allclose(pair.student.images["pixel_values"][0], colour.reshape(-1, 3).mean(0) / 255, rtol=1e-5)
-    assert np.abs(pair.teacher.images["pixel_values"] - pair.student.images["pixel_values"]).max() > 1e-3
+    np.testing.assert_allclose(
+        pair.student.images["pixel_values"][0], colour.reshape(-1, 3).mean(0) / 255, rtol=1e-5
+    )
+    assert (
+        np.abs(pair.teacher.images["pixel_values"] - pair.student.images["pixel_values"]).max()
+        > 1e-3
+    )
     np.testing.assert_array_equal(pair.teacher.tokens, pair.student.tokens)
 
 
 class Small(ToyBackend):
-    """A device whose memory suffices for few padded tokens at a time, in sampling and for a gradient; or not at a third gradient."""
+    """A device whose memory suffices for few padded tokens at a time, in sampling and for a
+    gradient; or not at a third gradient."""
 
     def __init__(self, sampled, differentiated):
         super().__init__()
@@ -377,19 +486,37 @@ class Noted(Quiet):
         self.notes.append(message)
 
 
-@pytest.mark.parametrize(("limits", "budget"), [((60, 10**6), 100), ((10**6, 60), 100), ((60, 60), 100), ((10**6, "third call"), 24)])
-def test_a_step_that_was_out_of_memory_is_taken_again_with_smaller_budgets(tmp_path, limits, budget):
+@pytest.mark.parametrize(
+    ("limits", "budget"),
+    [((60, 10**6), 100), ((10**6, 60), 100), ((60, 60), 100), ((10**6, "third call"), 24)],
+)
+def test_a_step_that_was_out_of_memory_is_taken_again_with_smaller_budgets(
+    tmp_path, limits, budget
+):
     """To the same result, and the run goes on with them."""
     whole, told = ToyBackend(), Noted()
     trainer(tmp_path / "whole", "measure.count=0", backend=whole).train()
     small = Small(*limits)
-    trainer(tmp_path / "small", "measure.count=0", f"rollout.microbatch_tokens={budget}", backend=small, progress=told).train()
+    trainer(
+        tmp_path / "small",
+        "measure.count=0",
+        f"rollout.microbatch_tokens={budget}",
+        backend=small,
+        progress=told,
+    ).train()
     assert small.failures
     assert len(told.notes) == small.failures
-    assert all(line.startswith("step 1: out of memory; it is taken again, and the run goes on, with rollout.") for line in told.notes)
+    assert all(
+        line.startswith(
+            "step 1: out of memory; it is taken again, and the run goes on, with rollout."
+        )
+        for line in told.notes
+    )
     for name, value in whole.tensors("student").items():
         np.testing.assert_allclose(small.tensors("student")[name], value, rtol=0, atol=1e-6)
-    assert [row["tokens"] for row in metrics(tmp_path / "small")] == [row["tokens"] for row in metrics(tmp_path / "whole")]
+    assert [row["tokens"] for row in metrics(tmp_path / "small")] == [
+        row["tokens"] for row in metrics(tmp_path / "whole")
+    ]
 
 
 def test_a_device_too_small_for_one_completion_ends_the_run(tmp_path):
@@ -420,6 +547,12 @@ def test_monitors_hear_what_happens_in_its_order(tmp_path):
     one.monitors = [heard]
     one.train()
     assert heard.said == [
-        ("measured", 0, 4), ("step", 1, 4), ("step", 2, 4), ("measured", 2, 4), ("step", 3, 4), ("step", 4, 4), ("measured", 4, 4),
+        ("measured", 0, 4),
+        ("step", 1, 4),
+        ("step", 2, 4),
+        ("measured", 2, 4),
+        ("step", 3, 4),
+        ("step", 4, 4),
+        ("measured", 4, 4),
         ("ended", 4),
-    ]  # fmt: skip
+    ]

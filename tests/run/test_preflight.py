@@ -1,4 +1,5 @@
-"""Before the first step a person hears how many rows are too long, and what would keep them; and where none can be used, nothing runs."""
+"""Before the first step a person hears how many rows are too long, and what would keep them; and
+where none can be used, nothing runs."""
 
 from __future__ import annotations
 
@@ -44,12 +45,16 @@ def published(request, tmp_path_factory):
 
 def photo(width=4000, height=3000, question="What is it?", **more):
     image = Image.new("1", (width, height))
-    return Example(f"{width}x{height}", (image,), question, (Box(2, 3, width // 3, height // 3),), **more)
+    return Example(
+        f"{width}x{height}", (image,), question, (Box(2, 3, width // 3, height // 3),), **more
+    )
 
 
 def looked(folder, examples, *options, preset="lora"):
     recipe = recipes.load(preset, [f"model.path={folder}", *options])
-    return recipe, preflight.inspect_rows(recipe, PromptEncoder(folder, **recipe.model.pixels()), examples)
+    return recipe, preflight.inspect_rows(
+        recipe, PromptEncoder(folder, **recipe.model.pixels()), examples
+    )
 
 
 def bound(line, key="model.max_pixels"):
@@ -58,7 +63,8 @@ def bound(line, key="model.max_pixels"):
 
 @pytest.mark.parametrize("preset", ["lora", "paper"])
 def test_a_presets_bounds_fit_each_other(published, preset):
-    """Photos of 12 million pixels, wide ones and tall ones, with questions of some hundred tokens."""
+    """Photos of 12 million pixels, wide ones and tall ones, with questions of some hundred
+    tokens."""
     sizes = [(4000, 3000), (3000, 4000), (8000, 1500), (6000, 4000), (12_000, 9_000), (640, 480)]
     examples = [photo(*size, question="What is it? " * 15) for size in sizes]
     recipe, found = looked(published, examples, preset=preset)
@@ -102,11 +108,15 @@ def test_what_is_said_of_photos(published):
 def test_the_policys_own_bound_is_named(published):
     """Where the teacher has bounds of its own, the ones that are too high."""
     teacher = replace(photo(64, 48), teacher_images=photo().images)
-    _, found = looked(published, [teacher], "model.max_pixels=100000", "model.teacher_max_pixels=12000000")
+    _, found = looked(
+        published, [teacher], "model.max_pixels=100000", "model.teacher_max_pixels=12000000"
+    )
     (line,) = found.lines()
     assert "model.max_pixels" not in line
     named = bound(line, "model.teacher_max_pixels")
-    _, kept = looked(published, [teacher], "model.max_pixels=100000", f"model.teacher_max_pixels={named}")
+    _, kept = looked(
+        published, [teacher], "model.max_pixels=100000", f"model.teacher_max_pixels={named}"
+    )
     assert kept.usable == 1
 
 
@@ -115,27 +125,39 @@ def test_rows_whose_text_is_too_long_are_not_kept_by_smaller_images(published):
     _, found = looked(published, [long, photo(640, 480)])
     (line,) = found.lines()
     most = int(found.long[0][1])
-    assert line == (
-        f"1 of 2 rows (50.0%) is above data.max_prompt_tokens = 8192 (median {most:,}); "
+    assert (
+        line == f"1 of 2 rows (50.0%) is above data.max_prompt_tokens = 8192 (median {most:,}); "
         f"set data.max_prompt_tokens={most}, or shorten the questions"
     )
     _, found = looked(published, [long, photo(), photo()], "model.max_pixels=0")
     most = max(tokens for _, tokens in found.long)
     (line,) = found.lines()
-    assert line.endswith(f"; set model.max_pixels={bound(line)} to keep 2 of them, or set data.max_prompt_tokens={most} to keep all")
+    assert line.endswith(
+        f"; set model.max_pixels={bound(line)} to keep 2 of them, or set"
+        f" data.max_prompt_tokens={most} to keep all"
+    )
     _, kept = looked(published, [long, photo(), photo()], f"model.max_pixels={bound(line)}")
     assert kept.usable == 2
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "smolvlm", "llava"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "smolvlm", "llava"]
+)
 def test_a_prompts_length_is_known_from_the_sizes_of_its_images(tmp_path, family):
     encoder = open_encoder(getattr(random_models, family)(tmp_path))
     rng = np.random.default_rng(0)
     for _ in range(12):
-        sizes = [(int(width), int(height)) for width, height in np.exp(rng.uniform(np.log(12), np.log(900), (rng.integers(1, 3), 2)))]
+        sizes = [
+            (int(width), int(height))
+            for width, height in np.exp(
+                rng.uniform(np.log(12), np.log(900), (rng.integers(1, 3), 2))
+            )
+        ]
         images = [Image.new("RGB", size) for size in sizes]
         for policy in ("student", "teacher"):
-            assert encoder.length(sizes, "What is it?", policy) == len(encoder.encode(images, "What is it?", policy))
+            assert encoder.length(sizes, "What is it?", policy) == len(
+                encoder.encode(images, "What is it?", policy)
+            )
 
 
 @pytest.mark.parametrize("family", ["gemma3", "smolvlm", "llava", "llava_next"])
@@ -147,21 +169,37 @@ def test_presets_open_models_whose_images_have_a_size_of_their_own(tmp_path, fam
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"boxes": "each"}, {"kind": "full"}, {"kind": "wrong"}, {"enlarge": 3.0}, {"margin": 40, "min_size": 90}]
+    "options",
+    [
+        {},
+        {"boxes": "each"},
+        {"kind": "full"},
+        {"kind": "wrong"},
+        {"enlarge": 3.0},
+        {"margin": 40, "min_size": 90},
+    ],
 )
 @pytest.mark.parametrize("bound", [None, 2000, 40_000])
 def test_the_teachers_sizes_are_known_without_pixels(options, bound):
     image = Image.new("RGB", (210, 160))
     boxes = (Box(3, 4, 50, 9), Box(100, 90, 180, 150), Box(1, 1, 2, 2, 1))
-    for example in (Example("a", (image, image), "?", boxes), Example("b", (image,), "?", boxes[:2], teacher_images=(image, image))):
+    for example in (
+        Example("a", (image, image), "?", boxes),
+        Example("b", (image,), "?", boxes[:2], teacher_images=(image, image)),
+    ):
         view = ViewOptions(**options)
-        assert teacher_sizes(example, view, bound) == [one.size for one in teacher_images(example, view, bound)]
+        assert teacher_sizes(example, view, bound) == [
+            one.size for one in teacher_images(example, view, bound)
+        ]
 
 
 def test_large_data_are_sampled(monkeypatch):
     """Evenly spread, as a plan reads them too."""
     monkeypatch.setattr(preflight, "SAMPLE", 10)
-    examples = [replace(one, question="w" * (1 + 20 * (index % 2))) for index, one in enumerate(coloured(12) * 5)]
+    examples = [
+        replace(one, question="w" * (1 + 20 * (index % 2)))
+        for index, one in enumerate(coloured(12) * 5)
+    ]
     recipe = recipes.load("tiny", ["data.max_prompt_tokens=10"])
     examples[::6] = [replace(one, question="short") for one in examples[::6]]
     examples[6] = replace(examples[6], question="w" * 30)
@@ -182,9 +220,13 @@ def test_all_rows_are_looked_at_where_none_of_the_sample_can_be_used(monkeypatch
     progress.note = notes.append
     if usable:
         preflight.check(recipe, ToyEncoder(), examples, progress)
-        assert notes[0].startswith("8 of 9 rows (88.9%), of 12 in all, are above data.max_prompt_tokens = 10")
+        assert notes[0].startswith(
+            "8 of 9 rows (88.9%), of 12 in all, are above data.max_prompt_tokens = 10"
+        )
     else:
-        with pytest.raises(DataError, match=r"^12 of 12 rows are above data.max_prompt_tokens = 10 \(median 31\)"):
+        with pytest.raises(
+            DataError, match=r"^12 of 12 rows are above data.max_prompt_tokens = 10 \(median 31\)"
+        ):
             preflight.check(recipe, ToyEncoder(), examples, progress)
 
 
@@ -193,7 +235,10 @@ def test_other_faults_are_counted_by_their_reason():
         def encode(self, images, question, policy="student"):
             raise DataError(f"images of {len(question)} x 9 pixels cannot be encoded")
 
-    examples = [replace(one, question=one.question if index else "half \ud83d") for index, one in enumerate(coloured(4))]
+    examples = [
+        replace(one, question=one.question if index else "half \ud83d")
+        for index, one in enumerate(coloured(4))
+    ]
     with pytest.raises(DataError) as error:
         preflight.check(recipes.load("tiny"), Refusing(), examples, Quiet())
     assert str(error.value).startswith("4 of 4 rows cannot be used: 3 rows: images of ")
@@ -210,7 +255,16 @@ def here(tmp_path, monkeypatch):
 
 
 def write(*questions, **more):
-    rows = [{"image": "tiles.png", "question": one, "boxes": [[0, 0, 60, 80]], "answer": "green", **more} for one in questions]
+    rows = [
+        {
+            "image": "tiles.png",
+            "question": one,
+            "boxes": [[0, 0, 60, 80]],
+            "answer": "green",
+            **more,
+        }
+        for one in questions
+    ]
     with open("rows.jsonl", "w") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -221,7 +275,16 @@ def opd(*arguments, code):
     return result
 
 
-SHORT = ["--set", "measure.count=0", "--set", "rollout.prompts=4", "--set", "rollout.completions=2", "--steps", "1"]
+SHORT = [
+    "--set",
+    "measure.count=0",
+    "--set",
+    "rollout.prompts=4",
+    "--set",
+    "rollout.completions=2",
+    "--steps",
+    "1",
+]
 
 
 def test_training_and_planning_say_the_same_of_rows_that_are_too_long(here):
@@ -229,7 +292,11 @@ def test_training_and_planning_say_the_same_of_rows_that_are_too_long(here):
     limit = ["--set", "data.max_prompt_tokens=200"]
     write("What is it?", "Which?", "word " * 500)
     trained = opd("train", *SHORT, *limit, "--out", "run", code=0)
-    (line,) = [line for line in trained.stderr.splitlines() if "above data.max_prompt_tokens" in line and line.startswith("1 of 3")]
+    (line,) = [
+        line
+        for line in trained.stderr.splitlines()
+        if "above data.max_prompt_tokens" in line and line.startswith("1 of 3")
+    ]
     assert line.startswith("1 of 3 rows (33.3%) is above data.max_prompt_tokens = 200 (median ")
     planned = opd("plan", *limit, code=0)
     assert line in planned.stdout
@@ -255,7 +322,8 @@ def test_rows_that_all_weigh_nothing_are_refused(here):
     write("What is it?", "Which?", weight=0)
     said = opd("train", *SHORT, "--out", "run", code=2)
     assert said.stderr.splitlines()[-1] == (
-        "opd: every row of rows.jsonl has weight 0, so nothing would be learnt; give rows a weight above 0"
+        "opd: every row of rows.jsonl has weight 0, so nothing would be learnt; give rows a"
+        " weight above 0"
     )
     assert not (here / "run").exists()
 
@@ -263,7 +331,10 @@ def test_rows_that_all_weigh_nothing_are_refused(here):
 def test_a_template_that_prints_no_image_is_the_cause(here):
     pytest.importorskip("torch")
     shutil.copytree(MODEL, "model")
-    template = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    template = (
+        "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor"
+        " %}{% endfor %}"
+    )
     (here / "model/chat_template.jinja").write_text(template)
     write("What is it?")
     said = opd("train", "--model", "model", *SHORT, "--out", "run", code=2)
@@ -278,19 +349,44 @@ def test_weights_that_are_nan_end_a_run_with_the_cause(here, backend_name, count
     shutil.copytree(MODEL, "model")
     weights = load_file("model/model.safetensors")
     name = next(name for name in weights if "norm" in name and "visual" not in name)
-    save_file({**weights, name: np.full_like(weights[name], np.nan)}, "model/model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**weights, name: np.full_like(weights[name], np.nan)},
+        "model/model.safetensors",
+        metadata={"format": "pt"},
+    )
     write("What is it?", "Which?")
-    options = [*SHORT, "--set", f"measure.count={count}", "--set", "model.path=model", "--out", "run"]
-    result = CliRunner().invoke(main, ["train", "tiny", "--backend", backend_name, "--data", "rows.jsonl", *options])
+    options = [
+        *SHORT,
+        "--set",
+        f"measure.count={count}",
+        "--set",
+        "model.path=model",
+        "--out",
+        "run",
+    ]
+    result = CliRunner().invoke(
+        main, ["train", "tiny", "--backend", backend_name, "--data", "rows.jsonl", *options]
+    )
     assert result.exit_code in (1, 2), result.output + repr(result.exception)
     last = result.stderr.splitlines()[-1]
     assert last.startswith("opd: ")
     assert "finite" in last or "NaN" in last
-    assert not [path for path in here.glob("run/*") if path.name in ("model", "adapter", "summary.json", "checkpoints")]
+    assert not [
+        path
+        for path in here.glob("run/*")
+        if path.name in ("model", "adapter", "summary.json", "checkpoints")
+    ]
 
 
 def test_lengths_are_those_of_what_is_encoded(published):
     encoder = PromptEncoder(published)
-    for example in (photo(300, 200), photo(50, 900, "Which?", teacher_question="And which?"), photo(40, 30, choices=("a b", "c d"))):
+    for example in (
+        photo(300, 200),
+        photo(50, 900, "Which?", teacher_question="And which?"),
+        photo(40, 30, choices=("a b", "c d")),
+    ):
         student, teacher = usable.encode(encoder, example, ViewOptions(enlarge=2))
-        assert usable.lengths(encoder, example, ViewOptions(enlarge=2)) == (len(student), len(teacher))
+        assert usable.lengths(encoder, example, ViewOptions(enlarge=2)) == (
+            len(student),
+            len(teacher),
+        )

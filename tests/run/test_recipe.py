@@ -10,11 +10,26 @@ from opd.run import recipe as recipes
 
 def test_the_paper_preset_is_the_official_run():
     recipe = recipes.load("paper")
-    assert (recipe.rollout.prompts, recipe.rollout.completions, recipe.rollout.max_tokens, recipe.rollout.temperature) == (96, 8, 1024, 1.0)
-    assert (recipe.objective.alpha, recipe.objective.top_k, recipe.objective.tail, recipe.objective.ratio_clip) == (0.5, 100, True, 2.0)
+    assert (
+        recipe.rollout.prompts,
+        recipe.rollout.completions,
+        recipe.rollout.max_tokens,
+        recipe.rollout.temperature,
+    ) == (96, 8, 1024, 1.0)
+    assert (
+        recipe.objective.alpha,
+        recipe.objective.top_k,
+        recipe.objective.tail,
+        recipe.objective.ratio_clip,
+    ) == (0.5, 100, True, 2.0)
     assert (recipe.teacher.rule, recipe.teacher.rate, recipe.run.steps) == ("ema", 0.05, 65)
     optimizer = recipe.optimizer
-    assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps, optimizer.betas) == (2e-6, "constant", 10, (0.9, 0.999))
+    assert (
+        optimizer.learning_rate,
+        optimizer.schedule,
+        optimizer.warmup_steps,
+        optimizer.betas,
+    ) == (2e-6, "constant", 10, (0.9, 0.999))
     assert (optimizer.weight_decay, optimizer.gradient_clip) == (0.01, 1.0)
 
 
@@ -27,11 +42,28 @@ def test_every_preset_survives_its_own_file(preset, tmp_path):
 
 def test_overrides_are_toml_or_plain_strings():
     recipe = recipes.load(
-        "tiny", ["run.steps=7", "optimizer.betas=[0.8, 0.9]", "teacher.rule=frozen", 'data.path="my.jsonl"', "objective.tail=false"]
+        "tiny",
+        [
+            "run.steps=7",
+            "optimizer.betas=[0.8, 0.9]",
+            "teacher.rule=frozen",
+            'data.path="my.jsonl"',
+            "objective.tail=false",
+        ],
     )
-    assert (recipe.run.steps, recipe.optimizer.betas, recipe.teacher.rule, recipe.data.path, recipe.objective.tail) == (
-        7, (0.8, 0.9), "frozen", "my.jsonl", False,
-    )  # fmt: skip
+    assert (
+        recipe.run.steps,
+        recipe.optimizer.betas,
+        recipe.teacher.rule,
+        recipe.data.path,
+        recipe.objective.tail,
+    ) == (
+        7,
+        (0.8, 0.9),
+        "frozen",
+        "my.jsonl",
+        False,
+    )
 
 
 @pytest.mark.parametrize("preset", recipes.PRESETS)
@@ -47,7 +79,9 @@ def test_the_tower_is_trained_with_all_weights_and_adapted_where_asked_for(prese
 
 
 def test_zero_is_none_in_the_objective():
-    objective = recipes.load("tiny", ["objective.top_k=0", "objective.ratio_clip=0"]).objective.objective(0.7)
+    objective = recipes.load(
+        "tiny", ["objective.top_k=0", "objective.ratio_clip=0"]
+    ).objective.objective(0.7)
     assert (objective.top_k, objective.ratio_clip, objective.temperature) == (None, None, 0.7)
 
 
@@ -60,9 +94,15 @@ def test_zero_is_none_in_the_objective():
         ("run.steps=many", "run.steps = 'many': input should be a valid integer"),
         ("objective.alpha=1.5", "objective.alpha = 1.5: input should be less than or equal to 1"),
         ("objective.alpha=nan", "objective.alpha = nan: input should be a finite number"),
-        ("teacher.rule=emma", "teacher.rule = 'emma': input should be 'ema', 'frozen', 'sync' or 'live'"),
+        (
+            "teacher.rule=emma",
+            "teacher.rule = 'emma': input should be 'ema', 'frozen', 'sync' or 'live'",
+        ),
         ("steps=3", "--set steps=3: write it as section.key=value, such as --set run.steps=100"),
-        ("run.steps", "--set run.steps: write it as section.key=value, such as --set run.steps=100"),
+        (
+            "run.steps",
+            "--set run.steps: write it as section.key=value, such as --set run.steps=100",
+        ),
         ("run=3", "--set run=3: write it as section.key=value"),
     ],
 )
@@ -114,9 +154,13 @@ def test_a_file_says_what_differs_from_a_preset(tmp_path):
 
 
 def test_a_missing_recipe_names_the_presets():
-    with pytest.raises(RecipeError, match=r"recipe 'tinny': neither a file nor a preset; did you mean 'tiny'\?"):
+    with pytest.raises(
+        RecipeError, match=r"recipe 'tinny': neither a file nor a preset; did you mean 'tiny'\?"
+    ):
         recipes.load("tinny")
-    with pytest.raises(RecipeError, match="recipe 'zzz': neither a file nor a preset; known: lora, paper, tiny"):
+    with pytest.raises(
+        RecipeError, match="recipe 'zzz': neither a file nor a preset; known: lora, paper, tiny"
+    ):
         recipes.load("zzz")
 
 
@@ -129,4 +173,6 @@ def test_every_key_has_a_default_and_a_sentence():
 
 
 def test_the_reference_is_the_one_in_the_docs():
-    assert recipes.reference() == (Path(__file__).parents[2] / "docs/recipe.md").read_text(encoding="utf-8")
+    assert recipes.reference() == (Path(__file__).parents[2] / "docs/recipe.md").read_text(
+        encoding="utf-8"
+    )

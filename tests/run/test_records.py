@@ -1,4 +1,5 @@
-"""Records of a run that were cut or edited by hand: one line that names file and line, and nothing measured again without a word."""
+"""Records of a run that were cut or edited by hand: one line that names file and line, and nothing
+measured again without a word."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def made(tmp_path_factory):
     run = tmp_path_factory.mktemp("made") / "run"
     trainer(run).train()
     for row in ("a", "b"):
-        RunFolder(run).append(records.SKIPPED, {"row": row, "reason": "no image", "kind": "no image"})
+        RunFolder(run).append(
+            records.SKIPPED, {"row": row, "reason": "no image", "kind": "no image"}
+        )
     records.check(RunFolder(run))
     return run
 
@@ -38,7 +41,8 @@ def edit(run, name, line, **values):
 
 
 def damaged(run):
-    """What is said; the same by the check before a model is opened, and by a trainer that goes on."""
+    """What is said; the same by the check before a model is opened, and by a trainer that goes
+    on."""
     with pytest.raises(FolderError) as checked:
         records.check(RunFolder(run))
     with pytest.raises(FolderError) as caught:
@@ -58,8 +62,14 @@ def damaged(run):
         ({"crop": ["a"]}, "field 'crop' is [\"a\"], not a text"),
         ({"full_right": "yes"}, "field 'full_right' is \"yes\", not true or false or null"),
         ({"crop_right": 1}, "field 'crop_right' is 1, not true or false or null"),
-        ({"crop_right": None}, "'full_right' and 'crop_right' are null where 'answer' is, and only there"),
-        ({"answer": None}, "'full_right' and 'crop_right' are null where 'answer' is, and only there"),
+        (
+            {"crop_right": None},
+            "'full_right' and 'crop_right' are null where 'answer' is, and only there",
+        ),
+        (
+            {"answer": None},
+            "'full_right' and 'crop_right' are null where 'answer' is, and only there",
+        ),
         ({"answer": ["a", 1]}, "field 'answer' is [\"a\", 1], not a list of texts"),
         ({"row": True}, "field 'row' is true, not a whole number"),
         ({"row": ...}, "field 'row' is missing"),
@@ -72,7 +82,10 @@ def test_an_answer_that_nobody_gave_is_named(run, values, said):
     edit(run, "answers.jsonl", 2, **values)
     line = damaged(run)
     assert f"answers.jsonl' is damaged at line 2: {said}" in line
-    assert line.endswith("; restore the file, or begin the run anew: what was measured before training cannot be measured again")
+    assert line.endswith(
+        "; restore the file, or begin the run anew: what was measured before training cannot be"
+        " measured again"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", None], ids=["empty", "blank", "gone"])
@@ -80,7 +93,10 @@ def test_answers_that_are_gone_are_not_given_again(run, content):
     (run / "answers.jsonl").unlink()
     if content is not None:
         (run / "answers.jsonl").write_bytes(content)
-    assert "answers.jsonl' is damaged: it holds 0 answers of before training, and accuracy.jsonl was made of 4; restore" in damaged(run)
+    assert (
+        "answers.jsonl' is damaged: it holds 0 answers of before training, and accuracy.jsonl was"
+        " made of 4; restore" in damaged(run)
+    )
 
 
 def test_some_answers_that_are_gone_are_missed(run):
@@ -96,12 +112,32 @@ def test_some_answers_that_are_gone_are_missed(run):
     [
         ("skipped.jsonl", {"row": 3}, "field 'row' is 3, not a text; remove that line to go on"),
         ("skipped.jsonl", {"kind": ...}, "field 'kind' is missing; remove that line to go on"),
-        ("skipped.jsonl", {"reason": None}, "field 'reason' is null, not a text; remove that line to go on"),
-        ("accuracy.jsonl", {"step": "0"}, "field 'step' is \"0\", not a whole number; restore the file"),
+        (
+            "skipped.jsonl",
+            {"reason": None},
+            "field 'reason' is null, not a text; remove that line to go on",
+        ),
+        (
+            "accuracy.jsonl",
+            {"step": "0"},
+            "field 'step' is \"0\", not a whole number; restore the file",
+        ),
         ("accuracy.jsonl", {"rows": ...}, "field 'rows' is missing; restore the file"),
-        ("metrics.jsonl", {"step": None}, "field 'step' is null, not a whole number; remove that line to go on"),
-        ("metrics.jsonl", {"taken": 1}, "field 'taken' is 1, not true or false; remove that line to go on"),
-        ("metrics.jsonl", {"completions": 1.5}, "field 'completions' is 1.5, not a whole number; remove that line to go on"),
+        (
+            "metrics.jsonl",
+            {"step": None},
+            "field 'step' is null, not a whole number; remove that line to go on",
+        ),
+        (
+            "metrics.jsonl",
+            {"taken": 1},
+            "field 'taken' is 1, not true or false; remove that line to go on",
+        ),
+        (
+            "metrics.jsonl",
+            {"completions": 1.5},
+            "field 'completions' is 1.5, not a whole number; remove that line to go on",
+        ),
         ("rollouts.jsonl", {"step": ...}, "field 'step' is missing; remove that line to go on"),
     ],
     ids=str,
@@ -112,7 +148,11 @@ def test_other_records_are_held_to_their_fields(run, name, values, said):
 
 
 @pytest.mark.parametrize("name", records.FIELDS)
-@pytest.mark.parametrize("line", [b"{", b"[]", b"3", b'"a"', b"null", b"\xff\xfe", b"[" * 100_000], ids=lambda line: repr(line[:8]))
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[]", b"3", b'"a"', b"null", b"\xff\xfe", b"[" * 100_000],
+    ids=lambda line: repr(line[:8]),
+)
 def test_what_is_no_row_is_one_line(run, name, line):
     (run / name).write_bytes(line + b"\n" + (run / name).read_bytes())
     assert f"{name}' is damaged at line 1: " in damaged(run)
@@ -138,4 +178,7 @@ def test_where_nothing_was_measured_before_training_it_is_said(run):
     one, notes = trainer(run), []
     one.progress.note = notes.append
     one.train()
-    assert f"no answers of before training are kept: what is called before is measured after step {one.recipe.run.steps}" in notes
+    assert (
+        "no answers of before training are kept: what is called before is measured after step"
+        f" {one.recipe.run.steps}" in notes
+    )

@@ -1,4 +1,5 @@
-"""A run goes on with what it began with, or says what is not the same; and it goes on further than it was meant to."""
+"""A run goes on with what it began with, or says what is not the same; and it goes on further than
+it was meant to."""
 
 from __future__ import annotations
 
@@ -20,13 +21,28 @@ QUICK = ["--backend", "cpu", *FAST, "--set", "measure.count=2"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run of two steps on one's own model and data, measured on a file of its own, to be copied."""
+    """A run of two steps on one's own model and data, measured on a file of its own, to be
+    copied."""
     folder = tmp_path_factory.mktemp("made")
     shutil.copytree(MODEL, folder / "base")
     photos.__wrapped__(folder)
     shutil.copy(folder / "pairs.jsonl", folder / "held.jsonl")
-    arguments = ["--model", folder / "base", "--data", folder / "pairs.jsonl", "--out", folder / "run", "--steps", 2, *QUICK]
-    options = [f"measure.path={folder / 'held.jsonl'}", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
+    arguments = [
+        "--model",
+        folder / "base",
+        "--data",
+        folder / "pairs.jsonl",
+        "--out",
+        folder / "run",
+        "--steps",
+        2,
+        *QUICK,
+    ]
+    options = [
+        f"measure.path={folder / 'held.jsonl'}",
+        "optimizer.schedule=constant",
+        "optimizer.warmup_steps=0",
+    ]
     opd("train", "tiny", *arguments, *(word for option in options for word in ("--set", option)))
     return folder
 
@@ -60,7 +76,9 @@ def replace_weights(own):
 
     tensors = load_file("base/model.safetensors")
     name = max(tensors)
-    save_file({**tensors, name: tensors[name] + 1}, "base/model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, name: tensors[name] + 1}, "base/model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def append(file, text=" "):
@@ -72,14 +90,35 @@ def append(file, text=" "):
     ("change", "said"),
     [
         (replace_weights, "/base is not what this run began with (model.safetensors has changed)"),
-        (lambda own: append("base/tokenizer.json"), "/base is not what this run began with (tokenizer.json has changed)"),
+        (
+            lambda own: append("base/tokenizer.json"),
+            "/base is not what this run began with (tokenizer.json has changed)",
+        ),
         (lambda own: append("base/config.json"), "(config.json has changed)"),
-        (lambda own: append("base/preprocessor_config.json"), "(preprocessor_config.json has changed)"),
-        (lambda own: Path("base/generation_config.json").unlink(), "(generation_config.json is gone)"),
-        (lambda own: Path("base/special_tokens_map.json").write_text("{}"), "(special_tokens_map.json is new)"),
-        (lambda own: append("held.jsonl", "\n"), "/held.jsonl is not what this run began with (a line or an image has changed)"),
-        (lambda own: shutil.copy("photo 1.jpg", "photo 0.png"), "/pairs.jsonl is not what this run began with (a line or an image"),
-        (lambda own: edit(own, "rank = 32", "rank = 8"), "config.toml is not what this run began with (model.rank = 8, was 32)"),
+        (
+            lambda own: append("base/preprocessor_config.json"),
+            "(preprocessor_config.json has changed)",
+        ),
+        (
+            lambda own: Path("base/generation_config.json").unlink(),
+            "(generation_config.json is gone)",
+        ),
+        (
+            lambda own: Path("base/special_tokens_map.json").write_text("{}"),
+            "(special_tokens_map.json is new)",
+        ),
+        (
+            lambda own: append("held.jsonl", "\n"),
+            "/held.jsonl is not what this run began with (a line or an image has changed)",
+        ),
+        (
+            lambda own: shutil.copy("photo 1.jpg", "photo 0.png"),
+            "/pairs.jsonl is not what this run began with (a line or an image",
+        ),
+        (
+            lambda own: edit(own, "rank = 32", "rank = 8"),
+            "config.toml is not what this run began with (model.rank = 8, was 32)",
+        ),
         (lambda own: edit(own, "seed = 0", "seed = 1"), "(run.seed = 1, was 0)"),
         (lambda own: edit(own, "steps = 2", "steps = 9"), "(run.steps = 9, was 2)"),
     ],
@@ -96,7 +135,10 @@ def test_accepted_changes_are_what_the_run_has_from_then_on(own):
     edit(own, "keep = 2", "keep = 3")
     line = refused(own)
     assert "config.toml is not what this run began with (run.keep = 3, was 2); " in line
-    assert "held.jsonl is not what this run began with (a line or an image has changed); restore it" in line
+    assert (
+        "held.jsonl is not what this run began with (a line or an image has changed); restore it"
+        in line
+    )
     said = opd("train", "--resume", own, "--accept-changes").stderr
     assert "accepted: " in said
     assert "run.keep = 3, was 2" in said
@@ -110,7 +152,19 @@ def test_accepted_changes_are_what_the_run_has_from_then_on(own):
 def test_an_adapter_of_another_rank_does_not_fit(backend_name, tmp_path):
     run = tmp_path / "run"
     lora = ["--set", "model.tune=lora", "--set", "model.vision=false", "--set", "model.rank=4"]
-    opd("train", "--backend", backend_name, "--steps", 1, "--out", run, *FAST, *lora, "--set", "measure.count=0")
+    opd(
+        "train",
+        "--backend",
+        backend_name,
+        "--steps",
+        1,
+        "--out",
+        run,
+        *FAST,
+        *lora,
+        "--set",
+        "measure.count=0",
+    )
     edit(run, "rank = 4", "rank = 2")
     assert "model.rank = 2, was 4" in refused(run)
     line = refused(run, "--accept-changes")
@@ -123,7 +177,11 @@ def test_a_damaged_config_is_no_other_recipe(own, keep):
     config = (own / "config.toml").read_text()
     whole = config[: config.index("[view]") if keep else 0]
     (own / "config.toml").write_text(whole)
-    for command in (["train", "--resume", own], ["train", "--resume", own, "--accept-changes"], ["export", own, "--out", "out"]):
+    for command in (
+        ["train", "--resume", own],
+        ["train", "--resume", own, "--accept-changes"],
+        ["export", own, "--out", "out"],
+    ):
         line = opd(*command, code=2).stderr.splitlines()[-1]
         assert "config.toml' is damaged: section [" in line
         assert "is missing" in line
@@ -167,7 +225,9 @@ def test_what_has_moved_is_named(own):
     assert refused(own, *data).endswith("where it was moved, give --model FOLDER")
     data += ["--model", "moved/base"]
     append("moved/base/tokenizer.json")
-    assert "moved/base is not what this run began with (tokenizer.json has changed)" in refused(own, *data)
+    assert "moved/base is not what this run began with (tokenizer.json has changed)" in refused(
+        own, *data
+    )
     shutil.copy(MODEL / "tokenizer.json", "moved/base")
     opd("train", "--resume", own, *data)
     config = tomllib.loads((own / "config.toml").read_text())
@@ -180,7 +240,12 @@ def test_what_has_moved_is_named(own):
 def test_mistakes_beside_resume(own):
     for arguments, said in {
         ("--model", own): "/run is not what this run began with",
-        ("--data", "held.jsonl", "--steps", 1): "has done 2 steps: --steps 1 would be fewer; give 2 or more",
+        (
+            "--data",
+            "held.jsonl",
+            "--steps",
+            1,
+        ): "has done 2 steps: --steps 1 would be fewer; give 2 or more",
         ("--seed", 0): "so --seed has no place beside it",
         ("paper",): "so RECIPE has no place beside it",
         ("--out", "other"): "so --out has no place beside it",
@@ -192,7 +257,10 @@ def test_mistakes_beside_resume(own):
         assert "--resume" in opd("train", *arguments, code=2).stderr
     assert "is a checkpoint of run" in refused(own / "checkpoints/step-000002")
     shutil.rmtree(own / "checkpoints")
-    assert "has model/, but no checkpoint to go on from; train its result on with: opd train --model" in refused(own)
+    assert (
+        "has model/, but no checkpoint to go on from; train its result on with: opd train --model"
+        in refused(own)
+    )
 
 
 def test_a_run_goes_further_to_the_same_numbers(backend_name, tmp_path):
@@ -215,7 +283,9 @@ def test_a_run_goes_further_to_the_same_numbers(backend_name, tmp_path):
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert {key: value for key, value in rows[1].items() if key != "step"} == shorter["after"]
     assert tomllib.loads((run / "config.toml").read_text())["run"]["steps"] == 4
-    assert [entry["step"] for entry in json.loads((run / "inputs.json").read_text())["history"]] == [2]
+    assert [
+        entry["step"] for entry in json.loads((run / "inputs.json").read_text())["history"]
+    ] == [2]
     opd("train", "--resume", run)  # and needs no --accept-changes
 
 
@@ -234,8 +304,15 @@ def test_every_checkpoint_can_be_exported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     opd("train", "--steps", 3, "--out", "run", *QUICK)
     assert json.loads(opd("export", "run", "--out", "last", "--json").stdout)["step"] == 3
-    assert json.loads(opd("export", "run", "--out", "two", "--step", 2, "--json").stdout)["step"] == 2
-    assert json.loads(opd("export", "run/checkpoints/step-000002", "--out", "same", "--json").stdout)["step"] == 2
+    assert (
+        json.loads(opd("export", "run", "--out", "two", "--step", 2, "--json").stdout)["step"] == 2
+    )
+    assert (
+        json.loads(opd("export", "run/checkpoints/step-000002", "--out", "same", "--json").stdout)[
+            "step"
+        ]
+        == 2
+    )
     assert Path("two/model.safetensors").read_bytes() == Path("same/model.safetensors").read_bytes()
     assert Path("two/model.safetensors").read_bytes() != Path("last/model.safetensors").read_bytes()
     line = opd("export", "run", "--out", "none", "--step", 1, code=2).stderr
@@ -246,9 +323,13 @@ def test_every_checkpoint_can_be_exported(tmp_path, monkeypatch):
     result = opd("export", "run", "--out", "still", "--json")
     assert json.loads(result.stdout)["step"] == 3
     assert "run 'run' is not finished: exporting model/ of step 3, of 9" in result.stderr
-    assert Path("still/model.safetensors").read_bytes() == Path("last/model.safetensors").read_bytes()
+    assert (
+        Path("still/model.safetensors").read_bytes() == Path("last/model.safetensors").read_bytes()
+    )
     shutil.copytree("run/checkpoints/step-000003", "run/checkpoints/step-000004")
-    assert "exporting its checkpoint of step 4, of 9" in opd("export", "run", "--out", "newer").stderr
+    assert (
+        "exporting its checkpoint of step 4, of 9" in opd("export", "run", "--out", "newer").stderr
+    )
 
 
 def test_a_large_file_is_read_in_parts(tmp_path, monkeypatch):

@@ -36,18 +36,38 @@ from opd.types import MAX_IMAGE_PIXELS, AdapterOptions, Completion, Sampling, Up
 from opd_cli import main
 from tests.support import recorder
 
-KEYS = {f"{section}.{key}": value for section, values in Recipe().model_dump().items() for key, value in values.items()}
+KEYS = {
+    f"{section}.{key}": value
+    for section, values in Recipe().model_dump().items()
+    for key, value in values.items()
+}
 """Every key of the recipe with its default."""
 
 BASE = {
-    "view.margin": 0, "view.min_size": 1, "rollout.prompts": 3, "rollout.completions": 2, "rollout.max_tokens": 4, "run.steps": 2,
-    "run.checkpoint_every": 0, "run.rollouts_every": 0, "measure.count": 0, "optimizer.learning_rate": 0.5, "optimizer.warmup_steps": 0,
-    "optimizer.schedule": "constant", "optimizer.weight_decay": 0.25, "objective.top_k": 7, "teacher.rate": 0.125,
-}  # fmt: skip
+    "view.margin": 0,
+    "view.min_size": 1,
+    "rollout.prompts": 3,
+    "rollout.completions": 2,
+    "rollout.max_tokens": 4,
+    "run.steps": 2,
+    "run.checkpoint_every": 0,
+    "run.rollouts_every": 0,
+    "measure.count": 0,
+    "optimizer.learning_rate": 0.5,
+    "optimizer.warmup_steps": 0,
+    "optimizer.schedule": "constant",
+    "optimizer.weight_decay": 0.25,
+    "objective.top_k": 7,
+    "teacher.rate": 0.125,
+}
 """A run of milliseconds, with few values that are anybody's default."""
 
-OBJECTIVE = Objective(alpha=0.5, top_k=7, tail=True, ratio_clip=2.0, temperature=1.0, form="divergence")
-UPDATE = Update(learning_rate=0.5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.25, gradient_clip=1.0)
+OBJECTIVE = Objective(
+    alpha=0.5, top_k=7, tail=True, ratio_clip=2.0, temperature=1.0, form="divergence"
+)
+UPDATE = Update(
+    learning_rate=0.5, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.25, gradient_clip=1.0
+)
 
 SIZE, BOXES, HULL = (96, 64), [[16, 16, 40, 32], [56, 24, 80, 48]], (16, 16, 80, 48)
 """Images of the rows, their evidence, and the smallest box around it."""
@@ -56,7 +76,8 @@ CHECKS = {}
 
 
 def key(name, *values):
-    """Registers what a key does: called with the run's maker and a value, a check asserts the effect and returns what was seen of it."""
+    """Registers what a key does: called with the run's maker and a value, a check asserts the
+    effect and returns what was seen of it."""
 
     def register(check):
         CHECKS[name] = values, check
@@ -71,7 +92,10 @@ def pairs_of(checks):
 
 @pytest.mark.parametrize("name", KEYS)
 def test_every_key_does_what_it_says(name, opd):
-    assert name in CHECKS, f"say here what {name} does: @key({name!r}, default, other) on a function that sees its effect"
+    assert name in CHECKS, (
+        f"say here what {name} does: @key({name!r}, default, other) on a function that sees its"
+        " effect"
+    )
     values, check = CHECKS[name]
     assert values[0] == KEYS[name], "the first value is the key's default"
     seen = [check(opd, value) for value in values]
@@ -84,10 +108,16 @@ def test_no_expectation_is_of_a_key_that_is_gone():
 
 
 class Run:
-    """What one command did: its exit code, its output, the backend it loaded, and the run folder."""
+    """What one command did: its exit code, its output, the backend it loaded, and the run
+    folder."""
 
     def __init__(self, result, loaded, out):
-        self.code, self.stdout, self.stderr, self.out = result.exit_code, result.stdout, result.stderr, out
+        self.code, self.stdout, self.stderr, self.out = (
+            result.exit_code,
+            result.stdout,
+            result.stderr,
+            out,
+        )
         self.error = result.exception
         self.backend = loaded[-1] if loaded else None
         self.options = self.backend.options if loaded else None
@@ -131,7 +161,11 @@ class Run:
         return sum(one.name == "apply" for one in self.calls[:place])
 
     def rows(self, name):
-        return [json.loads(line) for line in (self.out / name).read_text().splitlines()] if (self.out / name).is_file() else []
+        return (
+            [json.loads(line) for line in (self.out / name).read_text().splitlines()]
+            if (self.out / name).is_file()
+            else []
+        )
 
 
 class Maker:
@@ -152,7 +186,13 @@ class Maker:
             for field in ("image", "teacher_image"):
                 if isinstance(row.get(field), Image.Image):
                     row[field].save(folder / f"{field}-{number}.png")
-        named = [{field: f"{field}-{n}.png" if isinstance(v, Image.Image) else v for field, v in row.items()} for n, row in enumerate(rows)]
+        named = [
+            {
+                field: f"{field}-{n}.png" if isinstance(v, Image.Image) else v
+                for field, v in row.items()
+            }
+            for n, row in enumerate(rows)
+        ]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in named))
         return folder / name
 
@@ -165,12 +205,32 @@ class Maker:
     def train(self, settings=None, *arguments, data=None, code=0, model="tiny"):
         """`opd train` with the base's settings and these; `data` None: the twelve rows."""
         out = self.folder() / "run"
-        chosen = {"data.path": str(data or self.twelve), "model.path": str(model), **BASE, **(settings or {})}
-        return self("train", "tiny", "--backend", recorder.NAME, *self.sets(chosen), "--out", out, *arguments, out=out, code=code)
+        chosen = {
+            "data.path": str(data or self.twelve),
+            "model.path": str(model),
+            **BASE,
+            **(settings or {}),
+        }
+        return self(
+            "train",
+            "tiny",
+            "--backend",
+            recorder.NAME,
+            *self.sets(chosen),
+            "--out",
+            out,
+            *arguments,
+            out=out,
+            code=code,
+        )
 
     @staticmethod
     def sets(settings):
-        return [part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+        return [
+            part
+            for name, value in settings.items()
+            for part in ("--set", f"{name}={json.dumps(value)}")
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -185,18 +245,27 @@ def opd(tmp_path_factory):
 
 
 def ask(number):
-    """A row's question; all are of one length, so that their prompts stay in their order where they run together."""
+    """A row's question; all are of one length, so that their prompts stay in their order where they
+    run together."""
     return f"What is {number:02}?"
 
 
 def image(number, size=SIZE):
     """A picture of random blocks, another one for each number."""
-    blocks = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    blocks = np.random.default_rng(number).integers(
+        0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8
+    )
     return Image.fromarray(np.kron(blocks, np.ones((8, 8, 1), np.uint8)))
 
 
 def row(number, **fields):
-    given = {"id": str(number), "image": image(number), "question": ask(number), "boxes": BOXES, "answer": "7"}
+    given = {
+        "id": str(number),
+        "image": image(number),
+        "question": ask(number),
+        "boxes": BOXES,
+        "answer": "7",
+    }
     return {name: value for name, value in {**given, **fields}.items() if value is not None}
 
 
@@ -212,7 +281,9 @@ def encoder():
 
 def print_of(prompt):
     """All that a model sees of a prompt."""
-    return prompt.tokens.tobytes(), *(prompt.images[name].tobytes() for name in sorted(prompt.images))
+    return prompt.tokens.tobytes(), *(
+        prompt.images[name].tobytes() for name in sorted(prompt.images)
+    )
 
 
 def prints(*asked):
@@ -241,7 +312,8 @@ def crop(number, place=HULL, size=None):
 
 
 def teachers_see(run, *views):
-    """Asserts that every teacher of a run saw these views of its row, `views` as functions of the row's number; says their sizes."""
+    """Asserts that every teacher of a run saw these views of its row, `views` as functions of the
+    row's number; says their sizes."""
     assert run.groups
     for group in run.groups:
         number = number_of(group.student)
@@ -261,7 +333,9 @@ def _(opd, value):
         folder = opd.folder() / "copy"
         shutil.copytree(MODEL, folder)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        settings["chat_template"] = settings["chat_template"].replace("{{- part.text -}}", "{{- 'Look: ' + part.text -}}")
+        settings["chat_template"] = settings["chat_template"].replace(
+            "{{- part.text -}}", "{{- 'Look: ' + part.text -}}"
+        )
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         value = str(folder)
     run = opd.train({"model.path": value})
@@ -273,14 +347,18 @@ def _(opd, value):
 
 @key("model.base", "", "copy")
 def _(opd, value):
-    """Of an adapter, which is trained on with a rank and a scale of its own, or is added to what is trained whole."""
+    """Of an adapter, which is trained on with a rank and a scale of its own, or is added to what is
+    trained whole."""
     adapter, base = opd.folder() / "adapter", MODEL
     adapter.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": str(MODEL), "r": 3, "lora_alpha": 6}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     layer = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
     shapes = {f"{layer}.lora_A.weight": (3, 96), f"{layer}.lora_B.weight": (96, 3)}
-    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {name: np.zeros(shape, np.float32) for name, shape in shapes.items()},
+        adapter / "adapter_model.safetensors",
+    )
     if value:
         base = opd.folder() / "copy"
         shutil.copytree(MODEL, base)
@@ -316,9 +394,14 @@ def _(opd, value):
 def _(opd, value):
     run = opd.train({"model.tune": value})
     kind = "model" if value == "full" else "adapter"
-    assert [(call.kind, (run.out / kind / "weights.txt").is_file()) for call in run.of("export")] == [(kind, True)]
+    assert [
+        (call.kind, (run.out / kind / "weights.txt").is_file()) for call in run.of("export")
+    ] == [(kind, True)]
     assert (run.out / kind / "tokenizer_config.json").is_file()
-    assert (run.options.adapters is None, run.options.four_bit) == (value == "full", value == "qlora")
+    assert (run.options.adapters is None, run.options.four_bit) == (
+        value == "full",
+        value == "qlora",
+    )
     assert run.options.tune_vision is (value == "full")
     return kind, run.options.four_bit
 
@@ -341,14 +424,30 @@ def _(opd, value):
     return seen
 
 
-ADAPTERS = {"model.tune": "lora", "model.rank": 3, "model.alpha": 5.0, "model.targets": ["q_proj", "v_proj"], "run.seed": 11}
+ADAPTERS = {
+    "model.tune": "lora",
+    "model.rank": 3,
+    "model.alpha": 5.0,
+    "model.targets": ["q_proj", "v_proj"],
+    "run.seed": 11,
+}
 
 
 def adapters(opd, **changes):
     """The adapter options that arrive, which differ from those above in one value alone."""
-    names = {"rank": 3, "alpha": 5.0, "targets": ("q_proj", "v_proj"), "vision": False, "projector": False, "seed": 11}
+    names = {
+        "rank": 3,
+        "alpha": 5.0,
+        "targets": ("q_proj", "v_proj"),
+        "vision": False,
+        "projector": False,
+        "seed": 11,
+    }
     run = opd.train({**ADAPTERS, **{f"model.{name}": value for name, value in changes.items()}})
-    expected = {**names, **{name: tuple(value) if name == "targets" else value for name, value in changes.items()}}
+    expected = {
+        **names,
+        **{name: tuple(value) if name == "targets" else value for name, value in changes.items()},
+    }
     assert run.options.adapters == AdapterOptions(**expected)
     return run.options.adapters
 
@@ -381,18 +480,30 @@ def _(opd, value):
 
 
 def grids(opd, **bounds):
-    """Patches (height, width) that student and teacher see, of 96 x 64 and of 128 x 64 pixels, as the official processor would have them;
-    `bounds` as least and largest pixels of the student's and of the teacher's images.
+    """Patches (height, width) that student and teacher see, of 96 x 64 and of 128 x 64 pixels, as
+    the official processor would have them; `bounds` as least and largest pixels of the student's
+    and of the teacher's images.
 
     Measuring asks under the bounds of training.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     student, teacher = bounds.pop("student", {}), bounds.pop("teacher", {})
-    run = opd.train({"view.enlarge": 2, "measure.count": 1, **{f"model.{name}": value for name, value in bounds.items()}})
-    sizes = (smart_resize(64, 96, 16, **{**OWN, **student}), smart_resize(64, 128, 16, **{**OWN, **teacher}))
+    run = opd.train(
+        {
+            "view.enlarge": 2,
+            "measure.count": 1,
+            **{f"model.{name}": value for name, value in bounds.items()},
+        }
+    )
+    sizes = (
+        smart_resize(64, 96, 16, **{**OWN, **student}),
+        smart_resize(64, 128, 16, **{**OWN, **teacher}),
+    )
     expected = [(height // 8, width // 8) for height, width in sizes]
-    seen = {tuple(grid(prompt) for prompt in (group.student, group.teacher)) for group in run.groups}
+    seen = {
+        tuple(grid(prompt) for prompt in (group.student, group.teacher)) for group in run.groups
+    }
     assert seen == {tuple(expected)}
     for call in run.measured:
         assert sorted(grid(prompt) for prompt in call.prompts) == sorted(expected)
@@ -432,13 +543,25 @@ def _(opd, value):
 
 
 def test_the_teachers_bounds_win_over_the_students(opd):
-    bounds = {"max_pixels": 2048, "min_pixels": 1024, "teacher_max_pixels": 40000, "teacher_min_pixels": 32768}
-    student, teacher = {"max_pixels": 2048, "min_pixels": 1024}, {"max_pixels": 40000, "min_pixels": 32768}
+    bounds = {
+        "max_pixels": 2048,
+        "min_pixels": 1024,
+        "teacher_max_pixels": 40000,
+        "teacher_min_pixels": 32768,
+    }
+    student, teacher = (
+        {"max_pixels": 2048, "min_pixels": 1024},
+        {
+            "max_pixels": 40000,
+            "min_pixels": 32768,
+        },
+    )
     grids(opd, **bounds, student=student, teacher=teacher)
 
 
 def test_images_of_another_size_are_no_known_features(opd):
-    """A prompt's key tells bounds apart too: a frozen tower's features of it are computed once for both policies."""
+    """A prompt's key tells bounds apart too: a frozen tower's features of it are computed once for
+    both policies."""
     for bound in (0, 2048):
         run = opd.train({"view.kind": "full", "model.teacher_max_pixels": bound})
         assert {group.student.key == group.teacher.key for group in run.groups} == {bound == 0}
@@ -460,7 +583,8 @@ def _(opd, value):
 
 @key("data.max_prompt_tokens", 8192, 60)
 def _(opd, value):
-    """A prompt of just so many tokens is used, one more is not, whichever policy's is the longer one."""
+    """A prompt of just so many tokens is used, one more is not, whichever policy's is the longer
+    one."""
     small, large = image(0, (32, 32)), image(1, (64, 64))
 
     def question(picture, length):
@@ -470,9 +594,17 @@ def _(opd, value):
         asked = question(max(student, teacher, key=lambda one: one.width), length)
         return {"image": student, "teacher_image": teacher, "question": asked, "id": f"{length}"}
 
-    rows = [long(value + more, *views) for more in (0, 1) for views in ((small, large), (large, small))]
+    rows = [
+        long(value + more, *views) for more in (0, 1) for views in ((small, large), (large, small))
+    ]
     data = opd.data(rows)
-    settings = {"data.max_prompt_tokens": value, "rollout.prompts": 4, "run.steps": 1, "measure.path": str(data), "measure.count": 4}
+    settings = {
+        "data.max_prompt_tokens": value,
+        "rollout.prompts": 4,
+        "run.steps": 1,
+        "measure.path": str(data),
+        "measure.count": 4,
+    }
     run = opd.train(settings, data=data)
     lengths = sorted((len(group.student), len(group.teacher)) for group in run.groups)
     less = value - (16 - 4)
@@ -480,17 +612,31 @@ def _(opd, value):
     assert [one["skipped"] for one in run.rows("metrics.jsonl")] == [2]
     for when in range(2):
         asked = run.measured[when * len(run.measured) // 2 : (when + 1) * len(run.measured) // 2]
-        assert sorted(len(prompt) for call in asked for prompt in call.prompts) == [less, less, value, value]
+        assert sorted(len(prompt) for call in asked for prompt in call.prompts) == [
+            less,
+            less,
+            value,
+            value,
+        ]
     return lengths
 
 
 @key("data.strict", False, True)
 def _(opd, value):
     data = opd.data([row(0), row(1), row(2, image="missing.png")])
-    run = opd.train({"data.strict": value, "rollout.prompts": 2, "run.steps": 1}, data=data, code=2 if value else 0)
+    run = opd.train(
+        {"data.strict": value, "rollout.prompts": 2, "run.steps": 1},
+        data=data,
+        code=2 if value else 0,
+    )
     assert (run.backend is None) is value
-    measured = opd.train({"data.strict": value, "measure.path": str(data), "measure.count": 3, "run.steps": 1}, code=2 if value else 0)
-    assert not measured.calls if value else [len(call.prompts) for call in measured.measured] == [4, 4]
+    measured = opd.train(
+        {"data.strict": value, "measure.path": str(data), "measure.count": 3, "run.steps": 1},
+        code=2 if value else 0,
+    )
+    assert (
+        not measured.calls if value else [len(call.prompts) for call in measured.measured] == [4, 4]
+    )
     if not value:
         assert sorted(numbers_of(run.drawn[0].prompts)) == [0, 1]
     return run.code
@@ -498,10 +644,18 @@ def _(opd, value):
 
 @key("data.max_image_pixels", MAX_IMAGE_PIXELS, 6143)
 def _(opd, value):
-    """Rows to train on and rows to measure alike; the larger picture has a pixel or a line too much."""
+    """Rows to train on and rows to measure alike; the larger picture has a pixel or a line too
+    much."""
     picture = Image.new("1", (16384, value // 16384 + 1)) if value > 10**6 else image(1, (96, 64))
-    data = opd.data([row(0, image=image(0, (64, 64)), boxes=[[0, 0, 32, 32]]), row(1, image=picture, boxes=[[0, 0, 32, 32]])])
-    run = opd.train({"data.max_image_pixels": value, "measure.path": str(data), "measure.count": 4}, data=data)
+    data = opd.data(
+        [
+            row(0, image=image(0, (64, 64)), boxes=[[0, 0, 32, 32]]),
+            row(1, image=picture, boxes=[[0, 0, 32, 32]]),
+        ]
+    )
+    run = opd.train(
+        {"data.max_image_pixels": value, "measure.path": str(data), "measure.count": 4}, data=data
+    )
     assert {number_of(group.student) for group in run.groups} == {0}
     assert [len(call.prompts) for call in run.measured] == [2, 2]
     return picture.size
@@ -516,7 +670,13 @@ def _(opd, value):
     place = {"crop": box, "full": (0, 0, *SIZE), "wrong": (0, 0, 48, 64)}[value]
     teachers_see(run, lambda number: crop(number, place))
     for call in run.measured:  # on the evidence, whatever the teacher sees
-        expected = prints(*(([view], ask(number)) for number in (0, 2) for view in (image(number), crop(number, box))))
+        expected = prints(
+            *(
+                ([view], ask(number))
+                for number in (0, 2)
+                for view in (image(number), crop(number, box))
+            )
+        )
         assert Counter(map(print_of, call.prompts)) == expected
     return place
 
@@ -524,7 +684,10 @@ def _(opd, value):
 @key("view.boxes", "hull", "each")
 def _(opd, value):
     places = [HULL] if value == "hull" else BOXES
-    return teachers_see(opd.train({"view.boxes": value}), *((lambda number, at=place: crop(number, at)) for place in places))
+    return teachers_see(
+        opd.train({"view.boxes": value}),
+        *((lambda number, at=place: crop(number, at)) for place in places),
+    )
 
 
 @key("view.margin", 6.0, 2.0)
@@ -537,12 +700,16 @@ def _(opd, value):
 def _(opd, value):
     more = 64 * value
     wide = (16 - more, 16 - more, 80 + more, 48 + more)
-    return teachers_see(opd.train({"view.margin_fraction": value}), lambda number: crop(number, wide))
+    return teachers_see(
+        opd.train({"view.margin_fraction": value}), lambda number: crop(number, wide)
+    )
 
 
 @key("view.min_size", 48, 64)
 def _(opd, value):
-    return teachers_see(opd.train({"view.min_size": value}), lambda number: crop(number, HULL, (2 * value, value)))
+    return teachers_see(
+        opd.train({"view.min_size": value}), lambda number: crop(number, HULL, (2 * value, value))
+    )
 
 
 @key("view.enlarge", 1.0, 2.0)
@@ -584,13 +751,16 @@ def _(opd, value):
     run = opd.train({"rollout.temperature": value, "measure.count": 1})
     assert [call.sampling.temperature for call in run.drawn] == [value] * 2
     assert [call.sampling.temperature for call in run.measured] == [0.0] * 2
-    assert {call.objective for call in run.of("accumulate")} == {replace(OBJECTIVE, temperature=value)}
+    assert {call.objective for call in run.of("accumulate")} == {
+        replace(OBJECTIVE, temperature=value)
+    }
     return value
 
 
 @key("rollout.microbatch_tokens", 16384, 60)
 def _(opd, value):
-    """60 is room for a prompt and two of its four completions of eight tokens: a group a call, split in halves.
+    """60 is room for a prompt and two of its four completions of eight tokens: a group a call,
+    split in halves.
 
     The longer prompt counts, which is the teacher's where crops are enlarged.
     """
@@ -606,8 +776,14 @@ def _(opd, value):
 
 
 def microbatches(opd, value, settings=None):
-    """Groups and split of every call of a step, and the length of the student's and of the teacher's prompts."""
-    rollout = {"rollout.microbatch_tokens": value, "rollout.completions": 4, "rollout.max_tokens": 8, "run.steps": 1}
+    """Groups and split of every call of a step, and the length of the student's and of the
+    teacher's prompts."""
+    rollout = {
+        "rollout.microbatch_tokens": value,
+        "rollout.completions": 4,
+        "rollout.max_tokens": 8,
+        "run.steps": 1,
+    }
     with recorder.writing(recorder.endless):
         run = opd.train({**rollout, **(settings or {})})
     assert [len(call.prompts) for call in run.drawn] == [3]
@@ -617,9 +793,20 @@ def microbatches(opd, value, settings=None):
 
 @key("rollout.sample_tokens", 65536, 60)
 def _(opd, value):
-    """60 is room for one prompt and its completions, and not for two; measured rows are two prompts each."""
-    run = opd.train({"rollout.sample_tokens": value, "measure.count": 2, "measure.max_tokens": 20, "run.steps": 1})
-    lengths = [len(call.prompts) for call in run.drawn], [len(call.prompts) for call in run.measured]
+    """60 is room for one prompt and its completions, and not for two; measured rows are two prompts
+    each."""
+    run = opd.train(
+        {
+            "rollout.sample_tokens": value,
+            "measure.count": 2,
+            "measure.max_tokens": 20,
+            "run.steps": 1,
+        }
+    )
+    lengths = (
+        [len(call.prompts) for call in run.drawn],
+        [len(call.prompts) for call in run.measured],
+    )
     assert lengths == (([3], [4] * 2) if value > 60 else ([1] * 3, [1] * 8))
     assert [len(call.groups) for call in run.of("accumulate")] == [3]
     return lengths
@@ -667,8 +854,15 @@ def _(opd, value):
 
 @key("teacher.rule", "ema", "frozen", "sync", "live")
 def _(opd, value):
-    run = opd.train({"teacher.rule": value, "teacher.every": 2, "teacher.rate": 0.25, "run.steps": 4})
-    expected = {"ema": [[], [0.25]] * 2, "frozen": [[]] * 4, "sync": [[], [1.0]] * 2, "live": [[1.0]] * 4}[value]
+    run = opd.train(
+        {"teacher.rule": value, "teacher.every": 2, "teacher.rate": 0.25, "run.steps": 4}
+    )
+    expected = {
+        "ema": [[], [0.25]] * 2,
+        "frozen": [[]] * 4,
+        "sync": [[], [1.0]] * 2,
+        "live": [[1.0]] * 4,
+    }[value]
     assert run.rates == expected
     return expected
 
@@ -690,7 +884,10 @@ def _(opd, value):
 
 def updates(opd, settings, **changes):
     """Every step's update has these values changed alone; a list has a value for each step."""
-    run = opd.train({f"optimizer.{name}": value for name, value in settings.items() if "." not in name} | {"run.steps": 3})
+    run = opd.train(
+        {f"optimizer.{name}": value for name, value in settings.items() if "." not in name}
+        | {"run.steps": 3}
+    )
     assert run.updates == [replace(UPDATE, **changes)] * 3
     return run.updates
 
@@ -711,7 +908,11 @@ def learning_rates(opd, steps, settings):
 @key("optimizer.schedule", "constant", "cosine", "linear")
 def _(opd, value):
     rates = learning_rates(opd, 6, {"optimizer.schedule": value, "optimizer.warmup_steps": 2})
-    down = {"constant": [1, 1, 1], "linear": [0.75, 0.5, 0.25], "cosine": [0.853553, 0.5, 0.146447]}[value]
+    down = {
+        "constant": [1, 1, 1],
+        "linear": [0.75, 0.5, 0.25],
+        "cosine": [0.853553, 0.5, 0.146447],
+    }[value]
     assert rates == pytest.approx([0.5, 1, 1, *down], abs=1e-6)
     return rates
 
@@ -719,7 +920,9 @@ def _(opd, value):
 @key("optimizer.warmup_steps", 10, 0, 4)
 def _(opd, value):
     rates = learning_rates(opd, 12, {"optimizer.warmup_steps": value})
-    assert rates == pytest.approx([*((step + 1) / value for step in range(value)), *[1.0] * (12 - value)])
+    assert rates == pytest.approx(
+        [*((step + 1) / value for step in range(value)), *[1.0] * (12 - value)]
+    )
     return rates
 
 
@@ -759,10 +962,23 @@ def _(opd, value):
 
 @key("measure.count", 200, 0, 5)
 def _(opd, value):
-    data = opd.data([row(number % 12, id=str(number), image=image(number % 12, (32, 32)), boxes=[[0, 0, 16, 16]]) for number in range(201)])
+    data = opd.data(
+        [
+            row(
+                number % 12,
+                id=str(number),
+                image=image(number % 12, (32, 32)),
+                boxes=[[0, 0, 16, 16]],
+            )
+            for number in range(201)
+        ]
+    )
     run = opd.train({"measure.count": value, "run.steps": 1, "rollout.prompts": 1}, data=data)
     assert sum(len(call.prompts) for call in run.measured) == 2 * 2 * value
-    assert [json.loads((run.out / "summary.json").read_text())["examples"], len(run.rows("answers.jsonl"))] == [value, 2 * value]
+    assert [
+        json.loads((run.out / "summary.json").read_text())["examples"],
+        len(run.rows("answers.jsonl")),
+    ] == [value, 2 * value]
     return value
 
 
@@ -778,7 +994,11 @@ def _(opd, value):
 def _(opd, value):
     run = opd.train({"measure.every": value, "measure.count": 2, "run.steps": 5})
     steps = [run.steps_before(call) for call in run.measured]
-    assert steps == [one["step"] for one in run.rows("accuracy.jsonl")] == ([0, 2, 4, 5] if value else [0, 5])
+    assert (
+        steps
+        == [one["step"] for one in run.rows("accuracy.jsonl")]
+        == ([0, 2, 4, 5] if value else [0, 5])
+    )
     return steps
 
 
@@ -788,7 +1008,12 @@ def _(opd, value):
 @key("run.steps", 65, 3)
 def _(opd, value):
     run = opd.train({"run.steps": value, "rollout.prompts": 1})
-    assert len(run.updates) == len(run.rows("metrics.jsonl")) == json.loads((run.out / "summary.json").read_text())["steps"] == value
+    assert (
+        len(run.updates)
+        == len(run.rows("metrics.jsonl"))
+        == json.loads((run.out / "summary.json").read_text())["steps"]
+        == value
+    )
     return value
 
 
@@ -797,7 +1022,9 @@ def _(opd, value):
     """Of data order, sampling, and fresh adapters: each."""
 
     def parts(seed):
-        run = opd.train({"run.seed": seed, "rollout.prompts": 6, "run.steps": 4, "model.tune": "lora"})
+        run = opd.train(
+            {"run.seed": seed, "rollout.prompts": 6, "run.steps": 4, "model.tune": "lora"}
+        )
         order = [numbers_of(call.prompts) for call in run.drawn]
         # Every epoch is all rows, in an order of its own.
         epochs = [order[0] + order[1], order[2] + order[3]]
@@ -820,7 +1047,9 @@ def _(opd, value):
 @key("run.checkpoint_every", 50, 0, 2)
 def _(opd, value):
     steps = 51 if value == 50 else 5
-    run = opd.train({"run.checkpoint_every": value, "run.keep": 9, "run.steps": steps, "rollout.prompts": 1})
+    run = opd.train(
+        {"run.checkpoint_every": value, "run.keep": 9, "run.steps": steps, "rollout.prompts": 1}
+    )
     seen, applied = [], 0
     for call in run.calls:
         applied += call.name == "apply"
@@ -850,10 +1079,17 @@ def _(opd, value):
 
 
 def test_a_step_is_rollout_gradient_update_and_teacher(opd):
-    """The student draws; both are read along just what was drawn, in its own group, at the weight of its row."""
+    """The student draws; both are read along just what was drawn, in its own group, at the weight
+    of its row."""
     data = opd.data([row(number, weight=1 + number / 4) for number in range(12)])
-    run = opd.train({"run.steps": 3, "rollout.prompts": 4, "rollout.microbatch_tokens": 1}, data=data)
-    assert [call.name for call in run.calls] == [*(["sample", *["accumulate"] * 4, "apply", "move_teacher"] * 3), "save", "export"]
+    run = opd.train(
+        {"run.steps": 3, "rollout.prompts": 4, "rollout.microbatch_tokens": 1}, data=data
+    )
+    assert [call.name for call in run.calls] == [
+        *(["sample", *["accumulate"] * 4, "apply", "move_teacher"] * 3),
+        "save",
+        "export",
+    ]
     teachers_see(run, crop)
     assert run.updates == [UPDATE] * 3
     assert run.rates == [[0.125]] * 3
@@ -861,8 +1097,13 @@ def test_a_step_is_rollout_gradient_update_and_teacher(opd):
         assert call.policy == "student"
         assert call.sampling == Sampling(1.0, encoder().stop, encoder().banned)
         assert (len(encoder().stop), len(encoder().banned)) == (1, 4)
-        sampled = {number_of(prompt): (prompt, found) for prompt, found in zip(call.prompts, call.result, strict=True)}
-        groups = [group for one in run.of("accumulate")[4 * step : 4 * step + 4] for group in one.groups]
+        sampled = {
+            number_of(prompt): (prompt, found)
+            for prompt, found in zip(call.prompts, call.result, strict=True)
+        }
+        groups = [
+            group for one in run.of("accumulate")[4 * step : 4 * step + 4] for group in one.groups
+        ]
         assert sorted(map(number_of, (group.student for group in groups))) == sorted(sampled)
         tokens = sum(len(one) for _, found in sampled.values() for one in found)
         for group in groups:
@@ -876,8 +1117,11 @@ def test_a_step_is_rollout_gradient_update_and_teacher(opd):
 
 
 def test_what_is_drawn_stays_with_its_prompt(opd):
-    """Prompts of unequal lengths are sampled and differentiated in another order than they were drawn in."""
-    data = opd.data([row(number, question=ask(number) + " Please" * (number % 4)) for number in range(8)])
+    """Prompts of unequal lengths are sampled and differentiated in another order than they were
+    drawn in."""
+    data = opd.data(
+        [row(number, question=ask(number) + " Please" * (number % 4)) for number in range(8)]
+    )
 
     def write(prompt, uniforms, sampling):
         """Another answer to every prompt."""
@@ -888,10 +1132,15 @@ def test_what_is_drawn_stays_with_its_prompt(opd):
         return Completion(tokens.astype(np.int32), np.zeros(len(tokens), np.float32), False)
 
     with recorder.writing(write):
-        run = opd.train({"rollout.prompts": 8, "measure.count": 8, "measure.max_tokens": 4}, data=data)
+        run = opd.train(
+            {"rollout.prompts": 8, "measure.count": 8, "measure.max_tokens": 4}, data=data
+        )
     assert [number % 4 for number in numbers_of(run.drawn[0].prompts)] == [3, 3, 2, 2, 1, 1, 0, 0]
     for step, call in enumerate(run.drawn):
-        drawn = {number_of(prompt): found for prompt, found in zip(call.prompts, call.result, strict=True)}
+        drawn = {
+            number_of(prompt): found
+            for prompt, found in zip(call.prompts, call.result, strict=True)
+        }
         groups = run.groups[8 * step : 8 * step + 8]
         assert {number_of(group.student): list(group.completions) for group in groups} == drawn
         for group in groups:
@@ -929,7 +1178,10 @@ def test_completions_do_not_depend_on_the_cut(opd):
 
 def test_a_row_that_stands_twice_in_a_step_is_drawn_twice(opd):
     run = opd.train({"rollout.prompts": 4}, data=opd.data([row(0)]))
-    assert len(np.unique(np.concatenate([call.uniforms for call in run.drawn]).reshape(-1, 4), axis=0)) == 2 * 4 * 2
+    assert (
+        len(np.unique(np.concatenate([call.uniforms for call in run.drawn]).reshape(-1, 4), axis=0))
+        == 2 * 4 * 2
+    )
     assert [len(group.completions) for group in run.groups] == [2] * 8
 
 
@@ -940,7 +1192,11 @@ def test_completions_with_a_banned_token_are_dropped(opd):
         one = recorder.letters(prompt, uniforms, sampling)
         if uniforms[0] >= 0.5:
             return one
-        return Completion(np.append(one.tokens, np.int32(banned)), np.append(one.logprobs, np.float32(-1)), one.finished)
+        return Completion(
+            np.append(one.tokens, np.int32(banned)),
+            np.append(one.logprobs, np.float32(-1)),
+            one.finished,
+        )
 
     with recorder.writing(write):
         run = opd.train({"rollout.completions": 4, "run.steps": 3})
@@ -957,7 +1213,10 @@ def test_completions_with_a_banned_token_are_dropped(opd):
 
 def test_the_teacher_is_asked_its_own_question_and_shown_its_own_image(opd):
     """In training, and on the crop in measuring; the student never is."""
-    rows = [row(n, boxes=None, teacher_image=image(100 + n), teacher_question=f"And {n}, enlarged?") for n in range(4)]
+    rows = [
+        row(n, boxes=None, teacher_image=image(100 + n), teacher_question=f"And {n}, enlarged?")
+        for n in range(4)
+    ]
     run = opd.train({"measure.count": 4}, data=opd.data(rows))
     assert len(run.groups) == 6
     for group in run.groups:
@@ -971,9 +1230,13 @@ def test_the_teacher_is_asked_its_own_question_and_shown_its_own_image(opd):
 
 
 def test_measuring_is_the_students_greedy_answer(opd):
-    """On the full image and on the crop, without a token that no answer may hold; what it says is judged and kept."""
+    """On the full image and on the crop, without a token that no answer may hold; what it says is
+    judged and kept."""
     said = {True: "7", False: "8"}
-    letter = {text: next(token for token in range(200) if encoder().decode([token]) == text) for text in said.values()}
+    letter = {
+        text: next(token for token in range(200) if encoder().decode([token]) == text)
+        for text in said.values()
+    }
 
     def write(prompt, uniforms, sampling):
         if sampling.temperature > 0:
@@ -990,33 +1253,58 @@ def test_measuring_is_the_students_greedy_answer(opd):
         assert numbers_of(call.prompts) == [0, 4, 8] * 2
         assert [grid(prompt) for prompt in call.prompts] == [(8, 12)] * 3 + [(4, 8)] * 3
     answers = run.rows("answers.jsonl")
-    assert [(one["when"], one["id"], one["answer"], one["full"], one["crop"]) for one in answers] == [
+    assert [
+        (one["when"], one["id"], one["answer"], one["full"], one["crop"]) for one in answers
+    ] == [
         (when, str(number), "7", "8", "7") for when in ("before", "after") for number in (0, 4, 8)
     ]
     assert {(one["full_right"], one["crop_right"]) for one in answers} == {(False, True)}
     summary = json.loads((run.out / "summary.json").read_text())
     for when in ("before", "after"):
-        assert (summary[when]["full_accuracy"], summary[when]["crop_accuracy"], summary[when]["gap"]) == (0.0, 1.0, 1.0)
+        assert (
+            summary[when]["full_accuracy"],
+            summary[when]["crop_accuracy"],
+            summary[when]["gap"],
+        ) == (0.0, 1.0, 1.0)
 
 
 def test_what_the_backend_says_is_written_under_its_name(opd):
-    run = opd.train({"run.rollouts_every": 1, "optimizer.warmup_steps": 4, "rollout.completions": 5})
+    run = opd.train(
+        {"run.rollouts_every": 1, "optimizer.warmup_steps": 4, "rollout.completions": 5}
+    )
     for step, metrics in enumerate(run.rows("metrics.jsonl")):
         found = [one for group in run.drawn[step].result for one in group]
         tokens = sum(map(len, found))
         expected = {
-            "step": step + 1, "loss": recorder.RATIO * recorder.DIVERGENCE, "divergence": recorder.DIVERGENCE, "ratio": recorder.RATIO,
-            "student_entropy": recorder.ENTROPIES[0], "teacher_entropy": recorder.ENTROPIES[1], "logprob_gap": recorder.GAP,
-            "gradient_norm": recorder.NORM, "taken": True, "learning_rate": (step + 1) / 8, "teacher_rate": 0.125, "tokens": tokens,
-            "completions": 15, "truncated": sum(not one.finished for one in found), "dropped": 0, "skipped": 0, "peak_memory_bytes": 7,
-        }  # fmt: skip
+            "step": step + 1,
+            "loss": recorder.RATIO * recorder.DIVERGENCE,
+            "divergence": recorder.DIVERGENCE,
+            "ratio": recorder.RATIO,
+            "student_entropy": recorder.ENTROPIES[0],
+            "teacher_entropy": recorder.ENTROPIES[1],
+            "logprob_gap": recorder.GAP,
+            "gradient_norm": recorder.NORM,
+            "taken": True,
+            "learning_rate": (step + 1) / 8,
+            "teacher_rate": 0.125,
+            "tokens": tokens,
+            "completions": 15,
+            "truncated": sum(not one.finished for one in found),
+            "dropped": 0,
+            "skipped": 0,
+            "peak_memory_bytes": 7,
+        }
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
         assert 0 < expected["truncated"] < 15
         assert metrics["tokens_per_second"] > 0
     first = [number_of(call.prompts[0]) for call in run.drawn]
     written = run.rows("rollouts.jsonl")
-    assert [(one["step"], one["id"]) for one in written] == [(step, str(first[step - 1])) for step in (1, 2) for _ in range(5)]
-    for one, found in zip(written, [one for call in run.drawn for one in call.result[0]], strict=True):
+    assert [(one["step"], one["id"]) for one in written] == [
+        (step, str(first[step - 1])) for step in (1, 2) for _ in range(5)
+    ]
+    for one, found in zip(
+        written, [one for call in run.drawn for one in call.result[0]], strict=True
+    ):
         assert one["tokens"] == found.tokens.tolist()
         assert one["sampler_logprobs"] == one["student_logprobs"] == found.logprobs.tolist()
         assert (one["finished"], one["text"]) == (found.finished, encoder().decode(found.tokens))
@@ -1032,9 +1320,14 @@ def test_what_the_backend_says_is_written_under_its_name(opd):
 def test_a_resumed_run_has_the_same_calls(opd):
     """On the last checkpoint's state, with the run's own recipe."""
     settings = {
-        **ADAPTERS, "run.checkpoint_every": 2, "run.steps": 4, "measure.count": 2, "model.max_pixels": 2048, "view.margin": 4,
+        **ADAPTERS,
+        "run.checkpoint_every": 2,
+        "run.steps": 4,
+        "measure.count": 2,
+        "model.max_pixels": 2048,
+        "view.margin": 4,
         "optimizer.schedule": "linear",
-    }  # fmt: skip
+    }
     whole = opd.train(settings)
     shutil.rmtree(whole.out / "checkpoints/step-000004")
     shutil.rmtree(whole.out / "adapter")
@@ -1054,28 +1347,57 @@ def test_a_resumed_run_has_the_same_calls(opd):
         np.testing.assert_array_equal(ours.uniforms, theirs.uniforms)
         assert [prompt.key for prompt in ours.prompts] == [prompt.key for prompt in theirs.prompts]
         assert numbers_of(ours.prompts) == numbers_of(theirs.prompts)
-    assert [group.teacher.key for group in again.groups] == [group.teacher.key for group in whole.groups[6:]]
+    assert [group.teacher.key for group in again.groups] == [
+        group.teacher.key for group in whole.groups[6:]
+    ]
     assert [call.objective for call in again.of("accumulate")] == [OBJECTIVE] * 2
 
 
 @pytest.mark.parametrize("command", ["gap", "sample"])
 def test_gap_and_sample_ask_as_training_measures(command, opd):
     settings = {
-        "view.margin": 4, "view.min_size": 48, "measure.max_tokens": 5, "model.max_pixels": 2048, "model.teacher_max_pixels": 4096,
-        "rollout.sample_tokens": 1, "measure.count": 3, "model.dtype": "bfloat16", "data.max_prompt_tokens": 90,
-    }  # fmt: skip
-    data = opd.data([row(number, question=ask(number) + "a" * 100 * (number == 1)) for number in range(3)])  # the second is too long
+        "view.margin": 4,
+        "view.min_size": 48,
+        "measure.max_tokens": 5,
+        "model.max_pixels": 2048,
+        "model.teacher_max_pixels": 4096,
+        "rollout.sample_tokens": 1,
+        "measure.count": 3,
+        "model.dtype": "bfloat16",
+        "data.max_prompt_tokens": 90,
+    }
+    # the second is too long
+    data = opd.data(
+        [row(number, question=ask(number) + "a" * 100 * (number == 1)) for number in range(3)]
+    )
     train = opd.train(settings, data=data)
     chosen = {"data.path": str(data), **settings}
-    run = opd(command, "tiny", "--backend", recorder.NAME, *opd.sets(chosen), *(["--count", 3] if command == "sample" else []), "--json")
+    run = opd(
+        command,
+        "tiny",
+        "--backend",
+        recorder.NAME,
+        *opd.sets(chosen),
+        *(["--count", 3] if command == "sample" else []),
+        "--json",
+    )
     before = train.measured[: len(train.measured) // 2]
-    assert [[prompt.key for prompt in call.prompts] for call in run.calls] == [[prompt.key for prompt in call.prompts] for call in before]
+    assert [[prompt.key for prompt in call.prompts] for call in run.calls] == [
+        [prompt.key for prompt in call.prompts] for call in before
+    ]
     assert [(call.policy, call.sampling, call.uniforms.shape) for call in run.calls] == [
         ("student", Sampling(0.0, encoder().stop, encoder().banned), (1, 1, 5))
     ] * 4
     assert run.options == train.options
-    counted = opd(command, "tiny", "--backend", recorder.NAME, "--data", opd.twelve, "--count", 2, "--json")
-    assert sorted(number_of(prompt) for call in counted.calls for prompt in call.prompts) == [0, 0, 6, 6]
+    counted = opd(
+        command, "tiny", "--backend", recorder.NAME, "--data", opd.twelve, "--count", 2, "--json"
+    )
+    assert sorted(number_of(prompt) for call in counted.calls for prompt in call.prompts) == [
+        0,
+        0,
+        6,
+        6,
+    ]
     found = json.loads(counted.stdout)
     assert found["model"] == "tiny"
     assert (found["rows"] if command == "gap" else len(found["answers"])) == 2
@@ -1087,37 +1409,81 @@ def test_options_of_the_command_line_are_keys_of_the_recipe(opd):
     settings = {name: value for name, value in BASE.items() if name != "run.steps"}
     model = opd.folder() / "copy"
     shutil.copytree(MODEL, model)
-    shared = ["train", "tiny", "--backend", recorder.NAME, *opd.sets(settings), "--data", opd.twelve, "--model", model]
+    shared = [
+        "train",
+        "tiny",
+        "--backend",
+        recorder.NAME,
+        *opd.sets(settings),
+        "--data",
+        opd.twelve,
+        "--model",
+        model,
+    ]
     run = opd(*shared, "--steps", 3, "--seed", 5, "--out", out, out=out)
     assert run.options.path == model
     other = opd.train({"run.steps": 3, "run.seed": 5})
-    assert [call.uniforms.tolist() for call in run.drawn] == [call.uniforms.tolist() for call in other.drawn]
-    assert [numbers_of(call.prompts) for call in run.drawn] == [numbers_of(call.prompts) for call in other.drawn]
+    assert [call.uniforms.tolist() for call in run.drawn] == [
+        call.uniforms.tolist() for call in other.drawn
+    ]
+    assert [numbers_of(call.prompts) for call in run.drawn] == [
+        numbers_of(call.prompts) for call in other.drawn
+    ]
     assert len(run.updates) == 3
     config = tomllib.loads((out / "config.toml").read_text())
     assert config["made_with"]["backend"] == recorder.NAME
-    assert (config["run"]["steps"], config["run"]["seed"], config["data"]["path"]) == (3, 5, str(opd.twelve))
+    assert (config["run"]["steps"], config["run"]["seed"], config["data"]["path"]) == (
+        3,
+        5,
+        str(opd.twelve),
+    )
     last = opd(*shared, "--steps", 3, "--set", "run.steps=1", "--out", opd.folder() / "run")
     assert len(last.updates) == 1
 
 
 @pytest.mark.parametrize(
-    ("tune", "kind", "finished"), [("full", "model", False), ("lora", "model", False), ("lora", "adapter", False), ("lora", "model", True)]
+    ("tune", "kind", "finished"),
+    [
+        ("full", "model", False),
+        ("lora", "model", False),
+        ("lora", "adapter", False),
+        ("lora", "model", True),
+    ],
 )
 def test_an_export_asks_the_backend_for_its_kind(tune, kind, finished, opd):
-    run = opd.train({"model.tune": tune, "run.checkpoint_every": 1, **({"model.rank": 3} if tune == "lora" else {})})
+    run = opd.train(
+        {
+            "model.tune": tune,
+            "run.checkpoint_every": 1,
+            **({"model.rank": 3} if tune == "lora" else {}),
+        }
+    )
     own = "model" if tune == "full" else "adapter"
     if not finished:
         shutil.rmtree(run.out / own)
     else:
         (run.out / "adapter/adapter_config.json").write_text(
-            json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(MODEL), "r": 3, "lora_alpha": 6})
+            json.dumps(
+                {
+                    "peft_type": "LORA",
+                    "base_model_name_or_path": str(MODEL),
+                    "r": 3,
+                    "lora_alpha": 6,
+                }
+            )
         )
     target = opd.folder() / "exported"
     done = opd("export", run.out, "--as", kind, "--out", target)
-    assert [(call.name, call.arguments.get("kind")) for call in done.calls] == [*([] if finished else [("load", None)]), ("export", kind)]
+    assert [(call.name, call.arguments.get("kind")) for call in done.calls] == [
+        *([] if finished else [("load", None)]),
+        ("export", kind),
+    ]
     if finished:
-        assert (done.options.adapters, done.options.adapter, done.options.path) == (None, run.out / "adapter", MODEL)
+        assert (done.options.adapters, done.options.adapter, done.options.path) == (
+            None,
+            run.out / "adapter",
+            MODEL,
+        )
     else:
         assert done.of("load")[0].folder == run.out / "checkpoints/step-000002"
         assert (done.options.adapters is None) == (tune == "full")

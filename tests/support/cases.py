@@ -64,7 +64,10 @@ def make_case(
     def image(width: int, height: int) -> Image.Image:
         return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
-    prompts = [encoder.encode([image(*size) for size in sizes], questions[index % len(questions)]) for index, sizes in enumerate(SIZES)]
+    prompts = [
+        encoder.encode([image(*size) for size in sizes], questions[index % len(questions)])
+        for index, sizes in enumerate(SIZES)
+    ]
     prompts[4] = prompts[0]  # one image under two groups: its features are computed once
     groups, allowed = [], np.setdiff1d(np.arange(250), encoder.banned)
     for index, lengths in enumerate(LENGTHS):
@@ -140,7 +143,8 @@ def state_of(backend: Any, folder: Path) -> dict[str, NDArray[np.float32]]:
     found = {}
     for file in ("student", "teacher", "optimizer"):
         with safe_open(folder / f"{file}.safetensors", "np") as tensors:
-            found |= {f"{file}.{name}": tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            names = list(tensors.keys())
+            found |= {f"{file}.{name}": tensors.get_tensor(name) for name in names}
             if file == "optimizer":
                 found["step"] = np.array(int(tensors.metadata()["step"]))
     return found
@@ -161,7 +165,9 @@ def watch(monkeypatch: pytest.MonkeyPatch, name: str, seen: Callable[..., Any]) 
     monkeypatch.setattr(name, watched)
 
 
-def distribution_of(logits: NDArray[Any], temperature: float = 1.0, banned: Sequence[int] = ()) -> NDArray[np.float64]:
+def distribution_of(
+    logits: NDArray[Any], temperature: float = 1.0, banned: Sequence[int] = ()
+) -> NDArray[np.float64]:
     """The log-probabilities [T, V] that a sampler draws from."""
     logits = np.array(logits, np.float64) / temperature
     logits[:, list(banned)] = -np.inf
@@ -187,5 +193,6 @@ def relative_error(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArra
     assert ours.keys() == theirs.keys()
     floor = 1e-3 * norm_of(theirs)
     return max(
-        norm_of({name: ours[name].astype(np.float64) - value}) / max(norm_of({name: value}), floor) for name, value in theirs.items()
+        norm_of({name: ours[name].astype(np.float64) - value}) / max(norm_of({name: value}), floor)
+        for name, value in theirs.items()
     )

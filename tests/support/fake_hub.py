@@ -1,4 +1,5 @@
-"""A Hugging Face hub of one process: serves folders as repositories `org/name` with one commit, and remembers what it was asked for."""
+"""A Hugging Face hub of one process: serves folders as repositories `org/name` with one commit, and
+remembers what it was asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serve(repositories: dict[str, Path], gated: tuple[str, ...] = (), broken: tuple[str, ...] = ()):
-    """The endpoint's address and the list of files that were downloaded; revisions are `main`, `v1` and the commit.
+    """The endpoint's address and the list of files that were downloaded; revisions are `main`, `v1`
+    and the commit.
 
     Files of `gated` repositories want the token "secret"; a `broken` one answers 500.
     """
@@ -40,7 +42,10 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = (), broken: tu
         def do_GET(self):
             parts = self.path.partition("?")[0].strip("/").split("/")
             api = parts[:2] == ["api", "models"]
-            name, (what, revision, *rest) = "/".join(parts[2 * api :][:2]), [*parts[2 * api + 2 :], "", ""][:2] + parts[2 * api + 4 :]
+            name, (what, revision, *rest) = (
+                "/".join(parts[2 * api :][:2]),
+                [*parts[2 * api + 2 :], "", ""][:2] + parts[2 * api + 4 :],
+            )
             if name in broken:
                 return self.reply(500)
             if name in gated and not api and self.headers.get("Authorization") != "Bearer secret":
@@ -49,12 +54,25 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = (), broken: tu
                 return self.reply(404, X_Error_Code="RepoNotFound")
             if revision not in ("main", "v1", COMMIT, ""):
                 return self.reply(404, X_Error_Code="RevisionNotFound")
-            files = {str(file.relative_to(repositories[name])): file for file in repositories[name].rglob("*") if file.is_file()}
+            files = {
+                str(file.relative_to(repositories[name])): file
+                for file in repositories[name].rglob("*")
+                if file.is_file()
+            }
             if api and what == "tree":
-                entries = [{"type": "file", "path": path, "size": file.stat().st_size, "oid": tag(file)} for path, file in files.items()]
-                return self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
+                entries = [
+                    {"type": "file", "path": path, "size": file.stat().st_size, "oid": tag(file)}
+                    for path, file in files.items()
+                ]
+                return self.reply(
+                    200, json.dumps(entries).encode(), Content_Type="application/json"
+                )
             if api:
-                return self.reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode(), Content_Type="application/json")
+                return self.reply(
+                    200,
+                    json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode(),
+                    Content_Type="application/json",
+                )
             file = files.get("/".join(rest))
             if file is None:
                 return self.reply(404, X_Error_Code="EntryNotFound")
@@ -63,7 +81,9 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = (), broken: tu
             return self.reply(200, file.read_bytes(), ETag=f'"{tag(file)}"', X_Repo_Commit=COMMIT)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", downloaded

@@ -22,16 +22,37 @@ PROCESSORS = {
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
 }
-OWN = {"gemma3": {"image_seq_length": 16}, "idefics3": {"image_seq_len": 4}, "smolvlm": {"image_seq_len": 4}}
+OWN = {
+    "gemma3": {"image_seq_length": 16},
+    "idefics3": {"image_seq_len": 4},
+    "smolvlm": {"image_seq_len": 4},
+}
 NAMED = {
-    "gemma3": {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
+    "gemma3": {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    },
     "smolvlm": {
-        "fake_image_token": "<fake_token_around_image>", "image_token": "<image>", "global_image_token": "<global-img>",
+        "fake_image_token": "<fake_token_around_image>",
+        "image_token": "<image>",
+        "global_image_token": "<global-img>",
         "end_of_utterance_token": "<end_of_utterance>",
     },
-}  # fmt: skip
-UNSET = ("crop_size", "data_format", "device", "disable_grouping", "input_data_format", "return_tensors", "do_center_crop")
-TEXT_ALONE = "{% for message in messages %}{{ message.content if message.content is string else 'text' }}{% endfor %}"
+}
+UNSET = (
+    "crop_size",
+    "data_format",
+    "device",
+    "disable_grouping",
+    "input_data_format",
+    "return_tensors",
+    "do_center_crop",
+)
+TEXT_ALONE = (
+    "{% for message in messages %}{{ message.content if message.content is string else 'text' }}{%"
+    " endfor %}"
+)
 
 
 def read(path: Path) -> dict:
@@ -62,15 +83,32 @@ def old_tokenizer(folder: Path, kind: str) -> None:
     """Tokens in tokenizer_config.json once more, and in two maps."""
     tokens = read(folder / "tokenizer.json")["added_tokens"]
     settings = read(folder / "tokenizer_config.json")
-    decoder = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in tokens}
+    decoder = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in tokens
+    }
     special = [token["content"] for token in tokens if token["special"]]
     named = {key: value for key, value in settings.items() if key.endswith("_token") and value}
-    settings |= {"added_tokens_decoder": decoder, "additional_special_tokens": special, "clean_up_tokenization_spaces": False}
-    settings |= NAMED.get(kind, {}) | {"extra_special_tokens": NAMED.get(kind, {}), "processor_class": PROCESSORS[kind]}
-    settings |= {"tokenizer_class": "Qwen2TokenizerFast" if kind.startswith("qwen") else "PreTrainedTokenizerFast"}
+    settings |= {
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": special,
+        "clean_up_tokenization_spaces": False,
+    }
+    settings |= NAMED.get(kind, {}) | {
+        "extra_special_tokens": NAMED.get(kind, {}),
+        "processor_class": PROCESSORS[kind],
+    }
+    settings |= {
+        "tokenizer_class": (
+            "Qwen2TokenizerFast" if kind.startswith("qwen") else "PreTrainedTokenizerFast"
+        )
+    }
     settings.pop("backend", None)
     write(folder / "tokenizer_config.json", settings)
-    write(folder / "special_tokens_map.json", named | NAMED.get(kind, {}) | {"additional_special_tokens": special})
+    write(
+        folder / "special_tokens_map.json",
+        named | NAMED.get(kind, {}) | {"additional_special_tokens": special},
+    )
     write(folder / "added_tokens.json", {token["content"]: token["id"] for token in tokens})
 
 
@@ -82,7 +120,10 @@ def transformers_4_45(folder: Path, kind: str) -> None:
     held, images = template(folder), image_settings(folder, kind)
     old_tokenizer(folder, kind)
     write(folder / "chat_template.json", {"chat_template": held})
-    write(folder / "tokenizer_config.json", read(folder / "tokenizer_config.json") | {"chat_template": TEXT_ALONE})
+    write(
+        folder / "tokenizer_config.json",
+        read(folder / "tokenizer_config.json") | {"chat_template": TEXT_ALONE},
+    )
     if kind.startswith("qwen"):
         size = images.pop("size")
         images |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -98,7 +139,10 @@ def transformers_4_52(folder: Path, kind: str) -> None:
     images["image_processor_type"] += "Fast"
     write(folder / "preprocessor_config.json", dict.fromkeys(UNSET) | images)
     if kind.startswith("qwen"):
-        write(folder / "video_preprocessor_config.json", images | {"video_processor_type": "Qwen2VLVideoProcessor"})
+        write(
+            folder / "video_preprocessor_config.json",
+            images | {"video_processor_type": "Qwen2VLVideoProcessor"},
+        )
     if kind in OWN:
         write(folder / "processor_config.json", OWN[kind] | {"processor_class": PROCESSORS[kind]})
 
@@ -110,14 +154,27 @@ def transformers_4_57(folder: Path, kind: str) -> None:
     if kind.startswith("qwen"):
         path = folder / "preprocessor_config.json"
         images = read(path)
-        write(path, images | {"min_pixels": images["size"]["shortest_edge"], "max_pixels": images["size"]["longest_edge"]})
+        write(
+            path,
+            images
+            | {
+                "min_pixels": images["size"]["shortest_edge"],
+                "max_pixels": images["size"]["longest_edge"],
+            },
+        )
 
 
 def transformers_5(folder: Path, kind: str) -> None:
     (folder / "chat_template.jinja").write_text(template(folder))
     images = image_settings(folder, kind)
-    settings = read(folder / "tokenizer_config.json") | {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-    write(folder / "tokenizer_config.json", settings | NAMED.get(kind, {}) | {"extra_special_tokens": NAMED.get(kind, {})})
+    settings = read(folder / "tokenizer_config.json") | {
+        "tokenizer_class": "TokenizersBackend",
+        "backend": "tokenizers",
+    }
+    write(
+        folder / "tokenizer_config.json",
+        settings | NAMED.get(kind, {}) | {"extra_special_tokens": NAMED.get(kind, {})},
+    )
     nested = {"image_processor": images, "processor_class": PROCESSORS[kind], **OWN.get(kind, {})}
     if kind.startswith("qwen"):
         nested["video_processor"] = images | {"video_processor_type": "Qwen2VLVideoProcessor"}
@@ -131,11 +188,17 @@ def mlx_community(folder: Path, kind: str) -> None:
     held = read(folder / "chat_template.json")["chat_template"]
     (folder / "chat_template.jinja").write_text(held)
     images = read(folder / "preprocessor_config.json")
-    write(folder / "processor_config.json", {"image_processor": images, "processor_class": PROCESSORS[kind], **OWN.get(kind, {})})
+    write(
+        folder / "processor_config.json",
+        {"image_processor": images, "processor_class": PROCESSORS[kind], **OWN.get(kind, {})},
+    )
     # Settings that a processor of today does not read any more must not win.
     write(folder / "preprocessor_config.json", images | {"image_mean": [0.1, 0.1, 0.1]})
     config = read(folder / "config.json")
-    write(folder / "config.json", config | {"quantization": {"group_size": 64, "bits": 4}, "eos_token_id": [0, 1]})
+    write(
+        folder / "config.json",
+        config | {"quantization": {"group_size": 64, "bits": 4}, "eos_token_id": [0, 1]},
+    )
 
 
 LAYOUTS = {
@@ -154,7 +217,8 @@ class Videos:
 
 
 def stock(folder: Path, kind: str, monkeypatch) -> object:
-    """The model's own processor by its own `from_pretrained`; its video processor alone, which needs torchvision, is left out."""
+    """The model's own processor by its own `from_pretrained`; its video processor alone, which
+    needs torchvision, is left out."""
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
     from transformers.models.smolvlm import processing_smolvlm
     from transformers.processing_utils import ProcessorMixin
@@ -164,7 +228,9 @@ def stock(folder: Path, kind: str, monkeypatch) -> object:
     monkeypatch.setattr(
         ProcessorMixin,
         "check_argument_for_proper_class",
-        lambda own, name, value: type(value) if name == "video_processor" else checked(own, name, value),
+        lambda own, name, value: (
+            type(value) if name == "video_processor" else checked(own, name, value)
+        ),
     )
     monkeypatch.setattr(ProcessorMixin, "__repr__", object.__repr__)  # it is logged, as JSON
     monkeypatch.setattr(processing_smolvlm, "num2words", str)

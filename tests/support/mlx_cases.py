@@ -1,4 +1,5 @@
-"""Groups on a random model, and the same numbers computed the plain way: stock mlx-vlm, row by row, and the numpy objective."""
+"""Groups on a random model, and the same numbers computed the plain way: stock mlx-vlm, row by row,
+and the numpy objective."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ LOSS, GRADIENT = 1e-5, 1e-4
 """Bounds for the relative error of the loss, and of every gradient (`relative_error`)."""
 
 PAIRS = 3
-"""Pairs of prompts that the conformance suite runs on; fewer, since a delta net takes MLX's CPU long."""
+"""Pairs of prompts that the conformance suite runs on; fewer, since a delta net takes MLX's CPU
+long."""
 
 STATISTICS = {"rtol": 2e-5, "atol": 1e-6}
 """Bounds for statistics of completions that run a few at a time."""
@@ -128,25 +130,41 @@ def processes(folder: Path) -> list[dict[str, str]]:
 
 
 def stock_logits(model, prompt, tokens):
-    """Logits [T, V] of stock mlx-vlm at the rows that predict `tokens`, from one plain causal row [prompt + tokens]."""
+    """Logits [T, V] of stock mlx-vlm at the rows that predict `tokens`, from one plain causal row
+    [prompt + tokens]."""
     row = mx.array(np.concatenate([prompt.tokens, tokens]))[None]
     after = np.broadcast_to(prompt.start + np.arange(len(tokens)), (3, len(tokens)))
-    positions = mx.array(np.concatenate([prompt.positions, after], axis=1).astype(np.int32))[:, None]
+    positions = mx.array(np.concatenate([prompt.positions, after], axis=1).astype(np.int32))[
+        :, None
+    ]
     causal = mx.tril(mx.ones((row.shape[1], row.shape[1]), dtype=mx.bool_))[None, None]
     inner = model.language_model.model
     given = {"inputs_embeds": inner.embed_tokens(row)}
     if prompt.images:
-        pixels, grid = mx.array(prompt.images["pixel_values"]), mx.array(prompt.images["image_grid_thw"])
+        pixels, grid = (
+            mx.array(prompt.images["pixel_values"]),
+            mx.array(prompt.images["image_grid_thw"]),
+        )
         features = model.get_input_embeddings(row, pixels, image_grid_thw=grid)
-        given = {name: getattr(features, name) for name in ("inputs_embeds", "visual_pos_masks", "deepstack_visual_embeds")}
+        given = {
+            name: getattr(features, name)
+            for name in ("inputs_embeds", "visual_pos_masks", "deepstack_visual_embeds")
+        }
         given["deepstack_visual_embeds"] = given["deepstack_visual_embeds"] or None
-    hidden = inner(row, mask=causal, position_ids=positions, **given)[0, len(prompt.tokens) - 1 : -1]
-    head = model.language_model.lm_head if "lm_head" in model.language_model else inner.embed_tokens.as_linear
+    hidden = inner(row, mask=causal, position_ids=positions, **given)[
+        0, len(prompt.tokens) - 1 : -1
+    ]
+    head = (
+        model.language_model.lm_head
+        if "lm_head" in model.language_model
+        else inner.embed_tokens.as_linear
+    )
     return head(hidden)
 
 
 def plain_loss_and_gradients(case, groups, objective):
-    """The step's loss and every gradient by Hugging Face name, from separate rows: the numpy objective gives the slope of the logits."""
+    """The step's loss and every gradient by Hugging Face name, from separate rows: the numpy
+    objective gives the slope of the logits."""
     student, teacher = case.stock(), case.stock("teacher")
     names, values = zip(*tree_flatten(student.parameters()), strict=True)
     gradients = {name: np.zeros(value.shape) for name, value in zip(names, values, strict=True)}
@@ -159,9 +177,15 @@ def plain_loss_and_gradients(case, groups, objective):
                 return stock_logits(student, group.student, completion.tokens)
 
             wanted = np.array(stock_logits(teacher, group.teacher, completion.tokens))
-            result = evaluate(np.array(logits(*values)), wanted, completion.tokens, completion.logprobs, objective)
+            result = evaluate(
+                np.array(logits(*values)), wanted, completion.tokens, completion.logprobs, objective
+            )
             loss += float((weights * result.ratio * result.divergence).sum())
-            _, slopes = mx.vjp(logits, list(values), [mx.array((weights[:, None] * result.gradient).astype(np.float32))])
+            _, slopes = mx.vjp(
+                logits,
+                list(values),
+                [mx.array((weights[:, None] * result.gradient).astype(np.float32))],
+            )
             for name, slope in zip(names, slopes, strict=True):
                 gradients[name] += np.array(slope)
     return loss, {hugging_face(name): channels_second(value) for name, value in gradients.items()}
@@ -192,9 +216,14 @@ def has_gradient(backend: MlxBackend) -> bool:
     return bool(backend._gradient)
 
 
-def fill(backend: MlxBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None) -> None:
+def fill(
+    backend: MlxBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None
+) -> None:
     """Puts `draw(shape)` in place of an accumulated gradient, and `poison` into one number."""
-    backend._gradient = {name: mx.array(draw(parameter.shape).astype(np.float32)) for name, parameter in backend._student.items()}
+    backend._gradient = {
+        name: mx.array(draw(parameter.shape).astype(np.float32))
+        for name, parameter in backend._student.items()
+    }
     if poison is not None:
         backend._gradient["language_model.model.norm.weight"][0] = poison
 

@@ -1,8 +1,8 @@
 """Tiny models with random weights, in Hugging Face layout, that transformers and mlx-vlm both load.
 
-Weights are scaled by fan-in, so that activations, logits and gradients are of order one and a wrong term cannot hide in zeros.
-Numpy writes a Qwen3-VL, so that a test of the MLX backend needs no torch; transformers writes the other families, as it writes
-published checkpoints.
+Weights are scaled by fan-in, so that activations, logits and gradients are of order one and a wrong
+term cannot hide in zeros. Numpy writes a Qwen3-VL, so that a test of the MLX backend needs no
+torch; transformers writes the other families, as it writes published checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SOURCE = Path(opd.__file__).parent / "tiny" / "model"
 WEIGHTS = {".safetensors", ".bin", ".md"}
 
 Sizes: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""Other sizes of a model that transformers writes: "text" and "vision", by the names of its configuration."""
+"""Other sizes of a model that transformers writes: "text" and "vision", by the names of its
+configuration."""
 
 NONE: Sizes = {}
 
@@ -33,14 +34,28 @@ NONE: Sizes = {}
 def qwen3_vl(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
     """Writes a random Qwen3-VL checkpoint into `folder` and returns it.
 
-    `sizes` and their defaults: hidden 48, layers 3, heads 4, kv_heads 2, head_dim 12, mlp 64, vision_hidden 32, vision_layers 3,
-    vision_heads 2, vision_mlp 48, positions 64 (a square), patch 8, deepstack 1 (layers that feed the text), tied True,
-    vocabulary 0 (as many as the tokenizer has).
+    `sizes` and their defaults: hidden 48, layers 3, heads 4, kv_heads 2, head_dim 12, mlp 64,
+    vision_hidden 32, vision_layers 3, vision_heads 2, vision_mlp 48, positions 64 (a square), patch
+    8, deepstack 1 (layers that feed the text), tied True, vocabulary 0 (as many as the tokenizer
+    has).
     """
     size = {
-        "hidden": 48, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 12, "mlp": 64, "vision_hidden": 32, "vision_layers": 3,
-        "vision_heads": 2, "vision_mlp": 48, "positions": 64, "patch": 8, "deepstack": 1, "tied": True, "vocabulary": 0,
-    }  # fmt: skip
+        "hidden": 48,
+        "layers": 3,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 12,
+        "mlp": 64,
+        "vision_hidden": 32,
+        "vision_layers": 3,
+        "vision_heads": 2,
+        "vision_mlp": 48,
+        "positions": 64,
+        "patch": 8,
+        "deepstack": 1,
+        "tied": True,
+        "vocabulary": 0,
+    }
     unknown = sizes.keys() - size.keys()
     assert not unknown, f"unknown sizes: {sorted(unknown)}"
     size |= sizes
@@ -53,14 +68,22 @@ def qwen3_vl(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     rng = np.random.default_rng(seed)
     shapes = _shapes(size, config["text_config"]["vocab_size"])
-    save_file({name: _values(rng, name, shape) for name, shape in shapes.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: _values(rng, name, shape) for name, shape in shapes.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return folder
 
 
 def _config(source: dict, size: dict[str, int]) -> dict:
-    """The source's config.json at other sizes, with the fields that mlx-vlm reads beside those that transformers reads."""
+    """The source's config.json at other sizes, with the fields that mlx-vlm reads beside those that
+    transformers reads."""
     third = size["head_dim"] // 6
-    sections = {"mrope_section": [size["head_dim"] // 2 - 2 * third, third, third], "mrope_interleaved": True}
+    sections = {
+        "mrope_section": [size["head_dim"] // 2 - 2 * third, third, third],
+        "mrope_interleaved": True,
+    }
     text = {
         "model_type": "qwen3_vl_text",
         "vocab_size": source["text_config"]["vocab_size"],
@@ -92,7 +115,11 @@ def _config(source: dict, size: dict[str, int]) -> dict:
         "in_channels": 3,
         "hidden_act": "gelu_pytorch_tanh",
         "out_hidden_size": size["hidden"],
-        "deepstack_visual_indexes": list(range(size["vision_layers"] - 1))[-size["deepstack"] :] if size["deepstack"] else [],
+        "deepstack_visual_indexes": (
+            list(range(size["vision_layers"] - 1))[-size["deepstack"] :]
+            if size["deepstack"]
+            else []
+        ),
     }
     special = {key: value for key, value in source.items() if key.endswith("_token_id")}
     return {
@@ -132,7 +159,9 @@ def _shapes(size: dict[str, int], vocabulary: int) -> dict[str, tuple[int, ...]]
         linear(f"{block}.attn.proj", vision, vision, bias=True)
         linear(f"{block}.mlp.linear_fc1", size["vision_mlp"], vision, bias=True)
         linear(f"{block}.mlp.linear_fc2", vision, size["vision_mlp"], bias=True)
-    mergers = {"model.visual.merger": vision} | {f"model.visual.deepstack_merger_list.{i}": 4 * vision for i in range(size["deepstack"])}
+    mergers = {"model.visual.merger": vision} | {
+        f"model.visual.deepstack_merger_list.{i}": 4 * vision for i in range(size["deepstack"])
+    }
     for merger, width in mergers.items():
         norm(f"{merger}.norm", width, bias=True)
         linear(f"{merger}.linear_fc1", 4 * vision, 4 * vision, bias=True)
@@ -158,7 +187,8 @@ def _shapes(size: dict[str, int], vocabulary: int) -> dict[str, tuple[int, ...]]
 
 
 def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Fan-in scaled weights; norms about one; embeddings 0.3 and positions 0.2 as in a trained tiny model."""
+    """Fan-in scaled weights; norms about one; embeddings 0.3 and positions 0.2 as in a trained tiny
+    model."""
     values = rng.standard_normal(shape)
     if name.endswith(".bias"):
         values *= 0.1
@@ -174,24 +204,46 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
 
 
 def qwen2_5_vl(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
-    """A random Qwen2.5-VL: windows of 2 x 2 merged patches in all vision blocks but the last, mRoPE in chunks, biased projections."""
+    """A random Qwen2.5-VL: windows of 2 x 2 merged patches in all vision blocks but the last, mRoPE
+    in chunks, biased projections."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     sizes = {**TEXT, **more.get("text", {})}
     width = sizes["hidden_size"] // sizes["num_attention_heads"]
-    rope = {"rope_type": "default", "mrope_section": [width // 2 - 2 * (width // 6), width // 6, width // 6]}
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [width // 2 - 2 * (width // 6), width // 6, width // 6],
+    }
     text = {**TEXT, "rope_parameters": {**rope, "rope_theta": 10000.0}}
     vision = {
-        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "window_size": 32, "out_hidden_size": TEXT["hidden_size"], "fullatt_block_indexes": [2],
-    }  # fmt: skip
-    config = Qwen2_5_VLConfig(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 32,
+        "out_hidden_size": TEXT["hidden_size"],
+        "fullatt_block_indexes": [2],
+    }
+    config = Qwen2_5_VLConfig(
+        **_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True
+    )
     extra = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", **rope}}
-    return _write(folder, Qwen2_5_VLForConditionalGeneration, config, seed, text=extra, vision={"in_chans": 3, "spatial_patch_size": 8})
+    return _write(
+        folder,
+        Qwen2_5_VLForConditionalGeneration,
+        config,
+        seed,
+        text=extra,
+        vision={"in_chans": 3, "spatial_patch_size": 8},
+    )
 
 
 def qwen3_5(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
-    """A random Qwen3.5: two layers of gated delta net, one of gated attention with a quarter of the width rotated, one of delta net."""
+    """A random Qwen3.5: two layers of gated delta net, one of gated attention with a quarter of the
+    width rotated, one of delta net."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     rope = {
@@ -202,28 +254,55 @@ def qwen3_5(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
         "partial_rotary_factor": 0.25,
     }
     text = {
-        **TEXT, "head_dim": 24, "num_hidden_layers": 4, "layer_types": [LINEAR, LINEAR, "full_attention", LINEAR],
-        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "rope_parameters": rope, "full_attention_interval": 3, "partial_rotary_factor": 0.25,
-    }  # fmt: skip
+        **TEXT,
+        "head_dim": 24,
+        "num_hidden_layers": 4,
+        "layer_types": [LINEAR, LINEAR, "full_attention", LINEAR],
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "rope_parameters": rope,
+        "full_attention_interval": 3,
+        "partial_rotary_factor": 0.25,
+    }
     vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "out_hidden_size": TEXT["hidden_size"], "num_position_embeddings": 64,
-    }  # fmt: skip
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": TEXT["hidden_size"],
+        "num_position_embeddings": 64,
+    }
     config = Qwen3_5Config(**_sized(text, vision, more), **_special_ids(), tie_word_embeddings=True)
     return _write(folder, Qwen3_5ForConditionalGeneration, config, seed)
 
 
 def gemma3(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
-    """A random Gemma 3: two layers with a window of 16 tokens and one without; an image alone is 16 tokens."""
+    """A random Gemma 3: two layers with a window of 16 tokens and one without; an image alone is 16
+    tokens."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    named = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
     _copy_texts(folder, GEMMA_TOKENS, GEMMA_TEMPLATE, "<bos>", "<end_of_turn>", **named)
     text = {
-        **TEXT, "head_dim": 12, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "sliding_window": 16, "query_pre_attn_scalar": 10, "hidden_activation": "gelu_pytorch_tanh", "vocab_size": _size(folder),
-    }  # fmt: skip
+        **TEXT,
+        "head_dim": 12,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 10,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "vocab_size": _size(folder),
+    }
     vision = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -233,7 +312,9 @@ def gemma3(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
         "vision_use_head": False,
         "patch_size": 8,
     }
-    ids = _ids(folder, **{key.replace("_token", "_token_index"): token for key, token in named.items()})
+    ids = _ids(
+        folder, **{key.replace("_token", "_token_index"): token for key, token in named.items()}
+    )
     config = Gemma3Config(**_sized(text, vision, more), mm_tokens_per_image=16, **ids)
     processor = {
         "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 64, "width": 64},
@@ -241,11 +322,19 @@ def gemma3(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     extra = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 2}
-    return _write(folder, Gemma3ForConditionalGeneration, config, seed, text=extra, rename=("vision_tower.", "vision_tower.vision_model."))
+    return _write(
+        folder,
+        Gemma3ForConditionalGeneration,
+        config,
+        seed,
+        text=extra,
+        rename=("vision_tower.", "vision_tower.vision_model."),
+    )
 
 
 def smolvlm(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
-    """A random SmolVLM (Idefics3): tiles of 32 x 32 pixels, 4 tokens each, after a shuffle of 2 x 2 patches; a tied head."""
+    """A random SmolVLM (Idefics3): tiles of 32 x 32 pixels, 4 tokens each, after a shuffle of 2 x 2
+    patches; a tied head."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
     _copy_texts(folder, SMOL_TOKENS, SMOL_TEMPLATE, "<|im_start|>", "<end_of_utterance>")
@@ -265,59 +354,99 @@ def smolvlm(folder: Path, seed: int = 0, more: Sizes = NONE) -> Path:
         "patch_size": 8,
     }
     ids = _ids(folder, image_token_id="<image>")
-    config = Idefics3Config(**_sized(text, vision, more), scale_factor=2, tie_word_embeddings=True, **ids)
+    config = Idefics3Config(
+        **_sized(text, vision, more), scale_factor=2, tie_word_embeddings=True, **ids
+    )
     processor = {
-        "image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32},
-        "do_image_splitting": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
+        "image_processor_type": "Idefics3ImageProcessor",
+        "size": {"longest_edge": 96},
+        "max_image_size": {"longest_edge": 32},
+        "do_image_splitting": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return _write(folder, Idefics3ForConditionalGeneration, config, seed, text={"rope_theta": 10000.0})
+    return _write(
+        folder, Idefics3ForConditionalGeneration, config, seed, text={"rope_theta": 10000.0}
+    )
 
 
 def llava(folder: Path, seed: int = 0) -> Path:
-    """A random LLaVA, which has no family file: CLIP's last layer but one, without its class token, and a Llama; an image is 16 tokens."""
+    """A random LLaVA, which has no family file: CLIP's last layer but one, without its class token,
+    and a Llama; an image is 16 tokens."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     _copy_texts(folder, LLAVA_TOKENS, LLAVA_TEMPLATE, "<s>", "</s>")
     text = {**TEXT, "model_type": "llama", "head_dim": 12, "vocab_size": _size(folder)}
     vision = {
-        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "image_size": 32, "patch_size": 8, "projection_dim": 32,
-    }  # fmt: skip
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "projection_dim": 32,
+    }
     ids = _ids(folder, image_token_index="<image>")
     config = LlavaConfig(text_config=text, vision_config=vision, image_seq_length=16, **ids)
     images = {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
-        "do_center_crop": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
-    }  # fmt: skip
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 32},
+        "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+    }
     both = {
-        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 8, "num_additional_image_tokens": 1,
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": 8,
+        "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "default",
-    }  # fmt: skip
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").write_text(json.dumps(both))
     return _write(folder, LlavaForConditionalGeneration, config, seed)
 
 
 def llava_next(folder: Path, seed: int = 0) -> Path:
-    """A random LLaVA-NeXT: as LLaVA, and an image stands as a whole and in tiles of 32 x 32, without their padding."""
+    """A random LLaVA-NeXT: as LLaVA, and an image stands as a whole and in tiles of 32 x 32,
+    without their padding."""
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
     llava(folder, seed)
     shapes = [[32, 64], [64, 32], [64, 64]]
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llava_next", "image_grid_pinpoints": shapes}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "llava_next",
+        "image_grid_pinpoints": shapes,
+    }
     for name, change in (
-        ("preprocessor_config.json", {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": shapes}),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": shapes},
+        ),
         ("processor_config.json", {"processor_class": "LlavaNextProcessor"}),
     ):
-        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
-    return _write(folder, LlavaNextForConditionalGeneration, LlavaNextConfig.from_dict(config), seed)
+        (folder / name).write_text(
+            json.dumps({**json.loads((folder / name).read_text()), **change})
+        )
+    return _write(
+        folder, LlavaNextForConditionalGeneration, LlavaNextConfig.from_dict(config), seed
+    )
 
 
 def raise_norms(folder: Path) -> Path:
-    """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so that logits are of order one."""
+    """Norms of the text that multiply by their weights alone stand about 1, as trained ones do: so
+    that logits are of order one."""
     weights = load_file(folder / "model.safetensors")
-    if json.loads((folder / "config.json").read_text())["model_type"] in ("qwen2_5_vl", "idefics3", "llava"):
+    if json.loads((folder / "config.json").read_text())["model_type"] in (
+        "qwen2_5_vl",
+        "idefics3",
+        "llava",
+    ):
         for name in weights:
             if "norm" in name and not any(part in name for part in ("vis", "connector")):
                 weights[name] = weights[name] + 1
@@ -325,35 +454,68 @@ def raise_norms(folder: Path) -> Path:
     return folder
 
 
-FAMILIES = {"qwen3_vl": qwen3_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_5": qwen3_5, "gemma3": gemma3, "smolvlm": smolvlm}
+FAMILIES = {
+    "qwen3_vl": qwen3_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_5": qwen3_5,
+    "gemma3": gemma3,
+    "smolvlm": smolvlm,
+}
 """A random model of every family, by a short name."""
 
 LINEAR = "linear_attention"
 TEXT = {
-    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 346, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 346,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 
-GEMMA_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+GEMMA_TOKENS = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+]
 GEMMA_TEMPLATE = (
-    "{{ bos_token }}{%- for message in messages -%}{{ '<start_of_turn>' + message.role + '\n' }}"
-    "{%- for part in message.content -%}{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{%- endfor -%}"
-    "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+    "{{ bos_token }}{%- for message in messages -%}{{ '<start_of_turn>' + message.role + '\n' }}{%-"
+    " for part in message.content -%}{{ '<start_of_image>' if part.type == 'image' else part.text |"
+    " trim }}{%- endfor -%}{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{"
+    " '<start_of_turn>model\n' }}{%- endif -%}"
 )
 SMOL_TOKENS = [
-    *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"),
+    *(
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<end_of_utterance>",
+        "<fake_token_around_image>",
+        "<image>",
+        "<global-img>",
+    ),
     *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
 ]
 SMOL_TEMPLATE = (
-    "<|im_start|>{%- for message in messages -%}{{ message.role | capitalize }}{{ ':' if message.content[0].type == 'image' else ': ' }}"
-    "{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}"
-    "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+    "<|im_start|>{%- for message in messages -%}{{ message.role | capitalize }}{{ ':' if"
+    " message.content[0].type == 'image' else ': ' }}{%- for part in message.content -%}{{"
+    " '<image>' if part.type == 'image' else part.text }}{%- endfor -%}{{ '<end_of_utterance>\n'"
+    " }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
 )
 LLAVA_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
 LLAVA_TEMPLATE = (
-    "<s>{%- for message in messages -%}USER: {%- for part in message.content -%}"
-    "{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}{%- endfor -%}{{ ' ASSISTANT:' }}"
+    "<s>{%- for message in messages -%}USER: {%- for part in message.content -%}{{ '<image>\n' if"
+    " part.type == 'image' else part.text }}{%- endfor -%}{%- endfor -%}{{ ' ASSISTANT:' }}"
 )
 
 
@@ -362,15 +524,24 @@ def _sized(text: dict[str, Any], vision: dict[str, Any], more: Sizes) -> dict[st
     text, vision = text | more.get("text", {}), vision | more.get("vision", {})
     return {
         "text_config": text,
-        "vision_config": vision | ({"out_hidden_size": text["hidden_size"]} if "out_hidden_size" in vision else {}),
+        "vision_config": (
+            vision
+            | ({"out_hidden_size": text["hidden_size"]} if "out_hidden_size" in vision else {})
+        ),
     }
 
 
 def _special_ids() -> dict[str, int]:
-    return {key: value for key, value in json.loads((SOURCE / "config.json").read_text()).items() if key.endswith("_token_id")}
+    return {
+        key: value
+        for key, value in json.loads((SOURCE / "config.json").read_text()).items()
+        if key.endswith("_token_id")
+    }
 
 
-def _copy_texts(folder: Path, special: list[str], template: str, begin: str, end: str, **named: str) -> None:
+def _copy_texts(
+    folder: Path, special: list[str], template: str, begin: str, end: str, **named: str
+) -> None:
     """A byte-level tokenizer with a family's own special tokens and chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -380,13 +551,20 @@ def _copy_texts(folder: Path, special: list[str], template: str, begin: str, end
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     texts = ["What digit is on the red tile?\n\n", "The red tile shows 7.\n\n"] * 9
-    trainer = trainers.BpeTrainer(vocab_size=len(special) + 300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(special) + 300,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     bpe.train_from_iterator(texts, trainer)
     names = {"bos_token": begin, "eos_token": end, "pad_token": special[0]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **names, extra_special_tokens=named)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": tokenizer.eos_token_id})
+    )
 
 
 def _ids(folder: Path, **names: str) -> dict[str, int]:
@@ -403,11 +581,19 @@ def _size(folder: Path) -> int:
 
 
 def _write(
-    folder: Path, architecture: Any, config: Any, seed: int, text: Any = None, vision: Any = None, rename: tuple[str, str] = ("", "")
+    folder: Path,
+    architecture: Any,
+    config: Any,
+    seed: int,
+    text: Any = None,
+    vision: Any = None,
+    rename: tuple[str, str] = ("", ""),
 ) -> Path:
-    """Saves a model with random weights, in the layout of published checkpoints where transformers writes another one.
+    """Saves a model with random weights, in the layout of published checkpoints where transformers
+    writes another one.
 
-    `text` and `vision`: what their config.json says besides; `rename`: a prefix of tensor names, and theirs.
+    `text` and `vision`: what their config.json says besides; `rename`: a prefix of tensor names,
+    and theirs.
     """
     import torch
 
@@ -424,7 +610,10 @@ def _write(
             parameter.copy_(torch.from_numpy(random_values(rng, name, tuple(parameter.shape))))
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    renamed = {rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name: value for name, value in tensors.items()}
+    renamed = {
+        rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name: value
+        for name, value in tensors.items()
+    }
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "generation_config.json").write_text(generation)
     written = json.loads((folder / "config.json").read_text())
@@ -434,8 +623,11 @@ def _write(
     return folder
 
 
-def random_values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """As `_values`, for the names of all families: decays and gates of a delta net stay in their usual ranges."""
+def random_values(
+    rng: np.random.Generator, name: str, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """As `_values`, for the names of all families: decays and gates of a delta net stay in their
+    usual ranges."""
     if name.endswith("A_log"):
         return np.log(rng.uniform(0.5, 4.0, shape)).astype(np.float32)
     if name.endswith("dt_bias"):
@@ -450,5 +642,6 @@ def random_values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
 
 
 def _centred(name: str) -> bool:
-    """Norms of Gemma 3 and Qwen3.5 multiply by 1 + weight; `random_values` cannot tell families apart, and both scales are good tests."""
+    """Norms of Gemma 3 and Qwen3.5 multiply by 1 + weight; `random_values` cannot tell families
+    apart, and both scales are good tests."""
     return "vision" not in name and "visual" not in name and "linear_attn" not in name

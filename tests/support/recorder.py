@@ -1,6 +1,8 @@
-"""A backend that computes nothing and writes down every call with its arguments: what reaches the protocol is all that it shows.
+"""A backend that computes nothing and writes down every call with its arguments: what reaches the
+protocol is all that it shows.
 
-It is installed as other people's backends are, by an entry point, so nothing of the product is patched.
+It is installed as other people's backends are, by an entry point, so nothing of the product is
+patched.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ DIVERGENCE, RATIO, ENTROPIES, GAP, NORM = 2.0, 0.5, (0.75, 0.25), 1.5, 3.0
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the protocol: its name, its arguments by their names in the protocol, and what it returned."""
+    """One call of the protocol: its name, its arguments by their names in the protocol, and what it
+    returned."""
 
     name: str
     arguments: dict[str, Any]
@@ -37,17 +40,22 @@ class Call:
 
 
 def letters(prompt, uniforms, sampling) -> Completion:
-    """A completion of its uniforms alone: its length is of the first one, its tokens (printable characters) of each; then it stops."""
+    """A completion of its uniforms alone: its length is of the first one, its tokens (printable
+    characters) of each; then it stops."""
     length = 1 + int(uniforms[0] * len(uniforms))
     tokens = [int(32 + 60 * uniform) for uniform in uniforms[:length]]
     stops = length < len(uniforms) and bool(sampling.stop)
     tokens += list(sampling.stop[:1]) * stops
-    return Completion(np.array(tokens, np.int32), -np.arange(1, len(tokens) + 1, dtype=np.float32), stops)
+    return Completion(
+        np.array(tokens, np.int32), -np.arange(1, len(tokens) + 1, dtype=np.float32), stops
+    )
 
 
 def endless(prompt, uniforms, sampling) -> Completion:
     """A completion that never stops."""
-    return Completion(np.full(len(uniforms), 65, np.int32), np.full(len(uniforms), -1, np.float32), False)
+    return Completion(
+        np.full(len(uniforms), 65, np.int32), np.full(len(uniforms), -1, np.float32), False
+    )
 
 
 @dataclass
@@ -69,13 +77,23 @@ class Recorder:
         return self.called("prefill", Prefill(prompts, "read"), prompts=list(prompts))
 
     def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
-        found = [[self.write(prompt, row, sampling) for row in rows] for prompt, rows in zip(prompts, uniforms, strict=True)]
+        found = [
+            [self.write(prompt, row, sampling) for row in rows]
+            for prompt, rows in zip(prompts, uniforms, strict=True)
+        ]
         given = {"prompts": list(prompts), "uniforms": uniforms.copy(), "sampling": sampling}
         return self.called("sample", found, **given, policy=policy, prefill=prefill)
 
     def accumulate(self, groups, objective, split=0, prefill=None):
         rows = [[_statistics(one) for one in group.completions] for group in groups]
-        return self.called("accumulate", rows, groups=list(groups), objective=objective, split=split, prefill=prefill)
+        return self.called(
+            "accumulate",
+            rows,
+            groups=list(groups),
+            objective=objective,
+            split=split,
+            prefill=prefill,
+        )
 
     def score(self, groups, objective, top=0):
         rows = [[_statistics(one) for one in group.completions] for group in groups]
@@ -130,14 +148,24 @@ def writing(write):
 
 
 def install(folder):
-    """Writes an installed distribution with the entry point into `folder`, which is then put on sys.path."""
+    """Writes an installed distribution with the entry point into `folder`, which is then put on
+    sys.path."""
     info = folder / f"{NAME}-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[opd.backends]\n{NAME} = tests.support.recorder:load\n")
+    (info / "entry_points.txt").write_text(
+        f"[opd.backends]\n{NAME} = tests.support.recorder:load\n"
+    )
 
 
 def _statistics(completion):
     ones = np.ones(len(completion), np.float32)
     student = completion.logprobs
-    return TokenStatistics(student, student - GAP * ones, ENTROPIES[0] * ones, ENTROPIES[1] * ones, RATIO * ones, DIVERGENCE * ones)
+    return TokenStatistics(
+        student,
+        student - GAP * ones,
+        ENTROPIES[0] * ones,
+        ENTROPIES[1] * ones,
+        RATIO * ones,
+        DIVERGENCE * ones,
+    )

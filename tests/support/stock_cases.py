@@ -1,4 +1,5 @@
-"""A small group on a model folder, and its log-probabilities from stock transformers, one plain row a completion."""
+"""A small group on a model folder, and its log-probabilities from stock transformers, one plain row
+a completion."""
 
 from __future__ import annotations
 
@@ -24,11 +25,22 @@ JSD = Objective(alpha=0.5, top_k=20)
 def group_of(folder: Path) -> Group:
     """One prompt with an image, and two completions."""
     rng = np.random.default_rng(0)
-    prompt = open_encoder(folder).encode([Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8))], "What is on the red tile?")
-    completions = tuple(
-        Completion(rng.integers(10, 250, length).astype(np.int32), np.zeros(length, np.float32), False) for length in (6, 3)
+    prompt = open_encoder(folder).encode(
+        [Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8))],
+        "What is on the red tile?",
     )
-    return Group(prompt, prompt, completions, tuple(np.ones(len(one.tokens), np.float32) for one in completions))
+    completions = tuple(
+        Completion(
+            rng.integers(10, 250, length).astype(np.int32), np.zeros(length, np.float32), False
+        )
+        for length in (6, 3)
+    )
+    return Group(
+        prompt,
+        prompt,
+        completions,
+        tuple(np.ones(len(one.tokens), np.float32) for one in completions),
+    )
 
 
 def ours(name: str, folder: Path, group: Group, **options: Any) -> np.ndarray:
@@ -52,10 +64,14 @@ def stock(model: Any, group: Group) -> np.ndarray:
         if kind in ("idefics3", "smolvlm"):
             given = {name: value[None] for name, value in given.items()}
         elif kind not in ("llava", "llava_next"):
-            given["token_type_ids" if kind == "gemma3" else "mm_token_type_ids"] = torch.from_numpy(kinds)[None]
+            given["token_type_ids" if kind == "gemma3" else "mm_token_type_ids"] = torch.from_numpy(
+                kinds
+            )[None]
         row = torch.from_numpy(ids)[None]
         with torch.no_grad():
-            logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, **given).logits
+            logits = model(
+                input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, **given
+            ).logits
         rows = log_softmax(logits[0, len(prompt.tokens) - 1 : -1].double().numpy())
         found.append(rows[np.arange(len(completion.tokens)), completion.tokens])
     return np.concatenate(found)
@@ -66,7 +82,9 @@ def stock_model(folder: Path) -> Any:
     import torch
     import transformers
 
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+    return transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="sdpa"
+    ).eval()
 
 
 def copied(folder: Path, out: Path, **config: Any) -> Path:
@@ -88,7 +106,8 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 def remade(folder: Path, out: Path, settings: Mapping[str, Any]) -> tuple[Path, Any]:
-    """A copy with settings of config.json by dotted key, and stock transformers' model of it in float64.
+    """A copy with settings of config.json by dotted key, and stock transformers' model of it in
+    float64.
 
     Weights are those of `folder`, and random ones where these have another shape or are not there.
     """
@@ -101,7 +120,10 @@ def remade(folder: Path, out: Path, settings: Mapping[str, Any]) -> tuple[Path, 
     automatic = transformers.AutoModelForImageTextToText
     model = automatic.from_config(config, attn_implementation="sdpa").double().eval()
     kind, rng = config.model_type, np.random.default_rng(1)
-    before = {names.current_name(kind, name): value for name, value in load_file(folder / "model.safetensors").items()}
+    before = {
+        names.current_name(kind, name): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
     weights = {}
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

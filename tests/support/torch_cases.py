@@ -1,4 +1,5 @@
-"""Groups on a random model, and the same numbers computed the plain way: stock transformers, row by row, and autograd."""
+"""Groups on a random model, and the same numbers computed the plain way: stock transformers, row by
+row, and autograd."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ class Case(cases.Case):
 
     def stock(self, policy: str = "student") -> torch.nn.Module:
         """The policy as transformers has it, in float64."""
-        model = transformers.AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float64, attn_implementation="sdpa")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            self.folder, dtype=torch.float64, attn_implementation="sdpa"
+        )
         weights = load_file(self.state / f"{policy}.safetensors")
         weights = {name: torch.from_numpy(value).double() for name, value in weights.items()}
         assert not model.load_state_dict(weights, strict=False).unexpected_keys
@@ -118,7 +121,9 @@ def logits_of(model: torch.nn.Module, prompt: Prompt, tokens: NDArray[Any]) -> N
 
 def exported(folder: Path) -> torch.nn.Module:
     """An export as transformers loads it in float64: every tensor is there, and no other."""
-    model, found = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+    model, found = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float64, output_loading_info=True
+    )
     problems = ("missing_keys", "unexpected_keys", "mismatched_keys")
     assert not any(found[problem] for problem in problems)
     return model
@@ -134,12 +139,19 @@ def processes(folder: Path) -> list[dict[str, str]]:
 
 
 def plain_delta_rule(query, key, value, g, beta, initial_state=None, **options):
-    """The recurrence of the gated delta net as it is defined, token by token, in the precision of its inputs."""
+    """The recurrence of the gated delta net as it is defined, token by token, in the precision of
+    its inputs."""
     repeats = value.shape[2] // key.shape[2]
-    query, key = (x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+    query, key = (
+        x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key)
+    )
     query, key = (x.repeat_interleave(repeats, 2) for x in (query, key))
     batch, length, heads, width = value.shape
-    state = torch.zeros(batch, heads, key.shape[-1], width, dtype=torch.float64) if initial_state is None else initial_state
+    state = (
+        torch.zeros(batch, heads, key.shape[-1], width, dtype=torch.float64)
+        if initial_state is None
+        else initial_state
+    )
     out = []
     for t in range(length):
         state = state * g[:, t, :, None, None].double().exp()
@@ -150,25 +162,40 @@ def plain_delta_rule(query, key, value, g, beta, initial_state=None, **options):
 
 
 def delta_rule_in_float64():
-    """A context in which transformers computes a delta net in float64; without it, in float32 whatever the model's precision."""
-    return patch.object(transformers.models.qwen3_5.modeling_qwen3_5, "torch_chunk_gated_delta_rule", plain_delta_rule)
+    """A context in which transformers computes a delta net in float64; without it, in float32
+    whatever the model's precision."""
+    return patch.object(
+        transformers.models.qwen3_5.modeling_qwen3_5,
+        "torch_chunk_gated_delta_rule",
+        plain_delta_rule,
+    )
 
 
 def stock_logits(model, prompt, tokens):
-    """Logits [T, V] of stock transformers at the rows that predict `tokens`, from one plain row [prompt + tokens]."""
+    """Logits [T, V] of stock transformers at the rows that predict `tokens`, from one plain row
+    [prompt + tokens]."""
     ids = np.concatenate([prompt.tokens, tokens]).astype(np.int64)
     kinds = np.zeros_like(ids)
     kinds[prompt.visual.index] = 1
     kind = model.config.model_type
-    named = {"gemma3": "token_type_ids"}.get(kind, "mm_token_type_ids" if kind.startswith("qwen") else None)
+    named = {"gemma3": "token_type_ids"}.get(
+        kind, "mm_token_type_ids" if kind.startswith("qwen") else None
+    )
     arrays = {name: torch.from_numpy(value) for name, value in prompt.images.items()}
-    arrays = {name: value.double() if value.is_floating_point() else value.long() for name, value in arrays.items()}
+    arrays = {
+        name: value.double() if value.is_floating_point() else value.long()
+        for name, value in arrays.items()
+    }
     out = model(
         input_ids=torch.from_numpy(ids)[None],
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         use_cache=False,
         **({named: torch.from_numpy(kinds)[None]} if named else {}),
-        **({name: value[None] for name, value in arrays.items()} if kind in ("idefics3", "smolvlm") else arrays),
+        **(
+            {name: value[None] for name, value in arrays.items()}
+            if kind in ("idefics3", "smolvlm")
+            else arrays
+        ),
     )
     return out.logits[0, len(prompt.tokens) - 1 : -1]
 
@@ -188,11 +215,14 @@ def plain_divergence(student, teacher, objective):
     if objective.alpha == 1:
         return (s.exp() * (s - t)).sum(-1)
     m = ((1 - objective.alpha) * s.exp() + objective.alpha * t.exp()).log()
-    return (1 - objective.alpha) * (s.exp() * (s - m)).sum(-1) + objective.alpha * (t.exp() * (t - m)).sum(-1)
+    return (1 - objective.alpha) * (s.exp() * (s - m)).sum(-1) + objective.alpha * (
+        t.exp() * (t - m)
+    ).sum(-1)
 
 
 def plain_loss_and_gradients(case, groups, objective):
-    """The step's loss and the gradient of all that is trained, by name, in float64, from separate rows."""
+    """The step's loss and the gradient of all that is trained, by name, in float64, from separate
+    rows."""
     student, teacher = case.stock(), case.stock("teacher")
     loss = torch.zeros((), dtype=torch.float64)
     for group in groups:
@@ -200,11 +230,28 @@ def plain_loss_and_gradients(case, groups, objective):
             logits = stock_logits(student, group.student, completion.tokens)
             with torch.no_grad():
                 wanted = stock_logits(teacher, group.teacher, completion.tokens)
-            chosen = (logits.detach() / objective.temperature).log_softmax(-1)[range(len(completion)), completion.tokens]
-            ratio = (chosen - torch.from_numpy(completion.logprobs).double()).exp().clamp(max=objective.ratio_clip)
-            loss = loss + (torch.from_numpy(weights).double() * ratio * plain_divergence(logits, wanted, objective)).sum()
+            chosen = (logits.detach() / objective.temperature).log_softmax(-1)[
+                range(len(completion)), completion.tokens
+            ]
+            ratio = (
+                (chosen - torch.from_numpy(completion.logprobs).double())
+                .exp()
+                .clamp(max=objective.ratio_clip)
+            )
+            loss = (
+                loss
+                + (
+                    torch.from_numpy(weights).double()
+                    * ratio
+                    * plain_divergence(logits, wanted, objective)
+                ).sum()
+            )
     loss.backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in student.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.numpy()
+        for name, parameter in student.named_parameters()
+        if parameter.grad is not None
+    }
     return float(loss.detach()), gradients
 
 
@@ -237,10 +284,13 @@ def rows_of(backend: TorchBackend, backward: bool = False) -> list[int]:
     return seen
 
 
-def fill(backend: TorchBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None) -> None:
+def fill(
+    backend: TorchBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None
+) -> None:
     """Puts `draw(shape)` in place of an accumulated gradient, and `poison` into one number."""
     backend._gradient = {
-        name: torch.from_numpy(draw(tuple(parameter.shape)).astype(np.float32)) for name, parameter in backend._student.parameters.items()
+        name: torch.from_numpy(draw(tuple(parameter.shape)).astype(np.float32))
+        for name, parameter in backend._student.parameters.items()
     }
     if poison is not None:
         backend._gradient["model.language_model.norm.weight"][0] = poison

@@ -1,4 +1,5 @@
-"""What teacher and student see: geometry with the numbers written out, and the pixels that come of it."""
+"""What teacher and student see: geometry with the numbers written out, and the pixels that come of
+it."""
 
 from __future__ import annotations
 
@@ -34,8 +35,11 @@ def pixels(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def example(*boxes: Box, images: tuple[Image.Image, ...] | None = None, **fields: object) -> Example:
-    return Example("example-1", images or (gradient(128, 100),), "What?", boxes, **fields)  # type: ignore[arg-type]
+def example(
+    *boxes: Box, images: tuple[Image.Image, ...] | None = None, **fields: object
+) -> Example:
+    images = images or (gradient(128, 100),)
+    return Example("example-1", images, "What?", boxes, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,8 @@ def example(*boxes: Box, images: tuple[Image.Image, ...] | None = None, **fields
         (Box(60.4, 50.4, 60.6, 50.6), 0, 0, (60, 50, 61, 51)),  # less than one
         (Box(-5, -5, 300, 300), 6, 0, (0, 0, 128, 100)),  # larger than the image
         (Box(-5, 20, 10, 40), 0, 0, (0, 20, 10, 40)),
-        (Box(10, 50, 110, 51), 0, 0, (10, 49, 110, 52)),  # a ribbon, widened to a fiftieth of its length, 2 pixels
+        # a ribbon, widened to a fiftieth of its length, 2 pixels
+        (Box(10, 50, 110, 51), 0, 0, (10, 49, 110, 52)),
         (Box(10, 0, 110, 1), 0, 0, (10, 0, 110, 2)),
         (Box(50, 0, 51, 100), 0, 0, (49, 0, 52, 100)),
     ],
@@ -61,7 +66,17 @@ def test_region(box: Box, margin: float, fraction: float, expected: Region) -> N
     assert region(box, 128, 100, margin, fraction) == expected
 
 
-@pytest.mark.parametrize("box", [Box(128, 0, 140, 10), Box(-9, 0, 0, 10), Box(0, 100, 5, 101), Box(5, 5, 5, 9), Box(9, 5, 5, 9)], ids=str)
+@pytest.mark.parametrize(
+    "box",
+    [
+        Box(128, 0, 140, 10),
+        Box(-9, 0, 0, 10),
+        Box(0, 100, 5, 101),
+        Box(5, 5, 5, 9),
+        Box(9, 5, 5, 9),
+    ],
+    ids=str,
+)
 def test_a_box_without_a_pixel_inside_is_an_error(box: Box) -> None:
     with pytest.raises(DataError, match=r"is empty or outside the image of 128 x 100 pixels"):
         region(box, 128, 100, 6)
@@ -81,7 +96,9 @@ def test_a_box_without_a_pixel_inside_is_an_error(box: Box) -> None:
         ((7, 100), 48, 1, (48, 686)),
     ],
 )
-def test_enlarged(size: tuple[int, int], min_size: int, enlarge: float, expected: tuple[int, int]) -> None:
+def test_enlarged(
+    size: tuple[int, int], min_size: int, enlarge: float, expected: tuple[int, int]
+) -> None:
     assert enlarged(*size, min_size, enlarge) == expected
 
 
@@ -119,7 +136,10 @@ def test_a_crop_is_inside_contains_the_evidence_and_is_large_enough(
     assert min(wide, high) >= min_size
     assert wide >= round(across * enlarge)
     factor = max(enlarge, min_size / min(across, down))
-    assert (wide / across, high / down) == (pytest.approx(factor, abs=0.51 / across), pytest.approx(factor, abs=0.51 / down))
+    assert (wide / across, high / down) == (
+        pytest.approx(factor, abs=0.51 / across),
+        pytest.approx(factor, abs=0.51 / down),
+    )
 
 
 @given(boxed(), st.integers(0, 50), st.text(max_size=5))
@@ -139,7 +159,9 @@ def test_a_wrong_crop_has_the_same_size_and_avoids_the_evidence_where_that_is_po
     assert wrong[2] <= width
     assert wrong[3] <= height
     free = max(taken[0], width - taken[2]) >= across or max(taken[1], height - taken[3]) >= down
-    apart = wrong[2] <= taken[0] or wrong[0] >= taken[2] or wrong[3] <= taken[1] or wrong[1] >= taken[3]
+    apart = (
+        wrong[2] <= taken[0] or wrong[0] >= taken[2] or wrong[3] <= taken[1] or wrong[1] >= taken[3]
+    )
     assert apart == free
     assert elsewhere(right, [box], (width, height), id) == wrong
 
@@ -150,7 +172,10 @@ def test_a_wrong_crop_finds_the_only_free_place_between_several_boxes() -> None:
 
 
 def test_wrong_crops_of_different_examples_differ() -> None:
-    places = {elsewhere((0, 0, 10, 10), [Box(0, 0, 10, 10)], (128, 100), f"example-{number}") for number in range(20)}
+    places = {
+        elsewhere((0, 0, 10, 10), [Box(0, 0, 10, 10)], (128, 100), f"example-{number}")
+        for number in range(20)
+    }
     assert len(places) == 20
 
 
@@ -161,26 +186,36 @@ def test_hull() -> None:
 def test_the_tile_of_the_embedded_task_becomes_48_pixels() -> None:
     (crop,) = teacher_images(example(Box(50, 40, 68, 58)), TINY)
     assert crop.size == (48, 48)
-    # 30 pixels from 44 and 34 on, enlarged by 1.6: the centre of pixel 24 lies at 44 + 24.5 / 1.6 - 0.5.
+    # 30 pixels from 44 and 34 on, enlarged by 1.6: the centre of pixel 24 lies at 44 + 24.5 / 1.6 -
+    # 0.5.
     assert pixels(crop)[24, 24].tolist() == [59, 49, 0]
     assert pixels(crop)[:, :, 0].min() == 44
     assert pixels(crop)[:, :, 0].max() == 73
     np.testing.assert_array_equal(
-        pixels(crop), pixels(gradient(128, 100).crop((44, 34, 74, 64)).resize((48, 48), Image.Resampling.BICUBIC))
+        pixels(crop),
+        pixels(
+            gradient(128, 100).crop((44, 34, 74, 64)).resize((48, 48), Image.Resampling.BICUBIC)
+        ),
     )
 
 
 def test_a_crop_holds_the_pixels_of_its_region_untouched_where_nothing_is_enlarged() -> None:
     (crop,) = teacher_images(example(Box(20, 30, 60, 50)), BARE)
     np.testing.assert_array_equal(pixels(crop), pixels(gradient(128, 100))[30:50, 20:60])
-    (twice,) = teacher_images(example(Box(20, 30, 60, 50)), ViewOptions(margin=0, min_size=1, enlarge=2))
+    (twice,) = teacher_images(
+        example(Box(20, 30, 60, 50)), ViewOptions(margin=0, min_size=1, enlarge=2)
+    )
     assert twice.size == (80, 40)
 
 
 def test_enlarging_is_bicubic() -> None:
     image = Image.effect_noise((20, 20), 80).convert("RGB")
-    (crop,) = teacher_images(example(Box(0, 0, 20, 20), images=(image,)), ViewOptions(margin=0, min_size=50))
-    np.testing.assert_array_equal(pixels(crop), pixels(image.resize((50, 50), Image.Resampling.BICUBIC)))
+    (crop,) = teacher_images(
+        example(Box(0, 0, 20, 20), images=(image,)), ViewOptions(margin=0, min_size=50)
+    )
+    np.testing.assert_array_equal(
+        pixels(crop), pixels(image.resize((50, 50), Image.Resampling.BICUBIC))
+    )
 
 
 def test_several_boxes_give_a_hull_or_a_crop_each() -> None:
@@ -207,7 +242,9 @@ def test_controls_full_and_wrong() -> None:
     (wrong,) = teacher_images(one, ViewOptions(kind="wrong", margin=0, min_size=1))
     assert wrong.size == (40, 20)
     row, column = pixels(wrong)[0, 0, 1], pixels(wrong)[0, 0, 0]
-    np.testing.assert_array_equal(pixels(wrong), pixels(gradient(128, 100))[row : row + 20, column : column + 40])
+    np.testing.assert_array_equal(
+        pixels(wrong), pixels(gradient(128, 100))[row : row + 20, column : column + 40]
+    )
     assert column >= 60 or column + 40 <= 20 or row >= 50 or row + 20 <= 30
 
 
@@ -237,12 +274,23 @@ def test_students_see_their_images_upright(tmp_path: Path) -> None:
     gradient(40, 20).save(tmp_path / "turned.png", exif=exif)
     (image,) = student_images(Example("id", (tmp_path / "turned.png",), "What?"))
     np.testing.assert_array_equal(pixels(image), np.rot90(pixels(gradient(40, 20)), -1))
-    (crop,) = teacher_images(Example("id", (tmp_path / "turned.png",), "What?", (Box(0, 30, 20, 40),)), BARE)
+    (crop,) = teacher_images(
+        Example("id", (tmp_path / "turned.png",), "What?", (Box(0, 30, 20, 40),)), BARE
+    )
     np.testing.assert_array_equal(pixels(crop), np.rot90(pixels(gradient(40, 20)), -1)[30:40])
 
 
 @pytest.mark.parametrize(
-    "options", [{"margin": -1}, {"min_size": 0}, {"enlarge": 0.5}, {"kind": "crops"}, {"marign": 3}, {"margin": float("nan")}], ids=str
+    "options",
+    [
+        {"margin": -1},
+        {"min_size": 0},
+        {"enlarge": 0.5},
+        {"kind": "crops"},
+        {"marign": 3},
+        {"margin": float("nan")},
+    ],
+    ids=str,
 )
 def test_options_out_of_range_or_unknown_are_errors(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -1,4 +1,5 @@
-"""A question as the two policies are asked it: options below it, and all crops of an image at its marker."""
+"""A question as the two policies are asked it: options below it, and all crops of an image at its
+marker."""
 
 from __future__ import annotations
 
@@ -27,14 +28,28 @@ EACH = ViewOptions(boxes="each", margin=0, min_size=1)
         ("Which colour?", ("(A) red", "(B) blue"), "Which colour?\nA. red\nB. blue"),
         ("Which?", ("two\nlines", "x"), "Which?\nA. two lines\nB. x"),
         # Texts that stand in the question by chance are no options.
-        ("Is the red car left of the blue one?", ("red", "blue"), "Is the red car left of the blue one?\nA. red\nB. blue"),
-        ("Which of the 2 cats in image 1 is larger?", ("1", "2"), "Which of the 2 cats in image 1 is larger?\nA. 1\nB. 2"),
-        ("Which is reddish or bluer?", ("red", "blue"), "Which is reddish or bluer?\nA. red\nB. blue"),
+        (
+            "Is the red car left of the blue one?",
+            ("red", "blue"),
+            "Is the red car left of the blue one?\nA. red\nB. blue",
+        ),
+        (
+            "Which of the 2 cats in image 1 is larger?",
+            ("1", "2"),
+            "Which of the 2 cats in image 1 is larger?\nA. 1\nB. 2",
+        ),
+        (
+            "Which is reddish or bluer?",
+            ("red", "blue"),
+            "Which is reddish or bluer?\nA. red\nB. blue",
+        ),
         ("Which? A. red", ("red", "blue"), "Which? A. red\nA. red\nB. blue"),
         ("Which?", (), "Which?"),
     ],
 )
-def test_options_are_put_below_a_question_without_them(question: str, choices: tuple[str, ...], expected: str) -> None:
+def test_options_are_put_below_a_question_without_them(
+    question: str, choices: tuple[str, ...], expected: str
+) -> None:
     assert with_choices(question, choices) == expected
     assert with_choices(expected, choices) == expected
 
@@ -63,15 +78,30 @@ def test_options_are_put_below_a_question_without_them(question: str, choices: t
         ("Which?\nA. a pear\nB. a fig", ("pears", "figs")),  # two lists would contradict each other
     ],
 )
-def test_a_question_that_holds_its_options_stays_as_it_is(question: str, choices: tuple[str, ...]) -> None:
+def test_a_question_that_holds_its_options_stays_as_it_is(
+    question: str, choices: tuple[str, ...]
+) -> None:
     assert holds(question, choices)
     assert with_choices(question, choices) == question
 
 
 def test_student_and_teacher_are_asked_with_the_same_options() -> None:
-    one = Example("a", (Image.new("RGB", (20, 20)),), "<image>Which?", (Box(0, 0, 9, 9),), choices=("red", "blue"))
+    one = Example(
+        "a",
+        (Image.new("RGB", (20, 20)),),
+        "<image>Which?",
+        (Box(0, 0, 9, 9),),
+        choices=("red", "blue"),
+    )
     assert student_question(one) == teacher_question(one, EACH) == "<image>Which?\nA. red\nB. blue"
-    other = Example("a", one.images, "Which?", one.boxes, teacher_question="What colour?", choices=("red", "blue"))
+    other = Example(
+        "a",
+        one.images,
+        "Which?",
+        one.boxes,
+        teacher_question="What colour?",
+        choices=("red", "blue"),
+    )
     assert teacher_question(other, EACH) == "What colour?\nA. red\nB. blue"
 
 
@@ -85,7 +115,9 @@ class Heard:
     def encode(self, images: list[Image.Image], question: str, policy: str = "student") -> None:
         parts = content(question, len(images))
         left = iter(images)
-        self.turns.append([str(next(left).size) if part["type"] == "image" else part["text"] for part in parts])
+        self.turns.append(
+            [str(next(left).size) if part["type"] == "image" else part["text"] for part in parts]
+        )
 
 
 @pytest.mark.parametrize(
@@ -99,9 +131,18 @@ class Heard:
         ("Are they alike?", "AAB", ["A1", "A2", "B1", "Are they alike?"]),
     ],
 )
-def test_crops_of_an_image_stand_at_its_marker(question: str, boxes: str, expected: list[str]) -> None:
+def test_crops_of_an_image_stand_at_its_marker(
+    question: str, boxes: str, expected: list[str]
+) -> None:
     images = {"A": Image.new("RGB", (100, 50)), "B": Image.new("RGB", (200, 50))}
-    sizes = {"A": "(100, 50)", "B": "(200, 50)", "A1": "(11, 5)", "A2": "(12, 5)", "B1": "(21, 5)", "B2": "(22, 5)"}
+    sizes = {
+        "A": "(100, 50)",
+        "B": "(200, 50)",
+        "A1": "(11, 5)",
+        "A2": "(12, 5)",
+        "B1": "(21, 5)",
+        "B2": "(22, 5)",
+    }
     found = []
     for place, letter in enumerate(boxes):
         width = 10 + boxes[: place + 1].count(letter) + (10 if letter == "B" else 0)
@@ -137,6 +178,9 @@ def test_no_crop_is_enlarged_above_what_the_processor_keeps(random_model: Path) 
     encoder._family = type("Spy", (), {"__getattr__": lambda self, name: getattr(family, name)})()
     family = PromptEncoder(random_model)._family
     encode = encoder.encode
-    encoder.encode = lambda images, *rest: (seen.extend(image.size for image in images), encode(images, *rest))[1]  # type: ignore
+    encoder.encode = lambda images, *rest: (
+        seen.extend(image.size for image in images),
+        encode(images, *rest),
+    )[1]  # type: ignore
     encode_teacher(encoder, one, ViewOptions(margin=0, enlarge=16))
     assert seen == [(128, 128)]

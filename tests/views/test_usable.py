@@ -27,24 +27,43 @@ from opd_cli import main
 from tests.conftest import coloured
 from tests.run.test_loop import trainer
 
-GOOD = {"image": "tiles.png", "question": "What colour is it?", "boxes": [[0, 0, 60, 80]], "answer": "green"}
-RIBBON = {"image": "ribbon.png", "question": "Which colour?", "boxes": [[0, 900, 5, 1000]], "answer": "red"}
+GOOD = {
+    "image": "tiles.png",
+    "question": "What colour is it?",
+    "boxes": [[0, 0, 60, 80]],
+    "answer": "green",
+}
+RIBBON = {
+    "image": "ribbon.png",
+    "question": "Which colour?",
+    "boxes": [[0, 900, 5, 1000]],
+    "answer": "red",
+}
 RESERVED = {**GOOD, "question": "What does <|image_pad|> mean?"}
 LONG = {**GOOD, "question": "word " * 150}
 TEACHER = {**GOOD, "teacher_question": "word " * 150}
 VANISHED = {**GOOD, "image": "vanished.png"}
-FAULTS = {"ribbon": RIBBON, "reserved": RESERVED, "long": LONG, "teacher": TEACHER, "vanished": VANISHED}
+FAULTS = {
+    "ribbon": RIBBON,
+    "reserved": RESERVED,
+    "long": LONG,
+    "teacher": TEACHER,
+    "vanished": VANISHED,
+}
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder of three good rows and a faulty one of each kind; the last one's image goes away once the rows are read."""
+    """A folder of three good rows and a faulty one of each kind; the last one's image goes away
+    once the rows are read."""
     monkeypatch.chdir(tmp_path)
     tiles = Image.new("RGB", (240, 160), "white")
     tiles.paste("green", (0, 0, 60, 80))
     tiles.save("tiles.png")
     Image.new("RGB", (5, 2000), "red").save("ribbon.png")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*[GOOD] * 3, *FAULTS.values())))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (*[GOOD] * 3, *FAULTS.values()))
+    )
     encode = usable.encode
 
     def vanishing(*given):
@@ -57,7 +76,10 @@ def here(tmp_path, monkeypatch):
     def opd(*arguments):
         tiles.save("vanished.png")
         arguments = [*arguments, "--model", "tiny", "--backend", "cpu", "--data", "rows.jsonl"]
-        return CliRunner().invoke(main, [*arguments, "--set", "measure.max_tokens=2", "--set", "data.max_prompt_tokens=600"])
+        return CliRunner().invoke(
+            main,
+            [*arguments, "--set", "measure.max_tokens=2", "--set", "data.max_prompt_tokens=600"],
+        )
 
     return opd
 
@@ -67,18 +89,41 @@ def test_rows_that_cannot_be_encoded_are_skipped_wherever_rows_are_encoded(here,
     rows = [f"rows.jsonl:{number}" for number in range(4, 9)]
     said = here("gap", "--json")
     found = json.loads(said.stdout)
-    assert (found["rows"], found["rows_skipped"], [one["row"] for one in found["skipped"]]) == (3, 5, rows)
+    assert (found["rows"], found["rows_skipped"], [one["row"] for one in found["skipped"]]) == (
+        3,
+        5,
+        rows,
+    )
     for row in found["skipped"]:
         assert said.stderr.count(f"skipped {row['row']}: {row['reason']}\n") == 1
-    assert "5 of 8 rows (62.5%) cannot be used: 2 rows: above data.max_prompt_tokens = 600, 1 row: " in said.stderr
+    assert (
+        "5 of 8 rows (62.5%) cannot be used: 2 rows: above data.max_prompt_tokens = 600, 1 row: "
+        in said.stderr
+    )
     said = here("sample", "--json")
     assert [one["row"] for one in json.loads(said.stdout)["answers"]] == [0, 1, 2]
     assert json.loads(said.stdout)["skipped"] == found["skipped"]
-    options = ["--set", "rollout.prompts=8", "--set", "rollout.completions=2", "--set", "measure.count=8", "--steps", "1", "--out", "run"]
+    options = [
+        "--set",
+        "rollout.prompts=8",
+        "--set",
+        "rollout.completions=2",
+        "--set",
+        "measure.count=8",
+        "--steps",
+        "1",
+        "--out",
+        "run",
+    ]
     said = here("train", *options)
     assert "3 examples, 5 skipped, 1 step" in said.stdout
     trained = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (trained["examples"], trained["rows_not_measured"], trained["rows_unusable"], trained["prompts_skipped"]) == (3, 5, 5, 5)
+    assert (
+        trained["examples"],
+        trained["rows_not_measured"],
+        trained["rows_unusable"],
+        trained["prompts_skipped"],
+    ) == (3, 5, 5, 5)
     assert [said.stderr.count(f"skipped {row}: ") for row in rows] == [1] * 5
     assert RunFolder(tmp_path / "run").rows("skipped.jsonl") == found["skipped"]
 
@@ -91,7 +136,9 @@ def test_half_of_a_surrogate_pair_is_a_fault_of_the_row(question, field):
         usable.encode(ToyEncoder(), replace(example, **{field: question}), ViewOptions())
 
 
-@pytest.mark.parametrize("failure", [OSError("disk"), TypeError("TextEncodeInput must be Union\nand more")])
+@pytest.mark.parametrize(
+    "failure", [OSError("disk"), TypeError("TextEncodeInput must be Union\nand more")]
+)
 def test_whatever_a_library_raises_for_one_row_is_a_fault_of_the_row(failure):
     class Failing(ToyEncoder):
         def encode(self, images, question, policy="student"):
@@ -106,7 +153,10 @@ def test_whatever_a_library_raises_for_one_row_is_a_fault_of_the_row(failure):
     ("one", "other"),
     [
         ("image not found: /data/a.png", "image not found: /data/sub folder/b.png"),
-        ("images of 5 x 2000 pixels cannot be encoded: ratio 400.0", "images of 7 x 9000 pixels cannot be encoded: ratio 1285.7"),
+        (
+            "images of 5 x 2000 pixels cannot be encoded: ratio 400.0",
+            "images of 7 x 9000 pixels cannot be encoded: ratio 1285.7",
+        ),
         ("the question 'a' contains a reserved token such as '<x>'; remove it",) * 2,
     ],
 )
@@ -137,7 +187,10 @@ def test_nothing_is_measured_where_no_row_can_be(here, tmp_path):
     for command in ("gap", "sample"):
         result = here(command)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr.splitlines()[-1] == ("opd: none of 3 rows can be measured (3 rows: above data.max_prompt_tokens = 600)")
+        assert (
+            result.stderr.splitlines()[-1]
+            == "opd: none of 3 rows can be measured (3 rows: above data.max_prompt_tokens = 600)"
+        )
 
 
 class Large(ToyEncoder):
@@ -148,7 +201,9 @@ class Large(ToyEncoder):
         return replace(prompt, images={**prompt.images, "ballast": np.zeros(2**17)})
 
 
-@pytest.mark.parametrize(("room", "together"), [(1, 2), (2**22 + 2**12, 4), (2**23 + 2**20, 8), (2**30, 24)])
+@pytest.mark.parametrize(
+    ("room", "together"), [(1, 2), (2**22 + 2**12, 4), (2**23 + 2**20, 8), (2**30, 24)]
+)
 def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(monkeypatch, room, together):
     monkeypatch.setattr(gap, "SLICE_BYTES", room)
     asked = []
@@ -160,7 +215,9 @@ def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(monkeypatc
 
     heard = []
     found = greedy_answers(Counting(), Large(), coloured(12), ViewOptions(), 2, 10**6, heard.append)
-    assert found == greedy_answers(ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6)
+    assert found == greedy_answers(
+        ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6
+    )
     assert max(asked) == together
     assert sum(asked) == sum(heard) == 24
 
@@ -179,14 +236,18 @@ class Fading(ToyEncoder):
 
 
 def test_before_and_after_are_of_the_same_rows(tmp_path):
-    """A row that cannot be read before is measured neither before nor after, and one that vanishes later leaves both."""
+    """A row that cannot be read before is measured neither before nor after, and one that vanishes
+    later leaves both."""
     examples = [replace(one, question=f"q{index}") for index, one in enumerate(coloured(6))]
-    one = trainer(tmp_path / "run", "measure.count=6", "measure.every=2", "run.steps=4", examples=examples)
+    one = trainer(
+        tmp_path / "run", "measure.count=6", "measure.every=2", "run.steps=4", examples=examples
+    )
     notes = []
     one.progress.note = notes.append
 
     class Changing(Fading):
-        """The second row cannot be read at all; the third vanishes in training; the first can be read only after it."""
+        """The second row cannot be read at all; the third vanishes in training; the first can be
+        read only after it."""
 
         def encode(self, images, question, policy="student"):
             self.questions = ("q0", "q1") if not one.state.taken else ("q1", "q2")
@@ -199,8 +260,12 @@ def test_before_and_after_are_of_the_same_rows(tmp_path):
     folder = RunFolder(tmp_path / "run")
     assert [row["row"] for row in folder.rows("answers.jsonl")] == [2, 3, 4, 5, 3, 4, 5]
     assert [row["rows"] for row in folder.rows("accuracy.jsonl")] == [4, 3, 3]
-    assert "2 of 6 rows to be measured cannot be used; they are left out of every comparison" in notes
-    assert "1 of 4 rows measured before cannot be used; they are left out of every comparison" in notes
+    assert (
+        "2 of 6 rows to be measured cannot be used; they are left out of every comparison" in notes
+    )
+    assert (
+        "1 of 4 rows measured before cannot be used; they are left out of every comparison" in notes
+    )
 
 
 def test_a_run_goes_on_where_no_row_can_be_measured(tmp_path):
@@ -217,8 +282,12 @@ def test_a_run_goes_on_where_no_row_can_be_measured(tmp_path):
 
 def test_the_limit_holds_for_what_is_measured():
     skipped = Skipped(Quiet())
-    found = greedy_answers(ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6, limit=7, skipped=skipped)
-    assert [one.row for one in found] == [row for row, one in enumerate(coloured(12)) if len(one.question) + 1 <= 7]
+    found = greedy_answers(
+        ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6, limit=7, skipped=skipped
+    )
+    assert [one.row for one in found] == [
+        row for row, one in enumerate(coloured(12)) if len(one.question) + 1 <= 7
+    ]
     assert skipped.why() == f"{12 - len(found)} rows: above data.max_prompt_tokens = 7"
     assert 0 < len(found) < 12
 
@@ -233,7 +302,8 @@ def test_a_row_of_more_views_than_a_prompt_has_tokens_is_not_cut(monkeypatch):
 
 
 def test_rows_fall_out_on_another_thread(monkeypatch):
-    """Training asks for new rows while the next step's are encoded: none is lost, told twice, or in the way."""
+    """Training asks for new rows while the next step's are encoded: none is lost, told twice, or in
+    the way."""
     rows = 20_000
     skipped = Skipped(Quiet())
     example = coloured(1)[0]
@@ -241,7 +311,10 @@ def test_rows_fall_out_on_another_thread(monkeypatch):
     sys.setswitchinterval(1e-6)
     try:
         thread = threading.Thread(
-            target=lambda: [skipped.add(replace(example, id=str(row), source=""), Unusable("no")) for row in range(rows)]
+            target=lambda: [
+                skipped.add(replace(example, id=str(row), source=""), Unusable("no"))
+                for row in range(rows)
+            ]
         )
         thread.start()
         found = []
@@ -256,10 +329,15 @@ def test_rows_that_cannot_be_read_are_counted_where_rows_are_measured(here, tmp_
     """A half of a character in a file is told like a row that cannot be encoded."""
     pytest.importorskip("torch")
     half = json.dumps(GOOD).replace("colour", "\\ud83d", 1)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, GOOD)) + half + "\n")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (GOOD, GOOD)) + half + "\n"
+    )
     for command in ("gap", "sample"):
         found = json.loads(here(command, "--json").stdout)
-        assert (found["rows_skipped"], [one["row"] for one in found["skipped"]]) == (1, ["rows.jsonl:3"])
+        assert (found["rows_skipped"], [one["row"] for one in found["skipped"]]) == (
+            1,
+            ["rows.jsonl:3"],
+        )
         assert "surrogate" in found["skipped"][0]["reason"]
 
 
@@ -286,7 +364,12 @@ def test_a_machine_without_memory_ends_the_run_in_one_line(here, tmp_path, monke
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n")
     monkeypatch.setattr(type(PromptEncoder(MODEL)._family), "lay_out", full)
-    monkeypatch.setattr("opd.run.session.open_encoder", lambda folder, *_, **__: PromptEncoder(folder))
+    monkeypatch.setattr(
+        "opd.run.session.open_encoder", lambda folder, *_, **__: PromptEncoder(folder)
+    )
     result = here(command, *(["--out", "run", "--steps", "1"] if command == "train" else []))
     assert (result.exit_code, result.stdout) == (1, ""), result.output
-    assert result.stderr.splitlines()[-1] == "opd: not enough memory on this machine; opd plan says what a run takes"
+    assert (
+        result.stderr.splitlines()[-1]
+        == "opd: not enough memory on this machine; opd plan says what a run takes"
+    )

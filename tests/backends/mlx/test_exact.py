@@ -84,7 +84,9 @@ def test_a_gpu_keeps_what_fits(loaded, monkeypatch):
 
     def shares(free, **traits):
         model = model_of(clone(loaded, memory=active + free * 3 // 2, **traits))
-        return [recompute_share(model, wanted * 2**30, student, student) for wanted in (1, 2, 3, 6, 8)]
+        return [
+            recompute_share(model, wanted * 2**30, student, student) for wanted in (1, 2, 3, 6, 8)
+        ]
 
     assert shares(6 * 2**30) == [0, 0, 1, 1, 1]
     assert shares(6 * 2**30, gpu=True) == [0, 0, 0, 0, 0.25]
@@ -93,7 +95,9 @@ def test_a_gpu_keeps_what_fits(loaded, monkeypatch):
     trained = sum(value.nbytes for value in student.values())
     assert free_bytes(device, mx.float32, student, {}) == int(2 / 3 * (9 * 10**11 - trained))
     assert free_bytes(device, mx.float32, student, student) == 6 * 10**11
-    assert free_bytes(device, mx.bfloat16, student, student) == int(2 / 3 * (9 * 10**11 - trained / 2))
+    assert free_bytes(device, mx.bfloat16, student, student) == int(
+        2 / 3 * (9 * 10**11 - trained / 2)
+    )
     assert free_bytes(replace(device, memory=0), mx.float32, student, {}) < 0
 
 
@@ -154,16 +158,25 @@ def test_activations():
     given = [mx.array(part.astype(np.float32)) for part in (x, up, slope)]
     (value,), gradients = mx.vjp(activations.swiglu, given[:2], given[2:])
     np.testing.assert_allclose(value, x * let * up, rtol=2e-6, atol=1e-7)
-    for gradient, wanted in zip(gradients, (slope * up * let * (1 + x * (1 - let)), slope * x * let), strict=True):
+    for gradient, wanted in zip(
+        gradients, (slope * up * let * (1 + x * (1 - let)), slope * x * let), strict=True
+    ):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
     (value,), (gradient,) = mx.vjp(activations.exact_gelu, given[:1], given[2:])
     np.testing.assert_allclose(value, x * phi(x), rtol=1e-6, atol=5e-7)
-    np.testing.assert_allclose(gradient, slope * (phi(x) + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)), rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(
+        gradient,
+        slope * (phi(x) + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)),
+        rtol=1e-6,
+        atol=2e-6,
+    )
     (value,), (gradient,) = mx.vjp(activations.gelu, given[:1], given[2:])
     inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
     rate = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
     np.testing.assert_allclose(value, 0.5 * x * (1 + np.tanh(inner)), rtol=2e-6, atol=5e-7)
-    wanted = 0.5 * (1 + np.tanh(inner)) + 0.5 * x * rate / np.cosh(np.minimum(np.abs(inner), 300)) ** 2
+    wanted = (
+        0.5 * (1 + np.tanh(inner)) + 0.5 * x * rate / np.cosh(np.minimum(np.abs(inner), 300)) ** 2
+    )
     np.testing.assert_allclose(gradient, slope * wanted, rtol=1e-5, atol=2e-6)
 
 
@@ -194,7 +207,11 @@ def test_frozen_vision_tower(case, patches, monkeypatch, room):
     found = []
     for backend in (frozen, whole):
         patches.clear()
-        sampled = [one for group in case.groups[:3] for one in backend.sample([group.student], uniforms, Sampling(1.0))[0]]
+        sampled = [
+            one
+            for group in case.groups[:3]
+            for one in backend.sample([group.student], uniforms, Sampling(1.0))[0]
+        ]
         loss = loss_of(case.groups, backend.accumulate(case.groups, JSD))
         found.append((sampled, loss))
         taken[backend] = sum(patches)

@@ -1,4 +1,5 @@
-"""Checkpoints in MLX's own format, as the mlx-community has them: of every family, whole and quantised, against stock mlx-vlm."""
+"""Checkpoints in MLX's own format, as the mlx-community has them: of every family, whole and
+quantised, against stock mlx-vlm."""
 
 from __future__ import annotations
 
@@ -40,10 +41,16 @@ def source(request, tmp_path_factory):
 
 
 def published(folder):
-    """With what mlx-vlm reads, and published checkpoints have, where transformers writes it otherwise."""
-    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    """With what mlx-vlm reads, and published checkpoints have, where transformers writes it
+    otherwise."""
+    config, weights = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
     if config["model_type"] == "qwen2_5_vl":
-        config |= {name: value for name, value in config["text_config"].items() if name != "model_type"}
+        config |= {
+            name: value for name, value in config["text_config"].items() if name != "model_type"
+        }
         config["vision_config"]["model_type"] = "qwen2_5_vl"
     elif config["model_type"] == "gemma3":
         config["text_config"]["mm_tokens_per_image"] = config["mm_tokens_per_image"]
@@ -70,15 +77,21 @@ def groups_of(folder, images):
     prompt = PromptEncoder(folder).encode(pictures, "digit?")
     tokens = rng.integers(10, 250, 6).astype(np.int32)
     zeros = np.zeros(6, np.float32)
-    return [Group(prompt, prompt, (Completion(tokens, zeros, False),), (zeros + np.float32(1 / 6),))]
+    return [
+        Group(prompt, prompt, (Completion(tokens, zeros, False),), (zeros + np.float32(1 / 6),))
+    ]
 
 
 def stock_logprobs(folder, groups):
-    """By stock mlx-vlm, of a row of text alone, shorter than every window: with images its masks are not those of every family."""
+    """By stock mlx-vlm, of a row of text alone, shorter than every window: with images its masks
+    are not those of every family."""
     model, prompt = utils.load_model(folder), groups[0].student
     tokens = groups[0].completions[0].tokens
     row = mx.array(np.concatenate([prompt.tokens, tokens]))[None]
-    logits = np.array(model.language_model(row).logits[0, len(prompt.tokens) - 1 : -1].astype(mx.float32), np.float64)
+    logits = np.array(
+        model.language_model(row).logits[0, len(prompt.tokens) - 1 : -1].astype(mx.float32),
+        np.float64,
+    )
     return logits[range(len(tokens)), tokens] - np.log(np.exp(logits).sum(-1))
 
 
@@ -92,11 +105,19 @@ def test_a_whole_checkpoint_is_what_it_was_made_of(source, tmp_path):
     ours, theirs = (registry.load("mlx", ModelOptions(path)) for path in (folder, source))
     expected = theirs.tensors("student")
     assert ours.tensors("student").keys() == expected.keys()
-    assert all(np.abs(value - expected[name]).max() < 1e-6 for name, value in ours.tensors("student").items())
+    assert all(
+        np.abs(value - expected[name]).max() < 1e-6
+        for name, value in ours.tensors("student").items()
+    )
     text = groups_of(source, 0)
-    np.testing.assert_allclose(logprobs_of(ours, text, JSD), stock_logprobs(folder, text), atol=1e-4)
+    np.testing.assert_allclose(
+        logprobs_of(ours, text, JSD), stock_logprobs(folder, text), atol=1e-4
+    )
     ours.export(tmp_path / "out", "model")
-    written, stored = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
+    written, stored = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(source / "model.safetensors"),
+    )
     again = registry.load("mlx", ModelOptions(tmp_path / "out")).tensors("student")
     assert all(np.abs(value - expected[name]).max() < 1e-6 for name, value in again.items())
     assert {value.dtype for value in written.values()} == {value.dtype for value in stored.values()}
@@ -104,7 +125,8 @@ def test_a_whole_checkpoint_is_what_it_was_made_of(source, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_checkpoints(source, tmp_path, bits, monkeypatch):
-    """As `opd export --quantize` writes them, which is mlx-vlm's own way: read, trained on, written back plain."""
+    """As `opd export --quantize` writes them, which is mlx-vlm's own way: read, trained on, written
+    back plain."""
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -116,16 +138,24 @@ def test_quantised_checkpoints(source, tmp_path, bits, monkeypatch):
     opd_mlx.quantize(source, folder, bits)
     backend, text, groups = adapted(folder), groups_of(source, 0), groups_of(source, 2)
     plain = registry.load("mlx", ModelOptions(source))
-    np.testing.assert_allclose(logprobs_of(backend, text, JSD), stock_logprobs(folder, text), atol=1e-4)
-    assert np.abs(logprobs_of(backend, text, JSD) - logprobs_of(plain, text, JSD)).max() > (1e-2 if bits == 4 else 1e-4)
+    np.testing.assert_allclose(
+        logprobs_of(backend, text, JSD), stock_logprobs(folder, text), atol=1e-4
+    )
+    assert np.abs(logprobs_of(backend, text, JSD) - logprobs_of(plain, text, JSD)).max() > (
+        1e-2 if bits == 4 else 1e-4
+    )
     for _ in range(2):
         backend.accumulate(groups, JSD)
         assert backend.apply(Update(1e-2)).taken
     backend.export(tmp_path / "out", "model")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", dtype=torch.float64
+    )
     tokens = groups[0].completions[0].tokens
     with torch.no_grad(), delta_rule_in_float64():
-        wanted = stock_logits(model, groups[0].student, tokens).log_softmax(-1)[range(len(tokens)), tokens]
+        wanted = stock_logits(model, groups[0].student, tokens).log_softmax(-1)[
+            range(len(tokens)), tokens
+        ]
     np.testing.assert_allclose(logprobs_of(backend, groups, JSD), wanted, atol=1e-3)
 
 
@@ -144,7 +174,9 @@ def test_what_transformers_writes_otherwise_is_quantised_too(family, tmp_path, m
     text = groups_of(source, 0)
     found = logprobs_of(adapted(tmp_path / "packed"), text, JSD)
     np.testing.assert_allclose(found, stock_logprobs(tmp_path / "packed", text), atol=1e-4)
-    np.testing.assert_allclose(found, logprobs_of(registry.load("mlx", ModelOptions(source)), text, JSD), atol=0.05)
+    np.testing.assert_allclose(
+        found, logprobs_of(registry.load("mlx", ModelOptions(source)), text, JSD), atol=0.05
+    )
 
 
 def test_what_mlx_vlm_cannot_load_is_one_line(tmp_path):
@@ -152,7 +184,9 @@ def test_what_mlx_vlm_cannot_load_is_one_line(tmp_path):
     weights = load_file(source / "model.safetensors")
     weights.pop("model.language_model.norm.weight")
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="mlx-vlm, which quantises, cannot load this model of type 'qwen3_vl': ") as caught:
+    with pytest.raises(
+        ModelError, match="mlx-vlm, which quantises, cannot load this model of type 'qwen3_vl': "
+    ) as caught:
         opd_mlx.quantize(source, tmp_path / "packed", 8)
     assert "\n" not in str(caught.value)
 
@@ -175,5 +209,8 @@ def test_gradients_over_norms_of_mlx(source, tmp_path):
 def shift(file):
     """Moves a saved teacher away from the student."""
     rng, weights = np.random.default_rng(2), load_file(file)
-    moved = {name: value + rng.normal(0, 0.1 * value.std() + 1e-3, value.shape).astype(np.float32) for name, value in weights.items()}
+    moved = {
+        name: value + rng.normal(0, 0.1 * value.std() + 1e-3, value.shape).astype(np.float32)
+        for name, value in weights.items()
+    }
     save_file(moved, file, metadata={"format": "pt"})

@@ -1,4 +1,5 @@
-"""What the MLX backend's head stage allocates: some chunk buffers, whatever the number of rows; and prompt rows never meet it."""
+"""What the MLX backend's head stage allocates: some chunk buffers, whatever the number of rows; and
+prompt rows never meet it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ V, D, CHUNK = 20_000, 8, 32
 
 
 def chunk_buffers(count, objective, rows, gradient=True):
-    """Peak of the head stage over `count` rows in units of one float32 array [CHUNK, V]; inputs and results not counted."""
+    """Peak of the head stage over `count` rows in units of one float32 array [CHUNK, V]; inputs and
+    results not counted."""
     mx.random.seed(0)
     student, teacher = mx.random.normal((2, count, D))
     heads = mx.random.normal((2, V, D))
@@ -42,8 +44,9 @@ def chunk_buffers(count, objective, rows, gradient=True):
 )
 @pytest.mark.parametrize(("rows", "most"), [(CHUNK, 7.1), (4, 4.1)])
 def test_head_stage(objective, rows, most):
-    """A GPU's block is the chunk. Where blocks are smaller, one may or may not be gone when the next begins: MLX frees it in a thread of
-    its own, after it told of the end. Were one left behind by every chunk, twelve more would show here.
+    """A GPU's block is the chunk. Where blocks are smaller, one may or may not be gone when the
+    next begins: MLX frees it in a thread of its own, after it told of the end. Were one left behind
+    by every chunk, twelve more would show here.
     """
     few, many = (chunk_buffers(count * CHUNK, objective, rows) for count in (4, 16))
     late = rows / CHUNK if rows < CHUNK else 0
@@ -52,5 +55,9 @@ def test_head_stage(objective, rows, most):
 
 
 def test_a_chunk_is_64_mib():
-    assert default_chunk(151_936) * 151_936 * 4 <= 64 * 2**20 < (default_chunk(151_936) + 1) * 151_936 * 4
+    assert (
+        default_chunk(151_936) * 151_936 * 4
+        <= 64 * 2**20
+        < (default_chunk(151_936) + 1) * 151_936 * 4
+    )
     assert default_chunk(10**7) == 16

@@ -1,4 +1,5 @@
-"""What the MLX backend runs a part at a time gives what it gives at once: completions that are differentiated, prompts that are sampled."""
+"""What the MLX backend runs a part at a time gives what it gives at once: completions that are
+differentiated, prompts that are sampled."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ JSD = Objective(alpha=0.5, top_k=20)
 
 @pytest.fixture(scope="module", params=list(random_models.FAMILIES))
 def case(request, tmp_path_factory):
-    """Completions of unequal lengths and numbers, some of them empty, and a group that has nothing else."""
+    """Completions of unequal lengths and numbers, some of them empty, and a group that has nothing
+    else."""
     root = tmp_path_factory.mktemp(request.param)
     folder = random_models.FAMILIES[request.param](root / "model")
     found = make_case(root, random_models.raise_norms(folder))
@@ -49,7 +51,8 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A model whose activations are much more than its weights' gradient, and a group of which n completions can be taken."""
+    """A model whose activations are much more than its weights' gradient, and a group of which n
+    completions can be taken."""
     root = tmp_path_factory.mktemp("wide")
     return make_case(root, random_models.qwen3_vl(root / "model")), np.random.default_rng(0)
 
@@ -61,7 +64,12 @@ def test_memory_is_that_of_one_part(wide, again):
 
     def peak(n: int, split: int) -> int:
         completions = tuple(
-            Completion(rng.integers(0, 250, length).astype(np.int32), np.full(length, -5, np.float32), False) for _ in range(n)
+            Completion(
+                rng.integers(0, 250, length).astype(np.int32),
+                np.full(length, -5, np.float32),
+                False,
+            )
+            for _ in range(n)
         )
         weights = tuple(np.full(length, 0.01, np.float32) for _ in range(n))
         backend = clone(loaded, checkpoint_above=0 if again else 2**60)
@@ -69,18 +77,24 @@ def test_memory_is_that_of_one_part(wide, again):
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        backend.accumulate([Group(case.groups[0].student, case.groups[0].teacher, completions, weights)], JSD, split)
+        backend.accumulate(
+            [Group(case.groups[0].student, case.groups[0].teacher, completions, weights)],
+            JSD,
+            split,
+        )
         return int(mx.get_peak_memory()) - before
 
     whole, four, one = peak(16, 0), peak(16, 4), peak(16, 1)
     assert one < 0.6 * four < 0.5 * whole
-    # The teacher's hidden states, results and targets of more completions: a row and some numbers a token.
+    # The teacher's hidden states, results and targets of more completions: a row and some numbers a
+    # token.
     hidden = model_of(loaded).config["text_config"]["hidden_size"]
     assert peak(64, 1) - one < 48 * length * (4 * hidden + 100)
 
 
 def test_a_view_that_mlx_does_not_see(monkeypatch):
-    """Where what is written through NumPy does not arrive, there is no gradient rather than a wrong one."""
+    """Where what is written through NumPy does not arrive, there is no gradient rather than a wrong
+    one."""
     one = backward.Backward(lambda x: [x * x], [mx.array([3.0, 4.0])])
     mx.eval(one.outputs)
     assert one.start([mx.array([1.0, 10.0])])[0].tolist() == [6.0, 80.0]
@@ -92,7 +106,8 @@ def test_a_view_that_mlx_does_not_see(monkeypatch):
 
 @pytest.fixture(scope="module")
 def ending(case):
-    """Prompts, uniforms and a stop token with which completions end at different steps, and some never do."""
+    """Prompts, uniforms and a stop token with which completions end at different steps, and some
+    never do."""
     prompts = [group.student for group in case.groups]
     uniforms = np.random.default_rng(3).random((4, 5, 40), dtype=np.float32)
     free = clone(case.loaded).sample(prompts, uniforms, Sampling(3.0))
@@ -112,7 +127,12 @@ def same(case, ours, theirs):
     for row, other in zip(ours, theirs, strict=True):
         for one, wanted in zip(row, other, strict=True):
             np.testing.assert_array_equal(one.tokens, wanted.tokens)
-            np.testing.assert_allclose(one.logprobs, wanted.logprobs, rtol=2e-6, atol=1e-3 if case.kind == "qwen3_5" else 4e-6)
+            np.testing.assert_allclose(
+                one.logprobs,
+                wanted.logprobs,
+                rtol=2e-6,
+                atol=1e-3 if case.kind == "qwen3_5" else 4e-6,
+            )
             assert one.finished == wanted.finished
 
 
@@ -141,7 +161,8 @@ def test_what_has_ended_leaves_the_batch(case, ending, monkeypatch):
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_steps_launched_ahead(case, ending, monkeypatch, ahead):
-    """Where the host looks at a token when others are already under way, rows that have ended run on, and nothing changes."""
+    """Where the host looks at a token when others are already under way, rows that have ended run
+    on, and nothing changes."""
     whole = clone(case.loaded).sample(*ending)
     steps = []
     watch(monkeypatch, "opd_mlx.sampling.draw", lambda *_: steps.append(1))
@@ -155,7 +176,8 @@ def test_steps_launched_ahead(case, ending, monkeypatch, ahead):
 
 
 def test_what_a_gpu_compiles(case, ending, monkeypatch):
-    """A step of a shape that has been before is the one that was built then: it reads whole buffers, and masks what stands behind its row.
+    """A step of a shape that has been before is the one that was built then: it reads whole
+    buffers, and masks what stands behind its row.
 
     A CPU would have kernels compiled for it, which one family shows.
     """
@@ -175,7 +197,9 @@ def test_what_a_gpu_compiles(case, ending, monkeypatch):
     finally:
         mx.enable_compile()
     assert len(shapes) == min(40, longest(whole) + 1)
-    assert [count for _, count in shapes] == [buffer_length(step + 1, 4) for step in range(len(shapes))]
+    assert [count for _, count in shapes] == [
+        buffer_length(step + 1, 4) for step in range(len(shapes))
+    ]
     assert len({rows for rows, _ in shapes}) > 2
     assert {count for _, count in built} == {count for _, count in shapes} > {4, 8, 16}
     if kernels:
@@ -186,7 +210,8 @@ def test_what_a_gpu_compiles(case, ending, monkeypatch):
 
 
 def test_recorder():
-    """The first step of a shape runs, the second is compiled, and what is compiled is run again, on what the state holds then."""
+    """The first step of a shape runs, the second is compiled, and what is compiled is run again, on
+    what the state holds then."""
     state = {"total": mx.array(0.0), "nested": [[mx.array([1.0, 2.0])]]}
     built = []
 

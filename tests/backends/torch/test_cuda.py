@@ -1,4 +1,5 @@
-"""The torch backend on a GPU against itself on the CPU in float64: values, gradients, samples and a step, of every family.
+"""The torch backend on a GPU against itself on the CPU in float64: values, gradients, samples and a
+step, of every family.
 
 A machine without a GPU skips all of it.
 """
@@ -25,7 +26,10 @@ from tests.support.torch_cases import clone, loss_of, make_case, model_of, relat
 JSD = Objective(alpha=0.5, top_k=None)  # of a support, half precision may choose another
 
 
-MODELS = {**random_models.FAMILIES, "of heads that flash attention takes": lambda path: random_models.qwen3_vl(path, head_dim=16)}
+MODELS = {
+    **random_models.FAMILIES,
+    "of heads that flash attention takes": lambda path: random_models.qwen3_vl(path, head_dim=16),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -56,7 +60,9 @@ def on_gpu(case, dtype="float32"):
 def test_value_and_gradient(case, exact, split):
     wanted = loss_of(case.groups, exact.accumulate(case.groups, JSD))
     backend = on_gpu(case)
-    assert loss_of(case.groups, backend.accumulate(case.groups, JSD, split)) == pytest.approx(wanted, rel=1e-5)
+    assert loss_of(case.groups, backend.accumulate(case.groups, JSD, split)) == pytest.approx(
+        wanted, rel=1e-5
+    )
     assert relative_error(backend.tensors("gradient"), exact.tensors("gradient")) < 1e-4
 
 
@@ -66,37 +72,57 @@ def test_half_precision(case, exact, again, monkeypatch):
     monkeypatch.setattr(gradient, "recompute_share", lambda model, wanted: again)
     wanted = loss_of(case.groups, exact.accumulate(case.groups, JSD))
     backend = on_gpu(case, "bfloat16")
-    assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(wanted, rel=0.02)
+    assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(
+        wanted, rel=0.02
+    )
     ours, theirs = (one.tensors("gradient") for one in (backend, exact))
-    found, wanted = (np.concatenate([gradient[name].ravel() for name in theirs]) for gradient in (ours, theirs))
+    found, wanted = (
+        np.concatenate([gradient[name].ravel() for name in theirs]) for gradient in (ours, theirs)
+    )
     assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_samples(case, exact, temperature):
     """Longer than a window and than what fresh buffers hold; some end early, so that rows leave."""
-    prompts, uniforms = [group.student for group in case.groups[:4]], np.random.default_rng(5).random((4, 3, 300), dtype=np.float32)
+    prompts, uniforms = (
+        [group.student for group in case.groups[:4]],
+        np.random.default_rng(5).random((4, 3, 300), dtype=np.float32),
+    )
     free = exact.sample(prompts, uniforms, Sampling(temperature))
-    stop = tuple({int(one.tokens[9]) for one in chain(*free)} - {int(token) for token in free[1][0].tokens})
+    stop = tuple(
+        {int(one.tokens[9]) for one in chain(*free)} - {int(token) for token in free[1][0].tokens}
+    )
     wanted = exact.sample(prompts, uniforms, Sampling(temperature, stop))
     found = on_gpu(case).sample(prompts, uniforms, Sampling(temperature, stop))
     for one, other in zip(chain(*found), chain(*wanted), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         # A delta net's state gathers the rounding of 150 tokens.
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3 if case.kind == "qwen3_5" else 2e-4)
+        np.testing.assert_allclose(
+            one.logprobs, other.logprobs, atol=1e-3 if case.kind == "qwen3_5" else 2e-4
+        )
         assert one.finished == other.finished
 
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_samples_of_half_precision(case, adapters, monkeypatch):
     """Recorded steps give what steps run one by one give, to the bit."""
-    options = ModelOptions(case.folder, "bfloat16", adapters=AdapterOptions(rank=2, alpha=4.0) if adapters else None)
+    options = ModelOptions(
+        case.folder, "bfloat16", adapters=AdapterOptions(rank=2, alpha=4.0) if adapters else None
+    )
     backend = opd_torch.load_cuda(options)
-    prompts, uniforms = [group.student for group in case.groups[:4]], np.random.default_rng(5).random((4, 3, 90), dtype=np.float32)
+    prompts, uniforms = (
+        [group.student for group in case.groups[:4]],
+        np.random.default_rng(5).random((4, 3, 90), dtype=np.float32),
+    )
     found = backend.sample(prompts, uniforms, Sampling(1.0))
     replayed = []
     real = Recorder.run
-    monkeypatch.setattr(Recorder, "run", lambda self, shape, step: replayed.append(self._graph is not None) or step())
+    monkeypatch.setattr(
+        Recorder,
+        "run",
+        lambda self, shape, step: replayed.append(self._graph is not None) or step(),
+    )
     wanted = backend.sample(prompts, uniforms, Sampling(1.0))
     monkeypatch.setattr(Recorder, "run", real)
     assert not any(replayed)

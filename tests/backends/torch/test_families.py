@@ -96,24 +96,35 @@ def test_a_gpu_keeps_what_fits(tmp_path, monkeypatch):
 
 
 def test_images_stay_on_a_gpu(case, double, expected, monkeypatch):
-    """Between the passes of a step, in a store whose oldest entries go first; what is computed of them is the same."""
+    """Between the passes of a step, in a store whose oldest entries go first; what is computed of
+    them is the same."""
     known, uploads = {}, []
     monkeypatch.setattr(vision, "_uploaded", known)
     real = vision._on_device
     monkeypatch.setattr(
-        vision, "_on_device", lambda prompt, images, device: real(prompt, lambda one: uploads.append(1) or images(one), device)
+        vision,
+        "_on_device",
+        lambda prompt, images, device: real(
+            prompt, lambda one: uploads.append(1) or images(one), device
+        ),
     )
     backend = clone(double, uploaded_bytes=2**29)
     backend.accumulate(case.groups, JSD)
     assert relative_error(gradients_of(backend), expected) < 1e-6
-    keys = {prompt.key for group in case.groups if group.tokens for prompt in (group.student, group.teacher)}
+    keys = {
+        prompt.key
+        for group in case.groups
+        if group.tokens
+        for prompt in (group.student, group.teacher)
+    }
     assert len(uploads) == len(known) == len(keys)
     clone(double, uploaded_bytes=1).accumulate(case.groups[:1], JSD)
     assert list(known) == [(case.groups[0].student.key, torch.device("cpu"))]
 
 
 def test_smolvlm2(tmp_path):
-    """The same modules under another name; its processor needs torchvision, so the prompts are SmolVLM's."""
+    """The same modules under another name; its processor needs torchvision, so the prompts are
+    SmolVLM's."""
     case = make_case(tmp_path, random_models.smolvlm(tmp_path / "model"))
     config = json.loads((case.folder / "config.json").read_text())
     config["vision_config"]["model_type"] = "smolvlm_vision"
@@ -130,15 +141,22 @@ def test_delta_net_as_it_stands(tmp_path):
     case = make_case(tmp_path, random_models.qwen3_5(tmp_path / "model"))
     backend = case.backend()
     loss, gradients = plain_loss_and_gradients(case, case.groups[:2], JSD)
-    assert loss_of(case.groups[:2], backend.accumulate(case.groups[:2], JSD)) == pytest.approx(loss, rel=1e-5)
+    assert loss_of(case.groups[:2], backend.accumulate(case.groups[:2], JSD)) == pytest.approx(
+        loss, rel=1e-5
+    )
     assert relative_error(gradients_of(backend), gradients) < 1e-4
 
 
 def test_heads_that_are_left_out_are_kept(tmp_path):
-    """Published Qwen3.5 files also hold heads for further tokens, which are neither loaded nor lost."""
+    """Published Qwen3.5 files also hold heads for further tokens, which are neither loaded nor
+    lost."""
     folder = random_models.qwen3_5(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"mtp.fc.weight": np.arange(6, dtype=np.float32)}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        weights | {"mtp.fc.weight": np.arange(6, dtype=np.float32)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     opd_torch.load_cpu(ModelOptions(folder)).export(tmp_path / "out", "model")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == weights.keys() | {"mtp.fc.weight"}
@@ -147,20 +165,30 @@ def test_heads_that_are_left_out_are_kept(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_delta_rule_is_the_recurrence(chunk):
-    """Value and every gradient, for rows longer and shorter than a chunk, from a state that is not zero."""
+    """Value and every gradient, for rows longer and shorter than a chunk, from a state that is not
+    zero."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    inputs = [normal(2, 10, 2, 5), normal(2, 10, 2, 5), normal(2, 10, 4, 3), -normal(2, 10, 4).exp(), normal(2, 10, 4).sigmoid()]
+    inputs = [
+        normal(2, 10, 2, 5),
+        normal(2, 10, 2, 5),
+        normal(2, 10, 4, 3),
+        -normal(2, 10, 4).exp(),
+        normal(2, 10, 4).sigmoid(),
+    ]
     inputs = [x.requires_grad_() for x in (*inputs, normal(2, 4, 5, 3))]
     weights = normal(2, 10, 4, 3), normal(2, 4, 5, 3)
     ours, theirs = gated_delta.gated_delta_rule(*inputs, chunk=chunk), plain_delta_rule(*inputs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     found, wanted = (
-        torch.autograd.grad(sum((x * w).sum() for x, w in zip(outputs, weights, strict=True)), inputs) for outputs in (ours, theirs)
+        torch.autograd.grad(
+            sum((x * w).sum() for x, w in zip(outputs, weights, strict=True)), inputs
+        )
+        for outputs in (ours, theirs)
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

@@ -1,4 +1,5 @@
-"""Triton's kernels against plain formulas in float64: on a GPU, or else by Triton's interpreter, in a process of its own."""
+"""Triton's kernels against plain formulas in float64: on a GPU, or else by Triton's interpreter, in
+a process of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def test_by_the_interpreter():
     """Triton decides at its import how kernels run, so the others have a process of their own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3]
+    )
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 
@@ -68,7 +71,9 @@ def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     width = 2 * angles.shape[-1]
     first, second = x[..., :width].chunk(2, -1)
     real, imaginary = angles.real.double(), angles.imag.double()
-    pairs = torch.stack([first * real - second * imaginary, first * imaginary + second * real], -1).flatten(-2)
+    pairs = torch.stack(
+        [first * real - second * imaginary, first * imaginary + second * real], -1
+    ).flatten(-2)
     return torch.cat([pairs, x[..., width:]], -1)
 
 
@@ -87,9 +92,15 @@ def few(monkeypatch):
 @kernels
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("shape", [(40, 40), (3, 5, 96), (2, 1500), (0, 32)])
-@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.float32), (torch.float32, HALF), (HALF, HALF)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.float32, torch.float32), (torch.float32, HALF), (HALF, HALF)]
+)
 def test_norm(shape, before, after):
-    x, weight, gradient = numbers(0, *shape, dtype=before), 1 + 0.1 * numbers(1, shape[-1]), numbers(2, *shape, dtype=after)
+    x, weight, gradient = (
+        numbers(0, *shape, dtype=before),
+        1 + 0.1 * numbers(1, shape[-1]),
+        numbers(2, *shape, dtype=after),
+    )
     ours, factor = leaf(x), leaf(weight)
     found = fused.rms_norm(ours, factor, 1e-6, after)
     found.backward(gradient)
@@ -107,10 +118,12 @@ def test_norm(shape, before, after):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("before", [torch.float32, HALF])
 @pytest.mark.parametrize(
-    ("count", "heads", "width", "turn"), [(37, 3, 16, 16), (9, 5, 20, 12), (33, 1, 80, 80), (100, 2, 8, 4), (0, 2, 8, 8)]
+    ("count", "heads", "width", "turn"),
+    [(37, 3, 16, 16), (9, 5, 20, 12), (33, 1, 80, 80), (100, 2, 8, 4), (0, 2, 8, 8)],
 )
 def test_heads_normed_and_turned(count, heads, width, turn, before, norm):
-    """Heads that stand apart, as those of a projection that makes a gate too; of any width, turned in part."""
+    """Heads that stand apart, as those of a projection that makes a gate too; of any width, turned
+    in part."""
     x = numbers(0, count, heads, 2 * width, dtype=before)[..., :width]
     weight, angles = 1 + 0.1 * numbers(1, width), angles_of(2, count, 1, turn // 2)
     gradient = numbers(3, heads, count, width, dtype=HALF).transpose(0, 1)
@@ -168,7 +181,12 @@ def test_frozen_weights_and_computing_again():
 
     plain, gradient = layer(x), numbers(3, 9, 2, 8, dtype=HALF)
     wanted = torch.autograd.grad(plain, x, gradient)[0]
-    torch.testing.assert_close(torch.autograd.grad(checkpoint(layer, x, use_reentrant=False), x, gradient)[0], wanted, rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(checkpoint(layer, x, use_reentrant=False), x, gradient)[0],
+        wanted,
+        rtol=0,
+        atol=0,
+    )
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), plain.detach(), rtol=0, atol=0)
 
@@ -176,7 +194,8 @@ def test_frozen_weights_and_computing_again():
 @kernels
 @pytest.mark.parametrize("kind", random_models.FAMILIES)
 def test_whole_models(kind, tmp_path, monkeypatch):
-    """With all kernels in their places a bfloat16 model is as near to float64 as without; the norms that multiply by 1 + weight too."""
+    """With all kernels in their places a bfloat16 model is as near to float64 as without; the norms
+    that multiply by 1 + weight too."""
     case = make_case(tmp_path, random_models.FAMILIES[kind](tmp_path / "model"))
     # The teacher has other weights, and the interpreter takes long: one image is enough.
     groups = [replace(case.groups[2], teacher=case.groups[2].student)]
@@ -186,18 +205,34 @@ def test_whole_models(kind, tmp_path, monkeypatch):
     calls = []
     for served in (False, True):
         if served:
-            served_device = lambda model, device, dtype: replace_modules(model, replace(device, fused=True), dtype)
+            served_device = lambda model, device, dtype: replace_modules(
+                model, replace(device, fused=True), dtype
+            )
             monkeypatch.setattr(model_module, "replace_modules", served_device)
-            monkeypatch.setattr(fused, "usable", lambda x: torch.is_autocast_enabled(DEVICE) and not calls.append(x.dtype))
+            monkeypatch.setattr(
+                fused,
+                "usable",
+                lambda x: torch.is_autocast_enabled(DEVICE) and not calls.append(x.dtype),
+            )
         elif DEVICE == "cuda":
             monkeypatch.setattr(fused, "usable", lambda x: False)
-        backend = (opd_torch.load_cuda if DEVICE == "cuda" else opd_torch.load_cpu)(ModelOptions(case.folder, "bfloat16"))
+        backend = (opd_torch.load_cuda if DEVICE == "cuda" else opd_torch.load_cpu)(
+            ModelOptions(case.folder, "bfloat16")
+        )
         backend.load(case.state)
-        assert loss_of(groups, backend.accumulate(groups, objective)) == pytest.approx(loss, rel=0.2)
+        assert loss_of(groups, backend.accumulate(groups, objective)) == pytest.approx(
+            loss, rel=0.2
+        )
         gradients = [one.tensors("gradient") for one in (backend, exact)]
-        ours, theirs = (np.concatenate([one[name].ravel() for name in gradients[0]]) for one in gradients)
+        ours, theirs = (
+            np.concatenate([one[name].ravel() for name in gradients[0]]) for one in gradients
+        )
         errors.append(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-        names = {name for name, module in model_of(backend).module.named_modules() if isinstance(module, HalfNorm)}
+        names = {
+            name
+            for name, module in model_of(backend).module.named_modules()
+            if isinstance(module, HalfNorm)
+        }
     assert calls
     assert names
     assert errors[1] < 1.5 * errors[0] + 0.01

@@ -1,4 +1,5 @@
-"""Attention over a prompt's keys and a completion's own, joined from two kernels, against one masked attention over copied keys."""
+"""Attention over a prompt's keys and a completion's own, joined from two kernels, against one
+masked attention over copied keys."""
 
 from __future__ import annotations
 
@@ -27,16 +28,39 @@ SHAPES = {
 
 
 def batch_of(prompts, completions):
-    made = [Prompt(np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32)[None], {}, "", NOTHING) for length in prompts]
-    return lay_out(made, [[np.arange(length) for length in members] for members in completions], torch.device("cpu"))
+    made = [
+        Prompt(
+            np.arange(length, dtype=np.int32),
+            np.arange(length, dtype=np.int32)[None],
+            {},
+            "",
+            NOTHING,
+        )
+        for length in prompts
+    ]
+    return lay_out(
+        made,
+        [[np.arange(length) for length in members] for members in completions],
+        torch.device("cpu"),
+    )
 
 
 def inputs_of(batch, dtype=torch.float64, seed=0, large=1.0):
     """Query, own keys and values, the prefixes' keys and values; and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     rows, prefixes = len(batch.tokens), batch.prefixes.ragged
-    shapes = [(rows, H, D), (rows, G, D), (rows, G, D), *[(prefixes.rows, G, prefixes.longest, D)] * 2]
-    made = [(large * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
+    shapes = [
+        (rows, H, D),
+        (rows, G, D),
+        (rows, G, D),
+        *[(prefixes.rows, G, prefixes.longest, D)] * 2,
+    ]
+    made = [
+        (large * torch.randn(shape, generator=generator, dtype=torch.float64))
+        .to(dtype)
+        .requires_grad_()
+        for shape in shapes
+    ]
     return made, torch.randn(rows, H, D, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -46,13 +70,16 @@ def joined(batch, inputs):
 
 def masked(batch, inputs):
     query, key, value, *prefix = inputs
-    return attention._masked(query, key, value, tuple(prefix), batch, batch.mask(Visibility()), SCALE)
+    return attention._masked(
+        query, key, value, tuple(prefix), batch, batch.mask(Visibility()), SCALE
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradients(shape, bias, monkeypatch):
-    """Prompts of unequal lengths together, and one by one, as on a GPU; padded rows have scores that would overflow."""
+    """Prompts of unequal lengths together, and one by one, as on a GPU; padded rows have scores
+    that would overflow."""
     monkeypatch.setattr(flash, "takes_bias", lambda query: bias)
     batch = batch_of(*SHAPES[shape])
     inputs, gradient = inputs_of(batch, large=30.0)
@@ -81,19 +108,29 @@ def test_precisions(dtype, most):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     ours, theirs = joined(batch, inputs), masked(batch, exact)
     assert ours.dtype == dtype
-    found, wanted = torch.autograd.grad(ours, inputs, gradient), torch.autograd.grad(theirs, exact, gradient.double())
+    found, wanted = (
+        torch.autograd.grad(ours, inputs, gradient),
+        torch.autograd.grad(theirs, exact, gradient.double()),
+    )
     for one, other in zip((ours, *found), (theirs, *wanted), strict=True):
         assert one.dtype == dtype
         assert float((one.detach().double() - other.detach()).norm() / other.detach().norm()) < most
 
 
 def test_a_prompts_keys_are_not_copied():
-    """Twice as many completions need more only for themselves (and the kernel for each thread, so the prompt is a long one)."""
+    """Twice as many completions need more only for themselves (and the kernel for each thread, so
+    the prompt is a long one)."""
     peaks = []
     for n in (2, 4):
         batch = batch_of([8000], [(4,) * n])
         inputs, gradient = inputs_of(batch, torch.float32)
-        peaks.append(peak_bytes(lambda batch=batch, inputs=inputs, gradient=gradient: joined(batch, inputs).backward(gradient)))
+        peaks.append(
+            peak_bytes(
+                lambda batch=batch, inputs=inputs, gradient=gradient: joined(
+                    batch, inputs
+                ).backward(gradient)
+            )
+        )
     keys = 2 * G * 8000 * D * 4
     assert peaks[1] - peaks[0] < keys / 4
     assert peaks[1] < 3 * keys

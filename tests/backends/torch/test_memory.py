@@ -1,4 +1,5 @@
-"""What the torch backend's head stage allocates: a few chunk buffers, whatever the number of rows; and prompt rows never meet it."""
+"""What the torch backend's head stage allocates: a few chunk buffers, whatever the number of rows;
+and prompt rows never meet it."""
 
 from __future__ import annotations
 
@@ -19,18 +20,22 @@ V, D, CHUNK = 20_000, 8, 32
 
 
 def peak_bytes(run):
-    """Largest sum of bytes that the allocator held during `run`, temporaries inside operators included."""
+    """Largest sum of bytes that the allocator held during `run`, temporaries inside operators
+    included."""
     run()
     gc.collect()  # else what an earlier test left is freed meanwhile, and the peak looks lower
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(np.cumsum(sizes).max())
 
 
 def chunk_buffers(count, objective, gradient=True, rows=CHUNK):
-    """Peak of the head stage over `count` rows in units of one float32 array [CHUNK, V], results not counted."""
+    """Peak of the head stage over `count` rows in units of one float32 array [CHUNK, V], results
+    not counted."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(count, D, generator=generator) for _ in range(2))
     heads = [torch.randn(V, D, generator=generator) for _ in range(2)]
@@ -67,7 +72,8 @@ def chunk_buffers(count, objective, gradient=True, rows=CHUNK):
 )
 @pytest.mark.parametrize("rows", [CHUNK, 4])
 def test_head_stage(objective, most, rows):
-    """Logits of both policies, and of the rows of a block one or two arrays more; a GPU's block is the chunk."""
+    """Logits of both policies, and of the rows of a block one or two arrays more; a GPU's block is
+    the chunk."""
     once, twice = (chunk_buffers(count * CHUNK, objective, rows=rows) for count in (2, 4))
     assert 2 < once <= 2 + (most - 2) * rows / CHUNK + 0.02
     assert twice <= once + 0.02
@@ -85,5 +91,9 @@ def test_a_cpu_s_block_is_a_mebibyte():
 
 
 def test_a_chunk_is_64_mib():
-    assert default_chunk(151_936) * 151_936 * 4 <= 64 * 2**20 < (default_chunk(151_936) + 1) * 151_936 * 4
+    assert (
+        default_chunk(151_936) * 151_936 * 4
+        <= 64 * 2**20
+        < (default_chunk(151_936) + 1) * 151_936 * 4
+    )
     assert default_chunk(10**7) == 16

@@ -1,4 +1,5 @@
-"""Norms and GELU with backwards of their own against transformers' modules in float64: values and gradients; and where they stand."""
+"""Norms and GELU with backwards of their own against transformers' modules in float64: values and
+gradients; and where they stand."""
 
 from __future__ import annotations
 
@@ -47,8 +48,12 @@ def test_norm(norm, shape, size):
     x, gradient = size * torch.randn(shape), torch.randn(shape)
     # transformers' norm rounds to float32 even here.
     ours = found(quick, x, gradient)
-    for mine, theirs in zip(ours, found(exact.double(), x.double(), gradient.double()), strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-6 * theirs.abs().max().item())
+    for mine, theirs in zip(
+        ours, found(exact.double(), x.double(), gradient.double()), strict=True
+    ):
+        torch.testing.assert_close(
+            mine.double(), theirs, rtol=1e-5, atol=2e-6 * theirs.abs().max().item()
+        )
     with torch.no_grad():
         assert torch.equal(quick(x), ours[0])
 
@@ -63,13 +68,19 @@ def test_a_frozen_norm_lets_the_gradient_through():
 
 def test_gelu():
     """Also where nothing or everything goes through; the slope is the one thing that is kept."""
-    x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, 1e-30, -1e-30, 60.0, -60.0, 1e4, -1e4])]).view(-1, 8)
+    x = torch.cat(
+        [torch.linspace(-12, 12, 2001), torch.tensor([0.0, 1e-30, -1e-30, 60.0, -60.0, 1e4, -1e4])]
+    ).view(-1, 8)
     gradient = torch.linspace(0.5, 1.5, x.numel()).view_as(x)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         ours = found(GELU(), x, gradient)
     assert [tensor.numel() for tensor in kept] == [x.numel()]
-    for mine, theirs in zip(ours, found(ACT2FN["gelu_pytorch_tanh"], x.double(), gradient.double()), strict=True):
+    for mine, theirs in zip(
+        ours, found(ACT2FN["gelu_pytorch_tanh"], x.double(), gradient.double()), strict=True
+    ):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=2e-6)
     with torch.no_grad():
         assert torch.equal(GELU()(x), ours[0])
@@ -77,7 +88,13 @@ def test_gelu():
 
 def test_others_stay():
     """Norms by one more than their weight, or with a gate, and the exact GELU."""
-    modules = [Gemma3RMSNorm(8), Qwen3_5RMSNorm(8), Qwen3_5RMSNormGated(8), ACT2FN["gelu"], torch.nn.LayerNorm(8)]
+    modules = [
+        Gemma3RMSNorm(8),
+        Qwen3_5RMSNorm(8),
+        Qwen3_5RMSNormGated(8),
+        ACT2FN["gelu"],
+        torch.nn.LayerNorm(8),
+    ]
     model = torch.nn.ModuleList(modules)
     replace_modules(model, this_device("cpu"), torch.float32)
     assert list(model) == modules
@@ -87,12 +104,15 @@ def test_a_model_in_float32_has_them(tmp_path):
     """By the same names; in other precisions it is transformers' own."""
     path = qwen3_vl(tmp_path / "model")
     models = {
-        dtype: load_model(ModelOptions(path, dtype), this_device("cpu", dtype)).module for dtype in ("float32", "bfloat16", "float64")
+        dtype: load_model(ModelOptions(path, dtype), this_device("cpu", dtype)).module
+        for dtype in ("float32", "bfloat16", "float64")
     }
     kinds = {dtype: {type(module) for module in model.modules()} for dtype, model in models.items()}
     assert kinds["float32"] >= {RMSNorm, GELU}
     assert Qwen3VLTextRMSNorm not in kinds["float32"]
-    names = {dtype: [name for name, _ in model.named_parameters()] for dtype, model in models.items()}
+    names = {
+        dtype: [name for name, _ in model.named_parameters()] for dtype, model in models.items()
+    }
     for dtype in ("bfloat16", "float64"):
         assert not kinds[dtype] & {RMSNorm, GELU}
         assert names[dtype] == names["float32"]

@@ -1,4 +1,5 @@
-"""What runs while the torch backend samples: prompts in parts, rows that still live, and one pass over prompts for rollout and gradient."""
+"""What runs while the torch backend samples: prompts in parts, rows that still live, and one pass
+over prompts for rollout and gradient."""
 
 from __future__ import annotations
 
@@ -56,8 +57,12 @@ def same(ours, theirs, most=1e-6):
 
 
 def test_completions_that_have_ended_leave_the_batch(case, double):
-    """Stop tokens are chosen so that most rows end early; only rows of prompts with a live completion, as many as live, go on."""
-    prompts, uniforms = prompts_of(case), np.random.default_rng(5).random((4, 3, 14), dtype=np.float32)
+    """Stop tokens are chosen so that most rows end early; only rows of prompts with a live
+    completion, as many as live, go on."""
+    prompts, uniforms = (
+        prompts_of(case),
+        np.random.default_rng(5).random((4, 3, 14), dtype=np.float32),
+    )
     free = clone(double).sample(prompts, uniforms, Sampling(1.0))
     early = {int(one.tokens[2 + 3 * (number % 2)]) for number, one in enumerate(chain(*free))}
     stop = tuple(early - {int(token) for token in free[1][0].tokens})  # that one runs to its end
@@ -77,8 +82,12 @@ def test_completions_that_have_ended_leave_the_batch(case, double):
 
 
 def test_questions_are_rare_on_a_gpu(case, double):
-    """Where the host asks every few tokens only, rows that ended between two questions run on, and nothing changes."""
-    prompts, uniforms = prompts_of(case), np.random.default_rng(6).random((4, 2, 9), dtype=np.float32)
+    """Where the host asks every few tokens only, rows that ended between two questions run on, and
+    nothing changes."""
+    prompts, uniforms = (
+        prompts_of(case),
+        np.random.default_rng(6).random((4, 2, 9), dtype=np.float32),
+    )
     stop = (int(clone(double).sample(prompts, uniforms, Sampling(1.0))[1][0].tokens[3]),)
     whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
     same(clone(double, check_every=4).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
@@ -86,8 +95,9 @@ def test_questions_are_rare_on_a_gpu(case, double):
 
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_recorded_steps(case, double, monkeypatch, multiple):
-    """As a GPU runs them: every step of one shape is the step that was recorded, reads whole buffers, and masks what stands behind its row;
-    prompts may be padded. Rows leave, and buffers double."""
+    """As a GPU runs them: every step of one shape is the step that was recorded, reads whole
+    buffers, and masks what stands behind its row; prompts may be padded. Rows leave, and buffers
+    double."""
     ran, shapes = [], []
 
     class Recorder:
@@ -105,15 +115,24 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
             step.args[1]._masks.clear()  # their kernels are recorded too
             step()
 
-    prompts, uniforms = prompts_of(case), np.random.default_rng(8).random((4, 3, 14), dtype=np.float32)
+    prompts, uniforms = (
+        prompts_of(case),
+        np.random.default_rng(8).random((4, 3, 14), dtype=np.float32),
+    )
     free = clone(double).sample(prompts, uniforms, Sampling(0.9))
-    stop = tuple({int(one.tokens[4]) for one in chain(*free)} - {int(token) for token in free[2][1].tokens})
+    stop = tuple(
+        {int(one.tokens[4]) for one in chain(*free)} - {int(token) for token in free[2][1].tokens}
+    )
     whole = clone(double).sample(prompts, uniforms, Sampling(0.9, stop))
     places, decode = {}, module.decode
 
     def watched_decode(*arguments):
         found, caches = decode(*arguments), arguments[3]
-        held = [x.data_ptr() for cache in caches for x in (cache.state if hasattr(cache, "state") else (cache.keys, cache.values))]
+        held = [
+            x.data_ptr()
+            for cache in caches
+            for x in (cache.state if hasattr(cache, "state") else (cache.keys, cache.values))
+        ]
         places.setdefault(shapes[-1], set()).add(tuple(held))
         return found
 
@@ -121,15 +140,22 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     monkeypatch.setattr(module, "Recorder", Recorder)
     monkeypatch.setattr(attention, "FIRST_BUFFER", 4)
     backend = clone(double, check_every=3, recorded_rows=1, prompt_multiple=multiple)
-    same(backend.sample(prompts, uniforms, Sampling(0.9, stop)), whole, most=1e-5 if case.kind == "qwen3_5" else 1e-6)
+    same(
+        backend.sample(prompts, uniforms, Sampling(0.9, stop)),
+        whole,
+        most=1e-5 if case.kind == "qwen3_5" else 1e-6,
+    )
     assert {count for _, count in shapes} == {4, 8, 16}
     assert len({rows for rows, _ in shapes}) > 1
-    assert {len(found) for found in places.values()} == {1}, "a recorded step would look where the memory of completions no longer stands"
+    assert {len(found) for found in places.values()} == {1}, (
+        "a recorded step would look where the memory of completions no longer stands"
+    )
 
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_recorder(monkeypatch, caplog, refused):
-    """The first step of a shape runs, the second is recorded, and what is recorded is run again; what CUDA refuses runs every time."""
+    """The first step of a shape runs, the second is recorded, and what is recorded is run again;
+    what CUDA refuses runs every time."""
     ran, recorded = [], []
 
     class Graph:
@@ -147,7 +173,9 @@ def test_recorder(monkeypatch, caplog, refused):
 
     def model(records=True, family="any", dtype=torch.float32):
         module = SimpleNamespace(parameters=lambda: [torch.zeros(1, dtype=dtype)])
-        return SimpleNamespace(device=SimpleNamespace(records_steps=records), family=family, module=module)
+        return SimpleNamespace(
+            device=SimpleNamespace(records_steps=records), family=family, module=module
+        )
 
     its = recorder.Recorder(model())
     for shape in ("a", "a", "a", "b", "b"):
@@ -155,7 +183,8 @@ def test_recorder(monkeypatch, caplog, refused):
     if refused:
         assert (ran, len(recorded)) == (["a", "a", "a", "b", "b"], 1)
         assert [record.getMessage() for record in caplog.records] == [
-            "token steps run one by one, several times slower: CUDA cannot record them (operation not permitted)"
+            "token steps run one by one, several times slower: CUDA cannot record them (operation"
+            " not permitted)"
         ]
     else:
         assert (ran, len(recorded)) == (["a", "again", "again", "b", "again"], 2)
@@ -166,7 +195,10 @@ def test_recorder(monkeypatch, caplog, refused):
 
 
 def test_prompts_run_in_parts(case, double):
-    prompts, uniforms = prompts_of(case), np.random.default_rng(7).random((4, 2, 6), dtype=np.float32)
+    prompts, uniforms = (
+        prompts_of(case),
+        np.random.default_rng(7).random((4, 2, 6), dtype=np.float32),
+    )
     whole = clone(double).sample(prompts, uniforms, Sampling(1.0))
     lengths = [len(prompt) for prompt in prompts]
     backend = clone(double, prefill_tokens=lengths[0] + lengths[1])
@@ -182,7 +214,8 @@ def test_prompts_run_in_parts(case, double):
 
 
 def test_short_prompts_do_not_run_padded_to_long_ones(case, double):
-    """Of less than half their length, they run apart; greedily, since a pass that is kept is one."""
+    """Of less than half their length, they run apart; greedily, since a pass that is kept is
+    one."""
     long, middle, short = (case.encoder.encode([], "digit " * count) for count in (60, 40, 1))
     assert 2 * len(short) < len(long) <= 2 * len(middle) < 2 * len(long)
     prompts, uniforms = [long, long, middle, short, short], np.zeros((5, 1, 4), np.float32)
@@ -191,8 +224,13 @@ def test_short_prompts_do_not_run_padded_to_long_ones(case, double):
     found = backend.sample(prompts, uniforms, Sampling(0.0))
     assert seen[:2] == [2 * (len(long) - 1) + len(middle) - 1, 2 * (len(short) - 1)]
     for prompt, its in zip(prompts, found, strict=True):
-        # The norms of Qwen3.5 are float32 in a float64 model too, and round otherwise where rows stand in another layout.
-        same(clone(double).sample([prompt], uniforms[:1], Sampling(0.0)), [its], most=1e-5 if case.kind == "qwen3_5" else 1e-6)
+        # The norms of Qwen3.5 are float32 in a float64 model too, and round otherwise where rows
+        # stand in another layout.
+        same(
+            clone(double).sample([prompt], uniforms[:1], Sampling(0.0)),
+            [its],
+            most=1e-5 if case.kind == "qwen3_5" else 1e-6,
+        )
 
 
 def rolled_out(backend, case):
@@ -200,9 +238,16 @@ def rolled_out(backend, case):
     groups = case.groups[:3]
     prompts = [group.student for group in groups]
     prefill = backend.prefill(prompts)
-    sampled = backend.sample(prompts, np.full((3, 2, 4), 0.6, np.float32), Sampling(1.0), prefill=prefill)
+    sampled = backend.sample(
+        prompts, np.full((3, 2, 4), 0.6, np.float32), Sampling(1.0), prefill=prefill
+    )
     made = [
-        Group(group.student, group.teacher, tuple(row), tuple(np.full(len(one), 0.1, np.float32) for one in row))
+        Group(
+            group.student,
+            group.teacher,
+            tuple(row),
+            tuple(np.full(len(one), 0.1, np.float32) for one in row),
+        )
         for group, row in zip(groups, sampled, strict=True)
     ]
     if prefill:
@@ -234,14 +279,22 @@ def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change):
 
 @pytest.mark.parametrize("width", [6, 8])
 def test_rotation(width):
-    """Value and gradient, against the formula; angles may be narrower than a head. Pairs come to stand side by side."""
+    """Value and gradient, against the formula; angles may be narrower than a head. Pairs come to
+    stand side by side."""
     generator = torch.Generator().manual_seed(0)
-    heads, gradient = (torch.randn(5, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    cosines, sines = (torch.randn(5, 1, width // 2, generator=generator, dtype=torch.float64).repeat(1, 1, 2) for _ in range(2))
+    heads, gradient = (
+        torch.randn(5, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    cosines, sines = (
+        torch.randn(5, 1, width // 2, generator=generator, dtype=torch.float64).repeat(1, 1, 2)
+        for _ in range(2)
+    )
 
     def plain(x):
         first, second = x[..., :width].chunk(2, -1)
-        return torch.cat([x[..., :width] * cosines + torch.cat([-second, first], -1) * sines, x[..., width:]], -1)
+        return torch.cat(
+            [x[..., :width] * cosines + torch.cat([-second, first], -1) * sines, x[..., width:]], -1
+        )
 
     ours, theirs = heads.clone().requires_grad_(), heads.clone().requires_grad_()
     pairs = [*np.arange(width).reshape(2, -1).T.ravel(), *range(width, 8)]
@@ -256,13 +309,23 @@ def test_rotation(width):
 def test_rotated_heads(dtype):
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(2, 5, 3, 2, 6, generator=generator).to(dtype)
-    cosines, sines = (torch.randn(5, 1, 1, 3, generator=generator).repeat(1, 1, 1, 2) for _ in range(2))
+    cosines, sines = (
+        torch.randn(5, 1, 1, 3, generator=generator).repeat(1, 1, 1, 2) for _ in range(2)
+    )
     gradients = [torch.randn(2, 5, 2, 6, generator=generator).to(dtype) for _ in range(3)]
     ours, theirs = packed.clone().requires_grad_(), packed.clone().requires_grad_()
     wide = theirs[:, :, :2].float()
     first, second = wide.chunk(2, -1)
-    turned = (wide * cosines + torch.cat([-second, first], -1) * sines).to(dtype)[..., [0, 3, 1, 4, 2, 5]]
-    out, wanted = rotated_heads(ours, rotary_factors(cosines, sines)), (*turned.unbind(2), theirs[:, :, 2])
+    turned = (wide * cosines + torch.cat([-second, first], -1) * sines).to(dtype)[
+        ..., [0, 3, 1, 4, 2, 5]
+    ]
+    out, wanted = (
+        rotated_heads(ours, rotary_factors(cosines, sines)),
+        (
+            *turned.unbind(2),
+            theirs[:, :, 2],
+        ),
+    )
     for one, other in zip(out, wanted, strict=True):
         torch.testing.assert_close(one, other)
     torch.autograd.backward(out, gradients)
