@@ -47,33 +47,14 @@ def test_the_home_folder_in_every_option_and_key(home):
     )  # fmt: skip
     (home / "model").unlink()
     opd(
-        "train",
-        "~/my.toml",
-        "--model",
-        "tiny",
-        "--backend",
-        "cpu",
-        "--steps",
-        1,
-        "--out",
-        "~/run",
+        *"train ~/my.toml --model tiny --backend cpu --steps 1 --out ~/run".split(),
         *FEW,
     )
     assert (home / "run/summary.json").is_file()
     assert "the one step" in opd("train", "--resume", "~/run").stderr
     opd("export", "~/run", "--out", "~/out")
     assert (home / "out/config.json").is_file()
-    measured = [
-        "--model",
-        "~/out",
-        "--data",
-        "~/pairs.jsonl",
-        "--backend",
-        "cpu",
-        "--count",
-        1,
-        "--json",
-    ]
+    measured = "--model ~/out --data ~/pairs.jsonl --backend cpu --count 1 --json".split()
     assert json.loads(opd("gap", *measured).stdout)["rows"] == 1
     assert list(Path().iterdir()) == []
 

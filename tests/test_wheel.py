@@ -13,13 +13,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_wheel_holds_everything(tmp_path):
     command = [
         sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
+        *"-m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir".split(),
         str(tmp_path),
         str(ROOT),
     ]

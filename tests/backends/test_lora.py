@@ -537,25 +537,15 @@ def opd(*arguments):
 def test_a_run_leaves_an_adapter_that_model_takes(backend_name, tmp_path):
     """From the embedded model, on from its adapter, and measured with the adapter merged; the base
     is found from the adapter alone."""
-    fast = [
-        "--set",
-        "measure.count=4",
-        "--set",
-        "rollout.prompts=2",
-        "--set",
-        "rollout.max_tokens=4",
-        "--set",
-        "run.checkpoint_every=1",
-    ]
+    fast = (
+        "--set measure.count=4 --set rollout.prompts=2 --set rollout.max_tokens=4 "
+        "--set run.checkpoint_every=1"
+    ).split()
     lora = [
-        "--set",
-        "model.tune=lora",
-        "--set",
-        "model.vision=false",
-        "--set",
-        "model.rank=4",
-        "--backend",
-        backend_name,
+        *(
+            "--set model.tune=lora --set model.vision=false --set model.rank=4 "
+            f"--backend {backend_name}"
+        ).split(),
         *fast,
     ]
     result = opd("train", *lora, "--steps", 2, "--out", tmp_path / "first")

@@ -17,16 +17,9 @@ from opd.types import ModelOptions, Sampling
 from opd_cli import main
 from tests.support.random_models import FAMILIES, qwen3_vl
 
-FEW = [
-    "--set",
-    "data.path=tiny",
-    "--set",
-    "measure.count=2",
-    "--set",
-    "rollout.prompts=2",
-    "--set",
-    "rollout.completions=2",
-]
+FEW = (
+    "--set data.path=tiny --set measure.count=2 --set rollout.prompts=2 --set rollout.completions=2"
+).split()
 
 
 def broken(folder, part, value=np.nan, make=qwen3_vl):
@@ -173,13 +166,7 @@ def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(registry, "load", load)
     arguments = [
-        "train",
-        "tiny",
-        "--backend",
-        backend_name,
-        "--steps",
-        "3",
-        "--out",
+        *f"train tiny --backend {backend_name} --steps 3 --out".split(),
         str(tmp_path / "run"),
         "--json",
         *FEW,

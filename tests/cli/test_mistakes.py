@@ -396,18 +396,11 @@ def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(here, monkeypa
     monkeypatch.setattr(
         RunFolder, "append", lambda folder, name, row: fill_up(append, folder, name, row)
     )
-    options = [
-        "--backend",
-        "cpu",
-        "--steps",
-        "5",
-        "--set",
-        "measure.count=0",
-        "--set",
-        "rollout.prompts=2",
-        "--set",
-    ]
-    result = CliRunner().invoke(main, ["train", *options, "run.checkpoint_every=1", "--out", "run"])
+    options = (
+        "--backend cpu --steps 5 --out run"
+        " --set measure.count=0 --set rollout.prompts=2 --set run.checkpoint_every=1"
+    ).split()
+    result = CliRunner().invoke(main, ["train", *options])
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
         "opd: 'run/metrics.jsonl' cannot be written: No space left on device; what was saved"

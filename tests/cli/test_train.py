@@ -19,16 +19,10 @@ from opd.data.choices import with_choices
 from opd.tiny import Scenes
 from opd_cli import main
 
-FAST = [
-    "--set",
-    "measure.count=4",
-    "--set",
-    "rollout.prompts=2",
-    "--set",
-    "rollout.completions=2",
-    "--set",
-    "run.checkpoint_every=1",
-]
+FAST = (
+    "--set measure.count=4 --set rollout.prompts=2 --set rollout.completions=2 "
+    "--set run.checkpoint_every=1"
+).split()
 TIMES = {
     "seconds_rollout",
     "seconds_accumulate",
@@ -106,16 +100,10 @@ def photos(tmp_path):
 def test_the_default_run(backend_name, tmp_path):
     run = tmp_path / "run"
     result = opd(
-        "train",
-        "--backend",
-        backend_name,
-        "--steps",
-        3,
-        "--out",
+        *f"train --backend {backend_name} --steps 3 --out".split(),
         run,
+        *"--set measure.every=2".split(),
         *FAST,
-        "--set",
-        "measure.every=2",
     )
     assert "before" in result.stdout
     assert "evidence crop" in result.stdout
@@ -154,10 +142,7 @@ def test_the_trained_model_loads_in_transformers(tmp_path):
     for name, value in weights(run).items():
         np.testing.assert_array_equal(model.state_dict()[name].to(torch.float32).numpy(), value)
     again = opd(
-        "train",
-        "--backend",
-        "cpu",
-        "--model",
+        *"train --backend cpu --model".split(),
         run,
         "--steps",
         1,
@@ -172,10 +157,7 @@ def test_the_trained_model_loads_in_transformers(tmp_path):
 def test_ones_own_images(backend_name, photos, tmp_path):
     run = tmp_path / "run"
     result = opd(
-        "train",
-        "--backend",
-        backend_name,
-        "--data",
+        *f"train --backend {backend_name} --data".split(),
         photos,
         "--steps",
         4,
@@ -208,10 +190,7 @@ def test_answers_are_never_read(backend_name, photos, tmp_path):
     for name, data in (("labelled", photos), ("bare", bare)):
         options = ["--set", "measure.count=0", "--set", "run.rollouts_every=1"]
         opd(
-            "train",
-            "--backend",
-            backend_name,
-            "--data",
+            *f"train --backend {backend_name} --data".split(),
             data,
             "--steps",
             3,
@@ -230,12 +209,7 @@ def test_answers_are_never_read(backend_name, photos, tmp_path):
 def test_resume_goes_on_to_the_same_numbers(backend_name, tmp_path):
     opd("train", "--backend", backend_name, "--steps", 4, "--out", tmp_path / "whole", *FAST)
     arguments = [
-        "train",
-        "--backend",
-        backend_name,
-        "--steps",
-        "4",
-        "--out",
+        *f"train --backend {backend_name} --steps 4 --out".split(),
         str(tmp_path / "cut"),
         *FAST,
     ]
@@ -256,10 +230,7 @@ def test_a_run_is_resumed_from_any_folder_but_not_on_other_data(photos, tmp_path
     arguments = [
         "--data",
         photos.name,
-        "--steps",
-        1,
-        "--out",
-        "run",
+        *"--steps 1 --out run".split(),
         *FAST,
         "--set",
         "measure.count=2",
@@ -283,14 +254,7 @@ def test_ctrl_c_saves_and_resumes(tmp_path):
     process = subprocess.Popen(
         [
             sys.executable,
-            "-m",
-            "opd_cli",
-            "train",
-            "--backend",
-            "cpu",
-            "--steps",
-            "10000",
-            "--out",
+            *"-m opd_cli train --backend cpu --steps 10000 --out".split(),
             str(run),
             *FAST,
             "--set",
@@ -311,10 +275,8 @@ def test_ctrl_c_saves_and_resumes(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in said
     last = metrics(run)[-1]["step"]
-    assert (
-        said.splitlines()[-1]
-        == f"opd: stopped after step {last}; go on with: opd train --resume {run}"
-    )
+    stopped = f"opd: stopped after step {last}; go on with: opd train --resume {run}"
+    assert said.splitlines()[-1] == stopped
     assert (run / f"checkpoints/step-{last:06d}/state.json").is_file()
 
 
@@ -412,22 +374,8 @@ def test_the_preset_follows_the_model(tmp_path, monkeypatch):
         "train", "--backend", "cpu", "--steps", 1, "--out", "one", *FAST, "--set", "measure.count=0"
     ).stderr
     assert "preset tiny: no recipe was named" in said
-    assert (
-        "preset"
-        not in opd(
-            "train",
-            "tiny",
-            "--backend",
-            "cpu",
-            "--steps",
-            1,
-            "--out",
-            "named",
-            *FAST,
-            "--set",
-            "measure.count=0",
-        ).stderr
-    )
+    named = "--backend cpu --steps 1 --out named --set measure.count=0".split()
+    assert "preset" not in opd("train", "tiny", *FAST, *named).stderr
     opd("export", "one", "--out", "exported")
     for name, base in {"adapter": "/elsewhere/opd/tiny/model", "other": "org/model"}.items():
         (tmp_path / name).mkdir()

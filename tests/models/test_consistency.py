@@ -451,16 +451,7 @@ def test_nothing_is_written_where_parts_do_not_fit(model, tmp_path):
     change(model / IMAGES, patch_size=16)
     done = CliRunner().invoke(
         main,
-        [
-            "train",
-            "tiny",
-            "--backend",
-            "cpu",
-            "--model",
-            str(model),
-            "--out",
-            str(tmp_path / "run"),
-        ],
+        [*"train tiny --backend cpu --model".split(), str(model), "--out", str(tmp_path / "run")],
     )
     assert (done.exit_code, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.output
     assert not (tmp_path / "run").exists()

@@ -208,18 +208,9 @@ def test_a_run_from_the_hub_goes_on_offline_from_its_commit(
     tmp_path, repository, online, offline, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    few = [
-        "--backend",
-        "cpu",
-        "--steps",
-        "1",
-        "--out",
-        "run",
-        "--set",
-        "rollout.prompts=2",
-        "--set",
-        "measure.count=0",
-    ]
+    few = (
+        "--backend cpu --steps 1 --out run --set rollout.prompts=2 --set measure.count=0"
+    ).split()
     with serve({"org/tiny": repository}) as (endpoint, downloaded):
         online(endpoint)
         done = CliRunner().invoke(main, ["train", "tiny", "--model", "org/tiny", *few])

@@ -13,16 +13,10 @@ from opd.models.permissions import as_new
 from opd_cli import main
 from tests.support.random_models import llava, qwen3_vl
 
-FEW = [
-    "--set",
-    "measure.count=0",
-    "--set",
-    "rollout.prompts=2",
-    "--set",
-    "rollout.completions=2",
-    "--set",
-    "run.checkpoint_every=1",
-]
+FEW = (
+    "--set measure.count=0 --set rollout.prompts=2 --set rollout.completions=2 "
+    "--set run.checkpoint_every=1"
+).split()
 
 
 @pytest.fixture(params=[0o027, 0o002], ids=oct)
@@ -47,13 +41,7 @@ def test_a_run_and_its_exports(backend_name, umask, tmp_path):
     adapted = ["--set", "model.tune=lora", "--set", "model.rank=2"]
     if umask == 0o027:
         opd(
-            "train",
-            "tiny",
-            "--backend",
-            backend_name,
-            "--steps",
-            1,
-            "--out",
+            *f"train tiny --backend {backend_name} --steps 1 --out".split(),
             tmp_path / "full",
             *FEW,
         )
@@ -62,13 +50,7 @@ def test_a_run_and_its_exports(backend_name, umask, tmp_path):
         check(tmp_path / "model", umask)
     else:
         opd(
-            "train",
-            "tiny",
-            "--backend",
-            backend_name,
-            "--steps",
-            1,
-            "--out",
+            *f"train tiny --backend {backend_name} --steps 1 --out".split(),
             tmp_path / "lora",
             *FEW,
             *adapted,

@@ -135,11 +135,7 @@ def here(request, tmp_path_factory):
             "tiny",
             "--model",
             model,
-            "--backend",
-            request.param,
-            "--steps",
-            1,
-            "--out",
+            *f"--backend {request.param} --steps 1 --out".split(),
             root / name,
             *FEW,
             *more,
@@ -163,12 +159,7 @@ def test_commands_that_read_them(here):
                 "tiny",
                 "--model",
                 root / folder,
-                "--backend",
-                backend,
-                "--count",
-                1,
-                "--set",
-                "data.path=tiny",
+                *f"--backend {backend} --count 1 --set data.path=tiny".split(),
             )
     opd("plan", "tiny", "--model", root / "model")
     assert not (root / "mark").exists()

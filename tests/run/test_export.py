@@ -21,16 +21,10 @@ from opd.views.images import student_images
 from opd_cli import main
 from tests.support.random_models import qwen3_vl
 
-FEW = [
-    "--set",
-    "measure.count=0",
-    "--set",
-    "rollout.prompts=2",
-    "--set",
-    "rollout.completions=2",
-    "--set",
-    "run.checkpoint_every=1",
-]
+FEW = (
+    "--set measure.count=0 --set rollout.prompts=2 --set rollout.completions=2 "
+    "--set run.checkpoint_every=1"
+).split()
 
 
 def opd(*arguments, code=0):
@@ -66,11 +60,7 @@ def run(request, base, tmp_path_factory):
         "tiny",
         "--model",
         base,
-        "--backend",
-        request.param,
-        "--steps",
-        2,
-        "--out",
+        *f"--backend {request.param} --steps 2 --out".split(),
         folder,
         *FEW,
         *rate,

@@ -114,17 +114,9 @@ def test_a_run_is_measured_as_it_measured_itself(here, name):
 def test_a_run_is_trained_on_as_it_was_trained(here):
     """All but data and seed: a full run does not become adapters at 25 times the rate."""
     said = opd(
-        "train",
-        "--model",
-        "full",
-        "--data",
+        *"train --model full --data".split(),
         here / "pairs.jsonl",
-        "--out",
-        "more",
-        "--backend",
-        "cpu",
-        "--set",
-        "run.rollouts_every=0",
+        *"--out more --backend cpu --set run.rollouts_every=0".split(),
     ).stderr
     assert (
         "the recipe, but data and seed, of run 'full': tune full, dtype bfloat16, learning rate"
@@ -205,10 +197,7 @@ def test_an_export_has_its_recipe_without_paths(here):
         assert "--data FILE" in refused(Path(), "gap", "--model", name)
     measured = json.loads(
         opd(
-            "gap",
-            "--model",
-            "adapter",
-            "--data",
+            *"gap --model adapter --data".split(),
             here / "pairs.jsonl",
             "--json",
             "--backend",
@@ -261,12 +250,7 @@ def test_a_model_of_ones_own_without_data(here):
     )
     assert "nowhere" in refused(
         Path(),
-        "train",
-        "--model",
-        "nowhere",
-        "--data",
-        "pairs.jsonl",
-        "--data",
+        *"train --model nowhere --data pairs.jsonl --data".split(),
         here / "pairs.jsonl",
     )
     Path("my.toml").write_text("run = 3\n")
@@ -320,13 +304,7 @@ def test_a_checkpoint_is_a_model(here, backend_name, name, tmp_path):
         == rows
     )
     more = [
-        "--steps",
-        1,
-        "--out",
-        "more",
-        "--set",
-        "measure.count=1",
-        "--data",
+        *"--steps 1 --out more --set measure.count=1 --data".split(),
         here / "pairs.jsonl",
     ]
     opd("train", "--model", path, "--backend", backend_name, *more)

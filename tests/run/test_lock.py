@@ -85,12 +85,7 @@ def test_training_releases_the_folder(tmp_path):
         assert "is damaged" in opd("train", "--resume", run, code=2).stderr
     assert not (run / lock.FILE).exists()
     opd(
-        "train",
-        "--backend",
-        "cpu",
-        "--steps",
-        1,
-        "--out",
+        *"train --backend cpu --steps 1 --out".split(),
         run,
         "--force",
         *FAST,
@@ -120,12 +115,7 @@ def test_where_there_are_no_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     said = opd(
-        "train",
-        "--backend",
-        "cpu",
-        "--steps",
-        1,
-        "--out",
+        *"train --backend cpu --steps 1 --out".split(),
         tmp_path / "run",
         *FAST,
         "--set",

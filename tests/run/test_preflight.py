@@ -275,16 +275,9 @@ def opd(*arguments, code):
     return result
 
 
-SHORT = [
-    "--set",
-    "measure.count=0",
-    "--set",
-    "rollout.prompts=4",
-    "--set",
-    "rollout.completions=2",
-    "--steps",
-    "1",
-]
+SHORT = (
+    "--set measure.count=0 --set rollout.prompts=4 --set rollout.completions=2 --steps 1"
+).split()
 
 
 def test_training_and_planning_say_the_same_of_rows_that_are_too_long(here):
@@ -359,10 +352,7 @@ def test_weights_that_are_nan_end_a_run_with_the_cause(here, backend_name, count
         *SHORT,
         "--set",
         f"measure.count={count}",
-        "--set",
-        "model.path=model",
-        "--out",
-        "run",
+        *"--set model.path=model --out run".split(),
     ]
     result = CliRunner().invoke(
         main, ["train", "tiny", "--backend", backend_name, "--data", "rows.jsonl", *options]

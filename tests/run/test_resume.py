@@ -153,12 +153,7 @@ def test_an_adapter_of_another_rank_does_not_fit(backend_name, tmp_path):
     run = tmp_path / "run"
     lora = ["--set", "model.tune=lora", "--set", "model.vision=false", "--set", "model.rank=4"]
     opd(
-        "train",
-        "--backend",
-        backend_name,
-        "--steps",
-        1,
-        "--out",
+        *f"train --backend {backend_name} --steps 1 --out".split(),
         run,
         *FAST,
         *lora,

@@ -103,18 +103,10 @@ def test_rows_that_cannot_be_encoded_are_skipped_wherever_rows_are_encoded(here,
     said = here("sample", "--json")
     assert [one["row"] for one in json.loads(said.stdout)["answers"]] == [0, 1, 2]
     assert json.loads(said.stdout)["skipped"] == found["skipped"]
-    options = [
-        "--set",
-        "rollout.prompts=8",
-        "--set",
-        "rollout.completions=2",
-        "--set",
-        "measure.count=8",
-        "--steps",
-        "1",
-        "--out",
-        "run",
-    ]
+    options = (
+        "--set rollout.prompts=8 --set rollout.completions=2 --set measure.count=8 "
+        "--steps 1 --out run"
+    ).split()
     said = here("train", *options)
     assert "3 examples, 5 skipped, 1 step" in said.stdout
     trained = json.loads((tmp_path / "run/summary.json").read_text())

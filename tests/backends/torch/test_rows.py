@@ -475,16 +475,10 @@ def opd(*arguments, code=0):
 
 def test_the_command_line_from_training_to_answers(case, rows, tmp_path):
     """With nothing said but the model, that is preset lora: adapters, the vision tower frozen."""
-    few = [
-        "--set",
-        "rollout.prompts=2",
-        "--set",
-        "rollout.completions=2",
-        "--set",
-        "rollout.max_tokens=5",
-        "--set",
-        "measure.max_tokens=5",
-    ]
+    few = (
+        "--set rollout.prompts=2 --set rollout.completions=2 "
+        "--set rollout.max_tokens=5 --set measure.max_tokens=5"
+    ).split()
     run = tmp_path / "run"
     given = ["--backend", "cpu", "--data", rows, "--json", *few]
     summary = json.loads(
@@ -518,16 +512,10 @@ def test_the_command_line_from_training_to_answers(case, rows, tmp_path):
 
 
 def test_all_weights_train_too(case, rows, tmp_path):
-    few = [
-        "--set",
-        "rollout.prompts=2",
-        "--set",
-        "rollout.completions=1",
-        "--set",
-        "rollout.max_tokens=3",
-        "--set",
-        "measure.count=0",
-    ]
+    few = (
+        "--set rollout.prompts=2 --set rollout.completions=1 "
+        "--set rollout.max_tokens=3 --set measure.count=0"
+    ).split()
     given = [
         "--backend",
         "cpu",
@@ -544,12 +532,7 @@ def test_all_weights_train_too(case, rows, tmp_path):
         "train",
         *given,
         *few,
-        "--set",
-        "model.tune=full",
-        "--set",
-        "model.vision=false",
-        "--set",
-        "model.dtype=float32",
+        *"--set model.tune=full --set model.vision=false --set model.dtype=float32".split(),
     )
     ours, theirs = (
         load_file(folder / "model.safetensors")
