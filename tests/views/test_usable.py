@@ -296,7 +296,7 @@ def test_a_row_of_more_views_than_a_prompt_has_tokens_is_not_cut(monkeypatch):
 def test_rows_fall_out_on_another_thread(monkeypatch):
     """Training asks for new rows while the next step's are encoded: none is lost, told twice, or in
     the way."""
-    rows = 20_000
+    rows = 2_000
     skipped = Skipped(Quiet())
     example = coloured(1)[0]
     interval = sys.getswitchinterval()
