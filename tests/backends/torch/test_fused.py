@@ -91,7 +91,7 @@ def few(monkeypatch):
 
 @kernels
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("shape", [(40, 40), (3, 5, 96), (2, 1500), (0, 32)])
+@pytest.mark.parametrize("shape", [(13, 40), (3, 5, 96), (2, 1500), (0, 32)])
 @pytest.mark.parametrize(
     ("before", "after"), [(torch.float32, torch.float32), (torch.float32, HALF), (HALF, HALF)]
 )
@@ -119,7 +119,7 @@ def test_norm(shape, before, after):
 @pytest.mark.parametrize("before", [torch.float32, HALF])
 @pytest.mark.parametrize(
     ("count", "heads", "width", "turn"),
-    [(37, 3, 16, 16), (9, 5, 20, 12), (33, 1, 80, 80), (100, 2, 8, 4), (0, 2, 8, 8)],
+    [(13, 3, 16, 16), (4, 5, 20, 12), (9, 1, 80, 80), (37, 2, 8, 4), (0, 2, 8, 8)],
 )
 def test_heads_normed_and_turned(count, heads, width, turn, before, norm):
     """Heads that stand apart, as those of a projection that makes a gate too; of any width, turned
@@ -159,7 +159,7 @@ def test_packed_heads():
 
 @kernels
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("shape", [(13, 700), (1, 5), (0, 8)])
+@pytest.mark.parametrize("shape", [(13, 70), (1, 5), (0, 8)])
 def test_gate(shape):
     gate, up, gradient = (numbers(seed, *shape, dtype=HALF) for seed in (0, 1, 2))
     ours, theirs = [leaf(x) for x in (gate, up)], [leaf(x, True) for x in (gate, up)]
