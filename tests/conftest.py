@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from opd.types import Box, Example
+from tests.support import plugins
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -98,6 +99,18 @@ def coloured(count: int = 12) -> list[Example]:
             )
         )
     return examples
+
+
+@pytest.fixture
+def installed(tmp_path_factory, monkeypatch):
+    """Installs functions as backends, as other people's are: `--backend NAME` calls them."""
+
+    def install(*backends):
+        folder = tmp_path_factory.mktemp("site")
+        plugins.install(folder, *backends)
+        monkeypatch.syspath_prepend(folder)
+
+    return install
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeAlias, cast
 
 from rich.cells import cell_len
 from rich.console import Group
@@ -42,15 +42,20 @@ SHORT = {"measure before": "before", "measure after": "after"}
 """Titles on a narrow console."""
 
 
+Clock: TypeAlias = Callable[[], float]
+"""Seconds since some fixed time."""
+
+
 @dataclass
 class Phase:
     """Progress and speed of one phase. `detail`: numbers of the last step, as text. `reports`:
-    (time, units done) of the last reports."""
+    (time, units done) of the last reports, in seconds of the `clock`."""
 
     title: str
     unit: str
     total: int
     done: int
+    clock: Clock
     detail: tuple[str, ...] = ()
     reports: deque[tuple[float, int]] = field(default_factory=deque)
 
@@ -58,12 +63,12 @@ class Phase:
         """Begins the phase, or continues it after another phase."""
         self.total, self.done = total, done
         # One assignment, since another thread reads the reports.
-        self.reports = deque([(time.monotonic(), done)], REMEMBERED)
+        self.reports = deque([(self.clock(), done)], REMEMBERED)
 
     def advance(self, units: int) -> None:
         """Adds `units` to those that are done."""
         self.done += units
-        self.reports.append((time.monotonic(), self.done))
+        self.reports.append((self.clock(), self.done))
 
     @property
     def seconds(self) -> float | None:
@@ -81,7 +86,7 @@ class Phase:
         """The estimated time left; empty if it is too early to tell."""
         if self.seconds is None or self.done >= self.total:
             return ""
-        since = time.monotonic() - self.reports[-1][0]
+        since = self.clock() - self.reports[-1][0]
         return f"{duration(max(0.0, (self.total - self.done) * self.seconds - since))} left"
 
     def rate(self) -> str:
@@ -123,9 +128,10 @@ def digits_of(number: float) -> str:
 class ProgressBars:
     """Shows progress on stderr; implements `opd.progress.Progress`."""
 
-    def __init__(self, stderr: Stderr) -> None:
+    def __init__(self, stderr: Stderr, clock: Clock = time.monotonic) -> None:
         self.stopping = False
         self._stderr = stderr
+        self._clock = clock
         self._console = Terminal(file=cast("TextIO", _Raw(stderr)))
         self._live = stderr.isatty() and not self._console.is_dumb_terminal
         self._wide = not self._live or self._console.width >= WIDE
@@ -145,11 +151,11 @@ class ProgressBars:
         """Adds or resets the bar of a phase; piped, writes a plain line."""
         self._now = phase
         shown = self._phases.get(phase) or Phase(
-            TITLES.get(phase, phase), UNITS.get(phase, "answer"), total, done
+            TITLES.get(phase, phase), UNITS.get(phase, "answer"), total, done, self._clock
         )
         shown.begin(total, done)
         self._phases[phase] = shown
-        self._spoke = time.monotonic()
+        self._spoke = self._clock()
         if not self._live and not done and phase != "read":  # reading is usually short
             self.note(f"{shown.title}: {plural(total, shown.unit)}")
 
@@ -158,8 +164,8 @@ class ProgressBars:
         phase = self._phases[self._now]
         phase.advance(units)
         over = units and phase.done >= phase.total and self._now != "read"
-        if not self._live and (time.monotonic() - self._spoke > PLAIN_SECONDS or over):
-            self._spoke = time.monotonic()
+        if not self._live and (self._clock() - self._spoke > PLAIN_SECONDS or over):
+            self._spoke = self._clock()
             parts = (
                 f"{phase.title}: {phase.done}/{phase.total}",
                 phase.rate(),
@@ -288,10 +294,10 @@ class _Raw:
 
 
 @contextmanager
-def show() -> Iterator[ProgressBars]:
+def show(clock: Clock = time.monotonic) -> Iterator[ProgressBars]:
     """Shows progress while the block runs; Ctrl-C, SIGTERM and SIGHUP call `ProgressBars.stop`."""
     stderr = sys.stderr if isinstance(sys.stderr, Stderr) else Stderr(sys.stderr)
-    bars, before = ProgressBars(stderr), stderr.note
+    bars, before = ProgressBars(stderr, clock), stderr.note
     stderr.note = bars.note
     try:
         with signals.asking(bars.stop):

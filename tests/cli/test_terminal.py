@@ -13,6 +13,7 @@ import subprocess
 import sys
 import unicodedata
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import click
@@ -28,6 +29,7 @@ from opd_cli import main, suggestions, terminal
 from opd_cli.console import Terminal
 from opd_cli.tables import answers, before_after, measured
 from opd_cli.terminal import one_line, visible
+from tests.support import plugins
 
 ROOT = Path(__file__).parents[2]
 
@@ -329,12 +331,9 @@ def test_libraries_say_one_line_each(capsys):
     ]
 
 
-def test_a_fault_of_opd_keeps_its_traceback_and_asks_for_a_report(monkeypatch):
-    def fault(*arguments):
-        raise ValueError("\x1b[2J\u202ehidden")
-
-    monkeypatch.setattr("opd.run.recipe.load", fault)
-    result = CliRunner().invoke(main, ["gap"])
+def test_a_fault_of_opd_keeps_its_traceback_and_asks_for_a_report(installed):
+    installed(plugins.faulty)
+    result = CliRunner().invoke(main, ["gap", "--backend", "faulty"])
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert r"ValueError: \x1b[2J\u202ehidden" in result.stderr
@@ -345,14 +344,12 @@ def test_a_fault_of_opd_keeps_its_traceback_and_asks_for_a_report(monkeypatch):
     )
 
 
-def test_little_memory_is_one_line(monkeypatch):
-    def full(*arguments):
-        raise MemoryError
-
-    monkeypatch.setattr("opd.run.recipe.load", full)
-    result = CliRunner().invoke(main, ["gap"])
-    assert result.exit_code == 1
-    assert result.stderr.startswith("opd: not enough memory")
+def test_little_memory_is_one_line(installed):
+    installed(plugins.full)
+    result = CliRunner().invoke(main, ["gap", "--backend", "full"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("opd: not enough memory")
+    assert "Traceback" not in result.stderr
 
 
 class Full(io.StringIO):
@@ -378,27 +375,25 @@ class Full(io.StringIO):
     ],
 )
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
-def test_a_stdout_that_takes_nothing(error, code, said, arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", Full(error))
-    with pytest.raises(SystemExit) as stop:
+def test_a_stdout_that_takes_nothing(error, code, said, arguments, capsys):
+    with redirect_stdout(Full(error)), pytest.raises(SystemExit) as stop:
         main(arguments, prog_name="opd")
     assert (stop.value.code, capsys.readouterr().err) == (code, said)
 
 
-def test_a_stderr_that_takes_nothing_ends_no_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", Full(OSError(5, "Input/output error")))
-    main(["plan", "tiny", "--device", "H200", "--json"], prog_name="opd")
-    assert json.loads(capsys.readouterr().out)
-    with pytest.raises(SystemExit) as stop:
-        main(["trian"], prog_name="opd")
+def test_a_stderr_that_takes_nothing_ends_no_command(capsys):
+    with redirect_stderr(Full(OSError(5, "Input/output error"))):
+        main(["plan", "tiny", "--device", "H200", "--json"], prog_name="opd")
+        assert json.loads(capsys.readouterr().out)
+        with pytest.raises(SystemExit) as stop:
+            main(["trian"], prog_name="opd")
     assert stop.value.code == 2
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
-def test_a_console_without_the_characters(encoding, monkeypatch):
+def test_a_console_without_the_characters(encoding):
     written = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "stdout", written)
-    with terminal.prepared():
+    with redirect_stdout(written), terminal.prepared():
         answers([("日本 – Grüße", gap.Answered("1", "ä日", "中", "х", True, False))])
         terminal.say_json({"x": "日本"})
     written.flush()
