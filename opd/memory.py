@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 FEATURES_SHARE, FEATURES_MOST = 32, 2**30
@@ -30,11 +31,11 @@ def feature_bytes(memory: float) -> int:
     return int(min(FEATURES_MOST, memory // FEATURES_SHARE))
 
 
-def host_memory() -> int:
+def host_memory(limits: Iterable[Path] = LIMITS) -> int:
     """Bytes of memory that this process may use: the machine's, or the container's where it is
-    less."""
+    less. `limits`: files that say how much the container may use."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in LIMITS:
+    for file in limits:
         try:
             memory = min(memory, int(file.read_text()))
         except (OSError, ValueError):  # no such file, or "max"

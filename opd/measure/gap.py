@@ -99,15 +99,18 @@ def greedy_answers(
     progress: Callable[[int], None] = lambda prompts: None,
     limit: int | None = None,
     skipped: Skipped | None = None,
+    slice_size: int = SLICE,
+    slice_bytes: int = SLICE_BYTES,
 ) -> list[Answered]:
     """Greedy answers to every example, on the full image and on the crop.
 
     `max_tokens`: longest answer. `budget`: padded tokens that are sampled at once. `progress` is
     called with the number of prompts that are newly done. `limit`: longest prompt in tokens. An
-    example that training could not use is left out and added to `skipped`.
+    example that training could not use is left out and added to `skipped`. `slice_size`,
+    `slice_bytes`: most examples and bytes of image arrays that are encoded together.
     """
     skipped = skipped or Skipped(Quiet())
-    slices = _slices(encoder, examples, view, limit, skipped)
+    slices = _slices(encoder, examples, view, limit, skipped, slice_size, slice_bytes)
     answered: list[Answered] = []
     passed = 0
     for part in prefetch(lambda number: next(slices, None), count()):
@@ -131,9 +134,11 @@ def _slices(
     view: ViewOptions,
     limit: int | None,
     skipped: Skipped,
+    most_examples: int,
+    most_bytes: int,
 ) -> Iterator[Slice]:
-    """Yields the usable examples with their prompts, in slices of at most SLICE examples and
-    SLICE_BYTES."""
+    """Yields the usable examples with their prompts, in slices of at most `most_examples` and
+    `most_bytes`, unless one example alone has more."""
     # A control run trains on another view, but is measured on the crop.
     crop = view.model_copy(update={"kind": "crop"})
     rows: list[int] = []
@@ -146,7 +151,7 @@ def _slices(
             skipped.add(examples[row], error)
             continue
         size = sum(map(_bytes, both))
-        if rows and (len(rows) == SLICE or slice_bytes + size > SLICE_BYTES):
+        if rows and (len(rows) == most_examples or slice_bytes + size > most_bytes):
             yield Slice(tuple(rows), tuple(prompts), row)
             rows, prompts, slice_bytes = [], [], 0
         rows.append(row)

@@ -40,11 +40,11 @@ class TemplateBoundError(TemplateError):
     """A template exceeds a bound on time, memory or length; the message is one line."""
 
 
-def start() -> None:
-    """Starts the child process early; it needs about a second until it can answer, while the caller
-    loads other files."""
+def start() -> subprocess.Popen[bytes]:
+    """The child process; starts it if there is none. Called early, since the child needs about a
+    second until it can answer, while the caller loads other files."""
     with _lock:
-        _process()
+        return _process()
 
 
 def render(

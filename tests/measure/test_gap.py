@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opd.measure import gap
 from opd.measure.gap import Answered, accuracies, gap_closed, greedy_answers
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.types import Sampling
@@ -96,10 +95,10 @@ def test_intervals_cover_the_truth_19_times_of_20():
     assert 180 <= covered <= 198
 
 
-def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
+def test_examples_are_encoded_a_slice_at_a_time():
     """Full images and crops together; and in any slices the answers are the same."""
-    whole = greedy_answers(ToyBackend(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6)
-    monkeypatch.setattr(gap, "SLICE", 2)
+    given = ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6
+    whole = greedy_answers(ToyBackend(), *given)
     asked = []
 
     class Counting(ToyBackend):
@@ -107,7 +106,7 @@ def test_examples_are_encoded_a_slice_at_a_time(monkeypatch):
             asked.append(len(prompts))
             return super().sample(prompts, uniforms, sampling, policy, prefill)
 
-    assert greedy_answers(Counting(), ToyEncoder(), coloured(5), ViewOptions(), 4, 10**6) == whole
+    assert greedy_answers(Counting(), *given, slice_size=2) == whole
     assert asked == [4, 4, 2]
 
 

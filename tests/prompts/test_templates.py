@@ -86,12 +86,13 @@ def served(folder, question, **arguments):
     )
 
 
-def compact(encoder, prompt):
-    """The text of an encoded prompt, with an image's tokens as one."""
+def compact(folder, prompt):
+    """The text of an encoded prompt of a model folder, with an image's tokens as one."""
     tokens = prompt.tokens.tolist()
     image = prompt.visual.index.tolist()
     kept = [token for place, token in enumerate(tokens) if place not in image[1:]]
-    return encoder._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
 
 def test_rollout_teacher_and_export_have_the_same_bytes(thinking, tmp_path):
@@ -99,8 +100,8 @@ def test_rollout_teacher_and_export_have_the_same_bytes(thinking, tmp_path):
     scene = Scenes("train", 1)[0]
     prompt = expected(scene.question, end)
     encoder = PromptEncoder(folder)
-    assert compact(encoder, encode_student(encoder, scene)) == prompt
-    assert compact(encoder, encode_teacher(encoder, scene, ViewOptions())) == prompt
+    assert compact(folder, encode_student(encoder, scene)) == prompt
+    assert compact(folder, encode_teacher(encoder, scene, ViewOptions())) == prompt
     run = tmp_path / "run"
     done = CliRunner().invoke(
         main, ["train", "tiny", "--model", str(folder), "--out", str(run), *FEW]
@@ -112,7 +113,7 @@ def test_rollout_teacher_and_export_have_the_same_bytes(thinking, tmp_path):
         assert served(place, scene.question) == prompt
         assert served(place, scene.question, enable_thinking=True) == prompt
         again = PromptEncoder(place)
-        assert compact(again, encode_student(again, scene)) == prompt
+        assert compact(place, encode_student(again, scene)) == prompt
     # written once: what is trained again is not wrapped again
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         if (run / "model" / name).exists():
@@ -267,15 +268,19 @@ def test_a_template_runs_nothing_and_reaches_nothing(tmp_path, monkeypatch):
 def test_a_signal_to_the_whole_group_leaves_the_renderer_alone():
     """`timeout` and schedulers signal every process of a run, which then finishes its step."""
     assert renderer.render("{{ messages[0].role }}", [], {}) == "user"
-    process = renderer._process()
+    process = renderer.start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)
     assert renderer.render("{{ messages[0].role }}", [], {}) == "user"
-    assert renderer._process() is process
+    assert renderer.start() is process
 
 
-def test_a_renderer_that_cannot_start_is_no_matter_of_memory(monkeypatch):
+def test_a_renderer_that_cannot_start_is_no_matter_of_memory(tmp_path, monkeypatch):
     renderer.stop()
-    monkeypatch.setattr(renderer, "MEMORY", "much")  # no number, so the process ends at once
-    with pytest.raises(renderer.TemplateError, match="ended its process with exit code 1"):
-        renderer.render("{{ messages[0].role }}", [], {})
+    (tmp_path / "jinja2.py").write_text("raise SystemExit(1)")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(renderer.TemplateError, match="ended its process with exit code 1"):
+            renderer.render("{{ messages[0].role }}", [], {})
+    finally:
+        renderer.stop()

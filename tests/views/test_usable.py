@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd.measure import gap
 from opd.measure.gap import greedy_answers
 from opd.progress import Quiet
 from opd.prompts.encoder import PromptEncoder
@@ -196,8 +195,7 @@ class Large(ToyEncoder):
 @pytest.mark.parametrize(
     ("room", "together"), [(1, 2), (2**22 + 2**12, 4), (2**23 + 2**20, 8), (2**30, 24)]
 )
-def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(monkeypatch, room, together):
-    monkeypatch.setattr(gap, "SLICE_BYTES", room)
+def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(room, together):
     asked = []
 
     class Counting(ToyBackend):
@@ -206,7 +204,16 @@ def test_prompts_that_are_encoded_together_are_bounded_by_their_bytes(monkeypatc
             return super().sample(prompts, uniforms, sampling, policy, prefill)
 
     heard = []
-    found = greedy_answers(Counting(), Large(), coloured(12), ViewOptions(), 2, 10**6, heard.append)
+    found = greedy_answers(
+        Counting(),
+        Large(),
+        coloured(12),
+        ViewOptions(),
+        2,
+        10**6,
+        heard.append,
+        slice_bytes=room,
+    )
     assert found == greedy_answers(
         ToyBackend(), ToyEncoder(), coloured(12), ViewOptions(), 2, 10**6
     )
@@ -296,7 +303,7 @@ def test_a_row_of_more_views_than_a_prompt_has_tokens_is_not_cut(monkeypatch):
 def test_rows_fall_out_on_another_thread(monkeypatch):
     """Training asks for new rows while the next step's are encoded: none is lost, told twice, or in
     the way."""
-    rows = 2_000
+    rows = 20_000
     skipped = Skipped(Quiet())
     example = coloured(1)[0]
     interval = sys.getswitchinterval()
