@@ -152,6 +152,7 @@ def supervised(trainer: Any) -> Any:
     from opd_torch.batch import lay_out
     from opd_torch.device import this_device
     from opd_torch.forward import hidden_states
+    from opd_torch.model import load_model
 
     encoder = trainer.encoder
     stop = encoder.stop[0]
@@ -210,7 +211,8 @@ def supervised(trainer: Any) -> Any:
                 )
             return self.score(groups, objective)
 
-    return Supervised(ModelOptions(trainer.recipe.model.folder()), this_device("cpu"))
+    options = ModelOptions(trainer.recipe.model.folder())
+    return Supervised(options, load_model(options, this_device("cpu")))
 
 
 def table_row(runs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ import transformers
 
 from opd.prompts.families import family
 from opd.types import Completion, Group, ModelOptions, Prompt, VisualTokens
-from opd_torch import backend as backend_module
 from opd_torch.backend import TorchBackend
+from opd_torch.model import Model
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -242,21 +241,24 @@ def model(config: Any, device: str, seed: int = 0) -> Any:
     return architecture.eval()
 
 
-def backend(made: Any, dtype: str = "float32") -> TorchBackend:
-    """The torch backend on a model in memory, without a folder; the teacher is a copy."""
+def policy(made: Any, dtype: str = "float32") -> Model:
+    """A transformers model in memory as the torch backend computes it; `made` is changed."""
     from opd_torch.device import this_device
     from opd_torch.families import family as torch_family
     from opd_torch.kernels.pointwise import replace_modules
-    from opd_torch.model import DTYPES, Model
+    from opd_torch.model import DTYPES
 
     family, device = (
         torch_family(made.config.model_type),
         this_device(str(next(made.parameters()).device), dtype),
     )
     replace_modules(made, device, DTYPES[dtype])
-    model = Model(family, made, family.layers(made), DTYPES[dtype], device, None)
-    with mock.patch.object(backend_module, "load_model", return_value=model):
-        return TorchBackend(ModelOptions(Path(), dtype), device)
+    return Model(family, made, family.layers(made), DTYPES[dtype], device, None)
+
+
+def backend(made: Any, dtype: str = "float32") -> TorchBackend:
+    """The torch backend on a model in memory, without a folder; the teacher is a copy."""
+    return TorchBackend(ModelOptions(Path(), dtype), policy(made, dtype))
 
 
 def on_device(backend: TorchBackend, **settings: Any) -> None:

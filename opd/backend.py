@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,11 +174,9 @@ class Backend(Protocol):
         """Writes the student's weights and configuration into `folder` as a Hugging Face model (or
         a PEFT adapter). Every process calls it, as `save`."""
 
-    def tensors(
-        self, kind: Literal["student", "teacher", "gradient"]
-    ) -> dict[str, NDArray[np.float32]]:
-        """Float32 copies of the student's trained parameters, of the teacher's, or of the gradient
-        accumulated so far, by Hugging Face name.
+    def tensors(self, kind: Literal["student", "teacher", "gradient"]) -> dict[str, NDArray[Any]]:
+        """Copies of the student's trained parameters, of the teacher's, or of the gradient
+        accumulated so far, by Hugging Face name: float32, or float64 if the model computes in it.
 
         Tensors have Hugging Face's layout, so that backends can be compared. For checks and tests
         only.

@@ -30,7 +30,8 @@ from benchmarks import (
     workload,
 )
 from benchmarks.workload import Shape
-from tests.support.torch_cases import model_of
+from opd.types import ModelOptions
+from tests.support.torch_cases import opened
 
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
 
@@ -88,7 +89,7 @@ def test_arithmetic_is_what_is_counted():
     config = workload.small_qwen3_vl()
     shape = Shape(80, 8, 3)
     group = workload.group(config, shape)
-    model = model_of(workload.backend(workload.model(config, "meta")))
+    model = workload.policy(workload.model(config, "meta"))
     batch = lay_out(
         [group.student], [[one.tokens for one in group.completions]], torch.device("meta")
     )
@@ -118,7 +119,8 @@ def test_a_token_step_reads_weights_and_prompts_once(case):
     twice a row."""
     transformers = pytest.importorskip("transformers")
     path, config, group = case
-    _, backend = against_rows.of_torch(path, group)
+    loaded = opened(ModelOptions(path))
+    backend = loaded.backend(loaded.model)
     stock = transformers.AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
@@ -127,7 +129,7 @@ def test_a_token_step_reads_weights_and_prompts_once(case):
         given = [workload.prompt(config, len(group.student), seed) for seed in range(prompts)]
         weights, keys = decode.of_a_step(
             decode.ours(backend, given, n, (config.image_token_id,)),
-            model_of(backend).module,
+            loaded.model.module,
             long,
             text.head_dim,
         )

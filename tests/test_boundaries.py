@@ -259,6 +259,10 @@ ONE_NAME_ONLY = {
         ),
         "backend.py": ("TorchBackend", "each is named after its framework"),
         "batch.py": ("lay_out_completions", "slices share prompts that are laid out once"),
+        "device.py": (
+            "RecordStep RecordedStep record_graph",
+            "token steps are recorded as CUDA graphs; MLX compiles them",
+        ),
         "families/idefics3.py": (
             "SmolVLM tiles",
             "transformers has the same modules under two names",
@@ -269,7 +273,6 @@ ONE_NAME_ONLY = {
             "begin prefill_to_decode reorder",
             "models without a family file decode with transformers' caches",
         ),
-        "layers/attention.py": ("FIRST_BUFFER", "MLX has it in its device record"),
         "layers/gated_delta.py": ("gated_delta_rule", "MLX calls mlx-vlm's"),
         "layers/layer.py": (
             "Angles stack_prompts",

@@ -22,8 +22,11 @@ GROUP = 64
 def load(options: ModelOptions, device: Device | None = None) -> MlxBackend:
     """Loads the model of the folder `options.path`; without `device`, on MLX's default device."""
     from opd_mlx.backend import MlxBackend
+    from opd_mlx.device import this_device
+    from opd_mlx.model import load_model
 
-    return MlxBackend(options, device)
+    model, student = load_model(options, device or this_device(options.checkpoint_above))
+    return MlxBackend(options, model, student)
 
 
 def state() -> State:
@@ -37,8 +40,9 @@ def state() -> State:
     return State(True, name if device.gpu else "CPU", budgets=device.budgets)
 
 
-def quantize(source: Path, folder: Path, bits: int) -> None:
-    """Writes the model folder `source` to `folder`, with `bits` per weight in the language model.
+def quantize(source: Path, folder: Path, bits: int, group: int = GROUP) -> None:
+    """Writes the model folder `source` to `folder`, with `bits` per weight in the language model,
+    and a scale for each `group` of weights.
 
     mlx-vlm quantises and chooses the layout. Raises ModelError if mlx-vlm cannot load the model.
     """
@@ -76,7 +80,7 @@ def quantize(source: Path, folder: Path, bits: int) -> None:
 
         # mlx-vlm prints to stdout, which is reserved for results.
         with contextlib.redirect_stdout(io.StringIO()):
-            model, config = quantize_model(model, config, GROUP, bits, quant_predicate=quantised)
+            model, config = quantize_model(model, config, group, bits, quant_predicate=quantised)
         utils.save_weights(folder, model)
     as_new(*folder.glob("*.safetensors"))
     inert.copy_files(source, folder)

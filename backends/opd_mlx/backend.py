@@ -29,11 +29,11 @@ from opd.types import (
 )
 from opd_mlx import gradient
 from opd_mlx import sampling as rollout
-from opd_mlx.device import Device, tells_out_of_memory, this_device
+from opd_mlx.device import tells_out_of_memory
 from opd_mlx.model import (
     Checkpoint,
+    Model,
     Parameters,
-    load_model,
     not_finite,
     read_checkpoint,
     write_adapter,
@@ -50,9 +50,10 @@ class MlxBackend:
     computation. mx.distributed sums gradients if `mlx.launch` started several processes.
     """
 
-    def __init__(self, options: ModelOptions, device: Device | None = None) -> None:
-        self._options, device = options, device or this_device(options.checkpoint_above)
-        self._model, self._student = load_model(options, device)
+    def __init__(self, options: ModelOptions, model: Model, student: Parameters) -> None:
+        """`model` and the trained parameters `student`: those of `options`, as `load_model` returns
+        them; the dictionary `student` is changed in place."""
+        self._options, self._model, self._student = options, model, student
         self._teacher = dict(self._student)
         self._optimizer = Optimizer(self._student, self._model.device)
         self._gradient: Parameters = {}

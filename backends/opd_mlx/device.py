@@ -69,7 +69,11 @@ class Device:
 
     checkpoint_above: int = ACTIVATION_BYTES
     """Bytes of activations that a backward may hold. Above this estimate the backward recomputes
-    layers: all of them, or on a GPU those whose activations do not fit in the free memory."""
+    the layers whose activations do not fit in `free_bytes`."""
+
+    free_bytes: int | None = 0
+    """Bytes of activations that a backward holds when it recomputes layers; with 0 it recomputes
+    all. None: as many as are free on the GPU then."""
 
     prefill_tokens: int = PREFILL_TOKENS
     """Prompt tokens, with padding, that run together in a rollout's prefill."""
@@ -114,6 +118,7 @@ def this_device(checkpoint_above: int = ACTIVATION_BYTES) -> Device:
         pixel_bytes=2**62 if gpu else 3 * 2**20,
         feature_bytes=feature_bytes(host_memory()),
         checkpoint_above=checkpoint_above,
+        free_bytes=None if gpu else 0,
     )
 
 

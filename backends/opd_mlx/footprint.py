@@ -83,15 +83,15 @@ def recompute_share(
 ) -> float:
     """The share of layers, 0 to 1, to recompute in a backward that would hold `activations` bytes.
 
-    A CPU recomputes all layers or none, a GPU those whose activations do not fit. `gradient` is the
-    gradient accumulated so far.
+    `gradient` is the gradient accumulated so far.
     """
-    if activations <= model.device.checkpoint_above:
+    device = model.device
+    if activations <= device.checkpoint_above:
         return 0.0
-    if not model.device.gpu:
-        return 1.0
-    free = free_bytes(model.device, model.dtype, trained, gradient)
-    return max(0.0, 1 - max(0, free) / activations)
+    free = device.free_bytes
+    if free is None:
+        free = free_bytes(device, model.dtype, trained, gradient)
+    return 1 - min(max(0, free), activations) / max(1, activations)
 
 
 def free_bytes(device: Device, dtype: mx.Dtype, trained: Parameters, gradient: Parameters) -> int:

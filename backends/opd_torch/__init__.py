@@ -61,9 +61,13 @@ def _load(options: ModelOptions, device: str) -> TorchBackend:
 
     from opd_torch.backend import TorchBackend
     from opd_torch.device import this_device
+    from opd_torch.model import check_four_bits, load_model
 
     # Under torchrun the processes connect here, unless the caller has initialised torch.distributed
     # before.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
-    return TorchBackend(options, this_device(device, options.dtype, options.checkpoint_above))
+    record = this_device(device, options.dtype, options.checkpoint_above)
+    if options.four_bit:
+        check_four_bits(record.torch)
+    return TorchBackend(options, load_model(options, record))

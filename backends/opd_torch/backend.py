@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, distributed
 
 from opd import errors
 from opd.backend import Prefill
-from opd.errors import ModelError, nearest
 from opd.groups import drop_empty, nothing_sampled, restore_empty
 from opd.ids import check_ids
 from opd.objective import Objective
@@ -31,12 +30,11 @@ from opd.types import (
 )
 from opd_torch import gradient as gradients
 from opd_torch import sampling as rollout
-from opd_torch.device import Device, tells_out_of_memory
+from opd_torch.device import tells_out_of_memory
 from opd_torch.model import (
-    DTYPES,
+    Model,
     copy_model,
     export_model,
-    load_model,
     not_finite,
     read_checkpoint,
     write_adapter,
@@ -48,11 +46,9 @@ from opd_torch.optimizer import Optimizer, move_teacher
 class TorchBackend:
     """`opd.backend.Backend` on one device per process; torch.distributed sums over processes."""
 
-    def __init__(self, options: ModelOptions, device: Device) -> None:
-        if options.dtype not in DTYPES:
-            raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
-        self._options = options
-        self._student = load_model(options, device)
+    def __init__(self, options: ModelOptions, student: Model) -> None:
+        """`student`: the model of `options`, as `load_model` returns it; it is trained in place."""
+        self._options, self._student = options, student
         # The teacher's parameters keep requires_grad, because autocast caches only their casts.
         self._teacher = copy_model(self._student)
         self._optimizer = Optimizer(self._student.parameters)
@@ -172,18 +168,17 @@ class TorchBackend:
         if self.rank == 0:
             write(self._student, self._options, folder)
 
-    def tensors(
-        self, kind: Literal["student", "teacher", "gradient"]
-    ) -> dict[str, NDArray[np.float32]]:
-        """Copies tensors to float32 arrays, by Hugging Face name."""
+    def tensors(self, kind: Literal["student", "teacher", "gradient"]) -> dict[str, NDArray[Any]]:
+        """Copies tensors to arrays, by Hugging Face name: float32, or float64 if the model computes
+        in it.
+        """
         student, teacher, _ = self._state()
         source = {"student": student, "teacher": teacher, "gradient": self._gradient}[kind]
-        return {
-            name: source[name].detach().float().cpu().numpy().copy()
-            if name in source
-            else np.zeros(tuple(parameter.shape), np.float32)
+        found = {
+            name: source[name] if name in source else torch.zeros_like(parameter)
             for name, parameter in student.items()
         }
+        return {name: value.detach().cpu().numpy().copy() for name, value in found.items()}
 
     @property
     def peak_memory(self) -> int:

@@ -117,8 +117,8 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One token step of decoding: the step's `number` [1], on the device, and the `count` of
-    completion keys that every layer reads.
+    """One token step of decoding: the step's `number` [1], on the device, the `count` of completion
+    keys that every layer reads, and the tokens of the `buffer` that holds them.
 
     If `exact`, `count` is number + 1. Otherwise it may be more, because a recorded step always
     reads the same number of keys.
@@ -127,6 +127,7 @@ class DecodeStep:
     number: Tensor
     count: int
     exact: bool
+    buffer: int
     _masks: dict[Visibility, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
     def masks(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -21,6 +21,34 @@ from opd_torch.objective import CHUNK_BYTES
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class RecordedStep(Protocol):
+    """A token step that was recorded."""
+
+    def replay(self) -> None:
+        """Runs the step again."""
+
+
+RecordStep: TypeAlias = Callable[[Callable[[], None]], RecordedStep]
+"""Records a step without running it."""
+
+
+def record_graph(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Records `step` as a CUDA graph without running it.
+
+    `torch.cuda.graph` would first return all cached memory to the device.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -43,7 +71,12 @@ class Device:
 
     checkpoint_above: int = ACTIVATION_BYTES
     """Bytes of activations that a backward may hold. Above this estimate the backward recomputes
-    layers: all of them, or on a GPU those whose activations do not fit in the free memory.
+    the layers whose activations do not fit in `free_bytes`.
+    """
+
+    free_bytes: int | None = 0
+    """Bytes of activations that a backward holds when it recomputes layers; with 0 it recomputes
+    all. None: as many as are free on the GPU then.
     """
 
     uploaded_bytes: int = 0
@@ -64,13 +97,18 @@ class Device:
     check_every: int = 1
     """Token steps between checks for ended completions; on a GPU each check synchronises."""
 
-    records_steps: bool = False
-    """Whether token steps are recorded as CUDA graphs (`kernels.recorder`)."""
+    record_step: RecordStep | None = None
+    """How token steps are recorded (`kernels.recorder`): as CUDA graphs on a GPU. None: they are
+    not.
+    """
 
     recorded_rows: int = 256
     """The fewest completion keys that a recorded step reads. Each doubling records a new step,
     which takes as long as about ten steps.
     """
+
+    cache_tokens: int = 64
+    """Tokens of a completion's first buffer; a full buffer is replaced by one of twice the size."""
 
     compact_below: float = 0.75
     """Ended completions are dropped when at most this share of the batch's rows would remain,
@@ -124,8 +162,9 @@ def this_device(
             uploaded_bytes=2**29,
             prompt_multiple=64,
             check_every=8,
-            records_steps=True,
+            record_step=record_graph,
             checkpoint_above=checkpoint_above,
+            free_bytes=None,
         )
     block_bytes = 2**20 if device.type == "cpu" else CHUNK_BYTES
     return Device(

@@ -67,9 +67,11 @@ def delta_bytes(text: Any, itemsize: int) -> tuple[int, int]:
 
 def recompute_share(model: Model, wanted: int) -> float:
     """The share of layers, 0 to 1, to recompute in a backward that would hold `wanted` bytes."""
-    if wanted <= model.device.checkpoint_above:
+    device = model.device
+    if wanted <= device.checkpoint_above:
         return 0.0
-    return max(0.0, 1 - max(0, free_bytes(model)) / wanted) if model.device.gpu else 1.0
+    free = free_bytes(model) if device.free_bytes is None else device.free_bytes
+    return 1 - min(max(0, free), wanted) / max(1, wanted)
 
 
 def free_bytes(model: Model) -> int:

@@ -211,8 +211,10 @@ def _lockstep(
         number.add_(1)
 
     for done in range(1, limit + 1):
-        count = buffer_length(max(done, device.recorded_rows)) if recorder.records else done
-        step = DecodeStep(number, count, exact=not recorder.records)
+        rows = max(done, device.recorded_rows) if recorder.records else done
+        buffer = buffer_length(rows, device.cache_tokens)
+        count = buffer if recorder.records else done
+        step = DecodeStep(number, count, not recorder.records, buffer)
         recorder.run((len(live.rows), count), partial(advance, live, step))
         if done % device.check_every == 0:
             *ended, all_finite = torch.cat([live.ended, finite]).tolist()

@@ -25,8 +25,7 @@ def write_random_model(source: Path, folder: Path, shapes: Mapping[str, tuple[in
     """
     copy_files(source, folder)
     normal = np.random.default_rng(0).standard_normal(BLOCK, np.float32) / 50
-    random = (normal.view(np.uint32) >> 16).astype(np.uint16)
-    one, zero = np.full(BLOCK, 0x3F80, np.uint16), np.zeros(BLOCK, np.uint16)
+    random, one, zero = normal.view(np.uint32) >> 16, np.array([0x3F80]), np.zeros(1)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -37,6 +36,6 @@ def write_random_model(source: Path, folder: Path, shapes: Mapping[str, tuple[in
         out.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             flat = one if "norm" in name and name.endswith("weight") else zero
-            values = random if len(shape) > 1 else flat
+            values = np.resize(random if len(shape) > 1 else flat, BLOCK).astype(np.uint16)
             for start in range(0, prod(shape), BLOCK):
                 out.write(values[: prod(shape) - start].tobytes())

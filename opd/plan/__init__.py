@@ -197,10 +197,9 @@ def backend_of(device: Device | None, name: str | None) -> str:
 
     Raises BackendError where it is unknown or not installed.
     """
-    if name not in (None, "auto", *registry.BUILT_IN):
-        known = ("auto", *registry.names())
-        if name not in known:
-            raise BackendError(f"--backend '{name}' cannot be planned; {nearest(str(name), known)}")
+    known = ("auto", *registry.names())
+    if name is not None and name not in known:
+        raise BackendError(f"--backend '{name}' cannot be planned; {nearest(name, known)}")
     own = device.backend if device else "auto"
     return registry.resolve(own if name in (None, "auto") else str(name))
 

@@ -28,13 +28,13 @@ OBJECTIVES = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A backend's case, and the backend, loaded once."""
+    """A backend's case, and its model, loaded once."""
 
     @cache
     def make(name):
         root = tmp_path_factory.mktemp(name)
         case = twin_of(name).make_case(root, qwen3_vl(root / "model"))
-        return case, case.backend()
+        return case, case.loaded()
 
     return make
 
@@ -46,7 +46,7 @@ def case(made, twin):
 
 @pytest.fixture
 def backend(made, twin):
-    return twin.clone(made(twin.NAME)[1])
+    return made(twin.NAME)[1].backend()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_loss_and_every_gradient(case, backend, twin, expected, objective):
     loss, gradients = expected(twin.NAME, objective)
     found = loss_of(case.groups, backend.accumulate(case.groups, objective))
     assert found == pytest.approx(loss, rel=twin.LOSS)
-    assert relative_error(twin.gradients_of(backend), gradients) < twin.GRADIENT
+    assert relative_error(backend.tensors("gradient"), gradients) < twin.GRADIENT
     smallest = min(np.abs(value).max() for value in gradients.values())
     assert smallest > 0, "a parameter without gradient proves nothing"
 
@@ -87,7 +87,7 @@ def test_untied_head_without_deepstack(twin, tmp_path):
     found = loss_of(case.groups, backend.accumulate(case.groups, JSD))
     assert found == pytest.approx(loss, rel=twin.LOSS)
     assert "lm_head.weight" in gradients
-    assert relative_error(twin.gradients_of(backend), gradients) < twin.GRADIENT
+    assert relative_error(backend.tensors("gradient"), gradients) < twin.GRADIENT
 
 
 def test_prompts_of_one_length(case, backend, twin):
@@ -97,18 +97,18 @@ def test_prompts_of_one_length(case, backend, twin):
     loss, gradients = twin.plain_loss_and_gradients(case, groups, JSD)
     found = loss_of(groups, backend.accumulate(groups, JSD))
     assert found == pytest.approx(loss, rel=twin.LOSS)
-    assert relative_error(twin.gradients_of(backend), gradients) < twin.GRADIENT
+    assert relative_error(backend.tensors("gradient"), gradients) < twin.GRADIENT
 
 
 @pytest.mark.parametrize("cut", [[1, 1, 1, 1, 1], [2, 3], [4, 1]])
-def test_cuts_into_calls_change_nothing(case, backend, twin, expected, cut):
-    together = twin.clone(backend).accumulate(case.groups, JSD)
+def test_cuts_into_calls_change_nothing(case, made, backend, twin, expected, cut):
+    together = made(twin.NAME)[1].backend().accumulate(case.groups, JSD)
     apart, start = [], 0
     for size in cut:
         apart += backend.accumulate(case.groups[start : start + size], JSD)
         start += size
     gradients = expected(twin.NAME)[1]
-    assert relative_error(twin.gradients_of(backend), gradients) < twin.GRADIENT
+    assert relative_error(backend.tensors("gradient"), gradients) < twin.GRADIENT
     bounds = {"rtol": 1e-5} if twin.DTYPE == "float64" else {"rtol": 1e-4, "atol": 1e-6}
     for ours, theirs in zip(apart, together, strict=True):
         assert len(ours) == len(theirs)

@@ -137,8 +137,8 @@ def test_conformance(case, backend_name, tmp_path):
     """From an adapter that says something, so that both its sides have a gradient."""
     folder = write_adapter(tmp_path / "adapter", case.folder, {**language_layers(), **VISION})
     pairs = [(group.student, group.teacher) for group in case.groups]
-    loaded, twin = registry.load(backend_name, case.options(adapter=folder)), twin_of(backend_name)
-    results = check(lambda: twin.clone(loaded), pairs, (336,), (339, 340, 342, 343))
+    loaded = twin_of(backend_name).opened(case.options(adapter=folder))
+    results = check(loaded.backend, pairs, (336,), (339, 340, 342, 343))
     assert [str(result) for result in results if not result.passed] == []
 
 
@@ -254,11 +254,10 @@ def test_the_head_of_a_lora_run_is_one_and_frozen(case, backend_name, monkeypatc
 
 def test_the_policies_share_the_base_on_torch(case):
     pytest.importorskip("torch")
-    backend = case.backend("cpu", "bfloat16")
-    student, teacher = (
-        dict(twin_of("cpu").model_of(backend, policy).module.named_parameters())
-        for policy in ("student", "teacher")
-    )
+    from opd_torch.model import copy_model
+
+    model = twin_of("cpu").opened(case.options("bfloat16")).model
+    student, teacher = (dict(one.module.named_parameters()) for one in (model, copy_model(model)))
     own = {name for name, value in student.items() if value.data_ptr() != teacher[name].data_ptr()}
     assert own == {name for name in student if ".lora_" in name}
     assert {str(student[name].dtype) for name in student.keys() - own} == {"torch.bfloat16"}
@@ -269,16 +268,21 @@ def test_the_policies_share_the_base_on_mlx(case):
     """What is allocated beside the base in its compute dtype is four copies of the adapter
     (student, teacher, two moments)."""
     mx = pytest.importorskip("mlx.core")
+    from opd_mlx.backend import MlxBackend
+    from opd_mlx.device import this_device
+    from opd_mlx.model import load_model
+
     gc.collect()  # of other tests
-    before = mx.get_active_memory()
-    backend = registry.load("mlx", case.options("bfloat16"))
+    before, options = mx.get_active_memory(), case.options("bfloat16")
+    model, student = load_model(options, this_device())
+    backend = MlxBackend(options, model, student)
     backend.accumulate(case.groups, JSD)
     backend.apply(Update(1e-3))
     backend.move_teacher(0.5)
     held = mx.get_active_memory() - before
     base = 2 * sum(value.size for value in load_file(case.folder / "model.safetensors").values())
     adapter = 4 * sum(value.size for value in backend.tensors("student").values())
-    features = twin_of("mlx").model_of(backend).feature_cache.nbytes
+    features = model.feature_cache.nbytes
     assert (
         base + 4 * adapter <= held < 1.3 * (base + 4 * adapter + features) < 2 * base + 4 * adapter
     )

@@ -4,6 +4,8 @@ trained."""
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,30 +145,41 @@ def test_a_teacher_is_blamed_for_weights_of_its_own(loaded, tmp_path):
 
 def test_logits_are_looked_at_where_a_gpu_checks_seldom(loaded, twin, tmp_path):
     """A rollout that ends between two checks is checked at its end."""
-    backend, prompt = loaded
+    backend, prompt = twin.load(ModelOptions(MODEL), **twin.SELDOM), loaded[1]
     change(backend, tmp_path, np.nan)
-    backend = twin.clone(backend, **twin.SELDOM)
     with pytest.raises(ModelError, match=r"in tensor model\.language_model\.norm\.weight"):
         backend.sample([prompt], np.full((1, 1, 5), 0.5, np.float32), Sampling(1.0))
 
 
-def test_a_run_that_breaks(backend_name, tmp_path, monkeypatch):
+class Breaking:
+    """A backend whose student has a NaN when its teacher has moved."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def move_teacher(self, rate):
+        self.backend.move_teacher(rate)
+        with tempfile.TemporaryDirectory() as folder:
+            change(self.backend, Path(folder), np.nan)
+
+
+def breaking_cpu(options):
+    return Breaking(registry.load("cpu", options))
+
+
+def breaking_mlx(options):
+    return Breaking(registry.load("mlx", options))
+
+
+def test_a_run_that_breaks(backend_name, tmp_path, installed):
     """Exit code 1 and one line; there is no model."""
-    real = registry.load
-
-    def load(name, options):
-        backend = real(name, options)
-        move = backend.move_teacher
-        monkeypatch.setattr(
-            backend,
-            "move_teacher",
-            lambda rate: (move(rate), change(backend, tmp_path / "state", np.nan)),
-        )
-        return backend
-
-    monkeypatch.setattr(registry, "load", load)
+    backend = {"cpu": breaking_cpu, "mlx": breaking_mlx}[backend_name]
+    installed(backend)
     arguments = [
-        *f"train tiny --backend {backend_name} --steps 3 --out".split(),
+        *f"train tiny --backend {backend.__name__} --steps 3 --out".split(),
         str(tmp_path / "run"),
         "--json",
         *FEW,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from opd.errors import BackendError, ModelError, RecipeError
 from opd.objective import Objective
 from opd.testing.conformance import check, relative_error
 from opd.types import ModelOptions, Update
-from tests.conftest import twin_of
+from tests.conftest import INSTALLED, twin_of
 from tests.support.adapter_cases import OPTIONS, groups_of, language_layers, logprobs_of, make_case
 from tests.support.random_models import qwen3_vl
 
@@ -172,7 +173,7 @@ def test_quantised_checkpoints_load(case, tmp_path, bits):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
+def test_a_base_in_four_bits_on_torch(case, tmp_path):
     """What a GPU would run, by bitsandbytes' own kernels for the CPU: values and gradients equal
     those over the same weights unpacked.
 
@@ -182,29 +183,25 @@ def test_a_base_in_four_bits_on_torch(case, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("accelerate")
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("opd_torch.model.load.check_four_bits", lambda device: None)
-    four, dense = (
-        registry.load("cpu", case.options(four_bit=True)),
-        registry.load("cpu", case.options()),
-    )
+    from opd_torch.backend import TorchBackend
+
+    options = [case.options(four_bit=True), case.options()]
+    models = [twin_of("cpu").opened(one).model for one in options]
+    packed, plain = (model.module for model in models)
     unpack = bitsandbytes.functional.dequantize_4bit
-    model_of = twin_of("cpu").model_of
-    pairs = [
-        [model_of(one, policy).module for one in (four, dense)] for policy in ("student", "teacher")
-    ]
-    for packed, plain in pairs:
-        found = {
-            name: module
-            for name, module in packed.named_modules()
-            if isinstance(module, bitsandbytes.nn.Linear4bit)
-        }
-        assert {name.replace(".base_layer", "") for name in found} == set(LAYERS)
-        for name, module in found.items():
-            # or, on a CPU alone, it would be packed again, in a form that has no gradient
-            module.train()
-            plain.get_submodule(name).weight.data.copy_(
-                unpack(module.weight.data, module.weight.quant_state)
-            )
+    found = {
+        name: module
+        for name, module in packed.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+    }
+    assert {name.replace(".base_layer", "") for name in found} == set(LAYERS)
+    for name, module in found.items():
+        # or, on a CPU alone, it would be packed again, in a form that has no gradient
+        module.train()
+        plain.get_submodule(name).weight.data.copy_(
+            unpack(module.weight.data, module.weight.quant_state)
+        )
+    four, dense = map(TorchBackend, options, models)
     np.testing.assert_allclose(
         logprobs_of(four, case.groups, JSD), logprobs_of(dense, case.groups, JSD), atol=1e-6
     )
@@ -230,12 +227,13 @@ def test_torch_says_what_is_missing(case, tmp_path, monkeypatch):
 
     with pytest.raises(BackendError, match=r"'qlora' needs a CUDA GPU on torch; use --backend mlx"):
         registry.load("cpu", case.options(four_bit=True))
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    for package in ("bitsandbytes", "accelerate"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(
         BackendError,
         match="needs bitsandbytes and accelerate on torch: pip install bitsandbytes accelerate",
     ):
         quantised.check_four_bits(torch.device("cuda"))
-    if registry.find_spec("mlx"):
+    if "mlx" in INSTALLED:
         with pytest.raises(ModelError, match="quantised for MLX"):
             registry.load("cpu", ModelOptions(community(case, tmp_path / "community", 4)))

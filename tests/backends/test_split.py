@@ -18,7 +18,7 @@ from opd.objective import Objective
 from opd.types import STATISTICS, Completion, Group
 from tests.conftest import INSTALLED, twin_of
 from tests.support import random_models
-from tests.support.cases import relative_error, watch
+from tests.support.cases import norm_of, relative_error, watch
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -43,16 +43,16 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(case):
-    """The case on a backend, with statistics and gradient of all completions at once."""
+    """The case's model on a backend, and statistics and gradient of all completions at once."""
 
     @cache
     def compute(name):
         twin = twin_of(name)
         with twin.exactly():
-            backend = twin.backend(case)
-            one = twin.clone(backend)
+            loaded = twin.loaded(case)
+            one = loaded.backend()
             statistics = one.accumulate(case.groups, JSD)
-        return backend, statistics, twin.gradients_of(one)
+        return loaded, statistics, one.tensors("gradient")
 
     return compute
 
@@ -63,21 +63,21 @@ def test_parts_of_a_group_add_up(case, twin, whole, monkeypatch, recomputed):
     loaded, statistics, gradient = whole(twin.NAME)
     with twin.exactly():
         settings = {"checkpoint_above": 0 if recomputed else 2**60}
-        first = twin.clone(loaded, **settings)
+        first = loaded.backend(**settings)
         first.accumulate(case.groups[2:3], JSD)
-        before, prompts = twin.gradients_of(first), []
+        before, prompts = first.tensors("gradient"), []
         name = f"{twin.PACKAGE}.gradient.prefill"
         watch(monkeypatch, name, lambda _, prefixes, *__: prompts.extend(prefixes.sources))
         for split in (1, 2, 3):
             prompts.clear()
-            backend = twin.clone(loaded, **settings)
+            backend = loaded.backend(**settings)
             backend.accumulate(case.groups[2:3], JSD)
             earlier = len(prompts)
             rows = backend.accumulate(case.groups, JSD, split)
             used = sum(any(map(len, group.completions)) for group in case.groups)
             assert len(prompts) - earlier == 2 * used
             expected = {name: value + before[name] for name, value in gradient.items()}
-            assert relative_error(twin.gradients_of(backend), expected) < twin.SPLIT
+            assert relative_error(backend.tensors("gradient"), expected) < twin.SPLIT
             for row, group, wanted in zip(rows, case.groups, statistics, strict=True):
                 lengths = [len(completion) for completion in group.completions]
                 assert [len(one.divergence) for one in row] == lengths
@@ -94,9 +94,9 @@ def test_a_call_that_fails(case, twin, whole, monkeypatch, place, call):
     """It leaves no gradient, and no part of one; of earlier calls neither. A step begins anew."""
     loaded, _, gradient = whole(twin.NAME)
     with twin.exactly():
-        backend, calls = twin.clone(loaded), []
+        backend, calls = loaded.backend(), []
         backend.accumulate(case.groups, JSD, 1)
-        assert twin.has_gradient(backend)
+        assert norm_of(backend.tensors("gradient")) > 0
 
         def fail(*_, **__):
             calls.append(1)
@@ -106,9 +106,9 @@ def test_a_call_that_fails(case, twin, whole, monkeypatch, place, call):
         watch(monkeypatch, f"{twin.PACKAGE}.{place}", fail)
         with pytest.raises(OutOfMemory, match=r"out of memory: "):
             backend.accumulate(case.groups, JSD, 1)
-        assert not twin.has_gradient(backend)
+        assert norm_of(backend.tensors("gradient")) == 0
         backend.accumulate(case.groups, JSD, 2)
-        assert relative_error(twin.gradients_of(backend), gradient) < twin.SPLIT
+        assert relative_error(backend.tensors("gradient"), gradient) < twin.SPLIT
         backend.accumulate(case.groups, JSD, 1)
     double = {name: 2 * value for name, value in gradient.items()}
-    assert relative_error(twin.gradients_of(backend), double) < twin.SPLIT
+    assert relative_error(backend.tensors("gradient"), double) < twin.SPLIT

@@ -8,7 +8,8 @@ import pickle
 import shutil
 import subprocess
 import sys
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,13 @@ def case(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(case):
-    """Each backend, loaded once; a test takes a clone."""
-    return cache(lambda name: twin_of(name).backend(case, "float32"))
+    """Each backend's model, loaded once; a test takes a backend of it."""
+    return cache(lambda name: twin_of(name).loaded(case, "float32"))
 
 
 @pytest.fixture
 def backend(opened, twin):
-    return twin.clone(opened(twin.NAME))
+    return opened(twin.NAME).backend()
 
 
 RUNS = {
@@ -59,23 +60,30 @@ RUNS = {
 
 
 @pytest.fixture(params=[name for name, (backend, _) in RUNS.items() if backend in INSTALLED])
-def stepping(request, opened):
-    """A backend, in each of the ways in which one takes a step."""
+def stepping(request):
+    """A backend's name and settings, in each of the ways in which one takes a step."""
     name, settings = RUNS[request.param]
     if settings.get("compiles") and not shutil.which("g++"):
         pytest.skip("no compiler")
-    return twin_of(name).clone(opened(name), **settings)
+    return name, settings
 
 
-def fill(backend, scale, seed, poison=None):
-    """Puts a random gradient in place of an accumulated one; returns it in float64."""
-    rng, twin = (
-        np.random.default_rng(seed),
-        twin_of("mlx" if "mlx" in str(type(backend)) else "cpu"),
-    )
-    twin.fill(backend, partial(rng.normal, 0, scale), poison)
-    gradient = backend.tensors("gradient")
-    return {name: value.astype(np.float64) for name, value in gradient.items()}
+def drawn(optimizer, scale, seed):
+    """A random gradient for all parameters, in float64."""
+    rng, shapes = np.random.default_rng(seed), optimizer.parameters.items()
+    made = {k: rng.normal(0, scale, tuple(value.shape)).astype(np.float32) for k, value in shapes}
+    return {name: value.astype(np.float64) for name, value in made.items()}
+
+
+def kept(twin, optimizer):
+    """Copies of all that an optimizer keeps."""
+    held = {"": optimizer.parameters, "first.": optimizer.first, "second.": optimizer.second}
+    found = {
+        f"{kind}{name}": value
+        for kind, arrays in held.items()
+        for name, value in twin.numbers(arrays).items()
+    }
+    return found | {"step": np.array(optimizer.step)}
 
 
 def assert_same(found, expected):
@@ -83,13 +91,16 @@ def assert_same(found, expected):
     assert all(np.array_equal(value, expected[name]) for name, value in found.items())
 
 
-def test_adamw_is_the_formula(stepping):
+def test_adamw_is_the_formula(opened, stepping):
     """Against numpy in float64.
 
     Kingma and Ba's bias-corrected moments, Loshchilov and Hutter's decoupled decay, and clipping by
     the global norm.
     """
-    student = stepping.tensors("student")
+    name, settings = stepping
+    twin = twin_of(name)
+    optimizer = twin.optimizer(opened(name), **settings)
+    student = twin.numbers(optimizer.parameters)
     theta = {name: value.astype(np.float64) for name, value in student.items()}
     first, second = ({name: np.zeros_like(value) for name, value in theta.items()} for _ in "12")
     near, far = {"betas": (0.9, 0.99), "epsilon": 1e-6}, {"betas": (0.8, 0.95), "epsilon": 1e-8}
@@ -101,7 +112,7 @@ def test_adamw_is_the_formula(stepping):
     ]
     for step, update in enumerate(updates, 1):
         before = {name: value.copy() for name, value in theta.items()}
-        gradient = fill(stepping, 0.01 * step, step)
+        gradient = drawn(optimizer, 0.01 * step, step)
         norm = norm_of(gradient)
         clip, (b1, b2) = update.gradient_clip, update.betas
         factor = 1.0 if clip is None else min(1.0, clip / norm)
@@ -113,37 +124,57 @@ def test_adamw_is_the_formula(stepping):
             root = np.sqrt(second[name] / (1 - b2**step))
             moved = first[name] / (1 - b1**step) / (root + update.epsilon)
             theta[name] -= update.learning_rate * moved
-        result = stepping.apply(update)
+        result = optimizer.apply(twin.arrays(gradient), update)
         assert result.taken
         assert result.gradient_norm == pytest.approx(norm, rel=1e-6)
         assert norm > 0.5
-        found = stepping.tensors("student")
+        found = twin.numbers(optimizer.parameters)
         # The change of each step, not the parameters: those would hide an error of a small step.
         changed = {name: found[name].astype(np.float64) - before[name] for name in theta}
         expected = {name: theta[name] - before[name] for name in theta}
         assert relative_error(changed, expected) < 2e-4
-        assert norm_of(stepping.tensors("gradient")) == 0
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_changes_nothing(backend, tmp_path, poison):
+def test_a_step_that_is_not_finite_changes_nothing(opened, twin, poison):
+    """Where one number of a gradient is not."""
     update = Update(1e-3, gradient_clip=1.0)
-    fill(backend, 0.1, 0)
-    backend.apply(update)
+    optimizer = twin.optimizer(opened(twin.NAME))
+    optimizer.apply(twin.arrays(drawn(optimizer, 0.1, 0)), update)
+    before = kept(twin, optimizer)
+    assert before["step"] == 1
+    gradient = drawn(optimizer, 0.1, 1)
+    next(value for name, value in gradient.items() if name.endswith(".norm.weight"))[0] = poison
+    result = optimizer.apply(twin.arrays(gradient), update)
+    assert not result.taken
+    assert not np.isfinite(result.gradient_norm)
+    assert_same(kept(twin, optimizer), before)
+    assert optimizer.apply(twin.arrays(drawn(optimizer, 0.1, 2)), update).taken
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_backend_takes_no_step_that_is_not_finite(case, backend, tmp_path, poison):
+    update = Update(1e-3, gradient_clip=1.0)
+    backend.accumulate(case.groups, OBJECTIVE)
+    assert backend.apply(update).taken
     before = state_of(backend, tmp_path)
     assert before["step"] == 1
-    fill(backend, 0.1, 1, poison)
+    first, *others = case.groups[2].weights
+    spoilt = replace(case.groups[2], weights=(poison * first, *others))
+    backend.accumulate([spoilt, case.groups[0]], OBJECTIVE)
     result = backend.apply(update)
     assert not result.taken
     assert not np.isfinite(result.gradient_norm)
     assert_same(state_of(backend, tmp_path), before)
     assert norm_of(backend.tensors("gradient")) == 0
-    fill(backend, 0.1, 2)
+    backend.accumulate(case.groups, OBJECTIVE)
     assert backend.apply(update).taken
 
 
-def test_the_teacher_is_the_closed_form_average(stepping):
+def test_the_teacher_is_the_closed_form_average(opened, stepping):
     """After k moves towards a student that stands still, (1 - rate)^k of the distance is left."""
+    name, settings = stepping
+    stepping = opened(name).backend(**settings)
     student, start = stepping.tensors("student"), stepping.tensors("teacher")
     for _ in range(5):
         stepping.move_teacher(0.05)
@@ -162,15 +193,18 @@ def test_small_steps_on_a_bfloat16_checkpoint_add_up(case, twin, tmp_path):
 
     Ten float32 steps move it by 2e-5, and the teacher after it.
     """
-    backend = twin.load(ModelOptions(half_precision(tmp_path / "half", case.folder), "bfloat16"))
-    start = backend.tensors("student")
+    folder = half_precision(tmp_path / "half", case.folder)
+    optimizer = twin.optimizer(twin.opened(ModelOptions(folder, "bfloat16")))
+    start = twin.numbers(optimizer.parameters)
+    teacher = twin.arrays(start)
     for _ in range(10):
-        twin.fill(backend, np.ones)
-        assert backend.apply(Update(2e-6)).taken
-        backend.move_teacher(0.5)
-    for name, value in backend.tensors("student").items():
+        ones = {name: np.ones_like(value) for name, value in start.items()}
+        assert optimizer.apply(twin.arrays(ones), Update(2e-6)).taken
+        twin.move(teacher, optimizer, 0.5)
+    moved = twin.numbers(teacher)
+    for name, value in twin.numbers(optimizer.parameters).items():
         np.testing.assert_allclose(start[name] - value, 2e-5, rtol=0.15)
-        assert np.abs(backend.tensors("teacher")[name] - start[name]).min() > 1e-5
+        assert np.abs(moved[name] - start[name]).min() > 1e-5
 
 
 def test_save_and_load_are_exact(case, twin, backend, tmp_path):
@@ -394,10 +428,11 @@ def test_two_processes_are_one(case, twin, tmp_path):
         for environment in twin.processes(tmp_path)
     ]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
-    alone = twin.load(ModelOptions(case.folder))
+    loaded = twin.opened(ModelOptions(case.folder))
+    alone = loaded.backend()
     start = alone.tensors("student")
     for part in (case.groups[:2], case.groups[2:]):
-        one = twin.clone(alone)
+        one = loaded.backend()
         one.accumulate(part, OBJECTIVE)
         assert norm_of(one.tensors("gradient")) > 0.1
     alone.accumulate(case.groups, OBJECTIVE)

@@ -118,14 +118,8 @@ class Measured:
     def accumulate(self, monkeypatch, checkpointed):
         """Above what is held: the second micro-batch, and the gradient of the first."""
         bound = 0 if checkpointed else 2**60
-        if self.name == "mlx":
-            model = self.backend._model
-            monkeypatch.setattr(self.backend, "_model", replace(model, device=replace(model.device, checkpoint_above=bound)))
-        else:
-            from tests.support.torch_cases import on_device
-
-            on_device(self.backend, checkpoint_above=bound)
-        self.backend._gradient = {}
+        self.backend = registry.load(self.name, replace(self.options, checkpoint_above=bound))
+        self.backend.move_teacher(0.5)
         # Whatever the first micro-batch was, its gradient is as large; so it is a short one.
         first = Group(self.short, self.short, self.group.completions[:1], self.group.weights[:1])
         self.backend.accumulate([first], Objective(top_k=100))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from opd.types import ModelOptions, Prompt
 from opd_mlx.backend import MlxBackend
 from opd_mlx.device import this_device
 from opd_mlx.model import Model
+from opd_mlx.optimizer import Optimizer, move_teacher
 from tests.support import cases
 from tests.support.cases import loss_of, relative_error
 
@@ -81,6 +82,9 @@ class Case(cases.Case):
     def backend(self, dtype: str = DTYPE, **options: bool) -> MlxBackend:
         return backend(self, dtype, **options)
 
+    def loaded(self, dtype: str = DTYPE) -> Loaded:
+        return loaded(self, dtype)
+
     def stock(self, policy: str = "student"):
         """The policy as mlx-vlm has it."""
         model = load_model(self.folder)
@@ -100,12 +104,47 @@ def load(options: ModelOptions, **settings: Any) -> MlxBackend:
     return opd_mlx.load(options, replace(this_device(), **settings))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model that was loaded once, of which tests take backends; each begins with `state`, or with
+    the trained parameters `student`. They share the modules, which keep nothing between calls."""
+
+    options: ModelOptions
+    model: Model
+    student: dict[str, mx.array]
+    state: Path | None = None
+
+    def on(self, **settings: Any) -> Model:
+        """The model on a device with other `settings`."""
+        model, device = self.model, replace(self.model.device, **settings)
+        layers = model.family.layers(model.module, model.config, device)
+        return replace(model, device=device, layers=layers)
+
+    def backend(self, model: Model | None = None, **settings: Any) -> MlxBackend:
+        """A backend of `model`, or of the model on a device with other `settings`."""
+        made = MlxBackend(self.options, model or self.on(**settings), dict(self.student))
+        if self.state:
+            made.load(self.state)
+        return made
+
+
+def opened(options: ModelOptions, state: Path | None = None, **settings: Any) -> Loaded:
+    """The model, with settings of its device record changed."""
+    model, student = opd_mlx.model.load_model(options, replace(this_device(), **settings))
+    return Loaded(options, model, student, state)
+
+
 def backend(case: cases.Case, dtype: str = DTYPE, **options: bool) -> MlxBackend:
     """The case's state; or its folder's model as it is, where there are options."""
-    loaded = load(ModelOptions(case.folder, dtype, **options))
+    made = load(ModelOptions(case.folder, dtype, **options))
     if not options:
-        loaded.load(case.state)
-    return loaded
+        made.load(case.state)
+    return made
+
+
+def loaded(case: cases.Case, dtype: str = DTYPE) -> Loaded:
+    """The case's state, loaded once."""
+    return opened(ModelOptions(case.folder, dtype), case.state)
 
 
 def logits_of(model: Any, prompt: Prompt, tokens: NDArray[Any]) -> NDArray[Any]:
@@ -206,55 +245,21 @@ def channels_second(value):
     return value.transpose(0, 4, 1, 2, 3) if value.ndim == 5 else value
 
 
-def gradients_of(backend: MlxBackend) -> dict[str, NDArray[Any]]:
-    """The accumulated gradient, by Hugging Face name."""
-    return backend.tensors("gradient")
+def optimizer(loaded: Loaded, **settings: Any) -> Optimizer:
+    """An optimizer of the model's parameters, apart from any backend."""
+    return Optimizer(dict(loaded.student), replace(loaded.model.device, **settings))
 
 
-def has_gradient(backend: MlxBackend) -> bool:
-    """Whether anything of a gradient is held."""
-    return bool(backend._gradient)
+def move(teacher: dict[str, mx.array], student: Optimizer, rate: float, **settings: Any) -> None:
+    """Moves `teacher`, by name, towards the optimizer's parameters."""
+    move_teacher(teacher, student.parameters, rate, replace(this_device(), **settings))
 
 
-def fill(
-    backend: MlxBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None
-) -> None:
-    """Puts `draw(shape)` in place of an accumulated gradient, and `poison` into one number."""
-    backend._gradient = {
-        name: mx.array(draw(parameter.shape).astype(np.float32))
-        for name, parameter in backend._student.items()
-    }
-    if poison is not None:
-        backend._gradient["language_model.model.norm.weight"][0] = poison
+def arrays(numbers: Mapping[str, NDArray[Any]]) -> dict[str, mx.array]:
+    """The backend's float32 arrays of `numbers`."""
+    return {name: mx.array(value.astype(np.float32)) for name, value in numbers.items()}
 
 
-def dtypes(backend: MlxBackend) -> set[str]:
-    """The precisions of gradient and trained parameters."""
-    held = [*backend._gradient.values(), *backend._student.values()]
-    return {str(value.dtype).removeprefix("mlx.core.") for value in held}
-
-
-def model_of(backend: MlxBackend) -> Model:
-    """The model that the backend computes with."""
-    return backend._model
-
-
-def parameters_of(backend: MlxBackend) -> dict[str, mx.array]:
-    """The student's trained parameters, by MLX's names."""
-    return backend._student
-
-
-def clone(backend: MlxBackend, **settings: Any) -> MlxBackend:
-    """A backend of the same state on a device with other `settings`, without loading it again.
-
-    They share the modules, which keep nothing between calls.
-    """
-    other = object.__new__(MlxBackend)
-    other.__dict__ = dict(backend.__dict__)
-    other._student, other._teacher = dict(backend._student), dict(backend._teacher)
-    other._gradient, model = {}, backend._model
-    device = replace(model.device, **settings)
-    layers = model.family.layers(model.module, model.config, device)
-    other._model = replace(model, device=device, layers=layers)
-    other._optimizer = opd_mlx.backend.Optimizer(other._student, device)
-    return other
+def numbers(arrays: Mapping[str, mx.array]) -> dict[str, NDArray[Any]]:
+    """Copies of the backend's arrays in numpy; they must be float32."""
+    return {name: np.array(value) for name, value in arrays.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import opd_torch
-from opd.types import ModelOptions, Policy, Prompt
+from opd.types import ModelOptions, Prompt
 from opd_torch.backend import TorchBackend
+from opd_torch.batch import DecodeStep
 from opd_torch.device import this_device
-from opd_torch.model.load import Model
+from opd_torch.model import Model, load_model
+from opd_torch.optimizer import Optimizer, move_teacher
 from tests.support import cases
 from tests.support.cases import loss_of, relative_error
 
@@ -67,6 +69,9 @@ class Case(cases.Case):
     def backend(self, dtype: str = DTYPE, **options: bool) -> TorchBackend:
         return backend(self, dtype, **options)
 
+    def loaded(self, dtype: str = DTYPE) -> Loaded:
+        return loaded(self, dtype)
+
     def stock(self, policy: str = "student") -> torch.nn.Module:
         """The policy as transformers has it, in float64."""
         model = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -83,15 +88,50 @@ make_case = partial(cases.make_case, Case, opd_torch.load_cpu)
 
 def load(options: ModelOptions, **settings: Any) -> TorchBackend:
     """The model on the CPU, with settings of its device record changed."""
-    return TorchBackend(options, replace(this_device("cpu", options.dtype), **settings))
+    return TorchBackend(options, opened(options, **settings).model)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that was loaded once, of which tests take backends; each begins with `state`, or with
+    the model's weights."""
+
+    options: ModelOptions
+    model: Model
+    state: Path | None = None
+
+    def on(self, **settings: Any) -> Model:
+        """The model with weights of its own, on a device with other `settings`."""
+        other = copy.deepcopy(self.model)
+        return replace(other, device=replace(other.device, **settings))
+
+    def backend(self, model: Model | None = None, **settings: Any) -> TorchBackend:
+        """A backend that trains `model`, or the model on a device with other `settings`."""
+        made = TorchBackend(self.options, model or self.on(**settings))
+        if self.state:
+            made.load(self.state)
+        return made
+
+
+def opened(
+    options: ModelOptions, state: Path | None = None, device: str = "cpu", **settings: Any
+) -> Loaded:
+    """The model on a device, with settings of the device's record changed."""
+    record = replace(this_device(device, options.dtype), **settings)
+    return Loaded(options, load_model(options, record), state)
 
 
 def backend(case: cases.Case, dtype: str = DTYPE, **options: bool) -> TorchBackend:
     """The case's state; or its folder's model as it is, where there are options."""
-    loaded = load(ModelOptions(case.folder, dtype, **options))
+    made = load(ModelOptions(case.folder, dtype, **options))
     if not options:
-        loaded.load(case.state)
-    return loaded
+        made.load(case.state)
+    return made
+
+
+def loaded(case: cases.Case, dtype: str = DTYPE) -> Loaded:
+    """The case's state, loaded once."""
+    return opened(ModelOptions(case.folder, dtype), case.state)
 
 
 @contextmanager
@@ -255,63 +295,57 @@ def plain_loss_and_gradients(case, groups, objective):
     return float(loss.detach()), gradients
 
 
-def gradients_of(backend: TorchBackend) -> dict[str, NDArray[Any]]:
-    """The accumulated gradient in the backend's own precision."""
-    return {name: value.numpy().copy() for name, value in backend._gradient.items()}
-
-
-def has_gradient(backend: TorchBackend) -> bool:
-    """Whether anything of a gradient is held."""
-    used = (parameter.grad is not None for parameter in backend._student.parameters.values())
-    return bool(backend._gradient) or any(used)
-
-
-def model_of(backend: TorchBackend, policy: Policy = "student") -> Model:
-    """The model of a policy."""
-    return backend._student if policy == "student" else backend._teacher
-
-
-def rows_of(backend: TorchBackend, backward: bool = False) -> list[int]:
-    """Fills up with the rows that the student's first layer sees, call by call.
+def rows_of(model: Model, backward: bool = False) -> list[int]:
+    """Fills up with the rows that the model's first layer sees, call by call.
 
     With `backward`, also with those of its backward, as negative numbers.
     """
     seen: list[int] = []
-    norm = model_of(backend).layers[0].module.input_layernorm
+    norm = model.layers[0].module.input_layernorm
     norm.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     if backward:
         norm.register_full_backward_hook(lambda _, __, outputs: seen.append(-len(outputs[0])))
     return seen
 
 
-def fill(
-    backend: TorchBackend, draw: Callable[..., NDArray[Any]], poison: float | None = None
-) -> None:
-    """Puts `draw(shape)` in place of an accumulated gradient, and `poison` into one number."""
-    backend._gradient = {
-        name: torch.from_numpy(draw(tuple(parameter.shape)).astype(np.float32))
-        for name, parameter in backend._student.parameters.items()
-    }
-    if poison is not None:
-        backend._gradient["model.language_model.norm.weight"][0] = poison
+class StepByStep:
+    """In place of a CUDA graph: the recorded step runs again, on the same memory."""
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+
+    def replay(self) -> None:
+        live, step = self.step.args
+        before = places(live.cache)
+        again = DecodeStep(step.number, step.count, step.exact, step.buffer)  # with its own masks
+        self.step.func(live, again)
+        assert places(live.cache) == before, "a graph would look where the memory no longer stands"
 
 
-def dtypes(backend: TorchBackend) -> set[str]:
-    """The precisions of gradient and trained parameters."""
-    held = [*backend._gradient.values(), *backend._student.parameters.values()]
-    return {str(value.dtype).removeprefix("torch.") for value in held}
+def places(caches: Iterable[Any]) -> list[int]:
+    """Where the memory of completions stands."""
+    return [
+        x.data_ptr()
+        for cache in caches
+        for x in (cache.state if hasattr(cache, "state") else (cache.keys, cache.values))
+    ]
 
 
-def on_device(backend: TorchBackend, **settings: Any) -> TorchBackend:
-    """The backend, with settings of its device record changed."""
-    for policy in ("_student", "_teacher"):
-        model = getattr(backend, policy)
-        setattr(backend, policy, replace(model, device=replace(model.device, **settings)))
-    return backend
+def optimizer(loaded: Loaded, **settings: Any) -> Optimizer:
+    """An optimizer of the model's parameters, apart from any backend."""
+    return Optimizer(loaded.on(**settings).parameters)
 
 
-def clone(backend: TorchBackend, **settings: Any) -> TorchBackend:
-    """A backend of the same state on a device with other `settings`, without loading it again."""
-    other = copy.deepcopy(backend)
-    other._gradient = {}
-    return on_device(other, **settings)
+def move(teacher: Mapping[str, torch.Tensor], student: Optimizer, rate: float) -> None:
+    """Moves `teacher`, by name, towards the optimizer's parameters."""
+    move_teacher(teacher, student.parameters, rate)
+
+
+def arrays(numbers: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    """The backend's float32 arrays of `numbers`."""
+    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in numbers.items()}
+
+
+def numbers(arrays: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
+    """Copies of the backend's arrays in numpy; they must be float32 or float64."""
+    return {name: value.detach().numpy().copy() for name, value in arrays.items()}

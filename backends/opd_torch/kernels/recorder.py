@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from opd_torch.device import RecordedStep, RecordStep
 from opd_torch.model.load import Model
 
 
@@ -26,26 +27,32 @@ class Recorder:
         # Without a family file caches grow. Kernels for quantised weights may do what cannot be
         # recorded.
         floating = all(parameter.is_floating_point() for parameter in model.module.parameters())
-        self.records = model.device.records_steps and model.family is not None and floating
+        record = model.device.record_step
+        self._record_step = record if model.family is not None and floating else None
         self._shape: Hashable = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: RecordedStep | None = None
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded."""
+        return self._record_step is not None
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
         """Runs `step`. Steps of equal `shape` must use the same tensors."""
-        if not self.records:
+        if self._record_step is None:
             step()
         elif shape != self._shape:
             self._shape, self._graph = shape, None
             step()
-        elif graph := self._graph or self._record(step):
+        elif graph := self._graph or self._recorded(step, self._record_step):
             graph.replay()
         else:
             step()
 
-    def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    def _recorded(self, step: Callable[[], None], record: RecordStep) -> RecordedStep | None:
         """Records `step` without running it; returns None if CUDA refuses."""
         try:
-            self._graph = None if self.refused else _recorded(step)
+            self._graph = None if self.refused else record(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -56,20 +63,3 @@ class Recorder:
                 reason,
             )
         return self._graph
-
-
-def _recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Records `step` as a graph without running it.
-
-    `torch.cuda.graph` would first return all cached memory to the device.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            step()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph

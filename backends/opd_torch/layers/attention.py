@@ -23,13 +23,10 @@ from opd_torch.kernels.rotary import normed_rotated
 from opd_torch.layers.layer import Angles, KeysValues, stack_prompts
 from opd_torch.layers.modules import DecoderLayer, Map
 
-FIRST_BUFFER = 64
-"""The tokens of a completion's first buffer; a full buffer is replaced by one of twice the size."""
 
-
-def buffer_length(count: int) -> int:
-    """The tokens of the buffer that holds a completion of `count` tokens."""
-    return int(FIRST_BUFFER << max(0, -(-count // FIRST_BUFFER) - 1).bit_length())
+def buffer_length(count: int, first: int) -> int:
+    """The tokens of the buffer that holds `count` tokens: `first`, doubled until it suffices."""
+    return int(first << max(0, -(-count // first) - 1).bit_length())
 
 
 class _KeyCache:
@@ -43,7 +40,7 @@ class _KeyCache:
         tokens.
         """
         if step.count > self.keys.shape[2]:
-            more = (0, 0, 0, buffer_length(step.count) - self.keys.shape[2])
+            more = (0, 0, 0, step.buffer - self.keys.shape[2])
             self.keys, self.values = pad(self.keys, more), pad(self.values, more)
         self.keys.index_copy_(2, step.number, key[:, :, None])
         self.values.index_copy_(2, step.number, value[:, :, None])

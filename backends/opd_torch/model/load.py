@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from opd.errors import ModelError, holds_nan, one_line
+from opd.errors import ModelError, holds_nan, nearest, one_line
 from opd.models import inert, names, peft_files, settings, weight_formats
 from opd.models.files import read_json, tensor_headers
 from opd.types import ModelOptions
@@ -28,7 +28,7 @@ from opd_torch.kernels.pointwise import replace_modules
 from opd_torch.layers.layer import Layer
 from opd_torch.model.adapters import add_adapters, linear_layers, merge
 from opd_torch.model.names import check_stored, head_name, hugging_face, trained_parameters
-from opd_torch.model.quantised import check_four_bits, four_bits
+from opd_torch.model.quantised import four_bits
 from opd_torch.vision import FeatureCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -81,16 +81,16 @@ class Model:
 
 
 def load_model(options: ModelOptions, device: Device) -> Model:
-    """Loads the model of a folder on `device`. Raises ModelError, RecipeError and BackendError.
+    """Loads the model of a folder on `device`. Raises ModelError and RecipeError.
 
     Trained parameters are float32. With adapters only the adapters are trained, and the frozen
     weights are in the compute dtype; otherwise all parameters are trained, those of the vision
     tower only with `tune_vision`.
     """
     path = Path(options.path)
+    if options.dtype not in DTYPES:
+        raise ModelError(f"unknown dtype '{options.dtype}'; {nearest(options.dtype, DTYPES)}")
     dtype, masters = DTYPES[options.dtype], master_dtype(options.dtype)
-    if options.four_bit:
-        check_four_bits(device.torch)
     stored = dtype if options.adapters else masters
     module, family = read_model(path, stored, device.torch if options.four_bit else None)
     vision = family.vision(module) if family else []

@@ -18,20 +18,19 @@ mx = pytest.importorskip("mlx.core")
 from mlx.utils import tree_flatten
 
 from opd.errors import OutOfMemory
+from opd.groups import drop_empty
 from opd.objective import Objective
 from opd.types import ModelOptions, Sampling
+from opd_mlx.batch import lay_out
 from opd_mlx.device import this_device
-from opd_mlx.footprint import free_bytes, recompute_share
+from opd_mlx.footprint import activation_bytes, free_bytes, recompute_share
 from opd_mlx.kernels import activations
 from tests.support.cases import watch
 from tests.support.mlx_cases import (
     MAC,
-    clone,
     load,
     loss_of,
     make_case,
-    model_of,
-    parameters_of,
     plain_loss_and_gradients,
     relative_error,
 )
@@ -48,7 +47,7 @@ def case(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(case):
-    return case.backend()
+    return case.loaded()
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +62,15 @@ def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypat
     for name in ("forward", "families.qwen3_vl"):
         seen = lambda recompute, *_, name=name: calls.append((name, bool(recompute)))
         watch(monkeypatch, f"opd_mlx.{name}.checkpoint_if", seen)
-    backend = clone(loaded, checkpoint_above=0)
-    if share < 1:
-        monkeypatch.setattr("opd_mlx.gradient.recompute_share", lambda *given: share)
+    used = drop_empty(case.groups)
+    completions = [[one.tokens for one in group.completions] for group in used]
+    batch = lay_out([group.student for group in used], completions)
+    wanted = activation_bytes(loaded.model, batch)
+    free = int((1 - share) * wanted)
+    share = 1 - free / wanted
+    backend = loaded.backend(checkpoint_above=0, free_bytes=free)
     backend.accumulate(case.groups, JSD)
-    times, config = Counter(calls), model_of(backend).config
+    times, config = Counter(calls), loaded.model.config
     layers = math.ceil(share * config["text_config"]["num_hidden_layers"])
     blocks = math.ceil(share * config["vision_config"]["depth"])
     # Of prompts and of completions; and images of each size.
@@ -77,21 +80,20 @@ def test_layers_computed_again_in_the_backward(case, loaded, expected, monkeypat
     assert relative_error(backend.tensors("gradient"), expected) < 1e-4
 
 
-def test_a_gpu_keeps_what_fits(loaded, monkeypatch):
+def test_a_gpu_keeps_what_fits(loaded):
     """Above the bound: all but the share whose activations fit; a CPU computes all layers again."""
-    student, active = parameters_of(loaded), 10**11
-    monkeypatch.setattr(mx, "get_active_memory", lambda: active)
+    student, gpu = loaded.student, {"free_bytes": None}
 
     def shares(free, **traits):
-        model = model_of(clone(loaded, memory=active + free * 3 // 2, **traits))
+        model = loaded.on(memory=mx.get_active_memory() + free * 3 // 2, **traits)
         return [
             recompute_share(model, wanted * 2**30, student, student) for wanted in (1, 2, 3, 6, 8)
         ]
 
     assert shares(6 * 2**30) == [0, 0, 1, 1, 1]
-    assert shares(6 * 2**30, gpu=True) == [0, 0, 0, 0, 0.25]
-    assert shares(-(2**30), gpu=True) == [0, 0, 1, 1, 1]
-    device = replace(this_device(), memory=10**12)
+    assert shares(6 * 2**30, **gpu) == [0, 0, 0, 0, 0.25]
+    assert shares(-(2**30), **gpu) == [0, 0, 1, 1, 1]
+    device = replace(this_device(), memory=mx.get_active_memory() + 9 * 10**11)
     trained = sum(value.nbytes for value in student.values())
     assert free_bytes(device, mx.float32, student, {}) == int(2 / 3 * (9 * 10**11 - trained))
     assert free_bytes(device, mx.float32, student, student) == 6 * 10**11
@@ -102,21 +104,21 @@ def test_a_gpu_keeps_what_fits(loaded, monkeypatch):
 
 
 def test_images_a_few_at_a_time(case, loaded, expected):
-    backend = clone(loaded, pixel_bytes=1)
+    backend = loaded.backend(pixel_bytes=1)
     backend.accumulate(case.groups, JSD)
     assert relative_error(backend.tensors("gradient"), expected) < 1e-4
 
 
 def test_what_a_gpu_runs(case, loaded, expected):
     """MLX's own attention where there is no gradient, and blocks of a GPU's sizes."""
-    backend = clone(loaded, **MAC)
+    backend = loaded.backend(**MAC)
     backend.accumulate(case.groups, JSD)
     assert relative_error(backend.tensors("gradient"), expected) < 1e-4
 
 
 def test_another_thread(case, loaded, expected):
     """MLX's streams belong to a thread: what one thread loaded must compute in another."""
-    backend = clone(loaded)
+    backend = loaded.backend()
     with ThreadPoolExecutor(1) as threads:
         threads.submit(backend.accumulate, case.groups, JSD).result()
     assert relative_error(backend.tensors("gradient"), expected) < 1e-4
@@ -140,7 +142,7 @@ def patches_of(prompts):
 
 def test_an_image_under_two_groups_is_computed_once(case, loaded, patches):
     prompts = [group.student for group in case.groups]
-    clone(loaded).sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
+    loaded.backend().sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
     assert sum(patches) == patches_of(prompts)
 
 
@@ -185,7 +187,7 @@ def test_decoding_stops_when_all_have_ended(case, loaded, monkeypatch):
     watch(monkeypatch, "opd_mlx.sampling.decode", lambda *_: steps.append(1))
     prompts = [group.student for group in case.groups[:2]]
     anything = Sampling(1.0, tuple(range(300)))
-    clone(loaded).sample(prompts, np.full((2, 2, 9), 0.5, np.float32), anything)
+    loaded.backend().sample(prompts, np.full((2, 2, 9), 0.5, np.float32), anything)
     assert len(steps) == 1
 
 
@@ -231,10 +233,10 @@ def test_frozen_vision_tower(case, patches, monkeypatch, room):
 
 def test_modules_keep_nothing_between_calls(case, loaded):
     """Neither traced arrays nor a cast copy of the model outlive a call."""
-    backend = clone(loaded)
+    backend = loaded.backend()
     backend.accumulate(case.groups, JSD)
-    left = tree_flatten(model_of(backend).module.parameters())
-    assert sum(value.size for _, value in left) == len(parameters_of(backend))
+    left = tree_flatten(loaded.model.module.parameters())
+    assert sum(value.size for _, value in left) == len(loaded.student)
 
 
 def test_other_errors_of_mlx_are_not_a_full_memory(case, loaded, monkeypatch):
@@ -243,5 +245,5 @@ def test_other_errors_of_mlx_are_not_a_full_memory(case, loaded, monkeypatch):
 
     watch(monkeypatch, "opd_mlx.gradient.divergence_head", wrong)
     with pytest.raises(RuntimeError, match="matmul") as caught:
-        clone(loaded).accumulate(case.groups, JSD)
+        loaded.backend().accumulate(case.groups, JSD)
     assert not isinstance(caught.value, OutOfMemory)

@@ -124,7 +124,7 @@ def test_a_whole_checkpoint_is_what_it_was_made_of(source, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_checkpoints(source, tmp_path, bits, monkeypatch):
+def test_quantised_checkpoints(source, tmp_path, bits):
     """As `opd export --quantize` writes them, which is mlx-vlm's own way: read, trained on, written
     back plain."""
     torch = pytest.importorskip("torch")
@@ -134,8 +134,7 @@ def test_quantised_checkpoints(source, tmp_path, bits, monkeypatch):
 
     folder = tmp_path / "packed"
     folder.mkdir()
-    monkeypatch.setattr(opd_mlx, "GROUP", 32)
-    opd_mlx.quantize(source, folder, bits)
+    opd_mlx.quantize(source, folder, bits, group=32)
     backend, text, groups = adapted(folder), groups_of(source, 0), groups_of(source, 2)
     plain = registry.load("mlx", ModelOptions(source))
     np.testing.assert_allclose(
@@ -160,7 +159,7 @@ def test_quantised_checkpoints(source, tmp_path, bits, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
-def test_what_transformers_writes_otherwise_is_quantised_too(family, tmp_path, monkeypatch):
+def test_what_transformers_writes_otherwise_is_quantised_too(family, tmp_path):
     """Sizes of the text below `text_config`, or beside it: mlx-vlm knows published files alone."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in (("hidden_size", 64), ("intermediate_size", 128)):
@@ -168,8 +167,7 @@ def test_what_transformers_writes_otherwise_is_quantised_too(family, tmp_path, m
         source = FAMILIES[family](tmp_path / "model")
     before = (source / "config.json").read_bytes()
     (tmp_path / "packed").mkdir()
-    monkeypatch.setattr(opd_mlx, "GROUP", 32)
-    opd_mlx.quantize(source, tmp_path / "packed", 8)
+    opd_mlx.quantize(source, tmp_path / "packed", 8, group=32)
     assert (source / "config.json").read_bytes() == before
     text = groups_of(source, 0)
     found = logprobs_of(adapted(tmp_path / "packed"), text, JSD)

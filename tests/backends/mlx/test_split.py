@@ -16,12 +16,12 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("torch")
 
 from opd.objective import Objective
-from opd.types import Completion, Group, Sampling
+from opd.types import Completion, Group, ModelOptions, Sampling
 from opd_mlx.kernels import backward, recorder
 from opd_mlx.layers.attention import buffer_length
 from tests.support import random_models
 from tests.support.cases import watch
-from tests.support.mlx_cases import MAC, clone, make_case, model_of, relative_error
+from tests.support.mlx_cases import MAC, make_case, opened, relative_error
 
 JSD = Objective(alpha=0.5, top_k=20)
 
@@ -33,7 +33,7 @@ def case(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     folder = random_models.FAMILIES[request.param](root / "model")
     found = make_case(root, random_models.raise_norms(folder))
-    found.kind, found.loaded = request.param, clone(found.backend(), **MAC)
+    found.kind, found.loaded = request.param, opened(ModelOptions(folder), found.state, **MAC)
     empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
     nothing = np.zeros(0, np.float32)
 
@@ -60,7 +60,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize("again", [False, True])
 def test_memory_is_that_of_one_part(wide, again):
     case, rng = wide
-    loaded, length = case.backend(), 96
+    loaded, length = case.loaded(), 96
 
     def peak(n: int, split: int) -> int:
         completions = tuple(
@@ -72,7 +72,7 @@ def test_memory_is_that_of_one_part(wide, again):
             for _ in range(n)
         )
         weights = tuple(np.full(length, 0.01, np.float32) for _ in range(n))
-        backend = clone(loaded, checkpoint_above=0 if again else 2**60)
+        backend = loaded.backend(checkpoint_above=0 if again else 2**60)
         gc.collect()  # else what an earlier test left is freed meanwhile, and the peak looks lower
         mx.clear_cache()
         before = mx.get_active_memory()
@@ -88,7 +88,7 @@ def test_memory_is_that_of_one_part(wide, again):
     assert one < 0.6 * four < 0.5 * whole
     # The teacher's hidden states, results and targets of more completions: a row and some numbers a
     # token.
-    hidden = model_of(loaded).config["text_config"]["hidden_size"]
+    hidden = loaded.model.config["text_config"]["hidden_size"]
     assert peak(64, 1) - one < 48 * length * (4 * hidden + 100)
 
 
@@ -110,7 +110,7 @@ def ending(case):
     never do."""
     prompts = [group.student for group in case.groups]
     uniforms = np.random.default_rng(3).random((4, 5, 40), dtype=np.float32)
-    free = clone(case.loaded).sample(prompts, uniforms, Sampling(3.0))
+    free = case.loaded.backend().sample(prompts, uniforms, Sampling(3.0))
     tokens = np.array([one.tokens for row in free for one in row])
 
     def stops(rest: int) -> tuple[int, ...]:
@@ -143,10 +143,10 @@ def longest(completions):
 def test_what_has_ended_leaves_the_batch(case, ending, monkeypatch):
     seen = []
     watch(monkeypatch, "opd_mlx.sampling.decode", lambda _, batch, *__: seen.append(batch.shape))
-    ours = clone(case.loaded).sample(*ending)
+    ours = case.loaded.backend().sample(*ending)
     shapes = list(seen)
     seen.clear()
-    same(case, ours, clone(case.loaded, compact_below=0.0).sample(*ending))
+    same(case, ours, case.loaded.backend(compact_below=0.0).sample(*ending))
     assert set(seen) == {(4, 5, 1)}
     assert len(seen) == len(shapes)
     lengths = np.array([[len(one) for one in row] for row in ours])
@@ -163,14 +163,14 @@ def test_what_has_ended_leaves_the_batch(case, ending, monkeypatch):
 def test_steps_launched_ahead(case, ending, monkeypatch, ahead):
     """Where the host looks at a token when others are already under way, rows that have ended run
     on, and nothing changes."""
-    whole = clone(case.loaded).sample(*ending)
+    whole = case.loaded.backend().sample(*ending)
     steps = []
     watch(monkeypatch, "opd_mlx.sampling.draw", lambda *_: steps.append(1))
-    same(case, clone(case.loaded, steps_ahead=ahead).sample(*ending), whole)
+    same(case, case.loaded.backend(steps_ahead=ahead).sample(*ending), whole)
     assert len(steps) == min(40, longest(whole) + ahead)
     steps.clear()
     everything = tuple(range(1000))
-    ended = clone(case.loaded, steps_ahead=ahead).sample(*ending[:2], Sampling(1.0, everything))
+    ended = case.loaded.backend(steps_ahead=ahead).sample(*ending[:2], Sampling(1.0, everything))
     assert {len(one) for row in ended for one in row} == {1}
     assert len(steps) == 1 + ahead
 
@@ -181,9 +181,9 @@ def test_what_a_gpu_compiles(case, ending, monkeypatch):
 
     A CPU would have kernels compiled for it, which one family shows.
     """
-    whole = clone(case.loaded).sample(*ending)
+    whole = case.loaded.backend().sample(*ending)
     # What ends leaves at another time one step ahead, where sums are of other lengths.
-    gpu = clone(case.loaded, steps_ahead=1, compiles=True, cache_tokens=4)
+    gpu = case.loaded.backend(steps_ahead=1, compiles=True, cache_tokens=4)
     built, shapes = [], []
     decoded = lambda _, batch, __, ___, step: built.append((batch.shape, step.count))
     watch(monkeypatch, "opd_mlx.sampling.decode", decoded)
@@ -237,10 +237,10 @@ def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
     """However they are cut, and with buffers of keys that grow, completions are the same."""
     calls = []
     watch(monkeypatch, "opd_mlx.sampling.prefill", lambda _, some: calls.append(some.shape))
-    whole = clone(case.loaded).sample(*ending)
+    whole = case.loaded.backend().sample(*ending)
     calls.clear()
     most = max(map(len, ending[0]))
-    few = clone(case.loaded, prefill_tokens=2 * most, cache_tokens=3)
+    few = case.loaded.backend(prefill_tokens=2 * most, cache_tokens=3)
     same(case, few.sample(*ending), whole)
     assert [count for count, _ in calls] == [2, 2]
     assert calls[0][1] != calls[1][1] or case.kind == "smolvlm"
@@ -249,7 +249,7 @@ def test_few_prompts_run_at_a_time(case, ending, monkeypatch):
 @pytest.mark.parametrize("change", ["nothing", "an empty group", "other order"])
 def test_a_small_rollouts_pass_serves_the_backward(case, ending, monkeypatch, change):
     """Once, for just its prompts in any order."""
-    backend, fresh = clone(case.loaded), clone(case.loaded)
+    backend, fresh = case.loaded.backend(), case.loaded.backend()
     groups = [case.groups[place] for place in (0, 2, 3)]
     prompts = [group.student for group in groups]
     prefill = backend.prefill(prompts)

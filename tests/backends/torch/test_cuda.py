@@ -16,12 +16,14 @@ if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU on this machine", allow_module_level=True)
 
 import opd_torch
+from opd.groups import drop_empty
 from opd.objective import Objective
 from opd.types import AdapterOptions, ModelOptions, Sampling, Update
-from opd_torch import gradient
-from opd_torch.kernels.recorder import Recorder
+from opd_torch.batch import lay_out
+from opd_torch.device import record_graph, this_device
+from opd_torch.footprint import activation_bytes
 from tests.support import random_models
-from tests.support.torch_cases import clone, loss_of, make_case, model_of, relative_error
+from tests.support.torch_cases import StepByStep, loss_of, make_case, opened, relative_error
 
 JSD = Objective(alpha=0.5, top_k=None)  # of a support, half precision may choose another
 
@@ -42,18 +44,18 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double(case):
-    return case.backend()
+    return case.loaded()
 
 
 @pytest.fixture
 def exact(double):
-    return clone(double)
+    return double.backend()
 
 
-def on_gpu(case, dtype="float32"):
-    backend = opd_torch.load_cuda(ModelOptions(case.folder, dtype))
-    backend.load(case.state)
-    return backend
+def on_gpu(case, dtype="float32", **settings):
+    options = ModelOptions(case.folder, dtype)
+    loaded = opened(options, case.state, device="cuda:0", **settings)
+    return loaded.backend(loaded.model)
 
 
 @pytest.mark.parametrize("split", [0, 1])
@@ -67,11 +69,18 @@ def test_value_and_gradient(case, exact, split):
 
 
 @pytest.mark.parametrize("again", [0.0, 0.5, 1.0])
-def test_half_precision(case, exact, again, monkeypatch):
+def test_half_precision(case, exact, again):
     """Whatever share of the layers is computed again."""
-    monkeypatch.setattr(gradient, "recompute_share", lambda model, wanted: again)
     wanted = loss_of(case.groups, exact.accumulate(case.groups, JSD))
-    backend = on_gpu(case, "bfloat16")
+    settings = {"checkpoint_above": 2**60}
+    if again:
+        options, used = ModelOptions(case.folder, "bfloat16"), drop_empty(case.groups)
+        completions = [[one.tokens for one in group.completions] for group in used]
+        prompts = [group.student for group in used]
+        batch = lay_out(prompts, completions, torch.device("cuda:0"))
+        held = activation_bytes(opened(options, device="cuda:0").model, batch)
+        settings = {"checkpoint_above": 0, "free_bytes": int((1 - again) * held)}
+    backend = on_gpu(case, "bfloat16", **settings)
     assert loss_of(case.groups, backend.accumulate(case.groups, JSD)) == pytest.approx(
         wanted, rel=0.02
     )
@@ -105,27 +114,19 @@ def test_samples(case, exact, temperature):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_samples_of_half_precision(case, adapters, monkeypatch):
+def test_samples_of_half_precision(case, adapters):
     """Recorded steps give what steps run one by one give, to the bit."""
     options = ModelOptions(
         case.folder, "bfloat16", adapters=AdapterOptions(rank=2, alpha=4.0) if adapters else None
     )
-    backend = opd_torch.load_cuda(options)
+    loaded = opened(options, device="cuda:0")
+    assert loaded.model.device.record_step is record_graph
     prompts, uniforms = (
         [group.student for group in case.groups[:4]],
         np.random.default_rng(5).random((4, 3, 90), dtype=np.float32),
     )
-    found = backend.sample(prompts, uniforms, Sampling(1.0))
-    replayed = []
-    real = Recorder.run
-    monkeypatch.setattr(
-        Recorder,
-        "run",
-        lambda self, shape, step: replayed.append(self._graph is not None) or step(),
-    )
-    wanted = backend.sample(prompts, uniforms, Sampling(1.0))
-    monkeypatch.setattr(Recorder, "run", real)
-    assert not any(replayed)
+    found = loaded.backend().sample(prompts, uniforms, Sampling(1.0))
+    wanted = loaded.backend(record_step=StepByStep).sample(prompts, uniforms, Sampling(1.0))
     for one, other in zip(chain(*found), chain(*wanted), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.logprobs, other.logprobs)
@@ -133,7 +134,8 @@ def test_samples_of_half_precision(case, adapters, monkeypatch):
 
 def test_a_step(case, exact, tmp_path):
     """And what is written of it; the CPU reads it."""
-    backends = [on_gpu(case), case.backend("float32")]
+    backends = [opd_torch.load_cuda(ModelOptions(case.folder)), case.backend("float32")]
+    backends[0].load(case.state)
     for backend in backends:
         backend.accumulate(case.groups, JSD)
         assert backend.apply(Update(1e-3)).taken
@@ -145,4 +147,5 @@ def test_a_step(case, exact, tmp_path):
     other.load(tmp_path)
     assert relative_error(one.tensors("teacher"), other.tensors("teacher")) == 0.0
     assert one.peak_memory > 0
-    assert model_of(one).device.check_every == 8
+    device = this_device("cuda:0")
+    assert (device.check_every, device.free_bytes) == (8, None)

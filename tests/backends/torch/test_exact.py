@@ -16,15 +16,14 @@ torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import ModelOptions, Sampling
+from opd_torch.model import copy_model
 from tests.support.cases import watch
 from tests.support.random_models import qwen3_vl
 from tests.support.torch_cases import (
-    clone,
-    gradients_of,
     load,
     loss_of,
     make_case,
-    model_of,
+    opened,
     plain_loss_and_gradients,
     relative_error,
 )
@@ -40,7 +39,7 @@ def case(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double(case):
-    return case.backend()
+    return case.loaded()
 
 
 @pytest.fixture
@@ -52,12 +51,11 @@ def seen(monkeypatch):
     return shapes
 
 
-def test_a_long_completion_outgrows_the_buffers(case, double, monkeypatch):
+def test_a_long_completion_outgrows_the_buffers(case, double):
     prompts = [case.groups[1].student]
     uniforms = np.random.default_rng(3).random((1, 2, 12), dtype=np.float32)
-    wide = clone(double).sample(prompts, uniforms, Sampling(1.0))
-    monkeypatch.setattr("opd_torch.layers.attention.FIRST_BUFFER", 3)
-    narrow = clone(double).sample(prompts, uniforms, Sampling(1.0))
+    wide = double.backend().sample(prompts, uniforms, Sampling(1.0))
+    narrow = double.backend(cache_tokens=3).sample(prompts, uniforms, Sampling(1.0))
     for one, other in zip(wide[0], narrow[0], strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.logprobs, other.logprobs)
@@ -67,7 +65,7 @@ def test_an_image_is_seen_once_in_a_call(case, double, seen):
     """Prompts of equal key share their features; images of one size run together."""
     prompts = [group.student for group in case.groups]
     assert prompts[0].key == prompts[4].key
-    clone(double).sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
+    double.backend().sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
     # Of SIZES, without the last: 64 x 64 in patches of 8 four times, and three others.
     assert sorted(seen) == [(1, 36), (1, 60), (1, 96), (4, 64)]
 
@@ -94,13 +92,13 @@ def test_frozen_vision_tower(case, tmp_path, seen):
     found = loss_of(case.groups, backend.accumulate(case.groups, JSD))
     assert found == pytest.approx(loss, rel=1e-6)
     wanted = {name: value for name, value in gradients.items() if ".visual." not in name}
-    assert relative_error(gradients_of(backend), wanted) < 1e-6
+    assert relative_error(backend.tensors("gradient"), wanted) < 1e-6
     images = lambda: sum(count for count, _ in seen)
     assert images() == 7
     backend.accumulate(case.groups[2:4], JSD)
     backend.accumulate([case.groups[index] for index in (4, 1, 0)], JSD)
     double = {name: 2 * value for name, value in wanted.items()}
-    assert relative_error(gradients_of(backend), double) < 1e-6
+    assert relative_error(backend.tensors("gradient"), double) < 1e-6
     prompts = [group.student for group in case.groups]
     backend.sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
     assert images() == 7
@@ -113,7 +111,7 @@ def test_frozen_vision_tower(case, tmp_path, seen):
 
 
 def test_the_policies_share_a_frozen_tower(case):
-    backend = case.backend(tune_vision=False)
+    student = opened(ModelOptions(case.folder, tune_vision=False)).model
     tower = lambda model: model.module.model.visual.parameters()
-    pairs = zip(tower(model_of(backend)), tower(model_of(backend, "teacher")), strict=True)
+    pairs = zip(tower(student), tower(copy_model(student)), strict=True)
     assert all(one is other for one, other in pairs)

@@ -6,7 +6,9 @@ The numbers that both backends owe stand in tests/backends/test_families.py.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import ceil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,18 +21,16 @@ import opd_torch
 from opd.objective import Objective
 from opd.types import ModelOptions
 from opd_torch import footprint, vision
+from opd_torch.batch import lay_out
+from opd_torch.device import this_device
 from opd_torch.layers import gated_delta
 from tests.support import random_models
 from tests.support.cases import watch
 from tests.support.torch_cases import (
-    clone,
     delta_rule_in_float64,
-    gradients_of,
-    load,
     loss_of,
     make_case,
-    model_of,
-    on_device,
+    opened,
     plain_delta_rule,
     plain_loss_and_gradients,
     relative_error,
@@ -48,15 +48,15 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double(case):
-    return case.backend()
+    return case.loaded()
 
 
 @pytest.fixture(scope="module")
 def expected(case, double):
     """The gradient as test_families.py holds it to stock transformers."""
-    backend = clone(double)
+    backend = double.backend()
     backend.accumulate(case.groups, JSD)
-    return gradients_of(backend)
+    return backend.tensors("gradient")
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
@@ -65,61 +65,67 @@ def test_layers_computed_again_in_the_backward(case, double, expected, monkeypat
     names = []
     named = lambda function, *_, **__: names.append(getattr(function, "__name__", "block"))
     watch(monkeypatch, "opd_torch.layers.layer.checkpoint", named)
-    if share < 1:
-        monkeypatch.setattr("opd_torch.gradient.recompute_share", lambda model, wanted: share)
-    backend = clone(double, checkpoint_above=0)
+    used = [group for group in case.groups if group.tokens]
+    completions = [[one.tokens for one in group.completions] for group in used]
+    batch = lay_out([group.student for group in used], completions, torch.device("cpu"))
+    wanted = footprint.activation_bytes(double.model, batch)
+    free = int((1 - share) * wanted)
+    share = 1 - free / wanted
+    backend = double.backend(checkpoint_above=0, free_bytes=free)
     backend.accumulate(case.groups, JSD)
-    config = model_of(double).module.config
+    config = double.model.module.config
     text, tower = config.text_config, config.vision_config
     layers, blocks = text.num_hidden_layers, getattr(tower, "depth", 0) or tower.num_hidden_layers
     language = ceil(share * layers)
     assert names.count("prefix") == names.count("completion") == language
     images = len(names) - 2 * language
     assert images % ceil(share * blocks) == 0 < images
-    assert relative_error(gradients_of(backend), expected) < 1e-6
+    assert relative_error(backend.tensors("gradient"), expected) < 1e-6
 
 
-def test_a_gpu_keeps_what_fits(tmp_path, monkeypatch):
+def test_a_gpu_keeps_what_fits(tmp_path):
     """Above the bound: all but the share that fits; a CPU recomputes all layers."""
-    backend = load(ModelOptions(random_models.qwen3_vl(tmp_path)))
+    loaded = opened(ModelOptions(random_models.qwen3_vl(tmp_path)))
 
-    def shares(*wanted):
-        model = model_of(backend)
+    def shares(*wanted, **settings):
+        model = loaded.on(**settings)
         return [footprint.recompute_share(model, size * 2**30) for size in wanted]
 
-    monkeypatch.setattr(footprint, "free_bytes", lambda model: 6 * 2**30)
     assert shares(1, 2, 3) == [0, 0, 1]
-    on_device(backend, torch=torch.device("cuda"))
-    assert shares(2, 6, 8) == [0, 0, 0.25]
-    monkeypatch.setattr(footprint, "free_bytes", lambda model: -1)
-    assert shares(8) == [1]
+    assert shares(2, 6, 8, free_bytes=6 * 2**30) == [0, 0, 0.25]
+    assert shares(8, free_bytes=-1) == [1]
 
 
-def test_images_stay_on_a_gpu(case, double, expected, monkeypatch):
-    """Between the passes of a step, in a store whose oldest entries go first; what is computed of
-    them is the same."""
-    known, uploads = {}, []
-    monkeypatch.setattr(vision, "_uploaded", known)
-    real = vision._on_device
-    monkeypatch.setattr(
-        vision,
-        "_on_device",
-        lambda prompt, images, device: real(
-            prompt, lambda one: uploads.append(1) or images(one), device
-        ),
-    )
-    backend = clone(double, uploaded_bytes=2**29)
-    backend.accumulate(case.groups, JSD)
-    assert relative_error(gradients_of(backend), expected) < 1e-6
-    keys = {
-        prompt.key
-        for group in case.groups
-        if group.tokens
-        for prompt in (group.student, group.teacher)
-    }
-    assert len(uploads) == len(known) == len(keys)
-    clone(double, uploaded_bytes=1).accumulate(case.groups[:1], JSD)
-    assert list(known) == [(case.groups[0].student.key, torch.device("cpu"))]
+def test_images_stay_on_a_gpu(case, double, expected):
+    """Between the passes of a step; what is computed of them is the same."""
+    backend = double.backend(uploaded_bytes=2**29)
+    for _ in range(2):
+        backend.accumulate(case.groups, JSD)
+    twice = {name: 2 * value for name, value in expected.items()}
+    assert relative_error(backend.tensors("gradient"), twice) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("room", "uploads"),
+    [(300, "ABC"), (200, "ABCB"), (100, "ABACABA"), (1, "ABACABA")],
+)
+def test_the_oldest_images_leave_a_gpu_first(room, uploads):
+    """Images of 100 bytes each are asked for one by one, A as often as the others together."""
+    device = replace(this_device("cpu"), uploaded_bytes=room)
+    uploaded, prompts = [], {}
+    for key in "ABC":
+        visual = SimpleNamespace(index=np.arange(1))
+        prompts[key] = SimpleNamespace(key=f"{room} {uploads} {key}", visual=visual)
+
+    def images(prompt):
+        uploaded.append(prompt.key[-1])
+        return [((1, 1), np.full(25, ord(prompt.key[-1]), np.float32))]
+
+    for key in "ABACABA":
+        tower = lambda stacked, size: [stacked[:, None]]
+        (found,) = vision.visual_features([prompts[key]], images, tower, device)
+        np.testing.assert_array_equal(found, np.full((1, 25), ord(key)))
+    assert "".join(uploaded) == uploads
 
 
 def test_smolvlm2(tmp_path):
@@ -129,11 +135,12 @@ def test_smolvlm2(tmp_path):
     config = json.loads((case.folder / "config.json").read_text())
     config["vision_config"]["model_type"] = "smolvlm_vision"
     (case.folder / "config.json").write_text(json.dumps(config | {"model_type": "smolvlm"}))
-    backend, groups = case.backend(), case.groups[:2]
-    assert type(model_of(backend).module).__name__ == "SmolVLMForConditionalGeneration"
+    loaded, groups = case.loaded(), case.groups[:2]
+    backend = loaded.backend()
+    assert type(loaded.model.module).__name__ == "SmolVLMForConditionalGeneration"
     loss, gradients = plain_loss_and_gradients(case, groups, JSD)
     assert loss_of(groups, backend.accumulate(groups, JSD)) == pytest.approx(loss, rel=1e-6)
-    assert relative_error(gradients_of(backend), gradients) < 1e-6
+    assert relative_error(backend.tensors("gradient"), gradients) < 1e-6
 
 
 def test_delta_net_as_it_stands(tmp_path):
@@ -144,7 +151,7 @@ def test_delta_net_as_it_stands(tmp_path):
     assert loss_of(case.groups[:2], backend.accumulate(case.groups[:2], JSD)) == pytest.approx(
         loss, rel=1e-5
     )
-    assert relative_error(gradients_of(backend), gradients) < 1e-4
+    assert relative_error(backend.tensors("gradient"), gradients) < 1e-4
 
 
 def test_heads_that_are_left_out_are_kept(tmp_path):

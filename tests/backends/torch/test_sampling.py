@@ -14,17 +14,13 @@ torch = pytest.importorskip("torch")
 
 from opd.objective import Objective
 from opd.types import Group, Sampling
-from opd_torch import sampling as module
 from opd_torch.kernels import recorder
 from opd_torch.kernels.rotary import rotary_factors, rotate, rotated_heads
-from opd_torch.layers import attention
 from opd_torch.ragged import Ragged
 from tests.support import random_models
 from tests.support.torch_cases import (
-    clone,
-    gradients_of,
+    StepByStep,
     make_case,
-    on_device,
     relative_error,
     rows_of,
 )
@@ -42,7 +38,7 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double(case):
-    return case.backend()
+    return case.loaded()
 
 
 def prompts_of(case):
@@ -63,12 +59,12 @@ def test_completions_that_have_ended_leave_the_batch(case, double):
         prompts_of(case),
         np.random.default_rng(5).random((4, 3, 14), dtype=np.float32),
     )
-    free = clone(double).sample(prompts, uniforms, Sampling(1.0))
+    free = double.backend().sample(prompts, uniforms, Sampling(1.0))
     early = {int(one.tokens[2 + 3 * (number % 2)]) for number, one in enumerate(chain(*free))}
     stop = tuple(early - {int(token) for token in free[1][0].tokens})  # that one runs to its end
-    whole = clone(double, compact_below=0.0).sample(prompts, uniforms, Sampling(1.0, stop))
-    backend = clone(double)
-    seen = rows_of(backend)
+    whole = double.backend(compact_below=0.0).sample(prompts, uniforms, Sampling(1.0, stop))
+    model = double.on()
+    backend, seen = double.backend(model), rows_of(model)
     same(backend.sample(prompts, uniforms, Sampling(1.0, stop)), whole)
     lengths = np.array([[len(completion) for completion in row] for row in whole])
     expected, held = [], (4, 3)
@@ -88,58 +84,38 @@ def test_questions_are_rare_on_a_gpu(case, double):
         prompts_of(case),
         np.random.default_rng(6).random((4, 2, 9), dtype=np.float32),
     )
-    stop = (int(clone(double).sample(prompts, uniforms, Sampling(1.0))[1][0].tokens[3]),)
-    whole = clone(double).sample(prompts, uniforms, Sampling(1.0, stop))
-    same(clone(double, check_every=4).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
+    stop = (int(double.backend().sample(prompts, uniforms, Sampling(1.0))[1][0].tokens[3]),)
+    whole = double.backend().sample(prompts, uniforms, Sampling(1.0, stop))
+    same(double.backend(check_every=4).sample(prompts, uniforms, Sampling(1.0, stop)), whole)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_recorded_steps(case, double, monkeypatch, multiple):
+def test_recorded_steps(case, double, multiple):
     """As a GPU runs them: every step of one shape is the step that was recorded, reads whole
     buffers, and masks what stands behind its row; prompts may be padded. Rows leave, and buffers
     double."""
-    ran, shapes = [], []
+    shapes = []
 
-    class Recorder:
-        records = True
-
-        def __init__(self, model):
-            self.step = None
-
-        def run(self, shape, step):
-            if not shapes or shape != shapes[-1] or self.step is None:
-                shapes.append(shape)
-                self.step = None if not ran or shape != ran[-1] else step
-            ran.append(shape)
-            step = self.step or step
-            step.args[1]._masks.clear()  # their kernels are recorded too
-            step()
+    def record(step):
+        shapes.append((len(step.args[0].rows), step.args[1].count))
+        return StepByStep(step)
 
     prompts, uniforms = (
         prompts_of(case),
         np.random.default_rng(8).random((4, 3, 14), dtype=np.float32),
     )
-    free = clone(double).sample(prompts, uniforms, Sampling(0.9))
+    free = double.backend().sample(prompts, uniforms, Sampling(0.9))
     stop = tuple(
         {int(one.tokens[4]) for one in chain(*free)} - {int(token) for token in free[2][1].tokens}
     )
-    whole = clone(double).sample(prompts, uniforms, Sampling(0.9, stop))
-    places, decode = {}, module.decode
-
-    def watched_decode(*arguments):
-        found, caches = decode(*arguments), arguments[3]
-        held = [
-            x.data_ptr()
-            for cache in caches
-            for x in (cache.state if hasattr(cache, "state") else (cache.keys, cache.values))
-        ]
-        places.setdefault(shapes[-1], set()).add(tuple(held))
-        return found
-
-    monkeypatch.setattr(module, "decode", watched_decode)
-    monkeypatch.setattr(module, "Recorder", Recorder)
-    monkeypatch.setattr(attention, "FIRST_BUFFER", 4)
-    backend = clone(double, check_every=3, recorded_rows=1, prompt_multiple=multiple)
+    whole = double.backend().sample(prompts, uniforms, Sampling(0.9, stop))
+    backend = double.backend(
+        check_every=3,
+        record_step=record,
+        recorded_rows=1,
+        cache_tokens=4,
+        prompt_multiple=multiple,
+    )
     same(
         backend.sample(prompts, uniforms, Sampling(0.9, stop)),
         whole,
@@ -147,9 +123,6 @@ def test_recorded_steps(case, double, monkeypatch, multiple):
     )
     assert {count for _, count in shapes} == {4, 8, 16}
     assert len({rows for rows, _ in shapes}) > 1
-    assert {len(found) for found in places.values()} == {1}, (
-        "a recorded step would look where the memory of completions no longer stands"
-    )
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -168,13 +141,12 @@ def test_recorder(monkeypatch, caplog, refused):
             raise RuntimeError("operation not permitted\nwhen a stream is captured")
         return Graph(step)
 
-    monkeypatch.setattr(recorder, "_recorded", record)
     monkeypatch.setattr(recorder.Recorder, "refused", False)
 
-    def model(records=True, family="any", dtype=torch.float32):
+    def model(record=record, family="any", dtype=torch.float32):
         module = SimpleNamespace(parameters=lambda: [torch.zeros(1, dtype=dtype)])
         return SimpleNamespace(
-            device=SimpleNamespace(records_steps=records), family=family, module=module
+            device=SimpleNamespace(record_step=record), family=family, module=module
         )
 
     its = recorder.Recorder(model())
@@ -189,7 +161,7 @@ def test_recorder(monkeypatch, caplog, refused):
     else:
         assert (ran, len(recorded)) == (["a", "again", "again", "b", "again"], 2)
     assert its.records
-    assert not recorder.Recorder(model(records=False)).records
+    assert not recorder.Recorder(model(record=None)).records
     assert not recorder.Recorder(model(family=None)).records
     assert not recorder.Recorder(model(dtype=torch.uint8)).records
 
@@ -199,10 +171,10 @@ def test_prompts_run_in_parts(case, double):
         prompts_of(case),
         np.random.default_rng(7).random((4, 2, 6), dtype=np.float32),
     )
-    whole = clone(double).sample(prompts, uniforms, Sampling(1.0))
+    whole = double.backend().sample(prompts, uniforms, Sampling(1.0))
     lengths = [len(prompt) for prompt in prompts]
-    backend = clone(double, prefill_tokens=lengths[0] + lengths[1])
-    seen = rows_of(backend)
+    model = double.on(prefill_tokens=lengths[0] + lengths[1])
+    backend, seen = double.backend(model), rows_of(model)
     same(backend.sample(prompts, uniforms, Sampling(1.0)), whole)
     parts, room = [], 0
     for length in lengths:
@@ -219,15 +191,15 @@ def test_short_prompts_do_not_run_padded_to_long_ones(case, double):
     long, middle, short = (case.encoder.encode([], "digit " * count) for count in (60, 40, 1))
     assert 2 * len(short) < len(long) <= 2 * len(middle) < 2 * len(long)
     prompts, uniforms = [long, long, middle, short, short], np.zeros((5, 1, 4), np.float32)
-    backend = clone(double)
-    seen = rows_of(backend)
+    model = double.on()
+    backend, seen = double.backend(model), rows_of(model)
     found = backend.sample(prompts, uniforms, Sampling(0.0))
     assert seen[:2] == [2 * (len(long) - 1) + len(middle) - 1, 2 * (len(short) - 1)]
     for prompt, its in zip(prompts, found, strict=True):
         # The norms of Qwen3.5 are float32 in a float64 model too, and round otherwise where rows
         # stand in another layout.
         same(
-            clone(double).sample([prompt], uniforms[:1], Sampling(0.0)),
+            double.backend().sample([prompt], uniforms[:1], Sampling(0.0)),
             [its],
             most=1e-5 if case.kind == "qwen3_5" else 1e-6,
         )
@@ -258,20 +230,21 @@ def rolled_out(backend, case):
 @pytest.mark.parametrize("change", ["order", "empty", "bound"])
 def test_a_rollouts_pass_over_prompts_serves_the_gradient(case, double, change):
     """Once, in any order, and where it is small: else prompts run again."""
-    backend, other = clone(double), clone(double)
-    if change == "bound":
-        on_device(backend, checkpoint_above=0)
+    model, other = double.on(checkpoint_above=0 if change == "bound" else 2**60), double.backend()
+    backend = double.backend(model)
     prefill, groups = rolled_out(backend, case)
     assert (prefill is None) == (change == "bound")
     if change == "empty":
         groups[0] = dataclasses.replace(groups[0], completions=(), weights=())
-    on_device(backend, checkpoint_above=2**60)
-    seen = rows_of(backend)
+    if change == "bound":
+        model = double.on(checkpoint_above=2**60)
+        backend = double.backend(model)
+    seen = rows_of(model)
     backend.accumulate(groups, JSD, 0, prefill)
     prompts = sum(len(group.student) - 1 for group in groups if group.tokens)
     assert seen.count(prompts) == (0 if change == "order" else 1)
     other.accumulate(groups, JSD)
-    assert relative_error(gradients_of(backend), gradients_of(other)) < 1e-6
+    assert relative_error(backend.tensors("gradient"), other.tensors("gradient")) < 1e-6
     seen.clear()
     backend.accumulate(groups, JSD)
     assert seen.count(prompts) == 1

@@ -20,12 +20,14 @@ JSD = Objective(alpha=0.5, top_k=20)
 def test_a_prompt_runs_once(family, tmp_path):
     """Forward and backward, whatever the split."""
     case = make_case(tmp_path, random_models.FAMILIES[family](tmp_path / "model"))
-    backend = case.backend()
-    rows = rows_of(backend, backward=True)
+    loaded = case.loaded()
+    backend, rows = loaded.backend(loaded.model), rows_of(loaded.model, backward=True)
     groups = case.groups[2:3]
     backend.accumulate(groups, JSD, 1)
     prompt = len(groups[0].student) - 1
     assert rows == [prompt, 4, -4, 6, -6, -prompt]
+    # Gradients are in the backend's sums, not twice.
+    assert all(one.grad is None for one in loaded.model.parameters.values())
 
 
 SIZES = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp": 512}
