@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opd.data import formats
 from opd.types import Box, Example
+from opd.views import view
 from tests.support import plugins
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -105,12 +107,23 @@ def coloured(count: int = 12) -> list[Example]:
 def installed(tmp_path_factory, monkeypatch):
     """Installs functions as backends, as other people's are: `--backend NAME` calls them."""
 
-    def install(*backends):
+    def install(**backends):
         folder = tmp_path_factory.mktemp("site")
-        plugins.install(folder, *backends)
+        plugins.install(folder, **backends)
         monkeypatch.syspath_prepend(folder)
 
     return install
+
+
+@pytest.fixture
+def registers():
+    """Views and formats that a test registers are forgotten after it."""
+    tables = view.REGISTERED, formats.REGISTERED
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
 
 
 @pytest.fixture

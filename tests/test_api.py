@@ -36,9 +36,8 @@ def train(**options):
     return opd.train("tiny", backend="cpu", **{**sections, **options})
 
 
-def test_the_page_runs(folder, capsys, monkeypatch):
+def test_the_page_runs(folder, capsys, registers):
     """As it stands, but with smaller steps."""
-    monkeypatch.setattr("opd.views.view.REGISTERED", {})
     names = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         small = block.replace('run={"steps": 5', f'rollout={SMALL}, run={{"steps": 5')

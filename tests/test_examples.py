@@ -23,10 +23,13 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
+@pytest.fixture(autouse=True)
+def forgotten(registers):
+    """What a script registers is forgotten after the test."""
+
+
 def said(name, capsys, monkeypatch, *arguments):
-    """What a script prints; what it registers is forgotten after the test."""
-    monkeypatch.setattr("opd.views.view.REGISTERED", {})
-    monkeypatch.setattr("opd.data.formats.REGISTERED", {})
+    """What a script prints."""
     monkeypatch.setattr("sys.argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     return capsys.readouterr().out

@@ -98,17 +98,16 @@ class OwnOrder(ToyBackend):
                 replace(group, student=prompt)
                 for group, prompt in zip(groups, prefill.prompts, strict=True)
             ]
-            prefill.take([group.student for group in groups], self._weights)
+            prefill.release()
             return super().accumulate(wrong, objective, split)
         return super().accumulate(groups, objective, split, prefill)
 
 
 class KeepsOldWeights(ToyBackend):
-    def apply(self, update):
-        weights = self._weights
-        result = super().apply(update)
-        self._weights = weights
-        return result
+    """Takes a prefill of any weights."""
+
+    def sample(self, prompts, uniforms, sampling, policy="student", prefill=None):
+        return super().sample(prompts, uniforms, sampling, policy)
 
 
 class Unclipped(ToyBackend):

@@ -176,10 +176,9 @@ def breaking_mlx(options):
 
 def test_a_run_that_breaks(backend_name, tmp_path, installed):
     """Exit code 1 and one line; there is no model."""
-    backend = {"cpu": breaking_cpu, "mlx": breaking_mlx}[backend_name]
-    installed(backend)
+    installed(breaking={"cpu": breaking_cpu, "mlx": breaking_mlx}[backend_name])
     arguments = [
-        *f"train tiny --backend {backend.__name__} --steps 3 --out".split(),
+        *"train tiny --backend breaking --steps 3 --out".split(),
         str(tmp_path / "run"),
         "--json",
         *FEW,

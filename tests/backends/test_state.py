@@ -28,6 +28,7 @@ from tests.support.cases import (
     state_of,
     stored,
 )
+from tests.support.disk import no_file_above
 from tests.support.random_models import qwen3_vl
 
 OBJECTIVE = Objective(top_k=20)
@@ -233,18 +234,10 @@ def test_a_file_that_cannot_be_written(backend, tmp_path):
         backend.save(tmp_path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
 def test_a_full_disk_is_an_error_of_the_disk(backend, tmp_path):
-    """safetensors has an error of its own for it; here a file may not grow."""
-    import resource
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"student\.safetensors"):
-            backend.save(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    """safetensors has an error of its own for it."""
+    with no_file_above(4096), pytest.raises(OSError, match=r"student\.safetensors"):
+        backend.save(tmp_path)
 
 
 def test_a_state_folder_that_does_not_fit(backend, tmp_path):
@@ -395,6 +388,7 @@ STEP = Update(1.0, epsilon=1.0, gradient_clip=0.1)
 
 PROCESS = """
 import pickle, sys
+from pathlib import Path
 import numpy as np
 from opd import registry
 from opd.objective import Objective
@@ -408,6 +402,10 @@ mine = (groups[:2], groups[2:])[backend.rank]
 backend.accumulate(mine, Objective(top_k=20))
 result = backend.apply(STEP)
 total = backend.total(np.array([1.0, len(mine)]))
+written = Path(out, f"written-{backend.rank}")
+(written / "state").mkdir(parents=True)
+backend.save(written / "state")
+backend.export(written / "model", "model")
 file = f"{out}/{backend.rank}.npz"
 np.savez(file, norm=result.gradient_norm, total=total, **backend.tensors("student"))
 """
@@ -415,7 +413,8 @@ np.savez(file, norm=result.gradient_norm, total=total, **backend.tensors("studen
 
 @pytest.mark.slow
 def test_two_processes_are_one(case, twin, tmp_path):
-    """Each takes some of the groups; norm, step and sums are those of one process with all."""
+    """Each takes some of the groups; norm, step and sums are those of one process with all. The
+    first writes what all hold."""
     (tmp_path / "groups").write_bytes(pickle.dumps(case.groups))
     root = Path(__file__).parents[2]
     paths = ":".join(str(root / part) for part in (".", "backends"))
@@ -428,6 +427,11 @@ def test_two_processes_are_one(case, twin, tmp_path):
         for environment in twin.processes(tmp_path)
     ]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
+    files = [
+        {file.parent.name for file in (tmp_path / f"written-{rank}").rglob("*") if file.is_file()}
+        for rank in range(2)
+    ]
+    assert files == [{"state", "model"}, set()]
     loaded = twin.opened(ModelOptions(case.folder))
     alone = loaded.backend()
     start = alone.tensors("student")

@@ -3,21 +3,20 @@ do, exit 2, nothing written."""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from opd import registry
 from opd.tiny import MODEL
 from opd_cli import main
+from tests.support import recorder
+from tests.support.disk import no_file_above
 
 GOOD = {
     "image": "street.png",
@@ -166,10 +165,11 @@ def refused(here, *arguments):
         (["train", "--resume", "old", "--seed", "5"], "--resume goes on with the run's own recipe"),
     ],
 )
-def test_arguments(here, arguments, message, monkeypatch):
+def test_arguments(here, arguments, message):
     if "cuda" in arguments:
         torch = pytest.importorskip("torch")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        if torch.cuda.is_available():
+            pytest.skip("torch sees a GPU")
     assert message in refused(here, *arguments)
 
 
@@ -334,8 +334,19 @@ def test_exports(here, runs, arguments, message):
     assert message in refused(here, "export", *arguments)
 
 
-def test_quantising_needs_mlx(here, runs, monkeypatch):
-    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+@pytest.fixture
+def without(monkeypatch):
+    """Packages are as if they were not installed."""
+
+    def remove(*packages):
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+
+    return remove
+
+
+def test_quantising_needs_mlx(here, runs, without):
+    without("mlx")
     said = refused(here, "export", "done", "--out", "out", "--quantize", 4)
     assert (
         said
@@ -347,37 +358,27 @@ def test_quantising_needs_mlx(here, runs, monkeypatch):
     ("name", "package", "extra"),
     [("mlx", "mlx", "mlx"), ("cpu", "torch", "cuda"), ("cuda", "torch", "cuda")],
 )
-def test_a_backend_that_is_not_installed_names_its_extra(here, monkeypatch, name, package, extra):
-    monkeypatch.setattr(
-        registry, "find_spec", lambda wanted: None if wanted == package else util.find_spec(wanted)
-    )
+def test_a_backend_that_is_not_installed_names_its_extra(here, without, name, package, extra):
+    without(package)
     assert refused(here, "train", "--backend", name).endswith(
         f"backend '{name}' needs {package}, which is not installed: pip install"
         f' "vision-opd[{extra}]"'
     )
 
 
-def test_no_backend_at_all(here, monkeypatch):
-    monkeypatch.setattr(registry, "find_spec", lambda wanted: None)
+def test_no_backend_at_all(here, without):
+    without("mlx", "torch")
     assert 'no backend is installed: pip install "vision-opd[mlx]"' in refused(here, "train")
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_full_disk_leaves_nothing_behind(here, monkeypatch, force):
-    written = Path.write_text
-
-    def full(path, *arguments, **options):
-        if path.name.startswith("config.toml"):
-            written(path, "half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return written(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "write_text", full)
+def test_a_full_disk_leaves_nothing_behind(here, installed, force):
+    installed(recorder=recorder.load)
     out = ["old", "--force"] if force else ["new/run"]
-    said = refused(here, "train", "--backend", "cpu", "--set", "measure.count=0", "--out", *out)
+    with no_file_above(100):
+        said = refused(here, "train", "--backend", "recorder", "--out", *out)
     assert (
-        f"run folder '{out[0]}' cannot be written: No space left on device; name another with --out"
-        in said
+        f"run folder '{out[0]}' cannot be written: File too large; name another with --out" in said
     )
     assert sorted(path.name for path in here.iterdir() if path.is_dir()) == ["full", "old"]
 
@@ -387,17 +388,27 @@ def test_an_unwritable_folder(here, monkeypatch):
     assert "run folder 'runs/tiny' cannot be written" in refused(here, "train")
 
 
-def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(here, monkeypatch):
+class Filling(recorder.Recorder):
+    """From step 3 on, nothing more can be added to the metrics of run/."""
+
+    def apply(self, update):
+        if sum(call.name == "apply" for call in self.calls) == 2:
+            Path("run/metrics.jsonl").unlink()
+            Path("run/metrics.jsonl").symlink_to("/dev/full")
+        return super().apply(update)
+
+
+def filling(options):
+    return Filling(options, recorder.letters)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(here, installed):
     """Not the person's mistake: exit 1, still one line, and everything up to the last checkpoint is
     there."""
-    from opd.run.folder import RunFolder
-
-    append = RunFolder.append
-    monkeypatch.setattr(
-        RunFolder, "append", lambda folder, name, row: fill_up(append, folder, name, row)
-    )
+    installed(filling=filling)
     options = (
-        "--backend cpu --steps 5 --out run"
+        "--backend filling --steps 5 --out run"
         " --set measure.count=0 --set rollout.prompts=2 --set run.checkpoint_every=1"
     ).split()
     result = CliRunner().invoke(main, ["train", *options])
@@ -407,15 +418,6 @@ def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(here, monkeypa
         " before stays"
     )
     assert (here / "run/checkpoints/step-000002/state.json").is_file()
-
-
-def fill_up(append, folder, name, row):
-    from opd.run.files import guarded
-
-    if row["step"] == 3:
-        with guarded(folder.path / name):
-            raise OSError(errno.ENOSPC, "No space left on device")
-    append(folder, name, row)
 
 
 def test_no_traceback_reaches_a_terminal(here):

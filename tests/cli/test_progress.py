@@ -290,7 +290,7 @@ def test_a_run_under_nohup_goes_on():
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_any_command(monkeypatch, installed, name, code):
-    installed(plugins.interrupted)
+    installed(interrupted=plugins.interrupted)
     monkeypatch.setenv("SIGNAL", name)
     result = CliRunner().invoke(main, ["gap", "--backend", "interrupted"])
     assert (result.exit_code, result.stdout) == (code, "")

@@ -72,16 +72,14 @@ def test_pip_installs_what_the_package_offers():
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """The model that README names, as if it had been downloaded: a random one of its kind."""
-    from huggingface_hub import constants
-
+    from tests.support import fake_hub
     from tests.support.random_models import qwen3_vl
 
     repository = tmp_path / "cache/models--Qwen--Qwen3-VL-2B-Instruct"
     qwen3_vl(repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(COMMIT)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    fake_hub.use(monkeypatch, tmp_path / "cache")
 
 
 def shortened(command):

@@ -332,7 +332,7 @@ def test_libraries_say_one_line_each(capsys):
 
 
 def test_a_fault_of_opd_keeps_its_traceback_and_asks_for_a_report(installed):
-    installed(plugins.faulty)
+    installed(faulty=plugins.faulty)
     result = CliRunner().invoke(main, ["gap", "--backend", "faulty"])
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
@@ -345,7 +345,7 @@ def test_a_fault_of_opd_keeps_its_traceback_and_asks_for_a_report(installed):
 
 
 def test_little_memory_is_one_line(installed):
-    installed(plugins.full)
+    installed(full=plugins.full)
     result = CliRunner().invoke(main, ["gap", "--backend", "full"])
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].startswith("opd: not enough memory")

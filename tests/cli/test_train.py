@@ -18,6 +18,7 @@ from PIL import Image
 from opd.data.choices import with_choices
 from opd.tiny import Scenes
 from opd_cli import main
+from tests.support import recorder
 
 FAST = (
     "--set measure.count=4 --set rollout.prompts=2 --set rollout.completions=2 "
@@ -363,7 +364,7 @@ def test_backends_are_checked_against_committed_numbers(backend_name):
     assert "did you mean 'mlx'?" in opd("backends", "mlxx", code=2).stderr
 
 
-def test_the_preset_follows_the_model(tmp_path, monkeypatch):
+def test_the_preset_follows_the_model(tmp_path, monkeypatch, installed):
     """`tiny` for the embedded model and whatever was made of it; any other model takes `lora`."""
     from opd.models.choice import is_tiny
     from opd.tiny import MODEL
@@ -400,10 +401,13 @@ def test_the_preset_follows_the_model(tmp_path, monkeypatch):
             "preset"
             not in opd(command, "tiny", "--model", random, "--backend", "cpu", "--count", 1).stderr
         )
-    monkeypatch.setattr(
-        "opd.run.session.start",
-        lambda recipe, *rest: pytest.fail(f"{recipe.model.tune} {recipe.optimizer.learning_rate}"),
-    )
-    for arguments in (["--model", random], ["--set", f"model.path={random}"]):
-        with pytest.raises(pytest.fail.Exception, match="lora 5e-05"):
-            CliRunner().invoke(main, ["train", *map(str, arguments)], catch_exceptions=False)
+    installed(recorder=recorder.load)
+    given = ["--data", "tiny", "--backend", "recorder", "--steps", 1, "--set", "measure.count=0"]
+    for out, arguments in {
+        "a": ["--model", random],
+        "b": ["--set", f"model.path={random}"],
+    }.items():
+        opd("train", *arguments, *given, "--out", out)
+        written = tomllib.loads((tmp_path / out / "config.toml").read_text())
+        assert written["model"]["tune"] == "lora"
+        assert written["optimizer"]["learning_rate"] == 5e-5

@@ -41,9 +41,8 @@ class Csv:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, registers):
     """Two pictures and a table of four rows, two of which are faulty."""
-    monkeypatch.setattr("opd.data.formats.REGISTERED", {})
     for name in "ab":
         Image.linear_gradient("L").resize((200, 100)).convert("RGB").save(tmp_path / f"{name}.png")
     table = "path,question,left,top,right,bottom\n"

@@ -83,11 +83,12 @@ def test_a_step_without_a_usable_prompt_ends_the_run_with_the_cause(tmp_path, op
     assert not one.folder.checkpoints()
 
 
-def test_of_large_data_a_sample_is_named_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "SAMPLE", 5)
-    one = trainer(tmp_path / "run", "data.max_prompt_tokens=1", "rollout.prompts=1")
+def test_of_large_data_a_sample_is_named_as_one(tmp_path):
+    examples = coloured(preflight.SAMPLE + 1)
+    sets = ["data.max_prompt_tokens=1", "rollout.prompts=1"]
+    one = trainer(tmp_path / "run", *sets, examples=examples)
     assert (
-        "step 1: no prompt of the step can be used, and none of 5 rows spread over the data ("
+        "step 1: no prompt of the step can be used, and none of 64 rows spread over the data ("
         in ended(tmp_path / "run", one)
     )
 

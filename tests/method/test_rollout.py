@@ -198,7 +198,7 @@ def test_a_prefill_that_does_not_serve_is_released_before_anything_runs(change):
     )
     assert set(backend.shared) <= {None}
     with pytest.raises(ValueError, match="taken or released"):
-        prefill.read(prefill.prompts, backend._weights)
+        backend.sample(prefill.prompts, np.zeros((3, 1, 1)), Sampling(), prefill=prefill)
 
 
 def test_a_process_that_runs_its_prompts_together_joins_the_calls_of_one_that_does_not():

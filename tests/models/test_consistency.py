@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from opd.errors import DataError, ModelError
 from opd.models import consistency
@@ -307,7 +307,7 @@ def test_a_padding_token_beyond_the_embedding_is_allowed_until_a_question_has_it
         encoder.encode([], "What is <|pad|>?")
 
 
-def test_a_processor_that_fails_at_a_row_loses_the_row_alone(model, monkeypatch):
+def test_a_processor_that_fails_at_a_row_loses_the_row_alone(model):
     encoder = open_encoder(model)
     kinds = {
         ZeroDivisionError: DataError,
@@ -316,12 +316,11 @@ def test_a_processor_that_fails_at_a_row_loses_the_row_alone(model, monkeypatch)
         KeyboardInterrupt: KeyboardInterrupt,
     }
     for kind, raised in kinds.items():
-        error = kind("x\ny")
-        monkeypatch.setattr(
-            type(encoder._family), "lay_out", lambda *_, error=error: (_ for _ in ()).throw(error)
-        )
+        image = Mock(size=(37, 41), width=37, height=41)
+        image.resize.side_effect = kind("x\ny")
         with pytest.raises(raised) as caught:
-            encoder.encode([Image.new("RGB", (32, 32))], "What?")
+            encoder.encode([image], "What?")
+        image.resize.assert_called_once()
         assert raised is not DataError or "\n" not in str(caught.value)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from opd.models import hub
 from opd.models.choice import ModelChoice
 from opd.tiny import MODEL
 from opd_cli import main
+from tests.support import fake_hub
 from tests.support.fake_hub import COMMIT, serve
 
 SMALL = {
@@ -30,32 +32,15 @@ SMALL = {
 @pytest.fixture
 def online(tmp_path, monkeypatch):
     """Lets huggingface_hub speak to an endpoint, with a cache of its own; returns how."""
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session
 
-    def to(endpoint):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        close_session()  # keeps offline mode, and connections to servers that are gone
-
-    yield to
+    yield partial(fake_hub.use, monkeypatch, tmp_path / "cache")
     close_session()
 
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    def on():
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-
-    return on
+    return partial(fake_hub.use, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture

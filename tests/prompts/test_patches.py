@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from opd.prompts import families
-from opd.prompts.families import qwen_vl
 from tests.support.random_models import SOURCE
 
 SIZES = [
@@ -20,25 +21,38 @@ SIZES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return AutoImageProcessor.from_pretrained(SOURCE, backend="pil", local_files_only=True)
+def processor_of(**settings):
+    return AutoImageProcessor.from_pretrained(
+        SOURCE, backend="pil", local_files_only=True, **settings
+    )
+
+
+def silent(processor):
+    """The same processor, which must not be called."""
+
+    def call(*_, **__):
+        raise AssertionError("the processor runs itself")
+
+    kind = type(processor)
+    made = copy.copy(processor)
+    made.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return made
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("bounds", [(None, None), (4096, 20000)])
 @pytest.mark.parametrize("mean", [[0.5, 0.5, 0.5], [0.48145466, 0.4578275, 0.40821073]])
-def test_patches_are_the_processors(processor, sizes, bounds, mean, monkeypatch):
+def test_patches_are_the_processors(sizes, bounds, mean):
+    """And are cut without it."""
     rng = np.random.default_rng(0)
     images = [
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for width, height in sizes
     ]
-    monkeypatch.setattr(processor, "image_mean", mean)
+    processor = processor_of(image_mean=mean)
     family = families.family("qwen3_vl")
     options = family.sizes(processor, *bounds)
-    assert qwen_vl._is_plain(processor)
-    ours, layouts = family.lay_out(processor, images, options, {})
+    ours, layouts = family.lay_out(silent(processor), images, options, {})
     theirs = processor(images=images, return_tensors="np", **options)
     for name in ("pixel_values", "image_grid_thw"):
         np.testing.assert_array_equal(ours[name], theirs[name])
@@ -47,13 +61,15 @@ def test_patches_are_the_processors(processor, sizes, bounds, mean, monkeypatch)
     ]
 
 
-def test_a_processor_with_other_steps_runs_itself(processor, monkeypatch):
+def test_a_processor_with_other_steps_runs_itself():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    monkeypatch.setattr(processor, "do_normalize", False)
+    processor = processor_of(do_normalize=False)
     family = families.family("qwen3_vl")
     options = family.sizes(processor, None, None)
     ours, _ = family.lay_out(processor, [image], options, {})
     assert ours["pixel_values"].min() >= 0
+    with pytest.raises(AssertionError, match="runs itself"):
+        family.lay_out(silent(processor), [image], options, {})
     np.testing.assert_array_equal(
         ours["pixel_values"],
         processor(images=[image], return_tensors="np", **options)["pixel_values"],

@@ -8,25 +8,25 @@ import pytest
 
 from opd.errors import RunError
 from opd.run.files import read_json, replace_folder, write_json, write_text
+from tests.support.disk import no_file_above
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_replaced_or_stays(tmp_path, monkeypatch):
+def test_a_file_is_replaced_or_stays(tmp_path):
     path = tmp_path / "state.json"
     write_json(path, {"step": 1, "loss": float("nan")})
     assert read_json(path) == {"step": 1, "loss": None}
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_text(path, "half")
+    with no_file_above(4), pytest.raises(OSError, match="File too large"):
+        write_text(path, "half of it")
     assert json.loads(path.read_text())["step"] == 1
-    assert names(tmp_path) == ["state.json"]
+    (tmp_path / "other/file").mkdir(parents=True)  # no file can take its place
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "other", "text")
+    assert names(tmp_path) == ["other", "state.json"]
 
 
 def test_a_folder_is_replaced_or_stays(tmp_path):

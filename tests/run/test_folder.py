@@ -5,13 +5,10 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from opd import registry
 from opd.errors import FolderError, RunError, Stopped
 from opd.progress import Quiet
 from opd.run.folder import RunFolder
 from opd.testing.toy import Together
-from opd.tiny import MODEL
-from opd.types import ModelOptions
 from opd_cli import main
 from tests.run.test_loop import trainer as toy_trainer
 
@@ -156,20 +153,6 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
         for line in stopped.values()
     )
     assert len(stopped) == 2
-
-
-@pytest.mark.parametrize("verb", ["save", "export"])
-def test_a_backend_writes_what_all_processes_hold_on_the_first_alone(
-    backend_name, tmp_path, monkeypatch, verb
-):
-    backend = registry.load(backend_name, ModelOptions(MODEL))
-    monkeypatch.setattr(type(backend), "rank", 1)
-    rest = ("model",) if verb == "export" else ()
-    getattr(backend, verb)(tmp_path, *rest)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(type(backend), "rank", 0)
-    getattr(backend, verb)(tmp_path, *rest)
-    assert list(tmp_path.iterdir())
 
 
 def test_a_half_written_line_is_passed_over(tmp_path):

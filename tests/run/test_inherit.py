@@ -275,11 +275,11 @@ def test_a_run_on_data_of_ones_own_does_not_go_on_with_scenes(tmp_path):
     assert resolved(tmp_path / "scenes", training=True).recipe.data.path == "tiny"
 
 
-def test_a_misspelt_model_is_told_before_any_picture_is_read(here, monkeypatch):
-    monkeypatch.setattr(
-        "opd.run.session.open_data", lambda *rest, **more: pytest.fail("data are read")
-    )
-    data = ["--data", here / "pairs.jsonl"]
+def test_a_misspelt_model_is_told_before_any_picture_is_read(here):
+    """Of data that cannot be read nothing is said."""
+    Path("pairs.jsonl").write_text("{")
+    data = ["--data", "pairs.jsonl"]
+    assert "pairs.jsonl:1: not JSON" in refused(Path(), "train", "--model", here / "base", *data)
     assert "no such folder" in refused(Path(), "train", "--model", "nowhere", *data)
     shutil.copytree(here / "base", "broken")
     Path("broken/tokenizer.json").unlink()

@@ -467,7 +467,8 @@ class Small(ToyBackend):
         try:
             self.check_budget(len(groups) * (longest + members * tokens), self.limits[1])
         except OutOfMemory:
-            self.gradient = self._zeros()  # with what earlier calls added, as the protocol says
+            # with what earlier calls added, as the protocol says
+            self.gradient = {name: np.zeros_like(value) for name, value in self.student.items()}
             raise
         return super().accumulate(groups, objective, split, prefill)
 

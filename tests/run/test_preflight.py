@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from opd.data import spread
 from opd.errors import DataError
 from opd.progress import Quiet
 from opd.prompts.encoder import PromptEncoder
@@ -193,39 +194,39 @@ def test_the_teachers_sizes_are_known_without_pixels(options, bound):
         ]
 
 
-def test_large_data_are_sampled(monkeypatch):
+def test_large_data_are_sampled():
     """Evenly spread, as a plan reads them too."""
-    monkeypatch.setattr(preflight, "SAMPLE", 10)
     examples = [
         replace(one, question="w" * (1 + 20 * (index % 2)))
-        for index, one in enumerate(coloured(12) * 5)
+        for index, one in enumerate(coloured(12) * 32)
     ]
     recipe = recipes.load("tiny", ["data.max_prompt_tokens=10"])
     examples[::6] = [replace(one, question="short") for one in examples[::6]]
     examples[6] = replace(examples[6], question="w" * 30)
     found = preflight.inspect_rows(recipe, ToyEncoder(), examples)
     assert found.lines() == [
-        "1 of 10 rows (10.0%), of 60 in all, is above data.max_prompt_tokens = 10 (median 31); "
+        "1 of 64 rows (1.6%), of 384 in all, is above data.max_prompt_tokens = 10 (median 31); "
         "set data.max_prompt_tokens=31, or shorten the questions"
     ]
 
 
 @pytest.mark.parametrize("usable", [0, 1])
-def test_all_rows_are_looked_at_where_none_of_the_sample_can_be_used(monkeypatch, usable):
-    monkeypatch.setattr(preflight, "SAMPLE", 5)
-    examples = [replace(one, question="w" * 30) for one in coloured(12)]
+def test_all_rows_are_looked_at_where_none_of_the_sample_can_be_used(usable):
+    examples = [replace(one, question="w" * 30) for one in coloured(12) * 11]
     if usable:
-        examples[6] = replace(examples[6], question="w")
+        sample = spread(range(len(examples)), preflight.SAMPLE)
+        others = [place for place in range(len(examples)) if place not in sample]
+        examples[others[3]] = replace(examples[others[3]], question="w")
     recipe, notes, progress = recipes.load("tiny", ["data.max_prompt_tokens=10"]), [], Quiet()
     progress.note = notes.append
     if usable:
         preflight.check(recipe, ToyEncoder(), examples, progress)
         assert notes[0].startswith(
-            "8 of 9 rows (88.9%), of 12 in all, are above data.max_prompt_tokens = 10"
+            "67 of 68 rows (98.5%), of 132 in all, are above data.max_prompt_tokens = 10"
         )
     else:
         with pytest.raises(
-            DataError, match=r"^12 of 12 rows are above data.max_prompt_tokens = 10 \(median 31\)"
+            DataError, match=r"^132 of 132 rows are above data.max_prompt_tokens = 10 \(median 31\)"
         ):
             preflight.check(recipe, ToyEncoder(), examples, progress)
 

@@ -4,6 +4,7 @@ it was meant to."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -327,17 +328,19 @@ def test_every_checkpoint_can_be_exported(tmp_path, monkeypatch):
     )
 
 
-def test_a_large_file_is_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprints, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(fingerprints, "HEAD_BYTES", 100)
-    file = tmp_path / "large"
-    file.write_bytes(bytes(100_000))
-    seen = {fingerprints.of_file(file)}
-    for place in (0, 50_000, 99_999):
-        content = bytearray(100_000)
-        content[place] = 1
-        file.write_bytes(content)
+def test_a_large_file_is_read_in_parts(tmp_path):
+    """Head, end and blocks between them; a file without content takes no room on the disk."""
+    file, size = tmp_path / "large", fingerprints.WHOLE_BYTES + 100_000
+    last = size - fingerprints.BLOCK_BYTES
+    middle = 1000 * last // (fingerprints.BLOCKS - 1)  # where one of the blocks begins
+    seen = set()
+    for place in (None, 0, fingerprints.HEAD_BYTES - 1, middle, size - 1):
+        with file.open("wb") as written:
+            written.truncate(size)
+            if place is not None:
+                written.seek(place)
+                written.write(b"1")
         seen.add(fingerprints.of_file(file))
-    file.write_bytes(bytes(100_001))
+    os.truncate(file, size + 1)
     seen.add(fingerprints.of_file(file))
-    assert len(seen) == 5
+    assert len(seen) == 6

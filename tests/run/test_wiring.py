@@ -34,7 +34,7 @@ from opd.run.recipe import Recipe
 from opd.tiny import MODEL
 from opd.types import MAX_IMAGE_PIXELS, AdapterOptions, Completion, Sampling, Update
 from opd_cli import main
-from tests.support import recorder
+from tests.support import plugins, recorder
 
 KEYS = {
     f"{section}.{key}": value
@@ -236,7 +236,7 @@ class Maker:
 @pytest.fixture(scope="module")
 def opd(tmp_path_factory):
     root = tmp_path_factory.mktemp("wiring")
-    recorder.install(root / "site")
+    plugins.install(root / "site", recorder=recorder.load)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root / "site"))
         maker = Maker(root)

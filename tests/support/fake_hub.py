@@ -13,6 +13,20 @@ from pathlib import Path
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def use(monkeypatch, cache: Path, endpoint: str = "") -> None:
+    """Gives huggingface_hub, which has read its environment, another cache, and an endpoint; it is
+    offline without one."""
+    from huggingface_hub import close_session, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not endpoint)
+    if endpoint:
+        files = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    close_session()  # keeps the offline mode, and connections to servers that are gone
+
+
 @contextmanager
 def serve(repositories: dict[str, Path], gated: tuple[str, ...] = (), broken: tuple[str, ...] = ()):
     """The endpoint's address and the list of files that were downloaded; revisions are `main`, `v1`

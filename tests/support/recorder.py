@@ -147,17 +147,6 @@ def writing(write):
     WRITE.pop()
 
 
-def install(folder):
-    """Writes an installed distribution with the entry point into `folder`, which is then put on
-    sys.path."""
-    info = folder / f"{NAME}-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(
-        f"[opd.backends]\n{NAME} = tests.support.recorder:load\n"
-    )
-
-
 def _statistics(completion):
     ones = np.ones(len(completion), np.float32)
     student = completion.logprobs

@@ -4,6 +4,7 @@ marker."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -171,16 +172,15 @@ def test_one_crop_an_image_and_given_images_keep_the_markers() -> None:
 def test_no_crop_is_enlarged_above_what_the_processor_keeps(random_model: Path) -> None:
     from opd.prompts.encoder import PromptEncoder
 
-    encoder = PromptEncoder(random_model, max_pixels=32 * 32 * 4, teacher_max_pixels=32 * 32 * 16)
+    seen = []
+
+    class Seeing(PromptEncoder):
+        def encode(self, images: Any, *rest: Any) -> Any:
+            seen.extend(image.size for image in images)
+            return super().encode(images, *rest)
+
+    encoder = Seeing(random_model, max_pixels=32 * 32 * 4, teacher_max_pixels=32 * 32 * 16)
     assert (encoder.max_pixels("student"), encoder.max_pixels("teacher")) == (4096, 16384)
     one = Example("a", (Image.new("RGB", (400, 400)),), "?", (Box(0, 0, 60, 60),))
-    seen = []
-    encoder._family = type("Spy", (), {"__getattr__": lambda self, name: getattr(family, name)})()
-    family = PromptEncoder(random_model)._family
-    encode = encoder.encode
-    encoder.encode = lambda images, *rest: (
-        seen.extend(image.size for image in images),
-        encode(images, *rest),
-    )[1]  # type: ignore
     encode_teacher(encoder, one, ViewOptions(margin=0, enlarge=16))
     assert seen == [(128, 128)]

@@ -32,9 +32,7 @@ class Halves(View):
 
 
 @pytest.fixture
-def own(monkeypatch):
-    """What is registered is forgotten after the test."""
-    monkeypatch.setattr("opd.views.view.REGISTERED", {})
+def own(registers):
     register("halves", Halves())
 
 

@@ -6,18 +6,19 @@ import json
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from opd import registry
 from opd.measure.gap import greedy_answers
 from opd.progress import Quiet
-from opd.prompts.encoder import PromptEncoder
+from opd.prompts.families.qwen_vl import QwenVL
 from opd.run.folder import RunFolder
 from opd.testing.toy import ToyBackend, ToyEncoder
-from opd.tiny import MODEL
 from opd.types import Box
 from opd.views import usable
 from opd.views.usable import Skipped, Unusable
@@ -51,8 +52,14 @@ FAULTS = {
 }
 
 
+def vanishing(options):
+    """A backend with which an image goes away once the rows are read."""
+    Path("vanished.png").unlink(missing_ok=True)
+    return registry.load("cpu", options)
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, installed):
     """A folder of three good rows and a faulty one of each kind; the last one's image goes away
     once the rows are read."""
     monkeypatch.chdir(tmp_path)
@@ -63,18 +70,12 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in (*[GOOD] * 3, *FAULTS.values()))
     )
-    encode = usable.encode
-
-    def vanishing(*given):
-        (tmp_path / "vanished.png").unlink(missing_ok=True)
-        return encode(*given)
-
-    for module in ("opd.views.usable", "opd.measure.gap"):
-        monkeypatch.setattr(f"{module}.encode", vanishing)
+    installed(vanishing=vanishing)
 
     def opd(*arguments):
         tiles.save("vanished.png")
-        arguments = [*arguments, "--model", "tiny", "--backend", "cpu", "--data", "rows.jsonl"]
+        given = "--model tiny --backend vanishing --data rows.jsonl".split()
+        arguments = [*arguments, *given]
         return CliRunner().invoke(
             main,
             [*arguments, "--set", "measure.max_tokens=2", "--set", "data.max_prompt_tokens=600"],
@@ -291,9 +292,10 @@ def test_the_limit_holds_for_what_is_measured():
     assert 0 < len(found) < 12
 
 
-def test_a_row_of_more_views_than_a_prompt_has_tokens_is_not_cut(monkeypatch):
-    many = replace(coloured(1)[0], boxes=tuple(Box(8, 4, 40, 28) for _ in range(9)))
-    monkeypatch.setattr(usable, "teacher_images", lambda *_: pytest.fail("the views are cut"))
+def test_a_row_of_more_views_than_a_prompt_has_tokens_is_not_cut():
+    """Nor is its image opened."""
+    boxes = tuple(Box(8, 4, 40, 28) for _ in range(9))
+    many = replace(coloured(1)[0], images=(Path("nowhere.png"),), boxes=boxes)
     with pytest.raises(Unusable) as said:
         usable.encode(ToyEncoder(), many, ViewOptions(boxes="each"), limit=8)
     assert str(said.value) == "9 views, above data.max_prompt_tokens = 8"
@@ -358,14 +360,15 @@ def test_a_machine_without_memory_is_no_fault_of_a_row(limit):
 def test_a_machine_without_memory_ends_the_run_in_one_line(here, tmp_path, monkeypatch, command):
     pytest.importorskip("torch")
 
-    def full(self, *given):
-        raise MemoryError
+    lay_out = QwenVL.lay_out
+
+    def full(self, processor, images, *rest):
+        if images[0].size == (240, 160):  # a row's; an encoder is opened with other ones
+            raise MemoryError
+        return lay_out(self, processor, images, *rest)
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n")
-    monkeypatch.setattr(type(PromptEncoder(MODEL)._family), "lay_out", full)
-    monkeypatch.setattr(
-        "opd.run.session.open_encoder", lambda folder, *_, **__: PromptEncoder(folder)
-    )
+    monkeypatch.setattr(QwenVL, "lay_out", full)
     result = here(command, *(["--out", "run", "--steps", "1"] if command == "train" else []))
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     assert (

@@ -17,10 +17,8 @@ torch = pytest.importorskip("torch")
 from opd.objective import Objective
 from opd.types import ModelOptions, Sampling
 from opd_torch.model import copy_model
-from tests.support.cases import watch
 from tests.support.random_models import qwen3_vl
 from tests.support.torch_cases import (
-    load,
     loss_of,
     make_case,
     opened,
@@ -42,12 +40,12 @@ def double(case):
     return case.loaded()
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """Images and patches of each that the vision tower takes, call by call."""
+def seen_by(model):
+    """Images and patches of each that the vision towers of the model and of its copies take, call
+    by call."""
     shapes = []
-    take = lambda _, patches, *__: shapes.append(tuple(patches.shape[:2]))
-    watch(monkeypatch, "opd_torch.families.qwen3_vl._tower", take)
+    take = lambda _, inputs, __: shapes.append(tuple(inputs[0].shape[:2]))
+    model.module.model.visual.blocks[0].norm1.register_forward_hook(take)
     return shapes
 
 
@@ -61,22 +59,27 @@ def test_a_long_completion_outgrows_the_buffers(case, double):
         np.testing.assert_array_equal(one.logprobs, other.logprobs)
 
 
-def test_an_image_is_seen_once_in_a_call(case, double, seen):
+def test_an_image_is_seen_once_in_a_call(case, double):
     """Prompts of equal key share their features; images of one size run together."""
     prompts = [group.student for group in case.groups]
     assert prompts[0].key == prompts[4].key
-    double.backend().sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
+    model = double.on()
+    seen = seen_by(model)
+    double.backend(model).sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
     # Of SIZES, without the last: 64 x 64 in patches of 8 four times, and three others.
     assert sorted(seen) == [(1, 36), (1, 60), (1, 96), (4, 64)]
 
 
-def test_frozen_vision_tower(case, tmp_path, seen):
+def test_frozen_vision_tower(case, tmp_path):
     """The gradient is the same but for the tower, which the policies share; images are seen once.
 
     While there is room for their features: else the tower runs again.
     """
     options = ModelOptions(case.folder, "float64", tune_vision=False)
-    backend = load(options)
+    loaded = opened(options)
+    model = loaded.on()
+    seen = seen_by(model)
+    backend = loaded.backend(model)
     assert not any(".visual." in name for name in backend.tensors("student"))
     for folder in ("trained", "whole"):
         shutil.copytree(case.state, tmp_path / folder)
@@ -102,7 +105,9 @@ def test_frozen_vision_tower(case, tmp_path, seen):
     prompts = [group.student for group in case.groups]
     backend.sample(prompts, np.full((5, 1, 1), 0.5, np.float32), Sampling())
     assert images() == 7
-    without = load(options, feature_bytes=0)
+    model = opened(options, feature_bytes=0).model
+    seen = seen_by(model)
+    without = loaded.backend(model)
     counts = [images()]
     for _ in range(2):
         without.score(case.groups, JSD)
