@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
+import threading
 import tomllib
 from pathlib import Path
 
@@ -247,37 +246,38 @@ def test_a_run_is_resumed_from_any_folder_but_not_on_other_data(photos, tmp_path
     assert said.splitlines()[-1].startswith(f"opd: {photos} is not what this run began with")
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_and_resumes(tmp_path):
-    """The first Ctrl-C ends the run after its step, with exit code 130 and a checkpoint."""
-    run = tmp_path / "run"
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            *"-m opd_cli train --backend cpu --steps 10000 --out".split(),
-            str(run),
-            *FAST,
-            "--set",
-            "measure.count=0",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **__import__("os").environ,
-            "PYTHONPATH": f"{root}:{root / 'backends'}:{root / 'cli'}",
-        },
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints/step-000001").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in said
+    """The first Ctrl-C ends the run after its step, with exit code 130 and a checkpoint.
+    tests/cli/test_progress.py sends SIGTERM to a process of its own."""
+    run, ended = tmp_path / "run", threading.Event()
+
+    def interrupt():
+        while not ended.wait(0.01):
+            if (run / "checkpoints/step-000001").exists():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        result = CliRunner().invoke(
+            main,
+            [
+                *"train --backend cpu --steps 10000 --out".split(),
+                str(run),
+                *FAST,
+                "--set",
+                "measure.count=0",
+            ],
+        )
+    finally:
+        ended.set()
+        thread.join()
+    assert result.exit_code == 130
+    assert "Traceback" not in result.stderr
     last = metrics(run)[-1]["step"]
     stopped = f"opd: stopped after step {last}; go on with: opd train --resume {run}"
-    assert said.splitlines()[-1] == stopped
+    assert result.stderr.splitlines()[-1] == stopped
     assert (run / f"checkpoints/step-{last:06d}/state.json").is_file()
 
 
