@@ -12,7 +12,7 @@ mx = pytest.importorskip("mlx.core")
 from opd.objective import Objective
 from opd_mlx.objective import default_chunk, divergence_head
 
-V, D, CHUNK = 20_000, 8, 32
+V, D, CHUNK = 6_000, 8, 32
 
 
 def chunk_buffers(count, objective, rows, gradient=True):
