@@ -190,16 +190,10 @@ def test_a_folder_that_cannot_be_written_has_its_store_in_the_users_cache(
     many: Path, decoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    replace = os.replace
-
-    def refuse(source: Path, target: Path) -> None:
-        if Path(target).parent == many.parent:
-            raise PermissionError("read-only")
-        replace(source, target)
-
-    monkeypatch.setattr(pictures.os, "replace", refuse)
+    beside = store_paths(many)[0]
+    beside.mkdir()  # a file cannot take its place
     assert f"kept in {tmp_path / 'cache' / 'opd'}" in read_dataset(many).notes[0]
-    assert [path for path in many.parent.iterdir() if path.name.startswith(".")] == []
+    assert [path for path in many.parent.iterdir() if path.name.startswith(".")] == [beside]
     decoded.clear()
     read_dataset(many)
     assert decoded == []

@@ -1,5 +1,5 @@
-"""Attention over a prompt's keys and a completion's own, joined from two kernels, against one
-masked attention over copied keys."""
+"""Attention over a prompt's keys and a completion's own, joined from two kernels, against plain
+attention, row by row."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from opd.types import Prompt, VisualTokens
-from opd_torch.batch import Visibility, lay_out
+from opd_torch.batch import lay_out
 from opd_torch.kernels import flash
 from opd_torch.kernels import joined as module
-from opd_torch.layers import attention
 from tests.backends.torch.test_memory import peak_bytes
 
 H, G, D, SCALE = 4, 2, 6, 0.4
@@ -68,11 +67,25 @@ def joined(batch, inputs):
     return module.joined(*inputs, batch, SCALE)
 
 
-def masked(batch, inputs):
+def plain(shape, inputs):
+    """Row by row: a row sees its prompt but for the last token, which runs with the completions,
+    and its completion up to itself."""
     query, key, value, *prefix = inputs
-    return attention._masked(
-        query, key, value, tuple(prefix), batch, batch.mask(Visibility()), SCALE
-    )
+    prompts, completions = SHAPES[shape]
+    out, row = [], 0
+    for number, members in enumerate(completions):
+        seen = [part[number, :, : prompts[number] - 1] for part in prefix]
+        for length in members:
+            for last in range(row + 1, row + length + 1):
+                own = [part[row:last].transpose(0, 1) for part in (key, value)]
+                keys, values = (
+                    torch.cat(both, 1).repeat_interleave(H // G, 0)
+                    for both in zip(seen, own, strict=True)
+                )
+                scores = SCALE * (keys @ query[last - 1][:, :, None])
+                out.append((scores.softmax(1) * values).sum(1))
+            row += length
+    return torch.stack(out)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -83,7 +96,7 @@ def test_value_and_gradients(shape, bias, monkeypatch):
     monkeypatch.setattr(flash, "takes_bias", lambda query: bias)
     batch = batch_of(*SHAPES[shape])
     inputs, gradient = inputs_of(batch, large=30.0)
-    ours, theirs = joined(batch, inputs), masked(batch, inputs)
+    ours, theirs = joined(batch, inputs), plain(shape, inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
     found, wanted = (torch.autograd.grad(out, inputs, gradient) for out in (ours, theirs))
     for one, other in zip(found, wanted, strict=True):
@@ -106,7 +119,7 @@ def test_precisions(dtype, most):
     batch = batch_of(*SHAPES["all"])
     inputs, gradient = inputs_of(batch, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    ours, theirs = joined(batch, inputs), masked(batch, exact)
+    ours, theirs = joined(batch, inputs), plain("all", exact)
     assert ours.dtype == dtype
     found, wanted = (
         torch.autograd.grad(ours, inputs, gradient),
