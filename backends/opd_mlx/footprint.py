@@ -2,80 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from functools import cache
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from opd.errors import ModelError
+from opd.planner import Config, Layer, LayerBytes, Layers, Rows, Shapes
 from opd_mlx.batch import Batch
 from opd_mlx.device import Device
+from opd_mlx.families import family
 from opd_mlx.layers.gated_delta import CHUNK
 from opd_mlx.model import Model, Parameters
+from opd_mlx.model.names import hugging_face
+
+
+def parameters(config: Config) -> Shapes:
+    """The shapes of all parameters, from mlx-vlm's module, whose random parameters are never
+    evaluated. Raises ModelError.
+    """
+    kind = family(config["model_type"])
+    try:
+        module = kind.build(config, bool(config["tie_word_embeddings"]))
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"config.json cannot be used: {error}") from error
+    shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
+    # A convolution's channels are last in MLX and second elsewhere.
+    return {
+        hugging_face(kind, name): (size[0], size[-1], *size[1:-1]) if len(size) > 2 else size
+        for name, size in shapes.items()
+    }
+
+
+def layer_bytes(config: Config, item: int, device: Device, full: bool) -> LayerBytes:
+    """What a layer holds: norms, sums and the inputs of products for every row, in the type of
+    computation, and attention scores up to `Device.kept_score_bytes`.
+
+    `item`: bytes of a number in computation. `full`: whether all weights are trained.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    gelu = "gelu" in str(text.get("hidden_activation") or text.get("hidden_act"))
+    share = (4 + full + gelu) / 2
+
+    def held(layer: Layer, rows: Rows) -> tuple[float, float]:
+        heads = text["num_attention_heads"]
+        if rows.kind == "patches":
+            heads = vision.get("num_attention_heads") or vision["num_heads"]
+            row = 4.0 * (layer.width + layer.outputs)
+        else:
+            row = 2 * (layer.width + layer.norms) + share * layer.outputs
+            row += (5 - share) * layer.query + (4 - share) * layer.key
+        total = rows.total * item * row
+        if not layer.state:
+            scores = 4 * heads * rows.total * (rows.before + rows.length)
+            total += min(scores, device.kept_score_bytes)
+            return total, total + min(2 * scores, 4 * device.score_block_bytes)
+        heads, width = text["linear_num_value_heads"], text["linear_key_head_dim"]
+        keys, values = heads * width, heads * text["linear_value_head_dim"]
+        channels = 2 * text["linear_num_key_heads"] * width + values
+        # mlx-vlm inverts a triangular matrix row by row, and the backward keeps every stage. Rows
+        # longer than a chunk are padded to whole chunks; in a shorter row the squares are smaller.
+        solved = 6 * keys + 3 * values + heads * CHUNK * (8 + CHUNK // 2)
+        solved += 2 * width * values // CHUNK
+        padded = -(-rows.length // CHUNK) * CHUNK if rows.length > CHUNK else rows.length**2 / CHUNK
+        # Adapters need no gradients to convolution and norm.
+        total += 16 * rows.total * (channels + values) * (1.0 if full else 0.65)
+        rule, segments = 4 * rows.count * padded * solved, rows.length / device.delta_segment
+        # For longer rows the backward recomputes the rule segment by segment.
+        return (total + rule, total + rule) if segments <= 1 else (total, total + rule / segments)
+
+    return held
 
 
 def activation_bytes(model: Model, batch: Batch) -> int:
     """The bytes that the backward of a batch holds."""
-    images: list[tuple[int, int]] = []
+    (count, length), each = batch.prefixes.shape, batch.shape[1:]
+    rows = [Rows("prompts", count, length), Rows("completions", count * each[0], each[1], length)]
     for prompt in batch.prefixes.sources:
-        images += model.family.patches(model.config, prompt)
-    rows = *batch.prefixes.shape, *batch.shape[1:]
-    return estimate(model.config, model.dtype.size, model.device, rows, images)
+        rows += [Rows("patches", *size) for size in model.family.patches(model.config, prompt)]
+    full = model.frozen_head is None
+    layer = layer_bytes(model.config, model.dtype.size, model.device, full)
+    return int(_layers(json.dumps(model.config)).held(rows, layer))
 
 
-def estimate(
-    config: Mapping[str, Any],
-    itemsize: int,
-    device: Device,
-    rows: tuple[int, int, int, int],
-    images: Sequence[tuple[int, int]],
-) -> int:
-    """The bytes that a backward holds, with attention scores up to `Device.kept_score_bytes`.
-
-    `rows` are (prompts, tokens of each, completions of each, tokens of each), `images` pairs
-    (images that attend together, patches of each), and `itemsize` is the bytes of a number in
-    computation.
-    """
-    text, vision = config["text_config"], config["vision_config"]
-    prompts, width, count, length = rows
-    heads = text["num_attention_heads"]
-    vision_heads = vision.get("num_heads") or vision["num_attention_heads"]
-    head = text.get("head_dim") or text["hidden_size"] // heads
-    layers, deltas = text["num_hidden_layers"], _delta_layers(text)
-    attends, tokens = layers - deltas, prompts * (width + count * length)
-    per_token = layers * (6 * text["hidden_size"] + 3 * text["intermediate_size"])
-    per_token += attends * 6 * heads * head
-    scores = 4 * heads * prompts * (width * width + count * length * (width + length))
-    scores = min(scores, 2 * device.kept_score_bytes)
-    states = 0
-    if deltas:
-        segment = device.delta_segment
-        per_prompt = delta_bytes(text, width, segment) + count * delta_bytes(text, length, segment)
-        states = deltas * prompts * per_prompt
-    per_patch = 10 * vision["hidden_size"] + 3 * vision["intermediate_size"]
-    depth = vision.get("depth") or vision["num_hidden_layers"]
-    tower = sum(
-        itemsize * count * patches * per_patch
-        + min(4 * vision_heads * count * patches**2, device.kept_score_bytes)
-        for count, patches in images
-    )
-    return int(itemsize * tokens * per_token + attends * scores + states + depth * tower)
-
-
-def delta_bytes(text: Mapping[str, Any], length: int, segment: int) -> int:
-    """The bytes that the backward of a gated delta net holds of `length` tokens, in addition to the
-    rows of every layer. All of it is float32.
-
-    For rows longer than a `segment` the backward recomputes the delta rule segment by segment.
-    """
-    heads, width = text["linear_num_value_heads"], text["linear_key_head_dim"]
-    keys, values = heads * width, heads * text["linear_value_head_dim"]
-    channels = 2 * text["linear_num_key_heads"] * width + values
-    solved = 0
-    if length <= segment:
-        # mlx-vlm inverts a triangular matrix row by row, and the backward keeps every stage.
-        solved = 6 * keys + 3 * values + heads * CHUNK * (8 + CHUNK // 2)
-        solved += 2 * width * values // CHUNK
-    return int(4 * length * (4 * channels + 4 * values + solved))
+@cache
+def _layers(config: str) -> Layers:
+    """The layers of a config.json."""
+    stated = json.loads(config)
+    return Layers(stated, parameters(stated))
 
 
 def recompute_share(
@@ -104,7 +119,3 @@ def free_bytes(device: Device, dtype: mx.Dtype, trained: Parameters, gradient: P
     if dtype != mx.float32:
         casts = sum(value.size for value in trained.values()) * dtype.size
     return int(2 / 3 * (free - missing - casts))
-
-
-def _delta_layers(text: Mapping[str, Any]) -> int:
-    return list(text.get("layer_types") or ()).count("linear_attention")

@@ -22,8 +22,7 @@ from opd.memory import feature_bytes
 from opd.plan.devices import HERE, Device
 from opd.plan.memory import Memory, memory
 from opd.plan.shape import Shape, read_config
-from opd.plan.step import View, Work
-from opd.plan.work import Stage, stages
+from opd.plan.work import Stage, View, Work, stages
 from opd.planner import Footprint
 from opd.prompts.encoder import PromptEncoder
 from opd.run import preflight
@@ -212,7 +211,7 @@ def plan(
     options, pixels = recipe.model.options(weights=False), recipe.model.pixels()
     config, name = read_config(options.path), backend_of(device, backend)
     shape = Shape(config, registry.planner(name).parameters(config))
-    shape.adapters(options)  # refuses unknown targets before anything is worked out
+    shape.trained(options)  # refuses unknown targets before anything is worked out
     image, crop, rows, notes = _seen(recipe, assumed, PromptEncoder(options.path, **pixels))
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
 

@@ -6,12 +6,11 @@ computes is a backend's own rough figure (`opd.planner.Footprint`), and is named
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
-from opd.plan.activations import held_of
 from opd.plan.shape import Shape, item_of, sees
-from opd.plan.step import Work
+from opd.plan.work import Work, held_of
 from opd.planner import Footprint
 from opd.types import ModelOptions
 
@@ -59,45 +58,54 @@ def memory(
     they need. `room` bytes hold a frozen tower's features at most.
     """
     per_part, item = shape.trained(options), item_of(options)
-    trained = sum(per_part.values())
-    gradient, casts, table = 4 * trained, rough.cast * trained, prod(shape.table)
+    trained, table, per_prompt = sum(per_part.values()), prod(shape.table), work.student.before
+    gradient, casts, logit = 4 * trained, rough.cast * trained, 4 * shape.table[0]
     full, seen = options.adapters is None, sees(options)
-    lengths = work.lengths(work.together, work.student)
-    wanted = rough.estimate(lengths)
+    lengths = work.lengths(work.together, work.student, work.split or work.completions)
+    wanted = rough.margin * shape.held(lengths, rough.layer)
     again = wanted > rough.recompute_above if recompute is None else recompute
-    held = held_bytes(shape, options, work, rough, room)
+
+    packed = shape.products * options.four_bit
+    plain = sum(shape.parameters.values()) - packed - trained * full
+    visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
+    held = {
+        "frozen weights": int(plain * rough.frozen + packed * FOUR_BITS),
+        "trained weights": 4 * trained,
+        "teacher": 4 * trained,
+        "optimizer moments": 8 * trained,
+        KEPT_FEATURES: 0 if seen else int(min(room, visual * shape.feature)),
+    }
     before = sum(held.values())
 
     # Sampling: one layer's pass over the prompts, or token steps over keys and values. The pass
     # waits for the gradient where it is small.
-    prompts = work.lengths(work.sampled, work.student)
-    prompts = prompts._replace(completions=replace(prompts.completions, count=0))
+    prompts = work.lengths(work.sampled, work.student, work.completions)
     image, prompt, _ = (held_of(shape, options, rows, rough) for rows in prompts)
     few = work.sampled * work.student.tokens <= rough.keeps_tokens
-    kept = few and rough.estimate(prompts) <= rough.recompute_above
-    read = work.sampled * shape.cache(work.student.before, item)
+    graph = rough.margin * shape.held(prompts[:2], rough.layer)
+    kept = (image.total * seen + prompt.total) * (few and graph <= rough.recompute_above)
+    read = work.sampled * shape.cache(per_prompt, item)
     own = ROOM << max(0, -(-work.tokens // ROOM) - 1).bit_length()
-    rows = work.sampled * work.completions
-    grown = rows * shape.cache(own, item)
-    logits = DRAWN * min(rows * shape.table[0], rough.chunk // 4) + rough.head_copy * table
-    waits = max(read, kept * (image.total * seen + prompt.total))
-    rollout = waits + max(image.forward, prompt.forward, grown + logits)
+    grown = prompts[2].count * shape.cache(own, item)
+    logits = DRAWN * min(prompts[2].count * shape.table[0], rough.chunk // 4)
+    logits += rough.head_copy * table
+    rollout = max(read, kept) + max(image.forward, prompt.forward, grown + logits)
 
     # The gradient: the teacher's pass, the head, and the backward of each part, of which the later
     # are gone.
     image, prompt, completion = (held_of(shape, options, one, rough, again) for one in lengths)
-    taught = work.lengths(work.together, work.teacher)[:2]
+    taught = work.lengths(work.together, work.teacher, 1)[:2]
     teacher = max(held_of(shape, options, one, rough).forward for one in taught)
     images, summed = image.total * seen, gradient * (work.calls > 1)
     most, late = rough.head
-    count = min(lengths.completions.total, max(16, rough.chunk // (4 * shape.table[0])))
-    chunk, of_head = 4 * count * shape.table[0], 4 * table * full
+    chunk = logit * min(lengths[2].total, max(16, rough.chunk // logit))
+    of_head = 4 * table * full
     head = max(most * chunk, late * chunk * full + of_head) + rough.head_copy * table
     # A quarter of a layer's gradient stands for that of its largest parameter.
-    layer = 4 * (shape.products if full else per_part["language"]) // len(shape.layers)
+    layer = 4 * (shape.products if full else per_part["language"]) // len(shape.text)
     sums = min(layer, rough.sums + layer // 4) if rough.sums else 0
     # Gradients to what completions read of their prompts, and what the teacher's read.
-    asked = work.together * shape.cache(work.student.before, rough.cache_sums or item)
+    asked = work.together * shape.cache(per_prompt, rough.cache_sums or item)
     answered = work.together * shape.cache(work.teacher.before, item)
     early, late = (asked, 0) if rough.cache_sums else (0, asked)
     text = images + prompt.total + early + casts * (rough.keeps_casts or not again)
@@ -122,22 +130,5 @@ def memory(
         "apply": before + gradient + min(gradient, rough.apply),
     }
     ints = {name: int(size) for name, size in parts.items() if size}
-    return Memory(held, ints, phases, again, disk=4 * gradient)
-
-
-def held_bytes(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, room: float
-) -> dict[str, int]:
-    """What is held from step to step."""
-    trained, full = sum(shape.trained(options).values()), options.adapters is None
-    packed = shape.products * options.four_bit
-    plain = sum(shape.parameters.values()) - packed - trained * full
-    visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
-    parts = {
-        "frozen weights": int(plain * rough.frozen + packed * FOUR_BITS),
-        "trained weights": 4 * trained,
-        "teacher": 4 * trained,
-        "optimizer moments": 8 * trained,
-        KEPT_FEATURES: 0 if sees(options) else int(min(room, visual * shape.feature)),
-    }
-    return {name: size for name, size in parts.items() if size}
+    some = {name: size for name, size in held.items() if size}
+    return Memory(some, ints, phases, again, disk=4 * gradient)

@@ -17,8 +17,7 @@ from opd.models.adapters import part_of_model
 from opd.plan import Assumed, devices, everywhere, on, plan, view
 from opd.plan.measure import VERBS, measure
 from opd.plan.shape import PARTS, Shape, read_config
-from opd.plan.step import View, Work
-from opd.plan.work import Cost, stages
+from opd.plan.work import Cost, View, Work, stages
 from opd.planner import Machine
 from opd.prompts.encoder import PromptEncoder
 from opd.run.recipe import load
@@ -263,8 +262,8 @@ def test_frozen_weights_have_no_gradient():
     found, seen = shape("Qwen3-VL-4B"), View(400, 24 * 400**2, 100, 164)
     adapters = AdapterOptions(rank=1, targets=("q_proj",))
     full, low = (group_of(found, seen, 2, 10, options=ModelOptions(SOURCE, tune_vision=False, adapters=one)) for one in (None, adapters))
-    unread = found.layers[-1].products - found.layers[-1].cached
-    weights = sum(one.products for one in found.layers)
+    unread = found.text[-1].products - found.text[-1].cached
+    weights = sum(one.products for one in found.text)
     products = 2.0 * (163 + 20) * weights - 2.0 * 163 * unread
     saved = full["student backward"] - low["student backward"]
     assert saved == pytest.approx(products, rel=1e-3)
@@ -474,7 +473,7 @@ def test_products_with_weights_in_4_bits_have_a_rate_of_their_own():
     device = devices.Device("x", {"float32": 1e12}, 1e15, 1e12, 1.0, "mlx", "", 1.0, 1.0)
     found = plan(load("tiny", ["model.tune=qlora"]), device)
     slow = replace(found, device=replace(device, packed=(1e9, 4e9)))
-    work, weights = found.work, sum(one.products for one in found.shape.layers)
+    work, weights = found.work, sum(one.products for one in found.shape.text)
     products = work.prompts * 2.0 * work.completions * work.tokens * weights
     fast, stages = found.seconds, found.stages
     assert stages["rollout decode"].packed == products
