@@ -85,12 +85,7 @@ class Plan:
     @cached_property
     def memory(self) -> Memory:
         """Memory of the step."""
-        return self.memory_of()
-
-    def memory_of(self, **changed: int) -> Memory:
-        """Memory of the step with some sizes of its `work` changed."""
-        work = replace(self.work, **changed)  # type: ignore[arg-type]
-        return memory(self.shape, self.options, work, self.rough, self.features)
+        return memory(self.shape, self.options, self.work, self.rough, self.features)
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
@@ -100,19 +95,12 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Each stage's time at the assumed shares of the device's peaks: products or what they
-        read, whichever is longer, and the passes between them."""
-        device = self.device
-        rate = device.matmul_share * device.matmul[self.options.dtype]
-        bandwidth = device.bandwidth_share * device.bandwidth
-        forth, back = device.packed or (rate, rate)
-
-        def seconds(name: str, stage: Stage) -> float:
-            packed = stage.packed / (back if name == "student backward" else forth)
-            products = packed + (stage.operations - stage.packed) / rate
-            return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
-
-        return {name: seconds(name, stage) for name, stage in self.stages.items()}
+        """Each stage's time at the assumed shares of the device's peaks."""
+        stages, dtype = self.stages.items(), self.options.dtype
+        return {
+            name: self.device.seconds(stage, dtype, name == "student backward")
+            for name, stage in stages
+        }
 
     @property
     def hours(self) -> float:
@@ -141,7 +129,7 @@ class Plan:
     def _first(self, sizes: Sequence[int], name: str, *phases: str) -> int:
         """The first size of the work's `name` with which the phases fit; 0 where none does."""
         for size in sizes:
-            found = self.memory_of(**{name: size}).phases
+            found = self.sized(**{name: size}).memory.phases
             if max(found[phase] for phase in phases) <= self.usable:
                 return size
         return 0
@@ -176,7 +164,8 @@ class Plan:
     def least(self) -> int:
         """The peak of the step that takes least: one group sampled, and one completion, or one
         group differentiated at a time."""
-        return min(self.memory_of(room=1, budget=size).peak for size in (1, self.work.group))
+        sizes = 1, self.work.group
+        return min(self.sized(room=1, budget=size).memory.peak for size in sizes)
 
     def smaller(self) -> dict[str, int]:
         """Least peaks with one thing changed, by what to set, where below the plan's own."""
@@ -187,8 +176,9 @@ class Plan:
         """What to set to shorten the run most while training the same parameters, and the hours
         then; None where nothing shortens it."""
         hours = {name: one.hours for name, one in self.changes().items() if "tune" not in name}
+        hours["none"] = self.hours
         name = min(hours, key=lambda name: hours[name])
-        return (name, hours[name]) if hours[name] < self.hours else None
+        return None if name == "none" else (name, hours[name])
 
 
 def backend_of(device: Device | None, name: str | None) -> str:

@@ -51,6 +51,13 @@ class Device:
     memories: tuple[float, ...] = ()
     packed: tuple[float, float] | None = None
 
+    def seconds(self, stage: Stage, dtype: str, back: bool) -> float:
+        """Products or what they read, whichever is longer, and the passes between them."""
+        rate, bandwidth = self.matmul_share * self.matmul[dtype], self.bandwidth_share * self.bandwidth
+        packed = self.packed[back] if self.packed else rate
+        products = stage.packed / packed + (stage.operations - stage.packed) / rate
+        return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
+
 
 def _published() -> dict[str, Device]:
     found, text = {}, (files("opd.plan") / "devices.csv").read_text(encoding="utf-8")
