@@ -18,9 +18,10 @@ from opd.objective import Objective
 from opd.plan import view
 from opd.plan.memory import memory
 from opd.plan.shape import Shape, read_config
-from opd.plan.work import Work
+from opd.plan.work import View, Work
 from opd.prompts.encoder import PromptEncoder
 from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
+from tests.plan.test_plan import PUBLISHED, SOURCE
 from tests.support import random_models
 
 LINEAR = random_models.LINEAR
@@ -263,3 +264,30 @@ def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, 
     for bound in (found + 1, found):
         rough = replace(measured.rough, recompute_above=bound)
         assert memory(measured.shape, measured.options, measured.work, rough, 2**30).checkpointed == (found >= bound)
+
+
+TAKEN = {
+    "Qwen3-VL-2B": {"cpu": (2677.0, 1338.5), "cuda": (2677.0, 865.8), "mlx": (1948.0, 1057.0)},
+    "Qwen3-VL-4B": {"cpu": (4565.4, 2282.7), "cuda": (4565.4, 1464.3), "mlx": (3360.5, 1814.6)},
+    "Qwen3-VL-8B": {"cpu": (5798.6, 2899.3), "cuda": (5798.6, 1889.4), "mlx": (4115.4, 2198.4)},
+}
+"""MB that each backend took a backward to hold in float32 and in bfloat16 when it had rules of its
+own for that; they decided early enough."""
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_layers_are_recomputed_no_later_than_by_the_earlier_rules(name):
+    """An image of 256 patches, a prompt of 127 tokens and 4 completions of 32."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**PUBLISHED[name]).to_dict()
+    seen = View(256, 24 * 256**2, 64, 128)
+    rows = Work(1, 4, 32, seen, seen, 10**9).lengths(1, seen, 4)
+    for backend, taken in TAKEN[name].items():
+        planner = registry.planner(backend)
+        shape = Shape(config, planner.parameters(config))
+        for dtype, megabytes in zip(("float32", "bfloat16"), taken, strict=True):
+            for adapters in (None, AdapterOptions()):
+                options = ModelOptions(SOURCE, dtype, adapters is None, adapters)
+                found = planner.footprint(options, config, 10**6, here=False)
+                held = found.margin * shape.held(rows, found.layer) / 1e6
+                assert 0.95 * megabytes <= held <= 1.35 * megabytes, (backend, dtype, adapters)
