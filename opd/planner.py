@@ -33,11 +33,12 @@ STATE = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim
 class Layer:
     """A layer of a language model or of a vision tower.
 
-    Numbers of a row: of the hidden `width`, of all `norms` of that width, of all `query` and `key`
-    heads, of those that are `turned` (normalised), and of the `outputs` of products that a backward
-    reads. `window`: rows back to which it attends; None: all. `state`: numbers of a recurrence's state. Weights by which a row is
-    multiplied: all `products`; those that make what a cache holds; and those of the last product,
-    which no backward computes again, 0 where a norm follows it.
+    Numbers of a row: of the hidden `width`, of all `norms` of that width, of the `outputs` of
+    products that a backward reads, of all `query` and `key` heads, and of those that are `turned`
+    (normalised). `window`: rows back to which it attends; None: all. `state`: numbers of a
+    recurrence's state. `products`: all weights by which a row is multiplied; `cached`: those that
+    make what a cache holds; `last`: those of the last product, which no backward computes again; 0
+    where a norm follows it.
     """
 
     width: int
@@ -130,21 +131,20 @@ LayerBytes: TypeAlias = Callable[[Layer, Rows], tuple[float, float]]
 class Footprint:
     """What a backend holds of a step, in bytes; the core counts the rest exactly.
 
-    Where all `layer`s hold more than `recompute_above`, each runs again, and numbers between
-    layers, of `stream` bytes, are all that is held. `blocks`: whether tokens of an image see
-    each other. `frozen`: of a frozen weight; `cast`: of a trained weight in the copy that products
-    take, which is freed while layers run again unless `keeps_casts`. `chunk`: of a float32 array
-    [rows, vocabulary] in the head stage, at most; `head`: how many there are, and how many beside a
-    head's gradient; `head_copy`: of a head's weight in a copy for it. `sums`: of gradients that are
-    added up at a time, beside one parameter's; 0 where each is freed before. `cache_sums`: of a
-    number in sums of gradients to prompts' keys and values that are there before completions run; 0
-    where gradients come later. `apply`: beside the gradient in the optimizer's step, at most.
+    Where all layers hold more than `recompute_above`, times a `margin` since too late may not fit,
+    each runs again, and numbers between layers, of `stream` bytes, are all that is held. `blocks`:
+    whether tokens of an image see each other. `frozen`: of a frozen weight; `cast`: of a trained
+    weight's copy for products, freed while layers run again unless `keeps_casts`. `chunk`: of a
+    float32 array [rows, vocabulary] in the head stage, at most; `head`: how many there are, and how
+    many beside a head's gradient; `head_copy`: of a head's weight in a copy for it. `sums`: of
+    gradients that are added up at a time, beside one parameter's; 0 where each is freed before.
+    `cache_sums`: of a number in sums of gradients to prompts' keys and values before completions
+    run; 0 where they come later. `apply`: beside the gradient in the optimizer's step, at most.
     `keeps_tokens`: tokens of prompts up to which a rollout's pass is kept for the gradient.
     """
 
     layer: LayerBytes
     margin: float
-    """Times what layers hold is what is compared, since one recomputed too late may not fit."""
     recompute_above: int
     stream: int
     blocks: bool

@@ -27,7 +27,7 @@ def parameters(config: Config) -> Shapes:
         module = kind.build(config, bool(config["tie_word_embeddings"]))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"config.json cannot be used: {error}") from error
-    shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
+    shapes = {name: value.shape for name, value in dict(tree_flatten(module.parameters())).items()}
     # A convolution's channels are last in MLX and second elsewhere.
     return {
         hugging_face(kind, name): (size[0], size[-1], *size[1:-1]) if len(size) > 2 else size

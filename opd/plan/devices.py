@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 
 from opd.errors import RecipeError, nearest
+from opd.plan.work import Stage
 from opd.planner import Machine, Planner
 
 HERE = "this machine"
@@ -53,7 +54,8 @@ class Device:
 
     def seconds(self, stage: Stage, dtype: str, back: bool) -> float:
         """Products or what they read, whichever is longer, and the passes between them."""
-        rate, bandwidth = self.matmul_share * self.matmul[dtype], self.bandwidth_share * self.bandwidth
+        rate = self.matmul_share * self.matmul[dtype]
+        bandwidth = self.bandwidth_share * self.bandwidth
         packed = self.packed[back] if self.packed else rate
         products = stage.packed / packed + (stage.operations - stage.packed) / rate
         return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
@@ -104,7 +106,6 @@ def this_machine(here: Machine) -> Device:
         return replace(found, source=f"{here.name}; {found.source}")
 
     def rate(rows: int, side: int, numbers: str) -> float:
-        """Operations a second."""
         return 2.0 * rows * side**2 * _per_second(here.product(rows, side, numbers), here.gpu)
 
     side = GPU_SIDE if here.gpu else SIDE

@@ -85,22 +85,19 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
     uniforms = rng.random((len(sampled), work.completions, work.tokens), dtype=np.float32)
     sampling = Sampling(plan.recipe.rollout.temperature, (), encoder.banned)
     objective = plan.recipe.objective.objective(sampling.temperature)
-    prefill: Prefill | None = None
+    held: list[Prefill | None] = []
 
     def sample() -> None:
         """Nothing ends a completion, so all are of full length."""
-        nonlocal prefill
-        prefill = backend.prefill(sampled) if work.sampled >= work.prompts else None
-        backend.sample(sampled, uniforms, sampling, prefill=prefill)
+        held[:] = [backend.prefill(sampled) if work.sampled >= work.prompts else None]
+        backend.sample(sampled, uniforms, sampling, prefill=held[0])
 
     def accumulate() -> None:
-        nonlocal prefill
-        shared, prefill = prefill, None
+        shared = held.pop() if held else None
         if shared and len(some) < len(sampled):
             shared.release()
-        backend.accumulate(
-            some, objective, work.split, shared if len(some) == len(sampled) else None
-        )
+            shared = None
+        backend.accumulate(some, objective, work.split, shared)
 
     verbs: dict[str, Callable[[], object]] = {
         "sample": sample,

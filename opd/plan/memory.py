@@ -62,7 +62,7 @@ def memory(
     gradient, casts, logit = 4 * trained, rough.cast * trained, 4 * shape.table[0]
     full, seen = options.adapters is None, sees(options)
     lengths = work.lengths(work.together, work.student, work.split or work.completions)
-    wanted = rough.margin * shape.held(lengths, rough.layer)
+    wanted = int(rough.margin * shape.held(lengths, rough.layer))
     again = wanted > rough.recompute_above if recompute is None else recompute
 
     packed = shape.products * options.four_bit
@@ -82,7 +82,7 @@ def memory(
     prompts = work.lengths(work.sampled, work.student, work.completions)
     image, prompt, _ = (held_of(shape, options, rows, rough) for rows in prompts)
     few = work.sampled * work.student.tokens <= rough.keeps_tokens
-    graph = rough.margin * shape.held(prompts[:2], rough.layer)
+    graph = int(rough.margin * shape.held(prompts[:2], rough.layer))
     kept = (image.total * seen + prompt.total) * (few and graph <= rough.recompute_above)
     read = work.sampled * shape.cache(per_prompt, item)
     own = ROOM << max(0, -(-work.tokens // ROOM) - 1).bit_length()
