@@ -22,7 +22,7 @@ FORWARD, BACKWARD = 3, 5
 """Passes over what a backward holds: written, read twice; read, its gradient written, added,
 read."""
 
-PASSING = 0.5
+PASSING = 0.45
 """The share of a layer's activations that pass by in a forward without a backward."""
 
 HEAD, DRAW, OPTIMIZER, AVERAGE = 20, 10, 24, 3
