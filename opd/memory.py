@@ -18,6 +18,9 @@ not say another bound (`model.recompute_above`)."""
 PREFILL_TOKENS = 16384
 """Padded prompt tokens that a rollout runs together."""
 
+CHUNK_BYTES = 2**26
+"""Bytes of one float32 array [rows, vocabulary] while logits of both policies are compared."""
+
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files in which Linux says how many bytes of memory a container may use."""
 

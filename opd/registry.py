@@ -37,13 +37,17 @@ class Entry:
 
 BUILT_IN = {
     "mlx": Entry(
-        "opd_mlx:load", "opd_mlx:state", "mlx", "mlx", "opd_mlx.plan:MLX", families_alone=True
+        "opd_mlx:load", "opd_mlx:state", "mlx", "mlx", "opd_mlx.footprint:MLX", families_alone=True
     ),
     "cuda": Entry(
-        "opd_torch:load_cuda", "opd_torch:state_of_cuda", "torch", "cuda", "opd_torch.plan:CUDA"
+        "opd_torch:load_cuda",
+        "opd_torch:state_of_cuda",
+        "torch",
+        "cuda",
+        "opd_torch.footprint:CUDA",
     ),
     "cpu": Entry(
-        "opd_torch:load_cpu", "opd_torch:state_of_cpu", "torch", "cuda", "opd_torch.plan:CPU"
+        "opd_torch:load_cpu", "opd_torch:state_of_cpu", "torch", "cuda", "opd_torch.footprint:CPU"
     ),
 }
 

@@ -263,6 +263,18 @@ class ModelOptions:
     four_bit: bool = False
     checkpoint_above: int = ACTIVATION_BYTES
 
+    @property
+    def item(self) -> int:
+        """Bytes of a number in computation."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
+    def tunes_features(self) -> bool:
+        """Whether training changes image features, so that they have a backward and are not kept
+        from step to step."""
+        adapters = self.adapters
+        return self.tune_vision if adapters is None else adapters.vision or adapters.projector
+
 
 class Encoder(Protocol):
     """Turns images and a question into a Prompt, and token ids back into text. Training uses

@@ -53,7 +53,7 @@ ROOMS: dict[str, set[str]] = {
     "measure": {"views", "method", "data"},
     "testing": {"views", "prompts", "registry", "tiny"},
     "run": {"measure", "method", "views", "registry", "prompts", "data", "models", "tiny"},
-    "plan": {"run", "views", "registry", "prompts", "data", "models", "tiny"},
+    "plan": {"run", "method", "views", "registry", "prompts", "data", "models", "tiny"},
     "api": {"run", "measure", "data", "models"},
 }
 """The rooms of `opd`, from the lowest floor up, and the rooms that each may import beside the
@@ -68,6 +68,7 @@ FOR_BACKENDS = {
         "peft_files",
         "permissions",
         "settings",
+        "shape",
         "weight_formats",
     },
     "method": {"rollout"},
@@ -252,7 +253,6 @@ ONE_TWIN_ONLY = {
 
 ONE_NAME_ONLY = {
     "opd_torch": {
-        "plan.py": ("CPU CUDA", "torch plans for two kinds of devices"),
         "__init__.py": (
             "load_cpu load_cuda state_of_cpu state_of_cuda",
             "two backends in one package",
@@ -268,7 +268,7 @@ ONE_NAME_ONLY = {
             "transformers has the same modules under two names",
         ),
         "families/qwen3_vl.py": ("QwenVision block embed", "Qwen2.5-VL shares parts of the tower"),
-        "footprint.py": ("prompt_bytes", "a prefill is measured before a batch is laid out"),
+        "footprint.py": ("CPU CUDA", "torch plans for two kinds of devices"),
         "forward.py": (
             "begin prefill_to_decode reorder",
             "models without a family file decode with transformers' caches",
@@ -298,7 +298,6 @@ ONE_NAME_ONLY = {
         "vision.py": ("Shape Size", "images of one size are stacked by shape"),
     },
     "opd_mlx": {
-        "plan.py": ("MLX", "MLX has one device"),
         "__init__.py": ("GROUP load quantize state", "one backend, which also quantises"),
         "backend.py": ("MlxBackend", "each is named after its framework"),
         "batch.py": ("Masks", "masks are given to layers; torch's layers ask for them"),
@@ -310,6 +309,7 @@ ONE_NAME_ONLY = {
             "QwenVL image_attention merged vision_angles",
             "mlx-vlm's towers are rewritten",
         ),
+        "footprint.py": ("MLX", "MLX has one device"),
         "forward.py": ("warm", "features are evaluated before a forward is traced"),
         "gradient.py": (
             "LOOKED_UP PendingBackward RolloutPrefill Slice run_prompts",

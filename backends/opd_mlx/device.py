@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from opd.errors import out_of_memory
 from opd.memory import ACTIVATION_BYTES, PREFILL_TOKENS, feature_bytes, host_memory
+from opd.planner import Machine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,6 +121,21 @@ def this_device(checkpoint_above: int = ACTIVATION_BYTES) -> Device:
         checkpoint_above=checkpoint_above,
         free_bytes=None if gpu else 0,
     )
+
+
+def machine() -> Machine:
+    """The Mac's GPU, or the processor, for a plan."""
+    device, memory = this_device(), host_memory()
+
+    def product(rows: int, side: int, dtype: str) -> Callable[[], object]:
+        a, b = (mx.ones((n, side), dtype=getattr(mx, dtype)) for n in (rows, side))
+        return lambda: mx.eval(a @ b)
+
+    if not device.gpu:
+        # Products with 4-bit weights are plain loops there, and as fast as others on Metal.
+        name = "CPU, where products with 4-bit weights take longer than planned"
+        return Machine(name, memory, 0.9, False, product)
+    return Machine(device.name, memory, (device.memory or 0.75 * memory) / memory, True, product)
 
 
 def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:

@@ -1,4 +1,4 @@
-"""Estimates the bytes that a backward holds, and chooses the share of layers to recompute."""
+"""Estimates the bytes of a backward: to plan a run, and to choose the layers to recompute."""
 
 from __future__ import annotations
 
@@ -6,33 +6,41 @@ import json
 from functools import cache
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from opd.errors import ModelError
-from opd.planner import Config, Layer, LayerBytes, Layers, Rows, Shapes
+from opd.models.shape import Shape
+from opd.planner import Config, Footprint, Layer, LayerBytes, Rows
+from opd.types import ModelOptions
 from opd_mlx.batch import Batch
-from opd_mlx.device import Device
+from opd_mlx.device import Device, machine, this_device
 from opd_mlx.families import family
 from opd_mlx.layers.gated_delta import CHUNK
 from opd_mlx.model import Model, Parameters
-from opd_mlx.model.names import hugging_face
+from opd_mlx.model.shapes import parameters
 
 
-def parameters(config: Config) -> Shapes:
-    """The shapes of all parameters, from mlx-vlm's module, whose random parameters are never
-    evaluated. Raises ModelError.
-    """
-    kind = family(config["model_type"])
-    try:
-        module = kind.build(config, bool(config["tie_word_embeddings"]))
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"config.json cannot be used: {error}") from error
-    shapes = {name: value.shape for name, value in dict(tree_flatten(module.parameters())).items()}
-    # A convolution's channels are last in MLX and second elsewhere.
-    return {
-        hugging_face(kind, name): (size[0], size[-1], *size[1:-1]) if len(size) > 2 else size
-        for name, size in shapes.items()
-    }
+class BackendPlanner:
+    """`opd.planner.Planner` for a Mac, and for MLX on a processor."""
+
+    parameters, machine = staticmethod(parameters), staticmethod(machine)
+
+    def footprint(self, options: ModelOptions, config: Config, here: bool) -> Footprint:
+        """The bytes of a micro-batch."""
+        full, item, device = options.adapters is None, options.item, this_device()
+        return Footprint(
+            layer_bytes(config, item, device, full),
+            margin=1.0,
+            image_blocks=family(config["model_type"]).image_blocks,
+            stream=item,
+            frozen=item,
+            cast=2 * full * (item == 2),
+            keeps_casts=True,
+            head_copy=4 * (item == 2 and not full),
+            head=3.0 if here and not device.gpu else 8.0,
+            together=device.gradient_bytes,
+        )
+
+
+MLX = BackendPlanner()
 
 
 def layer_bytes(config: Config, item: int, device: Device, full: bool) -> LayerBytes:
@@ -83,14 +91,14 @@ def activation_bytes(model: Model, batch: Batch) -> int:
         rows += [Rows("patches", *size) for size in model.family.patches(model.config, prompt)]
     full = model.frozen_head is None
     layer = layer_bytes(model.config, model.dtype.size, model.device, full)
-    return int(_layers(json.dumps(model.config)).held(rows, layer))
+    return int(_shape(json.dumps(model.config)).held(rows, layer))
 
 
 @cache
-def _layers(config: str) -> Layers:
-    """The layers of a config.json."""
+def _shape(config: str) -> Shape:
+    """The shape of a model with this config.json."""
     stated = json.loads(config)
-    return Layers(stated, parameters(stated))
+    return Shape(stated, parameters(stated))
 
 
 def recompute_share(
@@ -115,7 +123,5 @@ def free_bytes(device: Device, dtype: mx.Dtype, trained: Parameters, gradient: P
     """
     free = device.memory - mx.get_active_memory()
     missing = sum(value.nbytes for name, value in trained.items() if name not in gradient)
-    casts = 0
-    if dtype != mx.float32:
-        casts = sum(value.size for value in trained.values()) * dtype.size
+    casts = dtype.size * sum(value.size for value in trained.values()) * (dtype != mx.float32)
     return int(2 / 3 * (free - missing - casts))

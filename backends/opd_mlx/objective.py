@@ -19,15 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from opd import groups
+from opd.memory import CHUNK_BYTES
 from opd.objective import LEAST_TAIL, LOG_RATIO_BOUND, Objective
 from opd.types import STATISTICS, Alternatives, Group, TokenStatistics
 from opd_mlx.kernels.sums import total
-
-CHUNK_BYTES = 64 * 1024**2
-"""Size of one float32 array [C, V] at the default chunk.
-
-At most nine such arrays are alive at a time, or four if blocks are smaller than chunks.
-"""
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from opd.errors import out_of_memory
+from opd.errors import BackendError, out_of_memory
 from opd.memory import (
     ACTIVATION_BYTES,
+    CHUNK_BYTES,
     PREFILL_TOKENS,
     feature_bytes,
     host_memory,
     peak_resident,
 )
-from opd_torch.objective import CHUNK_BYTES
+from opd.planner import Machine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -173,6 +174,24 @@ def this_device(
         checkpoint_above=checkpoint_above,
         head_block_bytes=block_bytes,
     )
+
+
+def machine(gpu: bool) -> Machine:
+    """The first GPU, or the processor, for a plan. Raises BackendError without a GPU."""
+    if gpu and not torch.cuda.is_available():
+        raise BackendError("torch sees no CUDA GPU on this machine; name one with --device")
+    device = torch.device("cuda" if gpu else "cpu")
+
+    def product(rows: int, side: int, dtype: str) -> Callable[[], object]:
+        kind = getattr(torch, dtype)
+        a, b = (torch.ones(n, side, device=device, dtype=kind) for n in (rows, side))
+        return lambda: torch.mm(a, b)[0, 0].item()  # which waits for the result
+
+    if not gpu:
+        name = this_device("cpu").name
+        return Machine(name, host_memory(), 0.9, False, product, resident=True)
+    about = torch.cuda.get_device_properties(device)
+    return Machine(about.name, about.total_memory, 0.95, True, product)
 
 
 def tells_out_of_memory(verb: Callable[P, R]) -> Callable[P, R]:

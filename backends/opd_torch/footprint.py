@@ -1,39 +1,62 @@
-"""Estimates the bytes that a backward holds, and chooses the share of layers to recompute."""
+"""Estimates the bytes of a backward: to plan a run, and to choose the layers to recompute."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
-import transformers
 
-from opd.planner import Config, Layer, LayerBytes, Layers, Rows, Shapes
-from opd.types import Prompt
-from opd_torch.batch import Batch
+from opd.models.shape import Shape
+from opd.planner import Config, Footprint, Layer, LayerBytes, Machine, Rows
+from opd.types import ModelOptions
+from opd_torch.batch import Batch, Prefixes
+from opd_torch.device import machine
 from opd_torch.families import family
 from opd_torch.layers.gated_delta import CHUNK
 from opd_torch.model.load import Model
+from opd_torch.model.shapes import parameters
 
 
-def parameters(config: Config) -> Shapes:
-    """The shapes of all parameters, from transformers' model on the meta device."""
-    settings = transformers.AutoConfig.for_model(**config)
-    settings.vision_config.vision_use_head = False  # no forward uses the head
-    with torch.device("meta"):
-        model = getattr(transformers, family(settings.model_type).architecture)(settings)
-    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+class BackendPlanner:
+    """`opd.planner.Planner` for a GPU or for the CPU."""
+
+    def __init__(self, gpu: bool) -> None:
+        self._gpu = gpu
+
+    parameters = staticmethod(parameters)
+
+    def machine(self) -> Machine:
+        """The first GPU, or the processor. Raises BackendError without a GPU."""
+        return machine(self._gpu)
+
+    def footprint(self, options: ModelOptions, config: Config, here: bool) -> Footprint:
+        """The bytes of a micro-batch."""
+        full, item = options.adapters is None, options.item
+        return Footprint(
+            *layer_bytes(config, item, self._gpu, full),
+            image_blocks=family(config["model_type"]).image_blocks,
+            stream=4,
+            frozen=4 if full else item,
+            cast=2 * full * (item == 2),
+            keeps_casts=False,
+            head_copy=4 * (item == 2 and not self._gpu),
+            head=3.2 if self._gpu else 2.0,
+            together=0,
+        )
 
 
-def layer_bytes(text: Config, item: int, gpu: bool, full: bool) -> tuple[LayerBytes, float]:
+CUDA = BackendPlanner(gpu=True)
+CPU = BackendPlanner(gpu=False)
+
+
+def layer_bytes(config: Config, item: int, gpu: bool, full: bool) -> tuple[LayerBytes, float]:
     """What a layer holds: norms in float32 and casts of the inputs of products for every row, and
-    less if fused kernels run; and the margin with which a backward is compared.
+    less if fused kernels run; and the margin of `opd.planner.Footprint`.
 
     `item`: bytes of a number in computation. `full`: whether all weights are trained.
     """
-    fused = gpu and item == 2
+    fused, text = gpu and item == 2, config["text_config"]
 
     def held(layer: Layer, rows: Rows) -> tuple[float, float]:
         if rows.kind == "patches":
@@ -62,37 +85,31 @@ def layer_bytes(text: Config, item: int, gpu: bool, full: bool) -> tuple[LayerBy
     return held, 1.1 if fused else 1.4 if item == 2 else 1.65
 
 
-def activation_bytes(model: Model, batch: Batch) -> int:
-    """The bytes that the backward of a batch holds. They are 0 without a family file, because those
-    models are recomputed row by row.
+def activation_bytes(model: Model, batch: Batch | Prefixes) -> int:
+    """The bytes that the backward of prompts, and of their completions if there are any, holds.
+    They are 0 without a family file, because those models are recomputed row by row.
     """
-    sources, count = batch.prefixes.sources, batch.ragged.rows
-    longest = max(map(len, sources), default=1) - 1
-    completions = Rows("completions", count, -(-len(batch.tokens) // max(1, count)), longest)
-    return prompt_bytes(model, sources, len(batch.prefixes.tokens), [completions])
-
-
-def prompt_bytes(
-    model: Model, prompts: Sequence[Prompt], tokens: int, completions: Sequence[Rows] = ()
-) -> int:
-    """The bytes that a backward holds of the prompts' images, of `tokens` text tokens, and of
-    completions."""
     if model.family is None:
         return 0
-    config, count = model.module.config, len(prompts)
-    patches = sum(model.family.patches(config, prompt) for prompt in prompts)
-    rows = Rows("patches", 1, patches), Rows("prompts", count, -(-tokens // count)), *completions
-    layers, text = _layers(config.to_json_string(use_diff=False))
-    full = model.head.requires_grad
-    layer, margin = layer_bytes(text, model.dtype.itemsize, model.device.gpu, full)
-    return int(margin * layers.held(rows, layer))
+    prompts = batch if isinstance(batch, Prefixes) else batch.prefixes
+    sources, config = prompts.sources, model.module.config
+    each = -(-len(prompts.tokens) // len(sources))
+    patches = sum(model.family.patches(config, prompt) for prompt in sources)
+    rows = [Rows("patches", 1, patches), Rows("prompts", len(sources), each)]
+    if isinstance(batch, Batch):
+        count, longest = batch.ragged.rows, max(map(len, sources)) - 1
+        rows.append(Rows("completions", count, -(-len(batch.tokens) // count), longest))
+    shape = _shape(config.to_json_string(use_diff=False))
+    full, item = model.head.requires_grad, model.dtype.itemsize
+    layer, margin = layer_bytes(shape.config, item, model.device.gpu, full)
+    return int(margin * shape.held(rows, layer))
 
 
 @cache
-def _layers(config: str) -> tuple[Layers, Config]:
-    """The layers of a config.json, and its settings of the language model."""
-    stated: dict[str, Any] = json.loads(config)
-    return Layers(stated, parameters(stated)), stated["text_config"]
+def _shape(config: str) -> Shape:
+    """The shape of a model with this config.json."""
+    stated = json.loads(config)
+    return Shape(stated, parameters(stated))
 
 
 def recompute_share(model: Model, wanted: int) -> float:
@@ -109,8 +126,6 @@ def free_bytes(model: Model) -> int:
     device = model.device.torch
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     parameters = model.parameters.values()
-    gradient = sum(parameter.nbytes for parameter in parameters if parameter.grad is None)
-    casts = 0
-    if model.dtype == torch.bfloat16:
-        casts = sum(parameter.numel() for parameter in parameters) * model.dtype.itemsize
+    gradient = sum(one.nbytes for one in parameters if one.grad is None)
+    casts = 2 * sum(one.numel() for one in parameters) * (model.dtype == torch.bfloat16)
     return int(0.9 * (torch.cuda.mem_get_info(device)[0] + unused - gradient - casts))

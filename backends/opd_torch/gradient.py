@@ -18,7 +18,7 @@ from opd.groups import slices
 from opd.objective import Objective
 from opd.types import Group, IntArray, Prompt, TokenStatistics
 from opd_torch.batch import lay_out_completions, lay_out_prefixes, lay_out_targets
-from opd_torch.footprint import activation_bytes, prompt_bytes, recompute_share
+from opd_torch.footprint import activation_bytes, recompute_share
 from opd_torch.forward import PromptCache, complete, concatenate_caches, prefill, reorder
 from opd_torch.model.load import Model
 from opd_torch.objective import HeadResult, default_chunk, divergence_head
@@ -61,9 +61,9 @@ def prefill_for_rollout(model: Model, prompts: Sequence[Prompt]) -> PrefilledPro
     tokens = sum(map(len, prompts))
     if tokens > model.device.prefill_tokens:
         return None
-    if prompt_bytes(model, prompts, tokens) > model.device.checkpoint_above:
-        return None
     prefixes = lay_out_prefixes(prompts, model.device.torch)
+    if activation_bytes(model, prefixes) > model.device.checkpoint_above:
+        return None
     return PrefilledPrompts(prefixes, prefill(model, prefixes))
 
 

@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 
 from opd import groups
+from opd.memory import CHUNK_BYTES
 from opd.objective import LEAST_TAIL, LOG_RATIO_BOUND, Objective
 from opd.types import STATISTICS, Alternatives, Group, TokenStatistics
-
-CHUNK_BYTES = 64 * 2**20
-"""Size of one float32 array [C, V] at the default chunk."""
 
 LARGEST_DIFFERENCE = 80.0
 """The bound of a difference d of two log-probabilities: in float32 exp(d) is finite and exp(-d)

@@ -116,7 +116,7 @@ def plan(
         )
     resolved = resolve(recipe, {"model.path": model, "data.path": data}, overrides)
     assumed = planning.Assumed(image, crop, text_tokens, completion_tokens)
-    name = planning.backend_of(None, backend) if device_name == devices.HERE else backend
+    name = registry.resolve(backend or "auto") if device_name == devices.HERE else backend
     chosen = devices.device(device_name, lambda: registry.planner(str(name)), memory)
     first = planning.plan(resolved.recipe, chosen, name, assumed)
     measured = None
@@ -151,11 +151,11 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
         "dtype": first.options.dtype,
         "notes": list(first.notes),
         "assumed": {
-            "image": list(first.image),
-            "crop": list(first.crop),
+            "image": list(first.sizes.image),
+            "crop": list(first.sizes.crop),
             "prompt_tokens": work.student.tokens,
             "crop_prompt_tokens": work.teacher.tokens,
-            "text_tokens": first.text,
+            "text_tokens": first.sizes.text,
             "completion_tokens": work.tokens,
             "prompts": work.prompts,
             "completions": work.completions,

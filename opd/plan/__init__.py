@@ -1,39 +1,48 @@
 """Estimates a run's parameters, memory and time from config.json, before any weights are there.
 
-`shape` holds the shapes of a model's parameters, `step` lengths, `work` counts operations, `memory`
-bytes, `devices` knows how fast and how large devices are, and `measure` runs a micro-batch to
-compare; this module puts them together for a recipe.
+`work` holds lengths and operations of a step, `memory` its bytes; `devices` knows how fast and how
+large devices are, and `measure` takes a step to compare. This module puts them together for a
+recipe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL.Image import new
 
 from opd import registry
 from opd.data import open_data
 from opd.data.images import image_size
-from opd.errors import BackendError, DataError, UserError, nearest
+from opd.errors import BackendError, DataError, ModelError, UserError
 from opd.memory import feature_bytes
+from opd.models.consistency import check_sizes, complete
+from opd.models.files import read_json
+from opd.models.shape import Shape
 from opd.plan.devices import HERE, Device
 from opd.plan.memory import Memory, memory
-from opd.plan.shape import Shape, read_config
 from opd.plan.work import Stage, View, Work, stages
 from opd.planner import Footprint
 from opd.prompts.encoder import PromptEncoder
+from opd.prompts.families import family
 from opd.run import preflight
-from opd.run.recipe import Recipe
-from opd.types import AdapterOptions, Example, ModelOptions, Policy
+from opd.run.recipe import Recipe, merged, validate
+from opd.types import ModelOptions, Policy
 from opd.views.images import teacher_sizes
 from opd.views.usable import too_long
 
 IMAGE, TEXT_TOKENS = (1024, 768), 64
 """Pixels of an image, and tokens of the chat template and a question, without those that mark an
 image, where neither an option nor the data says."""
+
+TUNES = ("full", "lora", "qlora")
+"""Values of model.tune, each of which takes less memory than the one before."""
 
 MANY = 2**31
 """Rows of data that nobody has counted."""
@@ -49,14 +58,21 @@ class Assumed:
     completion_tokens: int | None = None
 
 
+class Sizes(NamedTuple):
+    """Pixels of an image and its crop; tokens of a prompt beside its image's, and of a completion;
+    rows of the data."""
+
+    image: tuple[int, int]
+    crop: tuple[int, int]
+    text: int
+    tokens: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's step on one device, and all that it is worked out from.
-
-    `text`: tokens of a prompt beside its image's. `smaller_images`: half of the student's pixels,
-    and what both policies see with that bound; None where the family has no such bound. `notes`:
-    how many rows of the data are above the limit of a prompt, in the words of training.
-    """
+    """A recipe's step on one device, and all that it is worked out from. `notes`: how many rows of
+    the data are above the limit of a prompt, in the words of training."""
 
     recipe: Recipe
     shape: Shape
@@ -64,18 +80,14 @@ class Plan:
     work: Work
     device: Device
     backend: str
-    text: int
-    image: tuple[int, int]
-    crop: tuple[int, int]
-    smaller_images: tuple[int, View, View] | None
+    sizes: Sizes
     notes: tuple[str, ...] = ()
 
     @cached_property
     def rough(self) -> Footprint:
         """The backend's footprint."""
-        largest, here = max(map(prod, self.shape.shapes.values())), self.device.name == HERE
-        planner = registry.planner(self.backend)
-        return planner.footprint(self.options, self.shape.config, largest, here)
+        planner, here = registry.planner(self.backend), self.device.name == HERE
+        return planner.footprint(self.options, self.shape.config, here)
 
     @property
     def features(self) -> int:
@@ -96,11 +108,8 @@ class Plan:
     @property
     def seconds(self) -> dict[str, float]:
         """Each stage's time at the assumed shares of the device's peaks."""
-        stages, dtype = self.stages.items(), self.options.dtype
-        return {
-            name: self.device.seconds(stage, dtype, name == "student backward")
-            for name, stage in stages
-        }
+        dtype = self.options.dtype
+        return {name: self.device.seconds(stage, dtype) for name, stage in self.stages.items()}
 
     @property
     def hours(self) -> float:
@@ -118,47 +127,21 @@ class Plan:
         work = self.work
         groups = [count * work.group for count in range(work.prompts, 0, -1)]
         parts = [work.longest + n * work.tokens for n in range(work.completions - 1, 0, -1)]
-        return self._first((*groups, *parts), "budget", "accumulate", "apply")
+        return self._first("budget", (*groups, *parts), "accumulate", "apply")
 
     @property
     def largest_sample(self) -> int:
         """The largest rollout.sample_tokens that fits; 0 where not even one group does."""
         rooms = [count * self.work.sample for count in range(self.work.prompts, 0, -1)]
-        return self._first(rooms, "room", "rollout")
+        return self._first("room", rooms, "rollout")
 
-    def _first(self, sizes: Sequence[int], name: str, *phases: str) -> int:
+    def _first(self, name: str, sizes: Sequence[int], *phases: str) -> int:
         """The first size of the work's `name` with which the phases fit; 0 where none does."""
         for size in sizes:
-            found = self.sized(**{name: size}).memory.phases
-            if max(found[phase] for phase in phases) <= self.usable:
+            peaks = self.sized(**{name: size}).memory.phases
+            if max(peaks[phase] for phase in phases) <= self.usable:
                 return size
         return 0
-
-    def sized(self, **changed: int | View) -> Plan:
-        """The plan of a step with some fields of its `work` changed."""
-        return replace(self, work=replace(self.work, **changed))  # type: ignore[arg-type]
-
-    def changes(self) -> dict[str, Plan]:
-        """Plans with one thing changed that may take less memory or time, by what to set."""
-        options, choice = self.options, self.recipe.model
-        fewer, half = max(1, self.work.completions // 2), max(1, self.work.tokens // 2)
-        found = {
-            f"rollout.completions={fewer}": self.sized(completions=fewer),
-            f"rollout.max_tokens={half}": self.sized(tokens=half),
-        }
-        if self.smaller_images:
-            pixels, student, teacher = self.smaller_images
-            found[f"model.max_pixels={pixels}"] = self.sized(student=student, teacher=teacher)
-        adapters = AdapterOptions(choice.rank, choice.alpha, choice.targets)
-        low_rank = replace(options, tune_vision=False, adapters=adapters)
-        if options.adapters is None:
-            found["model.tune=lora"] = replace(self, options=low_rank)
-        if not options.four_bit:
-            found["model.tune=qlora"] = replace(self, options=replace(low_rank, four_bit=True))
-        if options.dtype == "float32":
-            bfloat16 = replace(options, dtype="bfloat16")
-            found["model.dtype=bfloat16"] = replace(self, options=bfloat16)
-        return found
 
     @property
     def least(self) -> int:
@@ -167,63 +150,90 @@ class Plan:
         sizes = 1, self.work.group
         return min(self.sized(room=1, budget=size).memory.peak for size in sizes)
 
+    def sized(self, **changed: Any) -> Plan:
+        """The plan of a step with some fields of its `work` changed."""
+        return replace(self, work=replace(self.work, **changed))
+
+    @cached_property
+    def changes(self) -> dict[str, Plan]:
+        """Plans with one setting changed that may take less memory or time, by what to set."""
+        work, tune = self.work, self.recipe.model.tune
+        pixels = work.student.patches * self.shape.config["vision_config"]["patch_size"] ** 2
+        settings: list[tuple[str, str, Any]] = [
+            ("rollout", "completions", max(1, work.completions // 2)),
+            ("rollout", "max_tokens", max(1, work.tokens // 2)),
+            ("model", "max_pixels", pixels // 2),
+            *(("model", "tune", less) for less in TUNES[TUNES.index(tune) + 1 :]),
+            *[("model", "dtype", "bfloat16")] * (self.options.dtype == "float32"),
+        ]
+        given, plans = self.recipe.model_dump(exclude_unset=True), {}
+        for section, key, value in settings:
+            sizes = self.sizes._replace(tokens=value if key == "max_tokens" else work.tokens)
+            with suppress(UserError):  # of a family that does not bound its pixels
+                recipe = validate(merged(given, {section: {key: value}}), "plan")
+                changed = _planned(recipe, self.shape, self.device, self.backend, sizes)
+                plans[f"{section}.{key}={value}"] = changed
+        return plans
+
     def smaller(self) -> dict[str, int]:
         """Least peaks with one thing changed, by what to set, where below the plan's own."""
-        peaks = {name: plan.least for name, plan in self.changes().items()}
+        peaks = {name: plan.least for name, plan in self.changes.items()}
         return {name: peak for name, peak in peaks.items() if peak < self.least}
 
     def shorter(self) -> tuple[str, float] | None:
         """What to set to shorten the run most while training the same parameters, and the hours
         then; None where nothing shortens it."""
-        hours = {name: one.hours for name, one in self.changes().items() if "tune" not in name}
-        hours["none"] = self.hours
+        hours = {name: one.hours for name, one in self.changes.items() if "tune" not in name}
         name = min(hours, key=lambda name: hours[name])
-        return None if name == "none" else (name, hours[name])
-
-
-def backend_of(device: Device | None, name: str | None) -> str:
-    """The backend of a plan: the one that is named, else the device's own, else this machine's.
-
-    Raises BackendError where it is unknown or not installed.
-    """
-    known = ("auto", *registry.names())
-    if name is not None and name not in known:
-        raise BackendError(f"--backend '{name}' cannot be planned; {nearest(name, known)}")
-    own = device.backend if device else "auto"
-    return registry.resolve(own if name in (None, "auto") else str(name))
+        return (name, hours[name]) if hours[name] < self.hours else None
 
 
 def plan(
     recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None
 ) -> Plan:
     """The plan of a recipe on a device; `backend` None takes the device's. Raises UserError."""
-    assumed, rollout = assumed or Assumed(), recipe.rollout
-    options, pixels = recipe.model.options(weights=False), recipe.model.pixels()
-    config, name = read_config(options.path), backend_of(device, backend)
+    own = device.backend if backend in (None, "auto") else backend
+    name, config = registry.resolve(own), read_config(recipe.model.folder(weights=False))
     shape = Shape(config, registry.planner(name).parameters(config))
+    return _planned(recipe, shape, device, name, *_sizes(recipe, assumed or Assumed()))
+
+
+def _planned(
+    recipe: Recipe,
+    shape: Shape,
+    device: Device,
+    backend: str,
+    sizes: Sizes,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan of a recipe for a model's shape and known sizes."""
+    options, rollout = recipe.model.options(weights=False), recipe.rollout
     shape.trained(options)  # refuses unknown targets before anything is worked out
-    image, crop, rows, notes = _seen(recipe, assumed, PromptEncoder(options.path, **pixels))
-    text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
-
-    def views(**bounds: int | None) -> tuple[View, View]:
-        encoder = PromptEncoder(options.path, **bounds)
-        return view(encoder, shape, image, text), view(encoder, shape, crop, text, "teacher")
-
-    student, teacher = views(**pixels)
+    encoder = PromptEncoder(options.path, **recipe.model.pixels())
+    student = view(encoder, shape, sizes.image, sizes.text)
+    teacher = view(encoder, shape, sizes.crop, sizes.text, "teacher")
     limit, longest = recipe.data.max_prompt_tokens, max(student.tokens, teacher.tokens)
     if not notes and longest > limit:
         advice = "training skips such rows; set model.max_pixels or data.max_prompt_tokens"
-        notes.append(f"{too_long(longest, limit)[0]}: {advice}")
-    tokens = assumed.completion_tokens or rollout.max_tokens
-    budgets = rollout.microbatch_tokens, rollout.sample_tokens
-    work = Work(rollout.prompts, rollout.completions, tokens, student, teacher, *budgets, rows)
-    half = student.patches * config["vision_config"]["patch_size"] ** 2 // 2
+        notes = [f"{too_long(longest, limit)[0]}: {advice}"]
+    group, budgets = (student, teacher), (rollout.microbatch_tokens, rollout.sample_tokens)
+    work = Work(rollout.prompts, rollout.completions, sizes.tokens, *group, *budgets, sizes.rows)
+    return Plan(recipe, shape, options, work, device, backend, sizes, tuple(notes))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A supported family's config.json with all defaults of transformers. Raises ModelError."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder}: no config.json, so this is no model folder")
+    stated = read_json(file)
+    check_sizes(file, stated)
     try:
-        smaller = half, *views(**{**pixels, "max_pixels": half})
-    except UserError:
-        smaller = None
-    about = text, image, crop, smaller, tuple(notes)
-    return Plan(recipe, shape, options, work, device, name, *about)
+        family(str(stated.get("model_type")))
+    except ModelError as error:
+        what = "of another model nothing can be planned, though torch may train it by rows"
+        raise ModelError(f"{file}: {error}; {what}") from None
+    return complete(file, stated)
 
 
 def view(
@@ -255,46 +265,41 @@ def view(
     return View(pieces * prod(sides), pieces * sum(cut), visual, text + marks, pieces)
 
 
+def _sizes(recipe: Recipe, assumed: Assumed) -> tuple[Sizes, list[str]]:
+    """Sizes as assumed, else images of the data's first row, and as the recipe says; and what
+    preflight says of the data's rows.
+
+    A real model without data of its own is not planned on the embedded data.
+    """
+    image, crop, data, rows, notes = assumed.image, assumed.crop, recipe.data, MANY, []
+    if (image is None or crop is None) and (data.path != "tiny" or recipe.model.path == "tiny"):
+        pixels, most = data.max_image_pixels, preflight.SAMPLE
+        examples = open_data(data.path, data.strict, max_image_pixels=pixels, count=most)
+        encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
+        inspection = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
+        rows, notes, first = inspection.rows, inspection.lines(), examples[0]
+        if image is None:
+            full = [image_size(source, first.max_image_pixels) for source in first.images]
+            part = teacher_sizes(first, recipe.view)
+            if len(full) != 1 or len(part) != 1:
+                what = "a row of several images cannot be planned; say --image and --crop"
+                raise DataError(f"{first.source or first.id}: {what}")
+            image, crop = full[0], crop or part[0]
+    width, height = image = image or IMAGE
+    crop = crop or (max(1, width // 2), max(1, height // 2))
+    text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
+    tokens = assumed.completion_tokens or recipe.rollout.max_tokens
+    return Sizes(image, crop, text, tokens, rows), notes
+
+
 def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:
     """The plan, and the same step on all other devices whose backend is installed."""
     plans, missing = [], set()
     for device in devices:
         try:
-            plans += [on(plan, device)] if device.name != plan.device.name else []
+            if device.name != plan.device.name:
+                backend = registry.resolve(device.backend)
+                plans.append(replace(plan, device=device, backend=backend))
         except BackendError as error:
             missing.add(f"devices of another backend are left out: {error}")
     return [replace(plan, notes=(*plan.notes, *sorted(missing))), *plans]
-
-
-def on(plan: Plan, device: Device) -> Plan:
-    """The same step on another device and its own backend. Raises BackendError."""
-    return replace(plan, device=device, backend=backend_of(device, None))
-
-
-def _seen(
-    recipe: Recipe, assumed: Assumed, encoder: PromptEncoder
-) -> tuple[tuple[int, int], tuple[int, int], int, list[str]]:
-    """Sizes of the image and of its crop, as assumed or of the data's first row; how many rows the
-    data have, and what preflight says of them.
-
-    A real model without data of its own is not planned on the embedded data.
-    """
-    image, crop, data = assumed.image, assumed.crop, recipe.data
-    examples: Sequence[Example] = []
-    if (image is None or crop is None) and (data.path != "tiny" or recipe.model.path == "tiny"):
-        pixels, most = data.max_image_pixels, preflight.SAMPLE
-        examples = open_data(data.path, data.strict, max_image_pixels=pixels, count=most)
-    rows, notes = MANY, []
-    if examples:
-        looked = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
-        rows, notes = looked.rows, looked.lines()
-    if examples and image is None:
-        first = examples[0]
-        full = [image_size(source, first.max_image_pixels) for source in first.images]
-        part = teacher_sizes(first, recipe.view)
-        if len(full) != 1 or len(part) != 1:
-            what = "a row of several images cannot be planned; say --image and --crop"
-            raise DataError(f"{first.source or first.id}: {what}")
-        image, crop = full[0], crop or part[0]
-    width, height = image = image or IMAGE
-    return image, crop or (max(1, width // 2), max(1, height // 2)), rows, notes

@@ -1,8 +1,7 @@
-"""Devices: how fast they multiply matrices, read memory, and how much they hold.
+"""Devices: how fast they multiply matrices and read memory, and how much they hold.
 
 Published figures stand in devices.csv, in TFLOP/s, GB/s and GB; this machine is recognised or
-measured.
-Nothing reaches its peak all of the time: a step is taken to reach shares of it.
+measured. Nothing reaches its peak all of the time: a step is taken to reach shares of it.
 """
 
 from __future__ import annotations
@@ -28,17 +27,16 @@ HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE = 0.7, 0.3
 """Shares of what is measured here (`benchmarks.plan_against_step`): a processor multiplies the few
 rows of a token step well below the speed at which it copies."""
 
-MEASURE_SECONDS, SIDE, GPU_SIDE, WIDE, PACKED_ROWS = 0.4, 768, 4096, 8192, 32
-"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU; of one
-that is only read; and rows that are multiplied by weights in 4 bits."""
+MEASURE_SECONDS, SIDE, GPU_SIDE, WIDE = 0.4, 768, 4096, 8192
+"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU, and of
+one that is only read."""
 
 
 @dataclass(frozen=True)
 class Device:
     """`matmul` FLOP/s by type of numbers, dense; `bandwidth` bytes a second; `memory` bytes, of
     which a run may take the share `usable`; `memories` that it is sold with; `backend` that runs on
-    it. `packed`: FLOP/s of products with weights in 4 bits, and with their transposes; None where
-    they take as long as any."""
+    it."""
 
     name: str
     matmul: dict[str, float]
@@ -50,26 +48,23 @@ class Device:
     matmul_share: float = MATMUL_SHARE
     bandwidth_share: float = BANDWIDTH_SHARE
     memories: tuple[float, ...] = ()
-    packed: tuple[float, float] | None = None
 
-    def seconds(self, stage: Stage, dtype: str, back: bool) -> float:
+    def seconds(self, stage: Stage, dtype: str) -> float:
         """Products or what they read, whichever is longer, and the passes between them."""
-        rate = self.matmul_share * self.matmul[dtype]
         bandwidth = self.bandwidth_share * self.bandwidth
-        packed = self.packed[back] if self.packed else rate
-        products = stage.packed / packed + (stage.operations - stage.packed) / rate
+        products = stage.operations / (self.matmul_share * self.matmul[dtype])
         return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
 
 
 def _published() -> dict[str, Device]:
-    found, text = {}, (files("opd.plan") / "devices.csv").read_text(encoding="utf-8")
+    devices, text = {}, (files("opd.plan") / "devices.csv").read_text(encoding="utf-8")
     for row in csv.DictReader(text.splitlines()):
         matmul = {name: 1e12 * float(row[name]) for name in ("float32", "bfloat16")}
         sizes = tuple(1e9 * float(size) for size in row["memories"].split())
         rates = matmul, 1e9 * float(row["bandwidth"]), sizes[-1], float(row["usable"])
         about = row["backend"], row["source"]
-        found[row["name"]] = Device(row["name"], *rates, *about, memories=sizes)
-    return found
+        devices[row["name"]] = Device(row["name"], *rates, *about, memories=sizes)
+    return devices
 
 
 DEVICES = _published()
@@ -89,11 +84,11 @@ def device(name: str, planner: Callable[[], Planner], memory: float | None = Non
         close = get_close_matches(plain, known, n=1, cutoff=0.5)
         wanted = nearest(known[close[0]] if close else plain, known.values())
         raise RecipeError(f"--device '{name}': no such device; {wanted}")
-    found = this_machine(planner().machine()) if known[plain] == HERE else DEVICES[known[plain]]
+    chosen = this_machine(planner().machine()) if known[plain] == HERE else DEVICES[known[plain]]
     size = 1e9 * float(memory or (sized[2] if sized else 0))
     # Cards are named after GiB.
-    exact = next((one for one in found.memories if 0 <= one - size < 0.08 * size), size)
-    return replace(found, memory=exact, memories=()) if size else found
+    exact = next((one for one in chosen.memories if 0 <= one - size < 0.08 * size), size)
+    return replace(chosen, memory=exact, memories=()) if size else chosen
 
 
 def this_machine(here: Machine) -> Device:
@@ -101,36 +96,25 @@ def this_machine(here: Machine) -> Device:
     memory, name = float(here.memory), here.name.casefold()
     named = [one for one in DEVICES if one.casefold() in name and "laptop" not in name]
     if named:
-        found = DEVICES[max(named, key=len)]
-        found = replace(found, name=HERE, memory=memory, usable=here.usable, memories=())
-        return replace(found, source=f"{here.name}; {found.source}")
+        known = DEVICES[max(named, key=len)]
+        known = replace(known, name=HERE, memory=memory, usable=here.usable, memories=())
+        return replace(known, source=f"{here.name}; {known.source}")
 
-    def rate(rows: int, side: int, numbers: str) -> float:
-        return 2.0 * rows * side**2 * _per_second(here.product(rows, side, numbers), here.gpu)
+    def rate(rows: int, side: int, dtype: str) -> float:
+        return 2.0 * rows * side**2 * _per_second(here.product(rows, side, dtype), here.gpu)
 
     side = GPU_SIDE if here.gpu else SIDE
     types = ("float32", "bfloat16") if here.gpu else ("float32",)
-    matmul = {numbers: rate(side, side, numbers) for numbers in types}
+    matmul = {dtype: rate(side, side, dtype) for dtype in types}
     # One row reads a matrix larger than any cache, as a token step reads weights.
-    bandwidth = 2.0 * rate(1, WIDE, "float32")
-    packed = [rate(PACKED_ROWS, SIDE, kind) for kind in ("packed", "packed back") if here.packed]
-    return Device(
-        HERE,
-        {"bfloat16": matmul["float32"], **matmul},
-        bandwidth,
-        memory,
-        here.usable,
-        "auto",
-        f"{here.name}, measured in {' and '.join(types)}",
-        HERE_MATMUL_SHARE,
-        HERE_BANDWIDTH_SHARE,
-        packed=(packed[0], packed[1]) if packed else None,
-    )
+    rates = {"bfloat16": matmul["float32"], **matmul}, 2.0 * rate(1, WIDE, "float32")
+    source = f"{here.name}, measured in {' and '.join(types)}"
+    shares = HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE
+    return Device(HERE, *rates, memory, here.usable, "auto", source, *shares)
 
 
 def _per_second(run: Callable[[], object], gpu: bool) -> float:
-    """Calls a second, at the fastest within MEASURE_SECONDS; the first, which warms up, does not
-    count.
+    """Calls a second, at the fastest within MEASURE_SECONDS, after one call to warm up.
 
     A processor works itself: its time is the call's own on a busy machine.
     """

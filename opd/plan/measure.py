@@ -1,9 +1,8 @@
-"""Runs one micro-batch of a plan on this machine, with random weights, to compare with the plan."""
+"""Takes a planned step on this machine, with random weights, to compare with the plan."""
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
@@ -13,31 +12,30 @@ import numpy as np
 from PIL import Image
 
 from opd import registry
-from opd.backend import Prefill
 from opd.errors import RecipeError
 from opd.memory import forget_peak_resident, peak_resident
+from opd.method.rollout import Pair
+from opd.method.step import Batch, Method, train_step
 from opd.models.random_weights import write_random_model
 from opd.plan import Plan
 from opd.plan.memory import KEPT_FEATURES
 from opd.prompts.encoder import PromptEncoder
-from opd.types import Completion, Group, Policy, Prompt, Sampling, Update
+from opd.types import Policy, Prompt
 
-VERBS = {
-    "sample": ("rollout prefill", "rollout decode"),
+PARTS = {
+    "rollout": ("rollout prefill", "rollout decode"),
     "accumulate": (
         *("teacher forward", "student forward", "student backward", "recomputation"),
         "head and divergence",
     ),
-    "apply": ("optimizer",),
-    "move_teacher": ("teacher's average",),
+    "apply": ("optimizer", "teacher's average"),
 }
-"""A plan's stages by the verb of a backend that runs them."""
+"""A plan's stages by the part of a step whose seconds `train_step` measures."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step by verb, one micro-batch times their number; bytes at the peak; and as
-    planned."""
+    """Seconds of a step by part, and bytes at the peak, as measured and as planned."""
 
     seconds: Mapping[str, float]
     planned_seconds: Mapping[str, float]
@@ -46,21 +44,19 @@ class Measured:
 
 
 def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measured:
-    """What a micro-batch of the plan takes here; `say` hears what is going on.
+    """Takes a step with only as many prompts as run together; a part that a planned step repeats
+    is taken to last as many times longer. `say` hears what is going on.
 
-    Raises RecipeError where it is planned larger than this machine's memory.
+    Raises RecipeError where the step is planned larger than this machine's memory.
     """
-    work, rng, planned = plan.work, np.random.default_rng(0), plan.memory
+    work, recipe, planned, rng = plan.work, plan.recipe, plan.memory, np.random.default_rng(0)
     if planned.peak > plan.usable:
         most = f"{planned.peak / 1e9:.1f} GB are planned and {plan.usable / 1e9:.1f} GB usable"
-        raise RecipeError(
-            f"--measure: {most}; make the step smaller as the plan without --measure says"
-        )
-    machine = registry.planner(plan.backend).machine()
+        advice = "make the step smaller as the plan without --measure says"
+        raise RecipeError(f"--measure: {most}; {advice}")
     forget_peak_resident()
-    before = peak_resident()
-    encoder = PromptEncoder(plan.options.path, **plan.recipe.model.pixels())
-    question = _question(encoder, plan.text)
+    before = peak_resident() * registry.planner(plan.backend).machine().resident
+    encoder = PromptEncoder(plan.options.path, **recipe.model.pixels())
     with tempfile.TemporaryDirectory() as folder:
         say(f"writing {sum(map(prod, plan.shape.shapes.values())) / 1e6:,.0f} M random weights")
         write_random_model(Path(plan.options.path), Path(folder), plan.shape.shapes)
@@ -68,67 +64,39 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
         backend = registry.load(plan.backend, options)
     forget_peak_resident()  # loading holds files that training does not
 
+    # A question of as many tokens as a prompt has beside its image.
+    bare, one = (len(encoder.encode([], text)) for text in ("", " a" * 100))
+    question = " a" * max(0, (plan.sizes.text - bare) * 100 // max(1, one - bare))
+
     def prompt(size: tuple[int, int], policy: Policy) -> Prompt:
         pixels = rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
         return encoder.encode([Image.fromarray(pixels)], question, policy)
 
-    def group() -> Group:
-        tokens = rng.integers(0, 250, (work.completions, work.tokens)).astype(np.int32)
-        likely = np.full(work.tokens, -8, np.float32)
-        many = work.prompts * work.completions * work.tokens
-        weights = (np.full(work.tokens, 1 / many, np.float32),) * work.completions
-        rows = tuple(Completion(row, likely, False) for row in tokens)
-        return Group(prompt(plan.image, "student"), prompt(plan.crop, "teacher"), rows, weights)
-
-    groups = [group() for _ in range(max(work.together, work.sampled))]
-    sampled, some = [one.student for one in groups[: work.sampled]], groups[: work.together]
-    uniforms = rng.random((len(sampled), work.completions, work.tokens), dtype=np.float32)
-    sampling = Sampling(plan.recipe.rollout.temperature, (), encoder.banned)
-    objective = plan.recipe.objective.objective(sampling.temperature)
-    held: list[Prefill | None] = []
-
-    def sample() -> None:
-        """Nothing ends a completion, so all are of full length."""
-        held[:] = [backend.prefill(sampled) if work.sampled >= work.prompts else None]
-        backend.sample(sampled, uniforms, sampling, prefill=held[0])
-
-    def accumulate() -> None:
-        shared = held.pop() if held else None
-        if shared and len(some) < len(sampled):
-            shared.release()
-            shared = None
-        backend.accumulate(some, objective, work.split, shared)
-
-    verbs: dict[str, Callable[[], object]] = {
-        "sample": sample,
-        "accumulate": accumulate,
-        "apply": lambda: backend.apply(Update(1e-6)),
-        "move_teacher": lambda: backend.move_teacher(0.05),
+    # A second micro-batch adds its gradient to the first one's.
+    prompts = min(work.prompts, max(work.sampled, 2 * work.together))
+    pairs = [
+        Pair(
+            number, "", 1.0, prompt(plan.sizes.image, "student"), prompt(plan.sizes.crop, "teacher")
+        )
+        for number in range(prompts)
+    ]
+    # Nothing ends a completion, so all are of full length.
+    rest = recipe.objective, recipe.teacher, recipe.optimizer, 0, 2, (), encoder.banned
+    for step, tokens in ((1, min(8, work.tokens)), (2, work.tokens)):
+        say("measuring" if step > 1 else "warming up")
+        sizes = {"completions": work.completions, "max_tokens": tokens}
+        budgets = {"microbatch_tokens": work.budget, "sample_tokens": work.room}
+        method = Method(recipe.rollout.model_copy(update=sizes | budgets), *rest)
+        metrics = train_step(step, Batch(tuple(pairs)), method, backend).metrics
+    times = {
+        "rollout": ceil(work.prompts / work.sampled) / ceil(prompts / work.sampled),
+        "accumulate": work.calls / ceil(prompts / work.together),
     }
-    # Once before the clock runs, to compile and to make moments; then beside a sum, as in a step.
-    backend.sample(sampled, uniforms[:, :, : min(8, work.tokens)], sampling)
-    for verb in ("accumulate", "apply", "move_teacher", *["accumulate"] * (work.calls > 1)):
-        say(f"warming up: {verb}")
-        verbs[verb]()
-    times = {"sample": ceil(work.prompts / work.sampled), "accumulate": work.calls}
-    seconds = {}
-    for verb, run in verbs.items():
-        say(f"measuring: {verb}")
-        began = time.perf_counter()
-        run()
-        seconds[verb] = times.get(verb, 1) * (time.perf_counter() - began)
-    features = len(groups) * (work.student.visual + work.teacher.visual) * plan.shape.feature
+    features = prompts * (work.student.visual + work.teacher.visual) * plan.shape.feature
     kept = planned.held.get(KEPT_FEATURES, 0)
     return Measured(
-        seconds,
-        {verb: sum(plan.seconds[stage] for stage in stages) for verb, stages in VERBS.items()},
-        backend.peak_memory - before * machine.resident,
+        {part: times.get(part, 1) * metrics[f"seconds_{part}"] for part in PARTS},
+        {part: sum(plan.seconds[stage] for stage in stages) for part, stages in PARTS.items()},
+        backend.peak_memory - before,
         planned.peak - kept + min(kept, features),
     )
-
-
-def _question(encoder: PromptEncoder, text: int) -> str:
-    """A question with which a prompt without images has about `text` tokens."""
-    bare, words = len(encoder.encode([], "")), max(0, text - len(encoder.encode([], "")))
-    found = max(1, len(encoder.encode([], " a" * words)) - bare)
-    return " a" * (words * words // max(found, words, 1))

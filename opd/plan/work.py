@@ -2,8 +2,8 @@
 
 A group is a prompt with its completions. A prompt's last token runs with the completions, whose
 first token it predicts. An operation is a multiplication or an addition: 2 for each weight and row,
-and 4 for each pair of rows that attend and each number of their heads. What passes over memory
-between products is rough. What completions of a prompt share is computed once.
+and 4 for each pair of rows that attend and each number of their heads. What completions of a prompt
+share is computed once. Bytes that pass over memory between products are rough.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from math import ceil, prod
 from operator import add
 from typing import NamedTuple
 
-from opd.models.adapters import chosen_layers, part_of_model
-from opd.plan.shape import Shape, item_of, sees
+from opd.models.shape import Shape
 from opd.planner import Footprint, Rows
 from opd.types import ModelOptions
 
 FORWARD, BACKWARD = 3, 5
 """Passes over what a backward holds: written, read twice; read, its gradient written, added,
 read."""
-
-PASSING = 0.45
-"""The share of a layer's activations that pass by in a forward without a backward."""
 
 HEAD, DRAW, OPTIMIZER, AVERAGE = 20, 10, 24, 3
 """Passes over logits that are trained on, or drawn from; over trained parameters in the optimizer's
@@ -110,13 +106,11 @@ class Work:
 @dataclass(frozen=True)
 class Stage:
     """A stage of a step: `operations` at the speed of products, which read `moved` bytes meanwhile;
-    `passed` bytes of elementwise work take time of their own. `packed`: the operations whose
-    weights are held in 4 bits; in a backward, their transposes."""
+    `passed` bytes of elementwise work take time of their own."""
 
     operations: float
     moved: float = 0.0
     passed: float = 0.0
-    packed: float = 0.0
 
     def __add__(self, other: Stage) -> Stage:
         return Stage(*map(add, astuple(self), astuple(other)))
@@ -125,72 +119,43 @@ class Stage:
         return Stage(*(times * size for size in astuple(self)))
 
 
-class Held(NamedTuple):
-    """Bytes: `total`, what is held at the end of a forward; `layer`, what passes by in the backward
-    of the widest layer; `forward`, what passes by in it where no backward follows."""
+def passes(
+    shape: Shape, full: bool, view: View, rows: Rows, rough: Footprint
+) -> tuple[Stage, Stage, Stage]:
+    """A forward, its backward, and what the backward recomputes, of an image, of its prompt without
+    the last token, or of all completions of the prompt.
 
-    total: float
-    layer: float
-    forward: float
-
-
-def held_of(
-    shape: Shape, options: ModelOptions, rows: Rows, rough: Footprint, recompute: bool = False
-) -> Held:
-    """What the rows hold; with `recompute` each layer's inputs, and one layer whole."""
-    item, text, layers = item_of(options), rows.kind != "patches", shape.of(rows)
-    each = [rough.layer(one, rows) for one in layers]
-    forward = PASSING * max(kept for kept, _ in each)
-    if rows.kind == "prompts" and not layers[-1].state:
-        # The last layer gives of a prompt the keys and values for completions alone.
-        each[-1] = (4.0 * item * rows.total * layers[-1].key, 0.0)
-    layer = max(kept * recompute + passes for kept, passes in each)
-    if recompute:
-        stream = rough.stream if text else item
-        total = float(rows.total * stream * sum(one.width for one in layers))
-        total += rows.count * shape.cache(rows.length, item) * (rows.kind == "prompts")
-    else:
-        total = sum(kept for kept, _ in each)
-        if options.adapters and text:
-            names = chosen_layers(options.adapters, shape.linears)
-            adapted = sum(part_of_model(name) == "language" for name in names)
-            total += rows.total * item * adapted * options.adapters.rank
-    if rows.kind == "completions":
-        # The states of recurrences, and the rows that the head reads.
-        total += rows.count * shape.cache(0, item) + 12 * rows.total * shape.table[1]
-    return Held(total, layer, forward)
-
-
-class Cost(NamedTuple):
-    """Operations of a forward: `products` with weights, `mixing` of rows among each other; and the
-    bytes that are `held` for its backward.
-
-    Among the products, `first`: those whose inputs take no gradient; `last`: those that no backward
-    computes again, since nobody needs their results; `packed`: the share that 4 bits hold.
+    The last layer computes of a prompt only what a cache holds. `full`: weights get gradients, not
+    their inputs alone. Patches get none, and nobody needs what a layer's last product recomputes.
     """
-
-    products: float
-    mixing: float
-    held: float
-    first: float
-    last: float
-    packed: bool
-
-    @property
-    def forward(self) -> Stage:
-        """The forward."""
-        operations = self.products + self.mixing
-        return Stage(operations, 0.0, FORWARD * self.held, self.products * self.packed)
-
-    def backward(self, full: bool) -> Stage:
-        """Gradients of inputs, and of weights where all are trained."""
-        operations = self.products * (1 + full) + 2 * self.mixing - self.first
-        return Stage(operations, 0.0, BACKWARD * self.held, self.products * self.packed)
-
-    @property
-    def again(self) -> Stage:
-        """What a backward computes again."""
-        return self.forward + Stage(-self.last, packed=-self.last * self.packed)
+    products = last = mixing = first = blocks = 0.0
+    if rows.kind == "prompts" and rough.image_blocks:
+        # Tokens of an image see each other in both directions, not only those before them.
+        each = view.visual // view.pieces
+        blocks = view.pieces * each * (each - 1) / 2
+    for layer in shape.of(rows):
+        mixing += rows.total * 6.0 * layer.state
+        if rows.kind == "prompts" and layer is shape.text[-1]:
+            products += 2.0 * rows.total * layer.cached
+            continue
+        products += 2.0 * rows.total * layer.products
+        last += 2.0 * rows.total * layer.last
+        reach = layer.window or rows.before + rows.length
+        free = max(0, min(rows.length, reach - rows.before))
+        pairs = free * (rows.before + (free + 1) / 2) + (rows.length - free) * reach
+        mixing += rows.count * 4.0 * layer.query * (pairs + blocks)
+    if rows.kind == "patches":
+        # Frames of a still image are alike, so one stands for all that a convolution takes.
+        kernels = [size for size in shape.part("vision").values() if len(size) > 3]
+        embed = sum(prod(size) // (size[2] if len(size) == 5 else 1) for size in kernels)
+        project = sum(prod(size) for size in shape.part("projector").values() if len(size) == 2)
+        first, merged = 2.0 * rows.total * embed, 2.0 * view.visual * project
+        products, last = products + first + merged, last + first + merged
+        mixing = 4.0 * shape.tower[0].width * view.pairs
+    held = shape.held([rows], rough.layer)
+    forward = Stage(products + mixing, passed=FORWARD * held)
+    backward = Stage(products * (1 + full) + 2 * mixing - first, passed=BACKWARD * held)
+    return forward, backward, forward + Stage(-last)
 
 
 def stages(
@@ -200,68 +165,41 @@ def stages(
 
     With `recompute`, layers are computed twice.
     """
-    full, seen, trained = options.adapters is None, sees(options), shape.trained(options)
+    full, trained = options.adapters is None, shape.trained(options)
     visual = work.prompts * (work.student.visual + work.teacher.visual)
-    looks = seen or visual * shape.feature > room
+    looks = options.tunes_features or visual * shape.feature > room
 
-    def costs(view: View) -> list[Cost]:
+    def run(view: View) -> list[tuple[Stage, Stage, Stage]]:
         every = work.lengths(1, view, work.completions)
-        return [cost(shape, options, view, rows, rough) for rows in every]
+        return [passes(shape, full, view, rows, rough) for rows in every]
 
-    image, prompt, own = costs(work.student)
-    back = [prompt, own, image] if seen else [prompt, own]
+    seen = run(work.student)
+    image, prompt, own = (forward for forward, _, _ in seen)
+    back = seen if options.tunes_features else seen[1:]
     rows = work.completions * work.tokens
     head, logits = 2.0 * rows * prod(shape.table), 4.0 * rows * shape.table[0]
     # Of adapters; the gradients of their inputs and of their weights are as many each.
     beside = 0.0 if full else 2.0 * trained["language"] * (work.student.before + rows)
     low_rank, count = Stage(beside), sum(trained.values())
     group = {
-        "rollout prefill": prompt.forward + image.forward,
-        "rollout decode": own.forward + Stage(head, passed=DRAW * logits),
-        "teacher forward": sum((one.forward for one in costs(work.teacher)), Stage(0.0)),
-        "student forward": prompt.forward + own.forward + image.forward * looks + low_rank,
-        "student backward": sum((one.backward(full) for one in back), low_rank * 2),
-        "recomputation": sum((one.again for one in back), low_rank) * recompute,
+        "rollout prefill": prompt + image,
+        "rollout decode": own + Stage(head, passed=DRAW * logits),
+        "teacher forward": sum((forward for forward, _, _ in run(work.teacher)), Stage(0.0)),
+        "student forward": prompt + own + image * looks + low_rank,
+        "student backward": sum((backward for _, backward, _ in back), low_rank * 2),
+        "recomputation": sum((again for _, _, again in back), low_rank) * recompute,
         # Logits of both policies, and the gradients of hidden states and of a trained head.
         "head and divergence": Stage((3 + full) * head, passed=HEAD * logits),
     }
     step = {name: stage * work.prompts for name, stage in group.items()}
     # Token steps read weights once for all that is sampled together, keys and values of a prompt
     # once for its completions, and half of a completion's own on average.
-    item = item_of(options)
-    weights = ceil(work.prompts / work.sampled) * item * (shape.products + prod(shape.table))
-    cache = shape.cache(work.student.before, item)
-    cache += work.completions * shape.cache(work.tokens // 2, item)
-    moved = work.tokens * (weights + work.prompts * cache)
+    weights = ceil(work.prompts / work.sampled) * (shape.products + prod(shape.table))
+    cache = shape.cache(work.student.before, options.item)
+    cache += work.completions * shape.cache(work.tokens // 2, options.item)
+    moved = work.tokens * (options.item * weights + work.prompts * cache)
     return step | {
         "rollout decode": replace(step["rollout decode"], moved=moved),
         "optimizer": Stage(15.0 * count, passed=4.0 * OPTIMIZER * count),
         "teacher's average": Stage(3.0 * count, passed=4.0 * AVERAGE * count),
     }
-
-
-def cost(shape: Shape, options: ModelOptions, view: View, rows: Rows, rough: Footprint) -> Cost:
-    """An image, its prompt without the last token, or all completions of the prompt, through all
-    layers; the last one computes of a prompt only what a cache holds."""
-    products = last = mixing = later = 0.0
-    if rows.kind == "prompts" and rough.blocks:
-        # Tokens of an image see each other in both directions, not only those before them.
-        each = view.visual // view.pieces
-        later = view.pieces * each * (each - 1) / 2
-    for layer in shape.of(rows):
-        if rows.kind == "prompts" and layer is shape.text[-1]:
-            products += layer.cached
-        else:
-            products, last = products + layer.products, last + layer.last
-            reach = layer.window or rows.before + rows.length
-            free = max(0, min(rows.length, reach - rows.before))
-            pairs = free * (rows.before + (free + 1) / 2) + (rows.length - free) * reach
-            mixing += 4.0 * layer.query * (pairs + later)
-        mixing += 6.0 * layer.state * rows.length
-    held, first, total = held_of(shape, options, rows, rough).total, 0.0, 2.0 * rows.total
-    products, last, mixing = products * total, last * total, mixing * rows.count
-    if rows.kind == "patches":
-        first, merged = total * shape.embedding, 2.0 * view.visual * shape.projector
-        products, last = products + first + merged, last + first + merged
-        mixing = 4.0 * shape.tower[0].width * view.pairs
-    return Cost(products, mixing, held, first, last, options.four_bit and rows.kind != "patches")

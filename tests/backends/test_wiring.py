@@ -19,7 +19,6 @@ from opd import registry
 from opd.errors import BackendError
 from opd.models.choice import ModelChoice
 from opd.objective import Objective, evaluate, log_softmax
-from opd.plan.shape import read_config
 from opd.prompts.processor import open_encoder
 from opd.testing.toy import ToyBackend, ToyEncoder
 from opd.tiny import MODEL
@@ -529,9 +528,7 @@ def test_layers_run_again_above_the_recipes_bound(backend_name, monkeypatch):
     assert near(gradients[1], gradients[0])
     for bound in (2.0, 0.5):
         options = ModelChoice(recompute_above=bound).options()
-        planner = registry.planner(backend_name)
-        plan = planner.footprint(options, read_config(MODEL), 1, here=True)
-        assert plan.recompute_above == options.checkpoint_above == int(bound * 2**30)
+        assert options.checkpoint_above == int(bound * 2**30)
 
 
 def test_a_backend_says_the_budgets_of_its_device(backend_name):

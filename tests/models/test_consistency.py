@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from opd.errors import DataError, ModelError
 from opd.models import consistency
-from opd.plan.shape import read_config as read_plan_config
+from opd.plan import read_config as read_plan_config
 from opd.prompts.encoder import PromptEncoder
 from opd.prompts.processor import needs_torchvision, open_encoder
 from opd.tiny import MODEL

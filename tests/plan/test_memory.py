@@ -6,7 +6,6 @@ import gc
 import importlib
 import weakref
 from dataclasses import replace
-from math import prod
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from PIL import Image
 
 from opd import registry
 from opd.method import microbatch
+from opd.models.shape import Shape
 from opd.objective import Objective
-from opd.plan import view
+from opd.plan import read_config, view
 from opd.plan.memory import memory
-from opd.plan.shape import Shape, read_config
 from opd.plan.work import View, Work
 from opd.prompts.encoder import PromptEncoder
 from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
@@ -80,8 +79,7 @@ class Measured:
         seen = [view(encoder, self.shape, size, text) for size in (image, crop)]
         one = Work(2, n, length, *seen, budget=0)
         self.work = replace(one, budget=one.group)  # two micro-batches of one group
-        largest = max(map(prod, self.shape.shapes.values()))
-        self.rough = planner.footprint(self.options, config, largest, here=True)
+        self.rough = planner.footprint(self.options, config, here=True)
         return encoder
 
     def plan(self, checkpointed):
@@ -257,13 +255,13 @@ def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, 
         computes = measured.backend._student
         batch = lay_out([measured.group.student], tokens, torch.device("cpu"))
     lengths = measured.work.lengths(1, measured.work.student, 3)
-    assert measured.rough.recompute_above == computes.device.checkpoint_above
+    assert measured.options.checkpoint_above == computes.device.checkpoint_above
     found = activation_bytes(computes, batch)
     held = measured.shape.held(lengths, measured.rough.layer)
     assert int(measured.rough.margin * held) == found
     for bound in (found, found - 1):
-        rough = replace(measured.rough, recompute_above=bound)
-        assert memory(measured.shape, measured.options, measured.work, rough, 2**30).checkpointed == (found > bound)
+        options = replace(measured.options, checkpoint_above=bound)
+        assert memory(measured.shape, options, measured.work, measured.rough, 2**30).checkpointed == (found > bound)
 
 
 TAKEN = {
@@ -288,6 +286,6 @@ def test_layers_are_recomputed_no_later_than_by_the_earlier_rules(name):
         for dtype, megabytes in zip(("float32", "bfloat16"), taken, strict=True):
             for adapters in (None, AdapterOptions()):
                 options = ModelOptions(SOURCE, dtype, adapters is None, adapters)
-                found = planner.footprint(options, config, 10**6, here=False)
+                found = planner.footprint(options, config, here=False)
                 held = found.margin * shape.held(rows, found.layer) / 1e6
                 assert 0.95 * megabytes <= held <= 1.35 * megabytes, (backend, dtype, adapters)
