@@ -100,7 +100,8 @@ def memory(
     each = [_held(shape, options, rows, rough, again)[:2] for rows in lengths]
     (images, image), (prompt_rows, prompt), (tokens, completion) = each
     before_head = images * sees + prompt_rows + casts * (rough.keeps_casts or not again)
-    # Gradients of prompts' keys and values: MLX adds them up while completions run.
+    # Gradients of prompts' keys and values; where gradients are computed together, those add up
+    # while completions run.
     keys = work.together * shape.cache(work.student.before, 4 if rough.together else item)
     before_head += keys * bool(rough.together)
     taught = work.lengths(work.together, work.teacher, 1)[:2]

@@ -1,4 +1,5 @@
-"""`opd plan`: its arithmetic against transformers' own models and what our own code computes, and what it prints."""
+"""`opd plan`: its arithmetic against transformers' own models and what our own code computes, and
+what it prints."""
 
 from __future__ import annotations
 
@@ -36,51 +37,98 @@ SMALL_TOWER = {
     "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [5, 11, 17],
 }
-SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
+SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
 
 
 def text(hidden, mlp, layers, heads, kv_heads, **more):
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
     return {**sizes, "num_key_value_heads": kv_heads, **more}
 
 
 INTERLEAVED = {"mrope_interleaved": True, "rope_type": "default", "type": "default"}
 ROPE = {
     "qwen3_vl": {"rope_theta": 5e6, "rope_scaling": {**INTERLEAVED, "mrope_section": [24, 20, 20]}},
-    "qwen2_5_vl": {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+    "qwen2_5_vl": {
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
     "qwen3_5": {
-        "rope_parameters": {**INTERLEAVED, "mrope_section": [11, 11, 10], "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        "rope_parameters": {
+            **INTERLEAVED,
+            "mrope_section": [11, 11, 10],
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+        },
     },
 }
 """What published models say of rotary positions, without which MLX builds none."""
 
 
 def published(kind, text, vision, tied=True, **more):
-    return {"model_type": kind, "text_config": {**ROPE.get(kind, {}), **text}, "vision_config": vision, "tie_word_embeddings": tied, **more}
+    return {
+        "model_type": kind,
+        "text_config": {**ROPE.get(kind, {}), **text},
+        "vision_config": vision,
+        "tie_word_embeddings": tied,
+        **more,
+    }
 
 
 PUBLISHED = {
     "Qwen3-VL-2B": published(
-        "qwen3_vl", text(2048, 6144, 28, 16, 8, head_dim=128, vocab_size=151_936), {**SMALL_TOWER, "out_hidden_size": 2048}
+        "qwen3_vl",
+        text(2048, 6144, 28, 16, 8, head_dim=128, vocab_size=151_936),
+        {**SMALL_TOWER, "out_hidden_size": 2048},
     ),
     "Qwen3-VL-4B": published(
-        "qwen3_vl", text(2560, 9728, 36, 32, 8, head_dim=128, vocab_size=151_936), {**SMALL_TOWER, "out_hidden_size": 2560}
+        "qwen3_vl",
+        text(2560, 9728, 36, 32, 8, head_dim=128, vocab_size=151_936),
+        {**SMALL_TOWER, "out_hidden_size": 2560},
     ),
     "Qwen3-VL-8B": published(
         "qwen3_vl",
         text(4096, 12_288, 36, 32, 8, head_dim=128, vocab_size=151_936),
-        {**SMALL_TOWER, "hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "out_hidden_size": 4096},
+        {
+            **SMALL_TOWER,
+            "hidden_size": 1152,
+            "depth": 27,
+            "intermediate_size": 4304,
+            "out_hidden_size": 4096,
+        },
         tied=False,
     ),
     "Qwen2.5-VL-3B": published(
         "qwen2_5_vl",
         text(2048, 11_008, 36, 16, 2, vocab_size=151_936),
-        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048},
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+        },
     ),
     "Qwen2.5-VL-7B": published(
         "qwen2_5_vl",
         text(3584, 18_944, 28, 28, 4, vocab_size=152_064),
-        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
         tied=False,
     ),
     "Qwen3.5-4B": published(
@@ -91,7 +139,12 @@ PUBLISHED = {
     # As published: what the text leaves out are the defaults of its class.
     "gemma-3-4b": {
         "model_type": "gemma3",
-        "text_config": {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "sliding_window": 1024},
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "sliding_window": 1024,
+        },
         "vision_config": {**SIGLIP, "image_size": 896, "vision_use_head": False},
     },
     "Idefics3-8B": published(
@@ -109,7 +162,8 @@ PUBLISHED = {
         scale_factor=3,
     ),
 }
-"""Sizes in the config.json of published models; without deepstack_visual_indexes where there are none."""
+"""Sizes in the config.json of published models; without deepstack_visual_indexes where there are
+none."""
 PUBLISHED["Qwen3.5-4B"]["vision_config"].pop("deepstack_visual_indexes")
 
 ARCHITECTURES = {
@@ -153,7 +207,11 @@ def write_published(folder, name):
     """A folder with a published Qwen3-VL's sizes, and its patches of 16 pixels."""
     written(folder, PUBLISHED[name])
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    sized = {**settings, "patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
+    sized = {
+        **settings,
+        "patch_size": 16,
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(sized))
     return folder
 
@@ -177,28 +235,42 @@ def test_parameters_are_those_of_the_model(name, backend_name, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(**PUBLISHED[name])
     with torch.device("meta"):
-        model = getattr(transformers, f"{ARCHITECTURES[config.model_type]}ForConditionalGeneration")(config)
+        model = getattr(
+            transformers, f"{ARCHITECTURES[config.model_type]}ForConditionalGeneration"
+        )(config)
     found = shape_of(read_config(written(tmp_path, PUBLISHED[name])), backend_name)
-    assert found.shapes == {tensor: tuple(parameter.shape) for tensor, parameter in model.named_parameters()}
+    assert found.shapes == {
+        tensor: tuple(parameter.shape) for tensor, parameter in model.named_parameters()
+    }
     counts = dict.fromkeys(PARTS.values(), 0)
     for tensor, parameter in model.named_parameters():
         counts[PARTS[part_of_model(tensor)]] += parameter.numel()
     assert found.parameters == counts
-    assert sum(found.trained(ModelOptions(tmp_path, tune_vision=False)).values()) == counts["language"] + counts["head"]
+    assert (
+        sum(found.trained(ModelOptions(tmp_path, tune_vision=False)).values())
+        == counts["language"] + counts["head"]
+    )
 
 
 def test_adapters_have_the_parameters_that_backends_train(family, backend_name):
     pytest.importorskip("peft" if backend_name == "cpu" else "mlx_lm")
     found = shape_of(read_config(family), backend_name)
-    language = {name.rpartition(".")[2] for name in found.linears if part_of_model(name) == "language"}
-    every, named = (ModelOptions(family, adapters=AdapterOptions(targets=targets)) for targets in ((), tuple(language)))
+    language = {
+        name.rpartition(".")[2] for name in found.linears if part_of_model(name) == "language"
+    }
+    every, named = (
+        ModelOptions(family, adapters=AdapterOptions(targets=targets))
+        for targets in ((), tuple(language))
+    )
     assert found.trained(every) == found.trained(named)
     for targets in (("q_proj", "down_proj"), tuple(sorted(language))):
         adapters = AdapterOptions(rank=4, vision=True, projector=True, targets=targets)
         options = ModelOptions(family, tune_vision=False, adapters=adapters)
         backend = registry.load(backend_name, options)
         counts = found.trained(options)
-        assert sum(counts.values()) == sum(value.size for value in backend.tensors("student").values())
+        assert sum(counts.values()) == sum(
+            value.size for value in backend.tensors("student").values()
+        )
 
 
 def group_of(found, seen, n, length, recompute=False, options=FULL):
@@ -209,7 +281,8 @@ def group_of(found, seen, n, length, recompute=False, options=FULL):
 
 
 def test_operations_are_those_of_our_own_code(family):
-    """Every product and every pair of tokens that one sees the other, counted as our own forward and backward run."""
+    """Every product and every pair of tokens that one sees the other, counted as our own forward
+    and backward run."""
     torch = pytest.importorskip("torch")
     from PIL import Image
 
@@ -259,26 +332,38 @@ def test_frozen_weights_have_no_gradient():
     """Through them the gradient of their input alone; tokens mix as before."""
     found, seen = shape("Qwen3-VL-4B"), View(400, 24 * 400**2, 100, 164)
     adapters = AdapterOptions(rank=1, targets=("q_proj",))
-    full, low = (group_of(found, seen, 2, 10, options=ModelOptions(SOURCE, tune_vision=False, adapters=one)) for one in (None, adapters))
+    full, low = (
+        group_of(found, seen, 2, 10, options=ModelOptions(SOURCE, tune_vision=False, adapters=one))
+        for one in (None, adapters)
+    )
     unread = found.text[-1].products - found.text[-1].cached
     weights = sum(one.products for one in found.text)
     products = 2.0 * (163 + 20) * weights - 2.0 * 163 * unread
     saved = full["student backward"] - low["student backward"]
     assert saved == pytest.approx(products, rel=1e-3)
-    # Where all is trained the backward computes twice what the forward does, but for gradients of patches.
+    # Where all is trained the backward computes twice what the forward does, but for gradients of
+    # patches.
     every = group_of(found, seen, 2, 10)
     patches = 2.0 * seen.patches * 3 * 16**2 * found.tower[0].width
     assert every["student backward"] == 2 * every["student forward"] - patches
 
 
-@pytest.mark.parametrize(("tokens", "teacher", "training"), [(128, (105, 20), (2340, 327)), (512, (130, 45), (2462, 449))])
+@pytest.mark.parametrize(
+    ("tokens", "teacher", "training"),
+    [(128, (105, 20), (2340, 327)), (512, (130, 45), (2462, 449))],
+)
 def test_cost_of_one_group(tokens, teacher, training):
-    """TFLOP of Qwen3-VL-4B with a prompt of 4096, a crop of 1024 and 8 completions, apart and shared, worked out by hand."""
+    """TFLOP of Qwen3-VL-4B with a prompt of 4096, a crop of 1024 and 8 completions, apart and
+    shared, worked out by hand."""
     found, options = shape("Qwen3-VL-4B"), ModelOptions(SOURCE, "bfloat16")
-    views = [View(patches, 24 * patches**2, patches // 4, patches // 4) for patches in (128**2, 64**2)]
+    views = [
+        View(patches, 24 * patches**2, patches // 4, patches // 4) for patches in (128**2, 64**2)
+    ]
     shared = Work(1, 8, tokens, *views, 10**6)
     apart = replace(shared, completions=1)
-    one, eight = (stages(found, options, work, footprint(found), True, 0) for work in (apart, shared))
+    one, eight = (
+        stages(found, options, work, footprint(found), True, 0) for work in (apart, shared)
+    )
 
     def operations(found, *names):
         return sum(found[name].operations for name in names) / 1e12
@@ -291,32 +376,47 @@ def test_cost_of_one_group(tokens, teacher, training):
     # By hand every product was computed again, each layer's last too.
     assert operations(eight, *student) == pytest.approx(training[1], rel=0.06)
     assert 8 * operations(one, *student) == pytest.approx(training[0], rel=0.06)
-    assert operations(eight, "head and divergence") == pytest.approx(4 * 2 * 8 * tokens * 151_936 * 2560 / 1e12, rel=1e-9)
+    assert operations(eight, "head and divergence") == pytest.approx(
+        4 * 2 * 8 * tokens * 151_936 * 2560 / 1e12, rel=1e-9
+    )
 
 
 def group(work):
     """As many tokens as `work` says, none of them a real one."""
     from opd.types import Completion, Group, Prompt, VisualTokens
 
-    nothing = VisualTokens(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32))
+    nothing = VisualTokens(
+        np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32)
+    )
     prompts = [
-        Prompt(np.zeros(view.tokens, np.int32), np.zeros((1, 1), np.int32), {}, "", nothing) for view in (work.student, work.teacher)
+        Prompt(np.zeros(view.tokens, np.int32), np.zeros((1, 1), np.int32), {}, "", nothing)
+        for view in (work.student, work.teacher)
     ]
     one = Completion(np.zeros(work.tokens, np.int32), np.zeros(work.tokens, np.float32), False)
     return Group(*prompts, (one,) * work.completions, ())
 
 
-@pytest.mark.parametrize(("budget", "split"), [(700, 0), (132, 0), (131, 2), (122, 2), (121, 1), (1, 1)])
+@pytest.mark.parametrize(
+    ("budget", "split"), [(700, 0), (132, 0), (131, 2), (122, 2), (121, 1), (1, 1)]
+)
 def test_a_step_is_cut_as_the_loop_cuts_it(budget, split):
     from opd.method import microbatch
 
     work = Work(20, 3, 10, View(400, 0, 100, 102), View(40, 0, 10, 12), budget, room=600)
     cut = microbatch.microbatches_of([group(work)] * 20, budget)
-    assert [len(part) for part in cut] == [work.together] * (work.calls - 1) + [20 - work.together * (work.calls - 1)]
-    assert work.split == split == microbatch.completions_at_once([group(work)] * len(cut[0]), budget)
+    assert [len(part) for part in cut] == [work.together] * (work.calls - 1) + [
+        20 - work.together * (work.calls - 1)
+    ]
+    assert (
+        work.split == split == microbatch.completions_at_once([group(work)] * len(cut[0]), budget)
+    )
     rooms = microbatch.microbatches([(work.student.tokens, work.tokens)] * 20, 3, 600)
     assert work.sampled == len(rooms[0]) == 4
-    assert replace(work, budget=3 * work.group).together == replace(work, room=3 * work.sample).sampled == 3
+    assert (
+        replace(work, budget=3 * work.group).together
+        == replace(work, room=3 * work.sample).sampled
+        == 3
+    )
     assert replace(work, budget=work.longest + 2 * work.tokens).split == 2
 
 
@@ -330,7 +430,10 @@ def test_prompts_are_as_long_as_the_encoder_makes_them(family, size):
     planned = plan(recipe, devices.DEVICES["H200"], assumed=Assumed(size, (64, 48), text))
     kernels = [kernel for name, kernel in planned.shape.shapes.items() if len(kernel) > 3]
     found, values = planned.work, max(int(np.prod(kernel[1:])) for kernel in kernels)
-    for seen, its, policy in ((found.student, size, "student"), (found.teacher, (64, 48), "teacher")):
+    for seen, its, policy in (
+        (found.student, size, "student"),
+        (found.teacher, (64, 48), "teacher"),
+    ):
         encoded = encoder.encode([Image.new("RGB", its, "red")], question, policy)
         assert seen.visual == len(encoded.visual.index)
         assert seen.tokens == len(encoded)
@@ -338,7 +441,10 @@ def test_prompts_are_as_long_as_the_encoder_makes_them(family, size):
 
 
 def test_bounds_on_pixels_count(random_model):
-    recipe = load("tiny", [f"model.path={random_model}", "model.max_pixels=20000", "model.teacher_min_pixels=10000"])
+    recipe = load(
+        "tiny",
+        [f"model.path={random_model}", "model.max_pixels=20000", "model.teacher_min_pixels=10000"],
+    )
     found = plan(recipe, devices.DEVICES["H200"], assumed=Assumed((200, 150), (31, 90), 20)).work
     assert 15_000 < found.student.patches * 8**2 <= 20_000
     assert found.teacher.patches * 8**2 >= 10_000
@@ -346,7 +452,8 @@ def test_bounds_on_pixels_count(random_model):
 
 def test_windows_and_tiles_count_the_pairs_that_attend(tmp_path):
     pytest.importorskip("torch")
-    # Windows of 2 x 2 merged patches in all blocks but the last; 6 x 4 patches, so the lower windows are 2 x 4.
+    # Windows of 2 x 2 merged patches in all blocks but the last; 6 x 4 patches, so the lower
+    # windows are 2 x 4.
     folder = FAMILIES["qwen2_5_vl"](tmp_path / "windows")
     found, encoder = shape_of(read_config(folder)), PromptEncoder(folder)
     seen = view(encoder, found, (32, 48), 20)
@@ -373,11 +480,19 @@ def test_kept_features_are_bounded_as_the_backends_bound_them(folder):
     small = replace(devices.DEVICES["RTX 4090"], memory=2 * 2**30)
     found = plan(recipe, small, assumed=Assumed((2048, 1536)))
     said = report([found], "")["memory"]
-    assert said["kept_features_bound"] == said["held"]["kept image features"] == feature_bytes(small.memory) == 2**26
+    assert (
+        said["kept_features_bound"]
+        == said["held"]["kept image features"]
+        == feature_bytes(small.memory)
+        == 2**26
+    )
     large = replace(found, device=devices.DEVICES["H200"])
     assert large.memory.held["kept image features"] > 2**26
     few = found.sized(prompts=4)
-    assert replace(few, device=large.device).stages["student forward"].operations < few.stages["student forward"].operations
+    assert (
+        replace(few, device=large.device).stages["student forward"].operations
+        < few.stages["student forward"].operations
+    )
 
 
 def test_of_a_group_that_is_too_large_some_completions_fit(folder):
@@ -397,7 +512,9 @@ def test_what_to_change_where_nothing_fits(folder):
     changes = found.smaller()
     assert changes["model.tune=qlora"] < changes["model.tune=lora"] < found.usable
     # The weights alone are too large, so tokens are next to nothing of it.
-    assert changes.get("rollout.max_tokens=512", found.least) > max(found.usable, 0.98 * found.least)
+    assert changes.get("rollout.max_tokens=512", found.least) > max(
+        found.usable, 0.98 * found.least
+    )
     peaks = []
     for tokens in (1, found.work.group):  # a completion at a time, or a group
         least = [f"rollout.microbatch_tokens={tokens}", "rollout.sample_tokens=1"]
@@ -409,24 +526,44 @@ def test_what_to_change_where_nothing_fits(folder):
 
 def test_only_families_that_bound_pixels_are_told_to(family):
     kind = read_config(family)["model_type"]
-    found = plan(load("tiny", [f"model.path={family}"]), devices.DEVICES["H200"], assumed=Assumed((200, 150)))
+    found = plan(
+        load("tiny", [f"model.path={family}"]), devices.DEVICES["H200"], assumed=Assumed((200, 150))
+    )
     assert any("max_pixels" in change for change in found.smaller()) == (kind != "gemma3")
 
 
 def run(*arguments):
-    return CliRunner().invoke(main, ["plan", *(str(argument) for argument in arguments)], env={"COLUMNS": "80"})
+    return CliRunner().invoke(
+        main, ["plan", *(str(argument) for argument in arguments)], env={"COLUMNS": "80"}
+    )
 
 
 def test_json_is_one_object(folder):
-    result = run("paper", "--model", folder, "--device", "h200", "--image", "1024x768", "--completion-tokens", 200, "--json")
+    result = run(
+        "paper",
+        "--model",
+        folder,
+        "--device",
+        "h200",
+        "--image",
+        "1024x768",
+        "--completion-tokens",
+        200,
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["device"]["name"] == "H200"
     assert found["assumed"]["prompt_tokens"] == 64 + 2 + 768  # the image stands between two marks
     assert found["assumed"]["completion_tokens"] == 200
     assert found["memory"]["peak"] == max(found["memory"]["phases"].values())
-    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"].values()))
-    assert [one["name"] for one in found["devices"]] == ["H200", *(name for name in devices.DEVICES if name != "H200")]
+    assert found["seconds"] == pytest.approx(
+        sum(stage["seconds"] for stage in found["stages"].values())
+    )
+    assert [one["name"] for one in found["devices"]] == [
+        "H200",
+        *(name for name in devices.DEVICES if name != "H200"),
+    ]
     assert found["hours"] == pytest.approx(found["steps"] * found["seconds"] / 3600)
     assert found["shorter"]["hours"] < found["hours"]
     assert set(found["memory"]["rough"]) < set(found["memory"]["parts"])
@@ -440,18 +577,36 @@ def test_tables_fit_into_80_columns(folder, device):
     lines = result.stdout.splitlines()
     assert max(len(line) for line in lines[1:]) <= 80
     assert "not even one prompt" in result.stdout
-    for words in ("vision tower", "optimizer moments", "peak of accumulate", "rollout decode", "RTX 4090", "40% of peak TFLOP/s"):
+    for words in (
+        "vision tower",
+        "optimizer moments",
+        "peak of accumulate",
+        "rollout decode",
+        "RTX 4090",
+        "40% of peak TFLOP/s",
+    ):
         assert any(line.strip().startswith(words) or words in line for line in lines), words
 
 
 def test_tables_of_every_family_fit_into_80_columns(family):
-    result = run("tiny", "--model", family, "--set", "rollout.microbatch_tokens=64", "--set", "model.tune=lora")
+    result = run(
+        "tiny",
+        "--model",
+        family,
+        "--set",
+        "rollout.microbatch_tokens=64",
+        "--set",
+        "model.tune=lora",
+    )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert max(len(line) for line in lines[1:]) <= 80
     assert re.search(r"[0-9] completions? at a time", result.stdout)
     assert [line for line in lines if line.startswith("taken: ")] == [
-        f"taken: {devices.HERE_MATMUL_SHARE:.0%} of peak TFLOP/s, {devices.HERE_BANDWIDTH_SHARE:.0%} of peak GB/s (this machine)",
+        (
+            f"taken: {devices.HERE_MATMUL_SHARE:.0%} of peak TFLOP/s,"
+            f" {devices.HERE_BANDWIDTH_SHARE:.0%} of peak GB/s (this machine)"
+        ),
         "taken: 40% of peak TFLOP/s, 70% of peak GB/s (all others)",
     ]
 
@@ -466,18 +621,25 @@ def test_seconds_are_of_the_slower_of_computing_and_moving_and_of_the_passes_bet
     fast = devices.Device("x", {"float32": 1e12}, 1e9, 1e12, 1.0, "cpu", "", 0.4, 0.7)
     found = plan(load("tiny"), fast)
     stage, seconds = found.stages["rollout decode"], found.seconds["rollout decode"]
-    assert seconds == pytest.approx(max(stage.operations / 0.4e12, stage.moved / 0.7e9) + stage.passed / 0.7e9)
+    assert seconds == pytest.approx(
+        max(stage.operations / 0.4e12, stage.moved / 0.7e9) + stage.passed / 0.7e9
+    )
     moved = replace(fast, bandwidth=1e6)
-    assert replace(found, device=moved).seconds["rollout decode"] == pytest.approx((stage.moved + stage.passed) / 0.7e6)
+    assert replace(found, device=moved).seconds["rollout decode"] == pytest.approx(
+        (stage.moved + stage.passed) / 0.7e6
+    )
 
 
 def test_passes_follow_what_is_kept_and_trained():
     found = plan(load("tiny"), devices.DEVICES["H200"])
     twice = found.sized(prompts=2 * found.work.prompts).stages
     for name, stage in found.stages.items():
-        assert twice[name].passed == stage.passed * (1 if name in ("optimizer", "teacher's average") else 2)
+        assert twice[name].passed == stage.passed * (
+            1 if name in ("optimizer", "teacher's average") else 2
+        )
     trained = sum(found.shape.trained(found.options).values())
-    assert found.stages["teacher's average"].passed == 3 * 4 * trained  # two are read, one is written
+    # two are read, one is written
+    assert found.stages["teacher's average"].passed == 3 * 4 * trained
     assert found.stages["recomputation"].passed == 0
     frozen = replace(found, options=replace(found.options, tune_vision=False)).stages
     assert frozen["student backward"].passed < found.stages["student backward"].passed
@@ -489,7 +651,11 @@ def test_passes_follow_what_is_kept_and_trained():
         ({}, ["--device", "M4 Mox"], "--device 'M4 Mox': no such device; did you mean 'M4 Max'?"),
         ({}, ["--measure"], "--measure runs on this machine, not on a H200; leave out --device"),
         ({}, ["--model", "nowhere"], "model 'nowhere': no such folder"),
-        ({"model_type": "llava"}, [], "model_type 'llava' is not supported; supported: gemma3, idefics3, qwen2_5_vl, qwen3_5"),
+        (
+            {"model_type": "llava"},
+            [],
+            "model_type 'llava' is not supported; supported: gemma3, idefics3, qwen2_5_vl, qwen3_5",
+        ),
         ({"vision_config": 3}, [], "config.json cannot be used: "),
         ({}, ["--image", "huge"], "--image huge: write it as WIDTHxHEIGHT"),
         ({}, ["--image", "9000x9"], "images of 9000 x 9 pixels cannot be encoded"),
@@ -497,7 +663,8 @@ def test_passes_follow_what_is_kept_and_trained():
         (
             {},
             ["--set", "model.tune=lora", "--set", "model.targets=['qproj']"],
-            "model.targets: the language model has no linear layer 'qproj'; did you mean 'q_proj'?",  # in training's words
+            # in training's words
+            "model.targets: the language model has no linear layer 'qproj'; did you mean 'q_proj'?",
         ),
     ],
 )
@@ -515,7 +682,13 @@ GB = 10**9
 
 @pytest.mark.parametrize(
     ("name", "memory", "found"),
-    [("M4 Max", None, 128), ("m4 max 64 GB", None, 64), ("M4 Max", 36, 36), ("A100 40GB", None, 42.95), ("RTX 3090", 48, 48)],
+    [
+        ("M4 Max", None, 128),
+        ("m4 max 64 GB", None, 64),
+        ("M4 Max", 36, 36),
+        ("A100 40GB", None, 42.95),
+        ("RTX 3090", 48, 48),
+    ],
 )
 def test_a_device_has_the_memory_that_is_named(name, memory, found):
     assert devices.device(name, None, memory).memory == found * GB
@@ -533,7 +706,10 @@ def test_a_device_has_the_memory_that_is_named(name, memory, found):
 def test_this_machines_own_device_is_recognised(name, known):
     found = devices.this_machine(Machine(name, 7e9, 0.5, True, None))
     assert (found.name, found.memory, found.usable) == (devices.HERE, 7e9, 0.5)
-    assert (found.matmul, found.bandwidth) == (devices.DEVICES[known].matmul, devices.DEVICES[known].bandwidth)
+    assert (found.matmul, found.bandwidth) == (
+        devices.DEVICES[known].matmul,
+        devices.DEVICES[known].bandwidth,
+    )
     assert name in found.source
 
 
@@ -543,7 +719,9 @@ def test_a_device_that_nobody_knows_is_measured():
     def product(rows, side, dtype):
         return lambda: calls.append((rows, dtype))
 
-    found = devices.this_machine(Machine("NVIDIA GeForce RTX 4090 Laptop GPU", 7e9, 0.5, True, product))
+    found = devices.this_machine(
+        Machine("NVIDIA GeForce RTX 4090 Laptop GPU", 7e9, 0.5, True, product)
+    )
     assert {dtype for _, dtype in calls} == {"float32", "bfloat16"}
     assert found.source == "NVIDIA GeForce RTX 4090 Laptop GPU, measured in float32 and bfloat16"
 
@@ -551,7 +729,10 @@ def test_a_device_that_nobody_knows_is_measured():
 def test_devices_of_a_backend_that_is_not_here_are_left_out(folder, monkeypatch):
     """Whatever else is planned; naming one says in one line what is missing."""
     monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "mlx" else object())
-    found = everywhere(plan(load("paper", [f"model.path={folder}"]), devices.DEVICES["H200"]), list(devices.DEVICES.values()))
+    found = everywhere(
+        plan(load("paper", [f"model.path={folder}"]), devices.DEVICES["H200"]),
+        list(devices.DEVICES.values()),
+    )
     assert {one.backend for one in found} == {"cuda"}
     assert "backend 'mlx' needs mlx, which is not installed" in found[0].notes[-1]
     said = run("paper", "--model", folder, "--device", "M4 Max").stderr.splitlines()
@@ -560,7 +741,11 @@ def test_devices_of_a_backend_that_is_not_here_are_left_out(folder, monkeypatch)
 
 
 def test_what_shortens_a_run_most_trains_the_same(folder):
-    found = plan(load("paper", [f"model.path={folder}"]), devices.DEVICES["H200"], assumed=Assumed((2048, 1536), None, None, 64))
+    found = plan(
+        load("paper", [f"model.path={folder}"]),
+        devices.DEVICES["H200"],
+        assumed=Assumed((2048, 1536), None, None, 64),
+    )
     name, hours = found.shorter()
     assert name.startswith("model.max_pixels=")
     assert hours < 0.7 * found.hours
@@ -569,19 +754,28 @@ def test_what_shortens_a_run_most_trains_the_same(folder):
 
 def test_a_micro_batch_is_measured_beside_the_plan(family, backend_name):
     """With random weights, of whatever family; those of its folder are not read."""
-    sizes = ["rollout.prompts=3", "rollout.completions=2", "rollout.max_tokens=4", "rollout.microbatch_tokens=1"]
+    sizes = [
+        "rollout.prompts=3",
+        "rollout.completions=2",
+        "rollout.max_tokens=4",
+        "rollout.microbatch_tokens=1",
+    ]
     recipe = load("tiny", [f"model.path={family}", *sizes])
     device = devices.this_machine(Machine("M1", 1e12, 1.0, False, None))
     found = measure(plan(recipe, device, backend_name, Assumed((64, 64), (32, 32))))
     assert found.seconds.keys() == found.planned_seconds.keys() == MEASURED.keys()
-    assert all(seconds > 0 for seconds in (*found.seconds.values(), *found.planned_seconds.values()))
+    assert all(
+        seconds > 0 for seconds in (*found.seconds.values(), *found.planned_seconds.values())
+    )
     assert found.planned_peak > 0
     if backend_name == "mlx":
         assert found.peak > 0
 
 
 def test_what_is_too_large_is_not_measured(folder):
-    found = plan(load("paper", [f"model.path={folder}"]), replace(devices.DEVICES["RTX 4090"]), "cpu")
+    found = plan(
+        load("paper", [f"model.path={folder}"]), replace(devices.DEVICES["RTX 4090"]), "cpu"
+    )
     with pytest.raises(RecipeError, match="GB are planned and"):
         measure(found)
 
