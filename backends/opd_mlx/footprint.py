@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 
 import mlx.core as mx
 
-from opd.models.shape import Shape
 from opd.planner import Config, Footprint, Layer, LayerBytes, Rows
 from opd.types import ModelOptions
 from opd_mlx.batch import Batch
@@ -15,7 +13,7 @@ from opd_mlx.device import Device, machine, this_device
 from opd_mlx.families import family
 from opd_mlx.layers.gated_delta import CHUNK
 from opd_mlx.model import Model, Parameters
-from opd_mlx.model.shapes import parameters
+from opd_mlx.model.shapes import parameters, shape_of
 
 
 class BackendPlanner:
@@ -91,14 +89,7 @@ def activation_bytes(model: Model, batch: Batch) -> int:
         rows += [Rows("patches", *size) for size in model.family.patches(model.config, prompt)]
     full = model.frozen_head is None
     layer = layer_bytes(model.config, model.dtype.size, model.device, full)
-    return int(_shape(json.dumps(model.config)).held(rows, layer))
-
-
-@cache
-def _shape(config: str) -> Shape:
-    """The shape of a model with this config.json."""
-    stated = json.loads(config)
-    return Shape(stated, parameters(stated))
+    return int(shape_of(json.dumps(model.config)).held(rows, layer))
 
 
 def recompute_share(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
-
 import torch
 
-from opd.models.shape import Shape
 from opd.planner import Config, Footprint, Layer, LayerBytes, Machine, Rows
 from opd.types import ModelOptions
 from opd_torch.batch import Batch, Prefixes
@@ -15,7 +11,7 @@ from opd_torch.device import machine
 from opd_torch.families import family
 from opd_torch.layers.gated_delta import CHUNK
 from opd_torch.model.load import Model
-from opd_torch.model.shapes import parameters
+from opd_torch.model.shapes import parameters, shape_of
 
 
 class BackendPlanner:
@@ -71,9 +67,8 @@ def layer_bytes(config: Config, item: int, gpu: bool, full: bool) -> tuple[Layer
             heads, width = text["linear_num_value_heads"], text["linear_key_head_dim"]
             keys, values = heads * width, heads * text["linear_value_head_dim"]
             channels = 2 * text["linear_num_key_heads"] * width + values
-            # A chunk holds a state, and six matrices of CHUNK x CHUNK for each head. Rows longer
-            # than a chunk are padded to whole chunks. Adapters hold less, because convolution and
-            # norm get no gradient.
+            # A chunk holds a state and, for each head, six matrices of CHUNK x CHUNK. Longer rows
+            # are padded to whole chunks. With adapters convolution and norm need no gradient.
             solved = 9 * (keys + values) + 6 * heads * CHUNK + 2 * width * values // CHUNK
             chunks = -(-rows.length // CHUNK) * CHUNK / rows.length if rows.length > CHUNK else 1
             row += (3 * item * channels + 3.6 * solved * chunks) * (1 if full else 0.85)
@@ -99,17 +94,10 @@ def activation_bytes(model: Model, batch: Batch | Prefixes) -> int:
     if isinstance(batch, Batch):
         count, longest = batch.ragged.rows, max(map(len, sources)) - 1
         rows.append(Rows("completions", count, -(-len(batch.tokens) // count), longest))
-    shape = _shape(config.to_json_string(use_diff=False))
+    shape = shape_of(config.to_json_string(use_diff=False))
     full, item = model.head.requires_grad, model.dtype.itemsize
     layer, margin = layer_bytes(shape.config, item, model.device.gpu, full)
     return int(margin * shape.held(rows, layer))
-
-
-@cache
-def _shape(config: str) -> Shape:
-    """The shape of a model with this config.json."""
-    stated = json.loads(config)
-    return Shape(stated, parameters(stated))
 
 
 def recompute_share(model: Model, wanted: int) -> float:

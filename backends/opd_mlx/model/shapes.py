@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+
 from mlx.utils import tree_flatten
 
 from opd.errors import ModelError
+from opd.models.shape import Shape
 from opd.planner import Config, Shapes
 from opd_mlx.families import family
 from opd_mlx.model.names import hugging_face
@@ -25,3 +29,10 @@ def parameters(config: Config) -> Shapes:
         hugging_face(kind, name): (size[0], size[-1], *size[1:-1]) if len(size) > 2 else size
         for name, size in shapes.items()
     }
+
+
+@cache
+def shape_of(config: str) -> Shape:
+    """The shape of a model with this config.json, completed by defaults."""
+    stated = json.loads(config)
+    return Shape(stated, parameters(stated))

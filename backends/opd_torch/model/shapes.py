@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+
 import torch
 import transformers
 
+from opd.models.shape import Shape
 from opd.planner import Config, Shapes
 from opd_torch.families import family
 
@@ -16,3 +20,10 @@ def parameters(config: Config) -> Shapes:
     with torch.device("meta"):
         model = getattr(transformers, family(settings.model_type).architecture)(settings)
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+@cache
+def shape_of(config: str) -> Shape:
+    """The shape of a model with this config.json, completed by defaults."""
+    stated = json.loads(config)
+    return Shape(stated, parameters(stated))
