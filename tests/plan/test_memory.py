@@ -197,7 +197,7 @@ class Measured:
 
         return self.peak(run)
 
-    def accumulate(self, monkeypatch, checkpointed):
+    def accumulate(self, checkpointed):
         """Above what is held: the second micro-batch, and the gradient of the first."""
         bound = 0 if checkpointed else 2**60
         self.backend = registry.load(self.name, replace(self.options, checkpoint_above=bound))
@@ -257,11 +257,11 @@ def big(request, tmp_path_factory):
 QUESTION = "What is on it? " * 4
 
 
-def test_memory_of_a_model_of_100m_parameters(backend_name, big, monkeypatch):
+def test_memory_of_a_model_of_100m_parameters(backend_name, big):
     measured = Measured(backend_name, big, "?", (32, 32), (32, 32), n=2, length=6)
     assert sum(measured.shape.parameters.values()) > 8e7
     agree(measured.rollout(), measured.plan(False), "rollout", alone=0.2)
-    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
+    agree(measured.accumulate(True), measured.plan(True), "accumulate", alone=0.05)
 
 
 @pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
@@ -302,7 +302,7 @@ def test_memory_of_an_optimizer_step(backend_name, big):
 
 
 @pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
-def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
+def test_memory_of_long_rows(backend_name, middle, adapters):
     """Activations are most of it here."""
     measured = Measured(
         backend_name, middle, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters
@@ -312,7 +312,7 @@ def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
     agree(measured.rollout(), measured.plan(False), "rollout", alone)
     for checkpointed in (False, True):
         agree(
-            measured.accumulate(monkeypatch, checkpointed),
+            measured.accumulate(checkpointed),
             measured.plan(checkpointed),
             "accumulate",
             alone=alone,
@@ -320,30 +320,30 @@ def test_memory_of_long_rows(backend_name, middle, adapters, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_memory_of_tables(backend_name, tied, tmp_path, monkeypatch):
+def test_memory_of_tables(backend_name, tied, tmp_path):
     """A head's gradient takes in the rows that a tied embedding looked up; there is no second
     table, even for a moment."""
     folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=50_000, tied=tied)
     measured = Measured(backend_name, folder, "?", (32, 32), (32, 32), n=2, length=6)
-    agree(measured.accumulate(monkeypatch, True), measured.plan(True), "accumulate", alone=0.05)
+    agree(measured.accumulate(True), measured.plan(True), "accumulate", alone=0.05)
 
 
-def test_half_precision_holds_cast_weights(backend_name, middle, monkeypatch):
+def test_half_precision_holds_cast_weights(backend_name, middle):
     measured = Measured(
         backend_name, middle, QUESTION, (96, 96), (32, 32), n=2, length=32, dtype="bfloat16"
     )
     agree(measured.rollout(), measured.plan(False), "rollout", alone=0.3)
-    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate")
+    agree(measured.accumulate(False), measured.plan(False), "accumulate")
 
 
 @pytest.mark.parametrize("adapters", [None, AdapterOptions()], ids=["full", "lora"])
-def test_memory_of_a_large_vocabulary(backend_name, tmp_path, adapters, monkeypatch):
+def test_memory_of_a_large_vocabulary(backend_name, tmp_path, adapters):
     """Logits and the embedding's gradients are most of it here."""
     folder = random_models.qwen3_vl(tmp_path, **SMALLER, vocabulary=60_000)
     measured = Measured(
         backend_name, folder, QUESTION, (96, 96), (32, 32), n=4, length=32, adapters=adapters
     )
-    agree(measured.accumulate(monkeypatch, False), measured.plan(False), "accumulate", alone=0.08)
+    agree(measured.accumulate(False), measured.plan(False), "accumulate", alone=0.08)
 
 
 def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(
@@ -367,7 +367,7 @@ def test_a_pass_that_serves_no_prompt_is_freed_before_the_teacher_runs(
     assert seen == [None]
 
 
-def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkeypatch):
+def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path):
     """MLX holds nothing of what the rule computes there, and computes a segment at a time again."""
     measured = Measured(
         backend_name,
@@ -382,7 +382,7 @@ def test_memory_of_a_delta_net_over_many_segments(backend_name, tmp_path, monkey
     agree(measured.rollout(), measured.plan(False), "rollout", alone=0.15)
     for checkpointed in (False, True):
         agree(
-            measured.accumulate(monkeypatch, checkpointed),
+            measured.accumulate(checkpointed),
             measured.plan(checkpointed),
             "accumulate",
             alone=0.15,
