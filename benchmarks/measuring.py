@@ -228,6 +228,7 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
     if device == "mlx":
         import mlx.core as mx
 
+        mx.synchronize()  # a stream lets go of arrays in a thread of its own
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()

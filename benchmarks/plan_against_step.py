@@ -238,6 +238,7 @@ class Step:
         import mlx.core as mx
 
         gc.collect()
+        mx.synchronize()  # a stream lets go of arrays in a thread of its own
         return int(mx.get_active_memory())
 
     def held(self) -> int:

@@ -273,12 +273,15 @@ def test_the_policies_share_the_base_on_mlx(case):
     from opd_mlx.model import load_model
 
     gc.collect()  # of other tests
+    mx.synchronize()  # a stream lets go of arrays in a thread of its own
     before, options = mx.get_active_memory(), case.options("bfloat16")
     model, student = load_model(options, this_device())
     backend = MlxBackend(options, model, student)
     backend.accumulate(case.groups, JSD)
     backend.apply(Update(1e-3))
     backend.move_teacher(0.5)
+    gc.collect()
+    mx.synchronize()
     held = mx.get_active_memory() - before
     base = 2 * sum(value.size for value in load_file(case.folder / "model.safetensors").values())
     adapter = 4 * sum(value.size for value in backend.tensors("student").values())

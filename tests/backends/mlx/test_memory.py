@@ -25,6 +25,7 @@ def chunk_buffers(count, objective, rows, gradient=True):
     inputs = [student, heads[0] + 0, teacher, heads[1] + 0, tokens, -values, values]
     mx.eval(inputs)
     gc.collect()  # else what an earlier test left is freed meanwhile, and the peak looks lower
+    mx.synchronize()  # a stream lets go of arrays in a thread of its own
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     divergence_head(*inputs, objective, chunk=CHUNK, block_bytes=4 * V * rows, gradient=gradient)

@@ -182,12 +182,14 @@ def memory(length, heads=4, width=16, **traits):
 
     mx.set_cache_limit(0)
     gc.collect()  # else what an earlier test left is freed meanwhile, and the peak looks lower
+    mx.synchronize()  # a stream lets go of arrays in a thread of its own
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     backward = Backward(
         lambda query, *pair: [scores.attention(query, [tuple(pair)], seen, device)], arrays
     )
     mx.eval(backward.outputs)
+    mx.synchronize()
     held = mx.get_active_memory() - before
     slope = mx.ones_like(backward.outputs[0])
     mx.eval(backward.start([slope]))
