@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +25,7 @@ from tests.support.cases import (
     stored,
 )
 from tests.support.disk import no_file_above
+from tests.support.processes import STEP, run_side_by_side
 from tests.support.random_models import qwen3_vl
 
 OBJECTIVE = Objective(top_k=20)
@@ -383,50 +380,14 @@ def test_groups_without_tokens(case, backend):
     assert [len(row) for row in rows] == [0, 3, 0]
 
 
-# So large an epsilon makes the step proportional to the clipped gradient.
-STEP = Update(1.0, epsilon=1.0, gradient_clip=0.1)
-
-PROCESS = """
-import pickle, sys
-from pathlib import Path
-import numpy as np
-from opd import registry
-from opd.objective import Objective
-from opd.types import ModelOptions, Update
-
-STEP = Update(1.0, epsilon=1.0, gradient_clip=0.1)
-name, folder, pickled, out = sys.argv[1:]
-groups = pickle.load(open(pickled, "rb"))
-backend = registry.load(name, ModelOptions(folder))
-mine = (groups[:2], groups[2:])[backend.rank]
-backend.accumulate(mine, Objective(top_k=20))
-result = backend.apply(STEP)
-total = backend.total(np.array([1.0, len(mine)]))
-written = Path(out, f"written-{backend.rank}")
-(written / "state").mkdir(parents=True)
-backend.save(written / "state")
-backend.export(written / "model", "model")
-file = f"{out}/{backend.rank}.npz"
-np.savez(file, norm=result.gradient_norm, total=total, **backend.tensors("student"))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_are_one(case, twin, tmp_path):
     """Each takes some of the groups; norm, step and sums are those of one process with all. The
     first writes what all hold."""
-    (tmp_path / "groups").write_bytes(pickle.dumps(case.groups))
-    root = Path(__file__).parents[2]
-    paths = ":".join(str(root / part) for part in (".", "backends"))
-    arguments = [twin.NAME, case.folder, tmp_path / "groups", tmp_path]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": paths, **environment},
-        )
-        for environment in twin.processes(tmp_path)
-    ]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    groups = pickle.dumps(case.groups)
+    environments = twin.processes(tmp_path)
+    codes = run_side_by_side(twin.NAME, case.folder, groups, tmp_path, environments)
+    assert codes == [0, 0]
     files = [
         {file.parent.name for file in (tmp_path / f"written-{rank}").rglob("*") if file.is_file()}
         for rank in range(2)
