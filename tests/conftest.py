@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from importlib.util import find_spec
@@ -18,6 +19,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 BACKENDS = {"cpu": "opd_torch", "mlx": "opd_mlx"}
 INSTALLED = [name for name in BACKENDS if find_spec({"cpu": "torch", "mlx": "mlx"}[name])]
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """Garbage collections pass over all that was there before the module's tests: with the
+    libraries' objects each takes half a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=INSTALLED)

@@ -207,7 +207,8 @@ def test_threads_of_torch_do_not_spin_for_long(given, found):
         for name, value in os.environ.items()
         if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }
-    command = [sys.executable, "-m", "opd_cli", "backends", "cpu"]
+    script = "from opd_cli import main; main(['--version']); import torch"
+    command = [sys.executable, "-c", script]
     done = subprocess.run(
         command,
         env={**kept, "OMP_DISPLAY_ENV": "verbose", **given},

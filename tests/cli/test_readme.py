@@ -85,7 +85,7 @@ def cached(tmp_path, monkeypatch):
 def shortened(command):
     """The command's words after `opd`, for the CPU and with little work."""
     words = command[1:]
-    if words[0] == "backends":  # tests/cli/test_train.py checks every backend
+    if words[0] == "backends":  # tests/cli/test_train.py checks the other backend
         return [*words, "cpu"]
     words += ["--backend", "cpu"]
     if words[0] == "export" or words[:2] == ["train", "--resume"]:
@@ -108,6 +108,7 @@ def test_the_commands_of_opd(tmp_path, monkeypatch, cached):
         result = CliRunner().invoke(main, shortened(command))
         assert result.exit_code == 0, f"{shlex.join(command)}: {result.output} {result.exception!r}"
         assert "skipped" not in result.stderr
+        assert "--check" not in command or "17 of 17 checks passed" in result.stdout
     assert {path.name for path in Path("runs").iterdir()} == {"mine", "more", "my"}
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from opd.data.choices import with_choices
 from opd.tiny import Scenes
 from opd_cli import main
+from tests.conftest import INSTALLED
 from tests.support import recorder
 
 FAST = (
@@ -355,7 +356,9 @@ def test_sample_shows_the_question_with_the_choices_that_the_model_sees(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend_name", INSTALLED[-1:])
 def test_backends_are_checked_against_committed_numbers(backend_name):
+    """tests/cli/test_readme.py checks the first."""
     result = json.loads(opd("backends", backend_name, "--check", "--json").stdout)
     assert [
         check for check in result["backends"][backend_name]["checks"] if not check["passed"]
