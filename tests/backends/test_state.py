@@ -158,7 +158,7 @@ def test_a_backend_takes_no_step_that_is_not_finite(case, backend, tmp_path, poi
     before = state_of(backend, tmp_path)
     assert before["step"] == 1
     first, *others = case.groups[2].weights
-    spoilt = replace(case.groups[2], weights=(poison * first, *others))
+    spoilt = replace(case.groups[2], weights=(np.full_like(first, poison), *others))
     backend.accumulate([spoilt, case.groups[0]], OBJECTIVE)
     result = backend.apply(update)
     assert not result.taken
