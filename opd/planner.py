@@ -1,8 +1,8 @@
-"""What a backend offers so that `opd plan` can estimate a run before any weights are there.
+"""A backend's part of `opd plan`, which estimates a run before weights are downloaded.
 
-A backend knows the shapes of a model's parameters, roughly what its passes hold, and this machine's
-device; `opd.plan` works out everything else. By the same figures a backend decides whether a
-backward recomputes layers.
+The backend names the shapes of a model's parameters, estimates the bytes that its passes hold, and
+describes this machine's device; `opd.plan` computes everything else. The backend also uses the
+estimate to decide whether a backward recomputes layers.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class Layer:
     """A layer of a language model or of a vision tower, through which rows run: tokens or patches.
-    The first five fields are numbers of one row."""
+    The first six fields count the numbers of one row."""
 
-    width: int  # of the hidden state
-    norms: int  # of all norms as wide as the hidden state
-    outputs: int  # of the products that a backward reads
-    query: int  # of all query heads; 0 for a recurrence
-    key: int  # of all key heads
-    turned: int  # of queries and keys if they are normalised
+    width: int  # the hidden state
+    norms: int  # outputs of all norms that are as wide as the hidden state
+    outputs: int  # outputs of products that the backward reads
+    query: int  # all query heads; 0 for a recurrence
+    key: int  # all key heads
+    normalised: int  # queries and keys if they have norms, else 0
     window: int | None  # a row attends to this many rows before it; None: to all
     state: int  # numbers of a recurrence's state
     products: int  # weights by which a row is multiplied
-    cached: int  # those that make what a cache holds
-    last: int  # those of the last product, which no backward recomputes; 0 if a norm follows it
+    cached: int  # the weights among them that compute keys, values and states
+    last: int  # the weights of the last product, which is not recomputed; 0 if a norm follows it
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a micro-batch: `count` sequences of `length`, each of which attends to `before` rows
-    of a prompt. Images of a prompt are as many sequences as a tower cuts them into."""
+    """Rows of a micro-batch: `count` sequences of `length` rows; each sequence also attends to
+    `before` rows of a prompt. An image is one sequence for each piece that the tower sees."""
 
     kind: Literal["patches", "prompts", "completions"]
     count: int
@@ -60,27 +60,25 @@ LayerBytes: TypeAlias = Callable[[Layer, Rows], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a backend holds of a step, in bytes; the core counts the rest exactly."""
+    """A backend's estimate of the bytes of a step; `opd.plan` counts the rest exactly."""
 
     layer: LayerBytes
-    margin: (
-        float  # the bytes of all layers are taken as so many times larger, to be on the safe side
-    )
+    margin: float  # the rule for recomputation multiplies the bytes of all layers by this
     image_blocks: bool  # whether tokens of an image see each other
-    stream: int  # of a number between two layers
-    frozen: int  # of a frozen weight
-    cast: int  # of a trained weight's copy for products
-    keeps_casts: bool  # else they are freed while layers are recomputed
-    head_copy: int  # of a weight of the head in a copy for products
+    stream: int  # bytes of a number between two layers
+    frozen: int  # bytes of a frozen weight
+    cast: int  # bytes of a trained weight's copy for products
+    keeps_casts: bool  # False: those copies are freed while layers are recomputed
+    head_copy: int  # bytes of a head weight's copy for products
     head: float  # arrays [rows, vocabulary] that are alive while logits are compared
-    together: int  # of gradients that are computed together; 0: each is freed before the next
+    together: int  # bytes of gradients that are computed together; 0: each is freed before the next
 
 
 @dataclass(frozen=True)
 class Machine:
     """This machine's device: `memory` bytes, of which a run may take the share `usable`.
 
-    `product` gives a call that multiplies [rows, side] by [side, side] in a type of numbers and
+    `product(rows, side, dtype)` returns a function that multiplies [rows, side] by [side, side] and
     waits for the result. `resident`: the backend's `peak_memory` counts all bytes of the process.
     """
 
@@ -93,14 +91,14 @@ class Machine:
 
 
 class Planner(Protocol):
-    """What `opd plan` asks of a backend; nothing here reads weights."""
+    """The methods of a backend that `opd plan` calls; none of them reads weights."""
 
     def parameters(self, config: Config) -> Shapes:
         """Shapes of all parameters of a model without adapters. Raises ModelError."""
 
     def footprint(self, options: ModelOptions, config: Config, here: bool) -> Footprint:
-        """What the backend holds of a step: on this machine if `here`, else on a GPU of the kind
-        that the backend runs on."""
+        """The estimate for this machine if `here`, else for a GPU of the kind that the backend runs
+        on."""
 
     def machine(self) -> Machine:
-        """This machine's device. Raises BackendError where it has none."""
+        """This machine's device. Raises BackendError if the backend has no device here."""

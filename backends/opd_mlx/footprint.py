@@ -42,8 +42,8 @@ MLX = BackendPlanner()
 
 
 def layer_bytes(config: Config, item: int, device: Device, full: bool) -> LayerBytes:
-    """What a layer holds: norms, sums and the inputs of products for every row, in the type of
-    computation, and attention scores up to `Device.kept_score_bytes`.
+    """A function that estimates the bytes of a layer, which holds norms, sums and the inputs of
+    products in the type of computation, and attention scores up to `Device.kept_score_bytes`.
 
     `item`: bytes of a number in computation. `full`: whether all weights are trained.
     """

@@ -47,8 +47,8 @@ CPU = BackendPlanner(gpu=False)
 
 
 def layer_bytes(config: Config, item: int, gpu: bool, full: bool) -> tuple[LayerBytes, float]:
-    """What a layer holds: norms in float32 and casts of the inputs of products for every row, and
-    less if fused kernels run; and the margin of `opd.planner.Footprint`.
+    """A function that estimates the bytes of a layer, and the margin of `opd.planner.Footprint`. A
+    layer holds norms in float32 and casts of the inputs of products, and less with fused kernels.
 
     `item`: bytes of a number in computation. `full`: whether all weights are trained.
     """
@@ -61,7 +61,7 @@ def layer_bytes(config: Config, item: int, gpu: bool, full: bool) -> tuple[Layer
             products = layer.outputs + 0.35 * (layer.query + layer.key)
             row = 4 * layer.norms + (4.1 if full else 3.75) * products
         else:
-            row = 4.0 * (1 + full) * (layer.norms + layer.turned)
+            row = 4.0 * (1 + full) * (layer.norms + layer.normalised)
             row += 2 * item * (layer.width + layer.outputs)
         if layer.state:
             heads, width = text["linear_num_value_heads"], text["linear_key_head_dim"]

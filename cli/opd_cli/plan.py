@@ -44,7 +44,7 @@ def _size(
     "--memory",
     type=click.FloatRange(1),
     metavar="GB",
-    help="Memory of the device, where it is another.",
+    help="Memory of the device, if it differs from the default.",
 )
 @click.option(
     "--image",
@@ -136,13 +136,13 @@ def plan(
 
 
 def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) -> dict[str, Any]:
-    """The first plan, the totals of all, and what was measured, as one JSON object: bytes,
-    operations, seconds."""
+    """The first plan, the totals of all plans, and the measurement as one JSON object, in bytes,
+    operations and seconds."""
     from opd.plan.memory import KEPT_FEATURES, ROUGH
 
     first = plans[0]
-    found, seconds, work = first.memory, first.seconds, first.work
-    few = work.split or work.completions
+    memory, seconds, work = first.memory, first.seconds, first.work
+    at_once = work.split or work.completions
     trained, shorter = first.shape.trained(first.options), first.shorter()
     return {
         "model": model,
@@ -167,17 +167,17 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
             for part, count in first.shape.parameters.items()
         },
         "memory": {
-            **asdict(found),
+            **asdict(memory),
             "rough": list(ROUGH),
-            "peak": found.peak,
+            "peak": memory.peak,
             "usable": int(first.usable),
-            "kept_features_bound": first.features if KEPT_FEATURES in found.held else 0,
+            "kept_features_bound": first.features if KEPT_FEATURES in memory.held else 0,
         },
         "microbatch": {
             "groups": work.together,
             "count": work.calls,
-            "completions": few,
-            "tokens": work.together * (work.longest + few * work.tokens),
+            "completions": at_once,
+            "tokens": work.together * (work.longest + at_once * work.tokens),
             "largest": first.largest,
         },
         "sampling": {"groups": work.sampled, "largest": first.largest_sample},
@@ -193,12 +193,12 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
         "measured": asdict(measured) if measured else None,
         "devices": [
             {
-                **asdict(one.device),
-                "seconds": sum(one.seconds.values()),
-                "hours": one.hours,
-                "peak": one.memory.peak,
-                "fits": one.memory.peak <= one.usable,
+                **asdict(plan.device),
+                "seconds": sum(plan.seconds.values()),
+                "hours": plan.hours,
+                "peak": plan.memory.peak,
+                "fits": plan.memory.peak <= plan.usable,
             }
-            for one in plans
+            for plan in plans
         ],
     }

@@ -1,5 +1,5 @@
-"""A model by the shapes of its parameters: parts, layers, and what is trained. Knows no family by
-name.
+"""Reads parts, layers and trained parameters of a model off the shapes of its parameters. No code
+here depends on the family.
 
 Legend: V vocabulary, D width.
 """
@@ -16,12 +16,12 @@ from opd.planner import Config, Layer, LayerBytes, Rows, Shapes
 from opd.types import ModelOptions
 
 PARTS = {"vision": "vision tower", "projector": "projector", "language": "language", "head": "head"}
-"""Parts of a model by `part_of_model`; embeddings, and heads tied to them, are
-language."""
+"""Titles of a model's parts, by the names that `part_of_model` returns. The language model includes
+embeddings, and a head that is tied to them."""
 
 LAYER = re.compile(r"^(.*\.(?:layers|blocks)\.\d+)\.(.*)$")
 CACHED = re.compile(r"\.(k_proj|v_proj|in_proj_qkv|in_proj_a|in_proj_b|conv1d)\.weight$")
-"""Names of a layer's parameters, and of the weights that make what its cache holds."""
+"""Names of a layer's parameters, and of the weights that compute keys, values and states."""
 
 STATE = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 """Settings whose product is the size of a recurrence's state."""
@@ -29,7 +29,7 @@ STATE = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim
 
 class Shape:
     """A model with a configuration and parameters of these shapes. `tower`, `text`: the layers of
-    its vision tower and of its language model."""
+    the vision tower and of the language model."""
 
     def __init__(self, config: Config, shapes: Shapes) -> None:
         self.config, self.shapes = config, shapes
@@ -39,41 +39,43 @@ class Shape:
                 layers.setdefault(match[1], {})[match[2]] = shape
         settings = config["text_config"]
         state = prod(settings.get(name, 0) for name in STATE)
-        tower, text = ([name for name in layers if ("vis" in name) != of] for of in (False, True))
+        tower = [name for name in layers if "vis" in name]
+        text = [name for name in layers if "vis" not in name]
         kinds = settings.get("layer_types") or [""] * len(text)
         windows = [settings["sliding_window"] if "sliding" in kind else None for kind in kinds]
-        each = zip(text, windows, strict=True)
         self.tower = [_layer(layers[name], 0, None) for name in tower]
-        self.text = [_layer(layers[name], state, window) for name, window in each]
+        self.text = [
+            _layer(layers[name], state, window) for name, window in zip(text, windows, strict=True)
+        ]
 
-    def of(self, rows: Rows) -> list[Layer]:
+    def layers(self, rows: Rows) -> list[Layer]:
         """The layers through which the rows run."""
         return self.tower if rows.kind == "patches" else self.text
 
-    def held(self, every: Iterable[Rows], layer: LayerBytes) -> float:
-        """Bytes that a backward holds of all rows."""
-        some = [rows for rows in every if rows.total]
-        return sum(layer(one, rows)[0] for rows in some for one in self.of(rows))
+    def held(self, microbatch: Iterable[Rows], layer_bytes: LayerBytes) -> float:
+        """Bytes that the backward of a micro-batch holds."""
+        kinds = [rows for rows in microbatch if rows.total]
+        return sum(layer_bytes(layer, rows)[0] for rows in kinds for layer in self.layers(rows))
 
     def part(self, part: str) -> Shapes:
-        """The shapes of a part, a key of PARTS."""
+        """The shapes of a part's parameters; `part` is a key of PARTS."""
         return {name: size for name, size in self.shapes.items() if part_of_model(name) == part}
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Parameters by the title of a part."""
+        """Number of parameters by the title of the part."""
         return {title: sum(map(prod, self.part(name).values())) for name, title in PARTS.items()}
 
     @cached_property
     def table(self) -> tuple[int, int]:
-        """The embedding, and a head: [V, D]."""
+        """Shape [V, D] of the embedding and of the head."""
         text = self.config["text_config"]
         return text["vocab_size"], text["hidden_size"]
 
     @cached_property
     def products(self) -> int:
         """Weights by which a token is multiplied in all layers of the language model."""
-        return sum(one.products for one in self.text)
+        return sum(layer.products for layer in self.text)
 
     @cached_property
     def feature(self) -> int:
@@ -82,12 +84,13 @@ class Shape:
         return 4 * self.table[1] * (1 + len(taps))
 
     def cache(self, tokens: int, item: int) -> int:
-        """Bytes that all layers keep of a row of tokens: keys and values, and float32 states."""
-        return sum(2 * item * tokens * one.key + 4 * one.state for one in self.text)
+        """Bytes of one sequence in the cache of all layers: keys and values of `item` bytes for
+        each of the `tokens`, and float32 states of recurrences."""
+        return sum(2 * item * tokens * layer.key + 4 * layer.state for layer in self.text)
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear layer by name, without heads."""
+        """(out, in) of every linear layer but the head, by name."""
         return {
             name.removesuffix(".weight"): (size[0], size[1])
             for name, size in self.shapes.items()
@@ -96,10 +99,8 @@ class Shape:
         }
 
     def trained(self, options: ModelOptions) -> dict[str, int]:
-        """Trained parameters by the title of a part; an adapter of [out, in] has rank * (in + out).
-
-        Raises RecipeError for a target that no layer has.
-        """
+        """Number of trained parameters by the title of the part; the adapter of a layer [out, in]
+        has rank * (in + out). Raises RecipeError for a target that no layer has."""
         if options.adapters is None:
             frozen = () if options.tune_vision else (PARTS["vision"], PARTS["projector"])
             return {name: 0 if name in frozen else n for name, n in self.parameters.items()}
@@ -110,7 +111,7 @@ class Shape:
 
 
 def _layer(shapes: Shapes, state: int, window: int | None) -> Layer:
-    """A layer of these parameters; `state` is the size of a recurrence's state if it is one."""
+    """A layer with these parameters; `state` is the size of the state if it is a recurrence."""
     weights = {name: prod(size) for name, size in shapes.items() if len(size) > 1}
     linears = {name.split(".")[-2]: size for name, size in shapes.items() if len(size) == 2}
     norms = [size[0] for name, size in shapes.items() if "norm" in name and name.endswith("weight")]
@@ -126,7 +127,7 @@ def _layer(shapes: Shapes, state: int, window: int | None) -> Layer:
         outputs=sum(wide[1:]) // width + query + key + gate,
         query=query,
         key=key,
-        turned=(query + key) * any("q_norm" in name for name in shapes),
+        normalised=(query + key) * any("q_norm" in name for name in shapes),
         window=window,
         state=state * recurs,
         products=sum(weights.values()),

@@ -1,8 +1,7 @@
-"""Estimates a run's parameters, memory and time from config.json, before any weights are there.
+"""Estimates a run's parameters, memory and time from config.json, before weights are downloaded.
 
-`work` holds lengths and operations of a step, `memory` its bytes; `devices` knows how fast and how
-large devices are, and `measure` takes a step to compare. This module puts them together for a
-recipe.
+`work` counts lengths and operations of a step, and `memory` counts bytes; `devices` says how fast
+and how large devices are, and `measure` runs a step. This module plans a recipe with them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from PIL.Image import new
 
@@ -37,33 +36,33 @@ from opd.types import ModelOptions, Policy
 from opd.views.images import teacher_sizes
 from opd.views.usable import too_long
 
+Pixels: TypeAlias = tuple[int, int]
+"""Width and height of an image."""
+
 IMAGE, TEXT_TOKENS = (1024, 768), 64
-"""Pixels of an image, and tokens of the chat template and a question, without those that mark an
-image, where neither an option nor the data says."""
+"""Defaults for the pixels of an image, and for the tokens of a prompt beside its image's."""
 
 TUNES = ("full", "lora", "qlora")
 """Values of model.tune, each of which takes less memory than the one before."""
 
-MANY = 2**31
-"""Rows of data that nobody has counted."""
-
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a plan takes for granted of images (pixels) and texts (tokens); None is worked out."""
+    """Sizes that a person assumes; None: as the data and the recipe say, else a default.
+    `text_tokens`: tokens of a prompt beside its image's, for chat template and question."""
 
-    image: tuple[int, int] | None = None
-    crop: tuple[int, int] | None = None
+    image: Pixels | None = None
+    crop: Pixels | None = None
     text_tokens: int | None = None
     completion_tokens: int | None = None
 
 
 class Sizes(NamedTuple):
-    """Pixels of an image and its crop; tokens of a prompt beside its image's, and of a completion;
-    rows of the data."""
+    """Sizes that a plan is made for: `text` tokens of a prompt beside its image's, `tokens` of a
+    completion, `rows` of the data."""
 
-    image: tuple[int, int]
-    crop: tuple[int, int]
+    image: Pixels
+    crop: Pixels
     text: int
     tokens: int
     rows: int
@@ -71,8 +70,8 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's step on one device, and all that it is worked out from. `notes`: how many rows of
-    the data are above the limit of a prompt, in the words of training."""
+    """The plan of a recipe's step on one device. `notes`: lines about rows of the data that are
+    above the limit of a prompt."""
 
     recipe: Recipe
     shape: Shape
@@ -91,7 +90,7 @@ class Plan:
 
     @property
     def features(self) -> int:
-        """Bytes of a frozen tower's features that are kept at most."""
+        """The most bytes of a frozen tower's features that are kept."""
         return feature_bytes(self.device.memory)
 
     @cached_property
@@ -102,18 +101,18 @@ class Plan:
     @cached_property
     def stages(self) -> dict[str, Stage]:
         """Work of the step by stage."""
-        again = self.memory.checkpointed
-        return stages(self.shape, self.options, self.work, self.rough, again, self.features)
+        recompute = self.memory.checkpointed
+        return stages(self.shape, self.options, self.work, self.rough, recompute, self.features)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Each stage's time at the assumed shares of the device's peaks."""
+        """Seconds of each stage at the assumed shares of the device's peaks."""
         dtype = self.options.dtype
         return {name: self.device.seconds(stage, dtype) for name, stage in self.stages.items()}
 
     @property
     def hours(self) -> float:
-        """The run's time, without measuring before and after it."""
+        """Hours of the run, without the probes before and after training."""
         return self.recipe.run.steps * sum(self.seconds.values()) / 3600
 
     @property
@@ -132,11 +131,11 @@ class Plan:
     @property
     def largest_sample(self) -> int:
         """The largest rollout.sample_tokens that fits; 0 where not even one group does."""
-        rooms = [count * self.work.sample for count in range(self.work.prompts, 0, -1)]
-        return self._first("room", rooms, "rollout")
+        budgets = [count * self.work.sample for count in range(self.work.prompts, 0, -1)]
+        return self._first("sample_budget", budgets, "rollout")
 
     def _first(self, name: str, sizes: Sequence[int], *phases: str) -> int:
-        """The first size of the work's `name` with which the phases fit; 0 where none does."""
+        """The first of the `sizes` for a field of `work` with which the phases fit; 0: none."""
         for size in sizes:
             peaks = self.sized(**{name: size}).memory.phases
             if max(peaks[phase] for phase in phases) <= self.usable:
@@ -145,18 +144,18 @@ class Plan:
 
     @property
     def least(self) -> int:
-        """The peak of the step that takes least: one group sampled, and one completion, or one
-        group differentiated at a time."""
+        """The least peak: one group is sampled, and one completion, or one group, is
+        differentiated at a time."""
         sizes = 1, self.work.group
-        return min(self.sized(room=1, budget=size).memory.peak for size in sizes)
+        return min(self.sized(sample_budget=1, budget=size).memory.peak for size in sizes)
 
     def sized(self, **changed: Any) -> Plan:
-        """The plan of a step with some fields of its `work` changed."""
+        """The plan with some fields of `work` changed."""
         return replace(self, work=replace(self.work, **changed))
 
     @cached_property
     def changes(self) -> dict[str, Plan]:
-        """Plans with one setting changed that may take less memory or time, by what to set."""
+        """Plans with one setting changed that may take less memory or time, by the setting."""
         work, tune = self.work, self.recipe.model.tune
         pixels = work.student.patches * self.shape.config["vision_config"]["patch_size"] ** 2
         settings: list[tuple[str, str, Any]] = [
@@ -169,21 +168,21 @@ class Plan:
         given, plans = self.recipe.model_dump(exclude_unset=True), {}
         for section, key, value in settings:
             sizes = self.sizes._replace(tokens=value if key == "max_tokens" else work.tokens)
-            with suppress(UserError):  # of a family that does not bound its pixels
+            with suppress(UserError):  # some families have no bound on pixels
                 recipe = validate(merged(given, {section: {key: value}}), "plan")
-                changed = _planned(recipe, self.shape, self.device, self.backend, sizes)
+                changed = _planned(recipe, self.shape, self.device, self.backend, sizes, [])
                 plans[f"{section}.{key}={value}"] = changed
         return plans
 
     def smaller(self) -> dict[str, int]:
-        """Least peaks with one thing changed, by what to set, where below the plan's own."""
+        """Least peaks below the plan's least peak, by the one setting to change."""
         peaks = {name: plan.least for name, plan in self.changes.items()}
         return {name: peak for name, peak in peaks.items() if peak < self.least}
 
     def shorter(self) -> tuple[str, float] | None:
-        """What to set to shorten the run most while training the same parameters, and the hours
-        then; None where nothing shortens it."""
-        hours = {name: one.hours for name, one in self.changes.items() if "tune" not in name}
+        """The setting that shortens the run most while the same parameters are trained, and the
+        hours with it; None if no setting shortens the run."""
+        hours = {name: plan.hours for name, plan in self.changes.items() if "tune" not in name}
         name = min(hours, key=lambda name: hours[name])
         return (name, hours[name]) if hours[name] < self.hours else None
 
@@ -191,24 +190,20 @@ class Plan:
 def plan(
     recipe: Recipe, device: Device, backend: str | None = None, assumed: Assumed | None = None
 ) -> Plan:
-    """The plan of a recipe on a device; `backend` None takes the device's. Raises UserError."""
-    own = device.backend if backend in (None, "auto") else backend
-    name, config = registry.resolve(own), read_config(recipe.model.folder(weights=False))
+    """The plan of a recipe on a device; `backend` None: the backend that runs on the device.
+    Raises UserError."""
+    name = registry.resolve(device.backend if backend in (None, "auto") else backend)
+    config = read_config(recipe.model.folder(weights=False))
     shape = Shape(config, registry.planner(name).parameters(config))
     return _planned(recipe, shape, device, name, *_sizes(recipe, assumed or Assumed()))
 
 
 def _planned(
-    recipe: Recipe,
-    shape: Shape,
-    device: Device,
-    backend: str,
-    sizes: Sizes,
-    notes: Sequence[str] = (),
+    recipe: Recipe, shape: Shape, device: Device, backend: str, sizes: Sizes, notes: list[str]
 ) -> Plan:
-    """The plan of a recipe for a model's shape and known sizes."""
+    """The plan of a recipe for a model and known sizes."""
     options, rollout = recipe.model.options(weights=False), recipe.rollout
-    shape.trained(options)  # refuses unknown targets before anything is worked out
+    shape.trained(options)  # refuses unknown targets before anything else
     encoder = PromptEncoder(options.path, **recipe.model.pixels())
     student = view(encoder, shape, sizes.image, sizes.text)
     teacher = view(encoder, shape, sizes.crop, sizes.text, "teacher")
@@ -222,7 +217,8 @@ def _planned(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A supported family's config.json with all defaults of transformers. Raises ModelError."""
+    """The config.json of a supported family, with all defaults of transformers. Raises
+    ModelError."""
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder}: no config.json, so this is no model folder")
@@ -231,22 +227,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         family(str(stated.get("model_type")))
     except ModelError as error:
-        what = "of another model nothing can be planned, though torch may train it by rows"
-        raise ModelError(f"{file}: {error}; {what}") from None
+        advice = "of another model nothing can be planned, though torch may train it by rows"
+        raise ModelError(f"{file}: {error}; {advice}") from None
     return complete(file, stated)
 
 
 def view(
-    encoder: PromptEncoder,
-    shape: Shape,
-    size: tuple[int, int],
-    text: int,
-    policy: Policy = "student",
+    encoder: PromptEncoder, shape: Shape, size: Pixels, text: int, policy: Policy = "student"
 ) -> View:
-    """What a policy sees of an image of `size`: a blank one is encoded as training would.
-
-    `text`: tokens of the prompt beside those that mark an image. Raises DataError.
-    """
+    """The view that a policy has of an image of `size`: a blank image is encoded as in training.
+    `text`: tokens of the prompt beside its image's. Raises DataError."""
     prompt, vision = encoder.encode([new("RGB", size)], "?", policy), shape.config["vision_config"]
     marks = len(prompt) - len(encoder.encode([], "?", policy))
     if "image_grid_thw" in prompt.images:
@@ -255,36 +245,34 @@ def view(
         pieces, _, *sides = prompt.images["pixel_values"].shape
         sides = [side // vision["patch_size"] for side in sides]
 
-    # Some towers attend within windows, but for some layers.
+    # In some towers all layers but a few attend within windows.
     merge, layers = vision.get("spatial_merge_size", 1), range(len(shape.tower))
     window = vision.get("window_size", 0) // merge // vision["patch_size"] * merge
     whole = vision.get("fullatt_block_indexes", layers)
     reach = [max(sides) if number in whole else window for number in layers]
-    cut = (prod(side // w * w**2 + (side % w) ** 2 for side in sides) for w in reach)
+    pairs = (prod(side // w * w**2 + (side % w) ** 2 for side in sides) for w in reach)
     visual = len(prompt.visual.index)
-    return View(pieces * prod(sides), pieces * sum(cut), visual, text + marks, pieces)
+    return View(pieces * prod(sides), pieces * sum(pairs), visual, text + marks, pieces)
 
 
 def _sizes(recipe: Recipe, assumed: Assumed) -> tuple[Sizes, list[str]]:
-    """Sizes as assumed, else images of the data's first row, and as the recipe says; and what
-    preflight says of the data's rows.
-
-    A real model without data of its own is not planned on the embedded data.
-    """
-    image, crop, data, rows, notes = assumed.image, assumed.crop, recipe.data, MANY, []
+    """The sizes as assumed, else of the first row of the data and of the recipe; and lines about
+    rows of the data. Only the tiny model is planned on the embedded data."""
+    image, crop, data, notes = assumed.image, assumed.crop, recipe.data, []
+    rows = 2**31  # until they are counted: more than any cache holds
     if (image is None or crop is None) and (data.path != "tiny" or recipe.model.path == "tiny"):
-        pixels, most = data.max_image_pixels, preflight.SAMPLE
-        examples = open_data(data.path, data.strict, max_image_pixels=pixels, count=most)
+        pixels, count = data.max_image_pixels, preflight.SAMPLE
+        examples = open_data(data.path, data.strict, max_image_pixels=pixels, count=count)
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
-        inspection = preflight.refuse(recipe, encoder, examples, preflight.SAMPLE)
+        inspection = preflight.refuse(recipe, encoder, examples, count)
         rows, notes, first = inspection.rows, inspection.lines(), examples[0]
         if image is None:
-            full = [image_size(source, first.max_image_pixels) for source in first.images]
-            part = teacher_sizes(first, recipe.view)
-            if len(full) != 1 or len(part) != 1:
-                what = "a row of several images cannot be planned; say --image and --crop"
-                raise DataError(f"{first.source or first.id}: {what}")
-            image, crop = full[0], crop or part[0]
+            images = [image_size(source, first.max_image_pixels) for source in first.images]
+            crops = teacher_sizes(first, recipe.view)
+            if len(images) != 1 or len(crops) != 1:
+                why = "a row of several images cannot be planned; say --image and --crop"
+                raise DataError(f"{first.source or first.id}: {why}")
+            image, crop = images[0], crop or crops[0]
     width, height = image = image or IMAGE
     crop = crop or (max(1, width // 2), max(1, height // 2))
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
@@ -293,7 +281,7 @@ def _sizes(recipe: Recipe, assumed: Assumed) -> tuple[Sizes, list[str]]:
 
 
 def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:
-    """The plan, and the same step on all other devices whose backend is installed."""
+    """The plan, and the plan of the same step on each other device whose backend is installed."""
     plans, missing = [], set()
     for device in devices:
         try:

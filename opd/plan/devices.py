@@ -1,7 +1,7 @@
 """Devices: how fast they multiply matrices and read memory, and how much they hold.
 
-Published figures stand in devices.csv, in TFLOP/s, GB/s and GB; this machine is recognised or
-measured. Nothing reaches its peak all of the time: a step is taken to reach shares of it.
+devices.csv holds published figures in TFLOP/s, GB/s and GB; this machine is recognised or measured.
+No step runs at a device's peak, so a plan assumes shares of the peak.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -21,22 +22,22 @@ from opd.planner import Machine, Planner
 HERE = "this machine"
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.4, 0.7
-"""Shares of a published peak that matrix products reach (0.3 to 0.5 is usual), and moved bytes."""
+"""Shares of the published peaks that matrix products (0.3 to 0.5 is usual) and reads reach."""
 
 HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE = 0.7, 0.3
-"""Shares of what is measured here (`benchmarks.plan_against_step`): a processor multiplies the few
-rows of a token step well below the speed at which it copies."""
+"""Shares of the peaks measured here (`benchmarks.plan_against_step`): a processor multiplies the
+few rows of a token step well below the speed at which it copies."""
 
-MEASURE_SECONDS, SIDE, GPU_SIDE, WIDE = 0.4, 768, 4096, 8192
-"""Seconds of a measurement; rows of matrices that are multiplied, on a processor and a GPU, and of
-one that is only read."""
+REPEATS, SIDE, GPU_SIDE, WIDE = 10, 768, 4096, 8192
+"""Calls of a measurement; rows of the matrices that it multiplies, on a processor and on a GPU, and
+rows of a matrix that it only reads."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """`matmul` FLOP/s by type of numbers, dense; `bandwidth` bytes a second; `memory` bytes, of
-    which a run may take the share `usable`; `memories` that it is sold with; `backend` that runs on
-    it."""
+    """`matmul`: dense FLOP/s by type of numbers. `bandwidth`: bytes a second. `memory`: bytes, of
+    which a run may take the share `usable`. `memories`: sizes that the device is sold with.
+    `backend`: the backend that runs on the device. `source` of the figures."""
 
     name: str
     matmul: dict[str, float]
@@ -50,7 +51,7 @@ class Device:
     memories: tuple[float, ...] = ()
 
     def seconds(self, stage: Stage, dtype: str) -> float:
-        """Products or what they read, whichever is longer, and the passes between them."""
+        """Seconds of products, or of their reads if those take longer, and of passes between."""
         bandwidth = self.bandwidth_share * self.bandwidth
         products = stage.operations / (self.matmul_share * self.matmul[dtype])
         return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
@@ -71,11 +72,10 @@ DEVICES = _published()
 
 
 def device(name: str, planner: Callable[[], Planner], memory: float | None = None) -> Device:
-    """The device of that name, whatever its case, with `memory` GB or the largest that it is sold
-    with.
+    """The device called `name`, in any case, with `memory` GB or else the largest of `memories`.
 
-    A name may end in its memory ("M4 Max 64 GB"). `this machine` is what the planner of its backend
-    knows of it. Raises RecipeError, which names the nearest.
+    A name may end in the memory ("M4 Max 64 GB"). The `planner` of a backend describes `this
+    machine`. Raises RecipeError, which names the nearest device.
     """
     known = {one.casefold(): one for one in (*DEVICES, HERE)}
     sized = re.fullmatch(r"(.*\S)\s+(\d+)\s?gb", name.casefold())
@@ -92,7 +92,7 @@ def device(name: str, planner: Callable[[], Planner], memory: float | None = Non
 
 
 def this_machine(here: Machine) -> Device:
-    """This machine's device: one of DEVICES with its own memory, or measured in some seconds."""
+    """This machine's device: one of DEVICES with this machine's memory, or measured in seconds."""
     memory, name = float(here.memory), here.name.casefold()
     named = [one for one in DEVICES if one.casefold() in name and "laptop" not in name]
     if named:
@@ -114,15 +114,10 @@ def this_machine(here: Machine) -> Device:
 
 
 def _per_second(run: Callable[[], object], gpu: bool) -> float:
-    """Calls a second, at the fastest within MEASURE_SECONDS, after one call to warm up.
+    """Calls a second, at the fastest of REPEATS, after one call to warm up.
 
-    A processor works itself: its time is the call's own on a busy machine.
+    On a processor a call may take less processor time than time, if the machine is busy.
     """
+    clocks = (time.perf_counter,) if gpu else (time.perf_counter, time.process_time)
     run()
-    fastest, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
-    while (started := time.perf_counter()) < end:
-        used = time.process_time()
-        run()
-        seconds = time.perf_counter() - started
-        fastest = min(fastest, seconds, seconds if gpu else time.process_time() - used)
-    return 1.0 / fastest
+    return 1.0 / min(min(timeit.repeat(run, "", clock, REPEATS, 1)) for clock in clocks)

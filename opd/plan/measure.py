@@ -1,4 +1,4 @@
-"""Takes a planned step on this machine, with random weights, to compare with the plan."""
+"""Runs a planned step on this machine, with random weights, to compare it with the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opd.memory import forget_peak_resident, peak_resident
 from opd.method.rollout import Pair
 from opd.method.step import Batch, Method, train_step
 from opd.models.random_weights import write_random_model
-from opd.plan import Plan
+from opd.plan import Pixels, Plan
 from opd.plan.memory import KEPT_FEATURES
 from opd.prompts.encoder import PromptEncoder
 from opd.types import Policy, Prompt
@@ -30,12 +30,12 @@ PARTS = {
     ),
     "apply": ("optimizer", "teacher's average"),
 }
-"""A plan's stages by the part of a step whose seconds `train_step` measures."""
+"""Stages of a plan, by the part of a step whose seconds `train_step` measures."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step by part, and bytes at the peak, as measured and as planned."""
+    """Seconds of a step by part, and bytes at the peak, measured and planned."""
 
     seconds: Mapping[str, float]
     planned_seconds: Mapping[str, float]
@@ -44,12 +44,12 @@ class Measured:
 
 
 def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measured:
-    """Takes a step with only as many prompts as run together; a part that a planned step repeats
-    is taken to last as many times longer. `say` hears what is going on.
+    """Runs the step with only as many prompts as run together, and multiplies the seconds of a part
+    that the whole step repeats. `say` is called with lines about progress.
 
-    Raises RecipeError where the step is planned larger than this machine's memory.
+    Raises RecipeError if the planned step is larger than this machine's memory.
     """
-    work, recipe, planned, rng = plan.work, plan.recipe, plan.memory, np.random.default_rng(0)
+    work, sizes, recipe, planned = plan.work, plan.sizes, plan.recipe, plan.memory
     if planned.peak > plan.usable:
         most = f"{planned.peak / 1e9:.1f} GB are planned and {plan.usable / 1e9:.1f} GB usable"
         advice = "make the step smaller as the plan without --measure says"
@@ -64,29 +64,27 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
         backend = registry.load(plan.backend, options)
     forget_peak_resident()  # loading holds files that training does not
 
-    # A question of as many tokens as a prompt has beside its image.
+    # The question fills the tokens that a prompt has beside its image's.
     bare, one = (len(encoder.encode([], text)) for text in ("", " a" * 100))
-    question = " a" * max(0, (plan.sizes.text - bare) * 100 // max(1, one - bare))
+    question = " a" * max(0, (sizes.text - bare) * 100 // max(1, one - bare))
 
-    def prompt(size: tuple[int, int], policy: Policy) -> Prompt:
+    rng = np.random.default_rng(0)
+
+    def prompt(size: Pixels, policy: Policy) -> Prompt:
         pixels = rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
         return encoder.encode([Image.fromarray(pixels)], question, policy)
 
     # A second micro-batch adds its gradient to the first one's.
     prompts = min(work.prompts, max(work.sampled, 2 * work.together))
     pairs = [
-        Pair(
-            number, "", 1.0, prompt(plan.sizes.image, "student"), prompt(plan.sizes.crop, "teacher")
-        )
+        Pair(number, "", 1.0, prompt(sizes.image, "student"), prompt(sizes.crop, "teacher"))
         for number in range(prompts)
     ]
-    # Nothing ends a completion, so all are of full length.
+    # No token ends a completion, so all have full length.
     rest = recipe.objective, recipe.teacher, recipe.optimizer, 0, 2, (), encoder.banned
     for step, tokens in ((1, min(8, work.tokens)), (2, work.tokens)):
         say("measuring" if step > 1 else "warming up")
-        sizes = {"completions": work.completions, "max_tokens": tokens}
-        budgets = {"microbatch_tokens": work.budget, "sample_tokens": work.room}
-        method = Method(recipe.rollout.model_copy(update=sizes | budgets), *rest)
+        method = Method(recipe.rollout.model_copy(update={"max_tokens": tokens}), *rest)
         metrics = train_step(step, Batch(tuple(pairs)), method, backend).metrics
     times = {
         "rollout": ceil(work.prompts / work.sampled) / ceil(prompts / work.sampled),

@@ -1,15 +1,16 @@
 """Memory of one step by part and by phase, in bytes.
 
-Weights, gradients, moments, caches and features are counted exactly. What comes and goes while a
-policy computes is a backend's own rough figure (`opd.planner.Footprint`), and is named so.
+Weights, gradients, moments, caches and features are counted exactly. The backend estimates what
+comes and goes while a policy computes (`opd.planner.Footprint`); such parts are called rough.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple, TypeAlias
 
-from opd.memory import CHUNK_BYTES, PREFILL_TOKENS
+from opd.memory import CHUNK_BYTES
 from opd.models.adapters import chosen_layers, part_of_model
 from opd.models.shape import Shape
 from opd.plan.work import Work
@@ -17,25 +18,29 @@ from opd.planner import Footprint, Rows
 from opd.types import ModelOptions
 
 KEPT_FEATURES = "kept image features"
-"""Held where the vision tower is frozen; grows from step to step up to a bound."""
+"""A part that grows from step to step up to a bound, if the vision tower is frozen."""
 
 ROUGH = ("activations", "one layer", "head chunks", "sampled logits")
-"""Parts that a backend knows roughly."""
+"""Parts that the backend estimates."""
 
 FOUR_BITS = 4.5 / 8
 """Bytes of a 4-bit weight, with its share of a scale and an offset for every 64 weights."""
 
-ROOM, DRAWN = 64, 20
+BUFFER_TOKENS, LOGIT_BYTES = 64, 20
 """Tokens of the first buffer of a completion's keys, which doubles when it is full; bytes of a
 logit that is sampled from."""
 
 PASSING = 0.45
 """The share of a layer's activations that come and go in a forward without a backward."""
 
+Peak: TypeAlias = tuple[float, dict[str, float]]
+"""The most bytes that a phase needs above those held from step to step, and its parts."""
+
 
 @dataclass(frozen=True)
 class Memory:
-    """`held` from step to step; `parts` that come and go; `phases`: the largest sum in each."""
+    """Parts `held` from step to step; `parts` that come and go; the peaks of all `phases`; bytes of
+    a checkpoint on `disk`. `checkpointed`: whether the backward recomputes layers."""
 
     held: dict[str, int]
     parts: dict[str, int]
@@ -54,108 +59,129 @@ def memory(
     options: ModelOptions,
     work: Work,
     rough: Footprint,
-    room: float,
+    kept: float,
     recompute: bool | None = None,
 ) -> Memory:
-    """Memory of a step; `recompute` None leaves the choice to the backend's rule.
+    """Memory of a step. `kept`: the most bytes of a frozen tower's features that are kept.
+    `recompute` None leaves the choice to the backend's rule.
 
-    On a GPU backends keep the activations that fit in what is free, so the peak is the least that
-    they need. `room` bytes hold a frozen tower's features at most.
+    On a GPU backends keep the activations that fit in free memory, so the peak is the least that
+    they need.
     """
-    trained, table, item = sum(shape.trained(options).values()), prod(shape.table), options.item
-    full, sees, bound = options.adapters is None, options.tunes_features, options.checkpoint_above
+    if recompute is None:
+        activations = int(rough.margin * shape.held(work.trained(), rough.layer))
+        recompute = activations > options.checkpoint_above
+    trained, full = sum(shape.trained(options).values()), options.adapters is None
     gradient, casts = 4 * trained, rough.cast * trained
-    lengths = work.lengths(work.together, work.student, work.split or work.completions)
-    again = int(rough.margin * shape.held(lengths, rough.layer)) > bound
-    again = again if recompute is None else recompute
-
     packed = shape.products * options.four_bit
     plain = sum(shape.parameters.values()) - packed - trained * full
     visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
+    features = int(min(kept, visual * shape.feature))
     held = {
         "frozen weights": int(plain * rough.frozen + packed * FOUR_BITS),
         "trained weights": gradient,
         "teacher": gradient,
         "optimizer moments": 2 * gradient,
-        KEPT_FEATURES: 0 if sees else int(min(room, visual * shape.feature)),
+        KEPT_FEATURES: 0 if options.tunes_features else features,
     }
-    before = sum(held.values())
-
-    # Sampling: one layer's pass over the prompts, or token steps over keys and values. Both
-    # backends hold a small pass in float32 for the gradient.
-    prompts = work.lengths(work.sampled, work.student, work.completions)
-    (images, _, looks), (graph, _, reads) = (
-        _held(shape, options, rows, rough) for rows in prompts[:2]
-    )
-    kept = item == 4 and work.sampled * work.student.tokens <= PREFILL_TOKENS
-    kept = kept and rough.margin * shape.held(prompts[:2], rough.layer) <= bound
-    read = work.sampled * shape.cache(work.student.before, item)
-    buffer = ROOM << max(0, -(-work.tokens // ROOM) - 1).bit_length()
-    grown = prompts[2].count * shape.cache(buffer, item)
-    head_copy = rough.head_copy * table
-    logits = DRAWN * prompts[2].count * shape.table[0] + head_copy
-    rollout = max(read, (images * sees + graph) * kept) + max(looks, reads, grown + logits)
-
-    # The gradient: the head, then the backward of each part, of which the later ones are gone.
-    each = [_held(shape, options, rows, rough, again)[:2] for rows in lengths]
-    (images, image), (prompt_rows, prompt), (tokens, completion) = each
-    before_head = images * sees + prompt_rows + casts * (rough.keeps_casts or not again)
-    # Gradients of prompts' keys and values; where gradients are computed together, those add up
-    # while completions run.
-    keys = work.together * shape.cache(work.student.before, 4 if rough.together else item)
-    before_head += keys * bool(rough.together)
-    taught = work.lengths(work.together, work.teacher, 1)[:2]
-    teacher = max(_held(shape, options, rows, rough)[2] for rows in taught)
-    teacher += casts + work.together * shape.cache(work.teacher.before, item)
-    chunk, of_head = min(CHUNK_BYTES, 4 * shape.table[0] * lengths[2].total), 4 * table * full
-    head = max(rough.head * chunk, 2 * chunk * full + of_head) + head_copy
-    # A quarter of a layer's gradient stands for that of its largest parameter.
-    layer = gradient // len(shape.text)
-    sums = min(layer, rough.together + layer // 4) if rough.together else 0
-    summed = gradient * (work.calls > 1)
-    late = max(
-        summed + tokens + max(head, completion + sums),
-        gradient + keys * (not rough.together) + sums + max(completion, prompt),
-    )
+    sampled, sampling = _rollout(shape, options, work, rough)
+    differentiated, training = _accumulate(shape, options, work, rough, recompute)
+    # New weights and moments of parameters that are updated together: at least of the largest one.
     largest = 4 * max(map(prod, shape.shapes.values()))
-    step = 3 * max(rough.together, largest) if rough.together else 0
-    parts = {
-        "gradient": gradient,
-        "weights in bfloat16": casts,
-        "activations": images * sees + prompt_rows + tokens,
-        "one layer": max(image * sees, prompt, completion),
-        "head chunks": head,
-        "key-value cache": read + grown,
-        "sampled logits": logits,
-    }
+    updated = 3 * max(rough.together, largest) if rough.together else 0
+    parts = {"gradient": gradient, "weights in bfloat16": casts, **training, **sampling}
+    before = sum(held.values())
     phases = {
-        "rollout": before + casts + int(rollout),
-        "accumulate": before + int(max(summed + teacher, before_head + late)),
-        "apply": before + gradient + min(gradient, step),
+        "rollout": before + casts + int(sampled),
+        "accumulate": before + int(differentiated),
+        "apply": before + gradient + min(gradient, updated),
     }
-    ints = {name: int(size) for name, size in parts.items() if size}
-    some = {name: size for name, size in held.items() if size}
-    return Memory(some, ints, phases, again, disk=4 * gradient)
+    return Memory(
+        {name: size for name, size in held.items() if size},
+        {name: int(size) for name, size in parts.items() if size},
+        phases,
+        recompute,
+        disk=4 * gradient,
+    )
 
 
-def _held(
-    shape: Shape, options: ModelOptions, rows: Rows, rough: Footprint, recompute: bool = False
-) -> tuple[float, float, float]:
-    """Bytes of rows: what is held at the end of a forward; what comes and goes in the backward of
-    the widest layer; and what does in a forward that no backward follows.
+def _rollout(shape: Shape, options: ModelOptions, work: Work, rough: Footprint) -> Peak:
+    """Sampling: one layer's forward over the prompts, or token steps over keys and values."""
+    *prompts, completions = work.lengths(work.sampled, work.student, work.completions)
+    image, prompt = (_pass(shape, options, rough, rows) for rows in prompts)
+    cache = work.sampled * shape.cache(work.student.before, options.item)
+    prefill = float(cache)
+    # In float32 backends hold a forward for the gradient whose backward recomputes no layer.
+    held = rough.margin * shape.held(prompts, rough.layer)
+    if options.item == 4 and held <= options.checkpoint_above:
+        prefill = max(cache, image.held * options.tunes_features + prompt.held)
+    doublings = max(0, -(-work.tokens // BUFFER_TOKENS) - 1).bit_length()
+    buffers = completions.count * shape.cache(BUFFER_TOKENS << doublings, options.item)
+    logits = LOGIT_BYTES * completions.count * shape.table[0] + rough.head_copy * prod(shape.table)
+    peak = prefill + max(image.forward, prompt.forward, buffers + logits)
+    return peak, {"key-value cache": cache + buffers, "sampled logits": logits}
 
-    With `recompute` each layer's inputs are held, and one layer whole.
-    """
-    item, layers = options.item, shape.of(rows)
-    each = [rough.layer(one, rows) for one in layers]
-    forward = PASSING * max(kept for kept, _ in each)
+
+def _accumulate(
+    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool
+) -> Peak:
+    """The gradient of a micro-batch: the teacher's forward; the student's forward and the head;
+    then the backward of completions, prompts and images, each of which frees what it held."""
+    full, table = options.adapters is None, prod(shape.table)
+    trained = sum(shape.trained(options).values())
+    gradient, casts = 4 * trained, rough.cast * trained
+    earlier = gradient * (work.calls > 1)  # of the micro-batches before this one
+    taught = work.lengths(work.together, work.teacher, 1)[:2]
+    teacher = max(_pass(shape, options, rough, one).forward for one in taught)
+    teacher += casts + work.together * shape.cache(work.teacher.before, options.item)
+
+    rows = work.trained()
+    image, prompt, completion = (_pass(shape, options, rough, one, recompute) for one in rows)
+    images, layer = (size * options.tunes_features for size in (image.held, image.layer))
+    chunk = min(CHUNK_BYTES, 4 * shape.table[0] * rows[2].total)
+    head = max(rough.head * chunk, (2 * chunk + 4 * table) * full) + rough.head_copy * table
+    sums = min(gradient // len(shape.text), rough.together)
+    # Gradients of prompts' keys and values add up while completions run if they are computed
+    # together.
+    item = 4 if rough.together else options.item
+    keys = work.together * shape.cache(work.student.before, item)
+    early, late = (keys, 0) if rough.together else (0, keys)
+    student = images + prompt.held + casts * (rough.keeps_casts or not recompute) + early
+    student += max(
+        earlier + completion.held + max(head, completion.layer + sums),
+        gradient + late + sums + max(completion.layer, prompt.layer),
+    )
+    return max(earlier + teacher, student), {
+        "activations": images + prompt.held + completion.held,
+        "one layer": max(layer, prompt.layer, completion.layer),
+        "head chunks": head,
+    }
+
+
+class _Pass(NamedTuple):
+    """Bytes of rows: `held` at the end of a forward; `layer`: those that come and go in the
+    backward of the widest layer; `forward`: in a forward that no backward follows."""
+
+    held: float
+    layer: float
+    forward: float
+
+
+def _pass(
+    shape: Shape, options: ModelOptions, rough: Footprint, rows: Rows, recompute: bool = False
+) -> _Pass:
+    """Rows run through their layers. With `recompute` the inputs of each layer are held, and one
+    layer whole."""
+    item, layers = options.item, shape.layers(rows)
+    each = [rough.layer(layer, rows) for layer in layers]
+    forward = PASSING * max(held for held, _ in each)
     if rows.kind == "prompts" and not layers[-1].state:
-        # The last layer gives of a prompt the keys and values for completions alone.
+        # The last layer computes only keys and values of a prompt, for its completions.
         each[-1] = (4.0 * item * rows.total * layers[-1].key, 0.0)
-    layer = max(kept * recompute + passes for kept, passes in each)
-    total = sum(kept for kept, _ in each)
+    widest = max(held * recompute + passes for held, passes in each)
+    total = sum(held for held, _ in each)
     if recompute:
-        total = 1.0 * rough.stream * rows.total * sum(one.width for one in layers)
+        total = 1.0 * rough.stream * rows.total * sum(layer.width for layer in layers)
         total += rows.count * shape.cache(rows.length, item) * (rows.kind == "prompts")
     elif options.adapters and rows.kind != "patches":
         names = chosen_layers(options.adapters, shape.linears)
@@ -164,4 +190,4 @@ def _held(
     if rows.kind == "completions":
         # The states of recurrences, and the rows that the head reads.
         total += rows.count * shape.cache(0, item) + 12 * rows.total * shape.table[1]
-    return total, layer, forward
+    return _Pass(total, widest, forward)

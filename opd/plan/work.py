@@ -1,9 +1,9 @@
-"""One step: its lengths, how it is cut into what runs together, and the work of its stages.
+"""One step: its lengths, its micro-batches, and the work of its stages.
 
 A group is a prompt with its completions. A prompt's last token runs with the completions, whose
 first token it predicts. An operation is a multiplication or an addition: 2 for each weight and row,
-and 4 for each pair of rows that attend and each number of their heads. What completions of a prompt
-share is computed once. Bytes that pass over memory between products are rough.
+and 4 for each pair of rows that attend and each number of their heads. Completions of a prompt
+share its pass. Bytes that pass over memory between products are rough.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from opd.planner import Footprint, Rows
 from opd.types import ModelOptions
 
 FORWARD, BACKWARD = 3, 5
-"""Passes over what a backward holds: written, read twice; read, its gradient written, added,
-read."""
+"""Passes over the bytes that a backward holds: written and read twice in the forward; read again in
+the backward, where their gradient is written, added to and read."""
 
 HEAD, DRAW, OPTIMIZER, AVERAGE = 20, 10, 24, 3
-"""Passes over logits that are trained on, or drawn from; over trained parameters in the optimizer's
-step, and where the teacher moves."""
+"""Passes over logits that are trained on, and over logits that tokens are drawn from; passes over
+trained parameters in the optimizer's step, and where the teacher moves."""
 
 
 class View(NamedTuple):
-    """An image as a policy sees it: `patches`, which make `visual` of the prompt's `tokens`, and
-    pairs of patches that attend to each other in all layers of the tower together; cut into
-    `pieces` for the tower."""
+    """The image that a policy sees, and its prompt of `tokens`, of which `visual` mark the image.
+    `patches` of the image, and `pairs` of them that attend to each other, summed over all layers of
+    the vision tower, which sees the image in `pieces`."""
 
     patches: int
     pairs: int
@@ -47,8 +47,8 @@ class View(NamedTuple):
 class Work:
     """A step: `prompts` groups of `completions` completions of `tokens` tokens each.
 
-    Micro-batches that are differentiated have `budget` padded tokens, those that are sampled have
-    `room`. `rows` of the data differ; 0: no more than the step's own.
+    `budget`, `sample_budget`: padded tokens of a micro-batch that is differentiated, or sampled.
+    `rows` of the data differ; 0: no more than the step's own.
     """
 
     prompts: int
@@ -57,7 +57,7 @@ class Work:
     student: View
     teacher: View
     budget: int
-    room: int = 0
+    sample_budget: int = 0
     rows: int = 0
 
     @property
@@ -94,13 +94,17 @@ class Work:
     @property
     def sampled(self) -> int:
         """Groups that are sampled together."""
-        return min(self.prompts, max(1, self.room // self.sample))
+        return min(self.prompts, max(1, self.sample_budget // self.sample))
 
     def lengths(self, groups: int, view: View, completions: int) -> tuple[Rows, Rows, Rows]:
-        """Rows of so many groups, and completions of each, where a policy sees `view`."""
+        """Patches, prompts and completions of so many groups, with so many completions each."""
         patches = Rows("patches", groups * view.pieces, view.patches // view.pieces)
         new = Rows("completions", groups * completions, self.tokens, view.before)
         return patches, Rows("prompts", groups, view.before), new
+
+    def trained(self) -> tuple[Rows, Rows, Rows]:
+        """Rows of a micro-batch of which the student gets a gradient."""
+        return self.lengths(self.together, self.student, self.split or self.completions)
 
 
 @dataclass(frozen=True)
@@ -119,21 +123,27 @@ class Stage:
         return Stage(*(times * size for size in astuple(self)))
 
 
-def passes(
-    shape: Shape, full: bool, view: View, rows: Rows, rough: Footprint
-) -> tuple[Stage, Stage, Stage]:
-    """A forward, its backward, and what the backward recomputes, of an image, of its prompt without
-    the last token, or of all completions of the prompt.
+class Passes(NamedTuple):
+    """A forward, its backward, and the part of the forward that the backward recomputes if it
+    recomputes layers: all but the last product of each, which nothing reads."""
 
-    The last layer computes of a prompt only what a cache holds. `full`: weights get gradients, not
-    their inputs alone. Patches get none, and nobody needs what a layer's last product recomputes.
+    forward: Stage
+    backward: Stage
+    recomputed: Stage
+
+
+def passes(shape: Shape, full: bool, view: View, rows: Rows, rough: Footprint) -> Passes:
+    """Passes of `rows`: an image, its prompt without the last token, or completions of the prompt.
+
+    `full`: weights get gradients, else only their inputs do. Patches get none. The last layer
+    computes of a prompt only what a cache holds.
     """
-    products = last = mixing = first = blocks = 0.0
+    products = last = mixing = embed = blocks = 0.0
     if rows.kind == "prompts" and rough.image_blocks:
         # Tokens of an image see each other in both directions, not only those before them.
         each = view.visual // view.pieces
         blocks = view.pieces * each * (each - 1) / 2
-    for layer in shape.of(rows):
+    for layer in shape.layers(rows):
         mixing += rows.total * 6.0 * layer.state
         if rows.kind == "prompts" and layer is shape.text[-1]:
             products += 2.0 * rows.total * layer.cached
@@ -147,53 +157,51 @@ def passes(
     if rows.kind == "patches":
         # Frames of a still image are alike, so one stands for all that a convolution takes.
         kernels = [size for size in shape.part("vision").values() if len(size) > 3]
-        embed = sum(prod(size) // (size[2] if len(size) == 5 else 1) for size in kernels)
+        weights = sum(prod(size) // (size[2] if len(size) == 5 else 1) for size in kernels)
         project = sum(prod(size) for size in shape.part("projector").values() if len(size) == 2)
-        first, merged = 2.0 * rows.total * embed, 2.0 * view.visual * project
-        products, last = products + first + merged, last + first + merged
+        embed = 2.0 * rows.total * weights
+        beside = embed + 2.0 * view.visual * project
+        products, last = products + beside, last + beside
         mixing = 4.0 * shape.tower[0].width * view.pairs
     held = shape.held([rows], rough.layer)
     forward = Stage(products + mixing, passed=FORWARD * held)
-    backward = Stage(products * (1 + full) + 2 * mixing - first, passed=BACKWARD * held)
-    return forward, backward, forward + Stage(-last)
+    backward = Stage(products * (1 + full) + 2 * mixing - embed, passed=BACKWARD * held)
+    return Passes(forward, backward, forward + Stage(-last))
 
 
 def stages(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, room: float
+    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, kept: float
 ) -> dict[str, Stage]:
-    """Every stage of a step; `room` bytes hold the features of a frozen tower, once computed.
-
-    With `recompute`, layers are computed twice.
-    """
+    """Every stage of a step. `recompute`: the backward recomputes layers. `kept`: the most bytes of
+    a frozen tower's features that are kept; if all fit, the tower runs once for an image."""
     full, trained = options.adapters is None, shape.trained(options)
+
+    def run(view: View) -> list[Passes]:
+        groups = work.lengths(1, view, work.completions)
+        return [passes(shape, full, view, rows, rough) for rows in groups]
+
+    image, prompt, new = student = run(work.student)
+    differentiated = student if options.tunes_features else student[1:]
     visual = work.prompts * (work.student.visual + work.teacher.visual)
-    looks = options.tunes_features or visual * shape.feature > room
-
-    def run(view: View) -> list[tuple[Stage, Stage, Stage]]:
-        every = work.lengths(1, view, work.completions)
-        return [passes(shape, full, view, rows, rough) for rows in every]
-
-    seen = run(work.student)
-    image, prompt, own = (forward for forward, _, _ in seen)
-    back = seen if options.tunes_features else seen[1:]
+    looks = options.tunes_features or visual * shape.feature > kept
     rows = work.completions * work.tokens
     head, logits = 2.0 * rows * prod(shape.table), 4.0 * rows * shape.table[0]
-    # Of adapters; the gradients of their inputs and of their weights are as many each.
+    # Adapters; the gradients of their inputs and of their weights are as many operations each.
     beside = 0.0 if full else 2.0 * trained["language"] * (work.student.before + rows)
     low_rank, count = Stage(beside), sum(trained.values())
     group = {
-        "rollout prefill": prompt + image,
-        "rollout decode": own + Stage(head, passed=DRAW * logits),
-        "teacher forward": sum((forward for forward, _, _ in run(work.teacher)), Stage(0.0)),
-        "student forward": prompt + own + image * looks + low_rank,
-        "student backward": sum((backward for _, backward, _ in back), low_rank * 2),
-        "recomputation": sum((again for _, _, again in back), low_rank) * recompute,
+        "rollout prefill": prompt.forward + image.forward,
+        "rollout decode": new.forward + Stage(head, passed=DRAW * logits),
+        "teacher forward": sum((one.forward for one in run(work.teacher)), Stage(0.0)),
+        "student forward": prompt.forward + new.forward + image.forward * looks + low_rank,
+        "student backward": sum((one.backward for one in differentiated), low_rank * 2),
+        "recomputation": sum((one.recomputed for one in differentiated), low_rank) * recompute,
         # Logits of both policies, and the gradients of hidden states and of a trained head.
         "head and divergence": Stage((3 + full) * head, passed=HEAD * logits),
     }
     step = {name: stage * work.prompts for name, stage in group.items()}
-    # Token steps read weights once for all that is sampled together, keys and values of a prompt
-    # once for its completions, and half of a completion's own on average.
+    # A token step reads weights once for all that is sampled together, keys and values of a prompt
+    # once for its completions, and on average half of a completion's own.
     weights = ceil(work.prompts / work.sampled) * (shape.products + prod(shape.table))
     cache = shape.cache(work.student.before, options.item)
     cache += work.completions * shape.cache(work.tokens // 2, options.item)

@@ -1,7 +1,7 @@
-"""The conformance suite: what every backend must do, checked through the protocol alone.
+"""The conformance suite: checks that a backend keeps the protocol, through the protocol alone.
 
-`check(make, pairs, stop, banned)` runs all checks on a backend that `make` loads anew each time,
-and returns an error and its bound for each. A backend of somebody else's is right when all pass.
+`check(make, pairs, stop, banned)` runs all checks, for each of which `make` loads a new backend,
+and returns the error and the bound of each check. A backend is correct if all checks pass.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from opd.types import (
 Tensors = dict[str, NDArray[np.float32]]
 
 VALUE, GRADIENT, EXACT = 1e-5, 1e-4, 0.0
-"""Bounds of relative errors in float32: per-token values, gradients, and what must be equal to the
-bit."""
+"""Bounds of relative errors in float32: of per-token values, of gradients, and of values that must
+be equal to the bit."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One check: the largest relative error seen, and what it may be at most."""
+    """The result of one check: the largest relative error, and the bound of that error."""
 
     name: str
     error: float
@@ -46,14 +46,14 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """True where the error is a number within its bound."""
+        """Whether the error is a number within the bound."""
         return bool(self.error <= self.bound)
 
 
 @dataclass(frozen=True)
 class Material:
-    """What the checks run on: pairs of student and teacher prompt, of unequal lengths, and the ids
-    that matter."""
+    """The input of the checks: `pairs` of a student and a teacher prompt, of unequal lengths, and
+    the ids of tokens that end a completion (`stop`) or never appear (`banned`)."""
 
     make: Callable[[], Backend]
     pairs: Sequence[tuple[Prompt, Prompt]]
@@ -73,8 +73,8 @@ class Material:
         )
 
     def groups(self, backend: Backend) -> list[Group]:
-        """Groups of unequal numbers and lengths of completions, with unequal weights, their
-        sampler's log-probabilities forged."""
+        """Groups with unequal numbers and lengths of completions and with unequal weights. The
+        log-probabilities of the sampler are changed at random, so that ratios are not 1."""
         rng = np.random.default_rng(0)
         made = []
         for index, ((student, teacher), sampled) in enumerate(
@@ -98,8 +98,8 @@ class Material:
 
 
 def relative_error(ours: Tensors, theirs: Tensors) -> float:
-    """Largest ||a - b|| / max(||b||, 1e-3 * global norm of b) over all tensors; infinite where
-    names or shapes differ."""
+    """Largest ||a - b|| / max(||b||, 1e-3 * global norm of b) over all tensors; infinite if names
+    or shapes differ."""
     if {name: value.shape for name, value in ours.items()} != {
         name: value.shape for name, value in theirs.items()
     }:
@@ -134,8 +134,8 @@ def check(
     stop: tuple[int, ...],
     banned: tuple[int, ...],
 ) -> list[Result]:
-    """Runs every check. `pairs`: at least three, of unequal prompt lengths; `stop`, `banned`: as an
-    encoder gives them."""
+    """Runs every check. `pairs`: at least three, with prompts of unequal lengths. `stop`, `banned`:
+    token ids, as those of an encoder."""
     material = Material(make, pairs, stop, banned)
     return [Result(name, run(material), bound) for name, run, bound in CHECKS]
 
@@ -158,15 +158,15 @@ def rows_equal_groups(material: Material) -> float:
 
 
 def split_groups_are_whole(material: Material) -> float:
-    """Completions of a group that run a few at a time have the statistics and gradient of all
-    together."""
+    """Completions of a group that run a few at a time have the statistics and gradient of
+    completions that run together."""
     backend, other = material.make(), material.make()
     groups = material.groups(backend)
     whole = statistics_error(
         backend.accumulate(groups, OBJECTIVE), other.accumulate(groups, OBJECTIVE, split=1)
     )
     gradient = relative_error(other.tensors("gradient"), backend.tensors("gradient"))
-    backend.accumulate(groups, OBJECTIVE, split=2)  # on top of what is there
+    backend.accumulate(groups, OBJECTIVE, split=2)  # adds to the gradient
     twice = {name: 2 * value for name, value in other.tensors("gradient").items()}
     return max(
         gradient, relative_error(backend.tensors("gradient"), twice), whole * GRADIENT / VALUE
@@ -174,8 +174,9 @@ def split_groups_are_whole(material: Material) -> float:
 
 
 def a_prefill_changes_nothing(material: Material) -> float:
-    """Prompts that ran once for both have the completions, statistics and gradient of prompts that
-    run twice; they serve one step, of the same prompts and weights: else ValueError."""
+    """Prompts that run once, for sampling and the gradient, give the completions, statistics and
+    gradient of prompts that run twice. A prefill serves one step with the same prompts and weights;
+    another use raises ValueError."""
     backend, other = material.make(), material.make()
     prompts = [student for student, _ in material.pairs]
     prefill = backend.prefill(prompts)
@@ -235,8 +236,8 @@ def score_is_accumulate_without_gradient(material: Material) -> float:
 
 
 def on_policy_ratio_is_one(material: Material) -> float:
-    """What the sampler recorded is what the student says of the same tokens, where no token is
-    banned."""
+    """Without banned tokens, the sampler's log-probabilities are the student's log-probabilities of
+    the same tokens."""
     backend = material.make()
     free = replace(material, banned=())
     groups = [
@@ -257,8 +258,8 @@ def on_policy_ratio_is_one(material: Material) -> float:
 
 
 def sampling_keeps_the_rules(material: Material) -> float:
-    """No banned token, a stop token only at the end, equal draws from equal uniforms, and prompts
-    do not meet: 0 or infinity."""
+    """Completions have no banned token and a stop token only at the end; equal uniforms draw equal
+    tokens, whatever other prompts are sampled together. Returns 0 or infinity."""
     backend = material.make()
     sampled, again = material.sample(backend), material.sample(backend)
     student, _ = material.pairs[-1]
@@ -288,7 +289,7 @@ def the_gradient_is_the_losss_derivative(material: Material) -> float:
     """Along its own direction, the gradient predicts how the loss changes (central difference)."""
     backend = material.make()
     groups = material.groups(backend)
-    # what is a constant for the gradient would change the loss
+    # The top k and the clipped ratio are constants in the gradient, but would change the loss.
     smooth = replace(OBJECTIVE, top_k=None, ratio_clip=None)
 
     def loss(statistics: Sequence[Sequence[TokenStatistics]]) -> float:
@@ -320,7 +321,8 @@ def the_gradient_is_the_losss_derivative(material: Material) -> float:
 def weights_scale_the_gradient(material: Material) -> float:
     """Tripled weights triple the gradient, and a token of weight 0 adds nothing.
 
-    Doubled ones would not do: a backend that takes every weight as 1 counts two groups as well.
+    Doubled weights would not show the error of a backend that takes every weight as 1: with the
+    groups of weight 0 the gradient of that backend doubles too.
     """
     backend, other = material.make(), material.make()
     groups = material.groups(backend)
@@ -358,7 +360,7 @@ def a_step_is_adamw(material: Material) -> float:
         }
         norm = np.sqrt(sum((value**2).sum() for value in gradient.values()))
         clip = clip or float(norm) / 2
-        # A large epsilon, so that gradients of rounding noise do not count.
+        # With a large epsilon gradients that are rounding noise have no effect.
         result = backend.apply(Update(1e-3, (0.9, 0.99), 1e-4, 0.1, clip))
         if not result.taken or abs(result.gradient_norm - norm) > GRADIENT * norm:
             return np.inf
@@ -378,7 +380,8 @@ def a_step_is_adamw(material: Material) -> float:
 
 
 def a_step_that_is_not_finite_changes_nothing(material: Material) -> float:
-    """A gradient with a NaN is refused: parameters stay, the gradient is cleared: 0 or infinity."""
+    """`apply` refuses a gradient with a NaN: parameters stay, and the gradient is cleared. Returns
+    0 or infinity."""
     backend = material.make()
     groups = material.groups(backend)
     before = backend.tensors("student")
@@ -443,7 +446,7 @@ def a_checkpoint_restores_all(material: Material) -> float:
 
 
 OBJECTIVE = Objective(alpha=0.5, top_k=7, temperature=1.3)
-"""Not the defaults, so that a backend that ignores an option is found."""
+"""Another top k and temperature than the defaults, which a backend may take by mistake."""
 
 CHECKS: tuple[tuple[str, Callable[[Material], float], float], ...] = (
     ("a group equals its rows", rows_equal_groups, GRADIENT),

@@ -40,7 +40,8 @@ FEATURES = 3
 STOP, IMAGE = 0, 1
 
 SAMPLE, ACCUMULATE = np.zeros(101), np.zeros(102)
-"""What processes exchange where they meet in a call; no other exchange has these shapes."""
+"""Arrays that processes exchange in `sample` and `accumulate`; no other exchange has these
+shapes."""
 
 Parameters = dict[str, Float64]
 
@@ -53,8 +54,8 @@ class ToyEncoder:
     banned = (IMAGE,)
 
     def encode(self, images: Sequence[Image], question: str, policy: Policy = "student") -> Prompt:
-        """A prompt of one visual token for each image and one token for each letter; pixels are its
-        mean colours in 0..1."""
+        """A prompt with a visual token for each image and a token for each letter. `pixel_values`
+        holds the mean colour of each image, in 0..1."""
         letters = [2 + ord(letter) % (VOCABULARY - 2) for letter in question]
         tokens = np.array([IMAGE] * len(images) + letters, np.int32)
         colours = np.array(
@@ -99,11 +100,11 @@ class ToyBackend:
         self.first, self.second, self.steps = self._zeros(), self._zeros(), 0
 
     def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """One process: its own values."""
+        """The values themselves, since there is one process."""
         return values
 
     def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
-        """What completions read of the prompts: their features."""
+        """The features of the prompts, which completions read."""
         return Prefill(prompts, [_features(prompt) for prompt in prompts], self._weights)
 
     def sample(
@@ -130,8 +131,8 @@ class ToyBackend:
         split: int = 0,
         prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
-        """Adds the gradient by `opd.objective`; a toy holds next to nothing, so `split` has nothing
-        to do."""
+        """Adds the gradient of `opd.objective`. A toy needs so little memory that it ignores
+        `split`."""
         if prefill:
             prefill.take([group.student for group in groups], self._weights)
         evaluations = self._evaluate(groups, objective)
@@ -147,7 +148,7 @@ class ToyBackend:
     def score(
         self, groups: Sequence[Group], objective: Objective, top: int = 0
     ) -> list[list[TokenStatistics]]:
-        """The statistics alone; with `top`, both policies' likeliest ids."""
+        """The statistics; with `top`, also the most likely ids of both policies."""
         evaluations = self._evaluate(groups, objective)
         if not top:
             return [[_statistics(evaluation) for evaluation in row] for row in evaluations]
@@ -223,7 +224,7 @@ class ToyBackend:
         self.gradient, self._weights = self._zeros(), object()
 
     def export(self, folder: Path, kind: Literal["model", "adapter"]) -> None:
-        """Writes the student's parameters; there is nothing of Hugging Face in a toy."""
+        """Writes the student's parameters; a toy has no files in Hugging Face layout."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = dict(self.student)
         np.savez(folder / f"{kind}.npz", **arrays)
@@ -295,11 +296,10 @@ class ToyBackend:
 
 
 class Together(ToyBackend):
-    """One of several toy processes that run on threads and meet at a barrier; `start` runs them
-    all.
+    """One of several toy processes, which run on threads and meet at a barrier; `start` runs all.
 
-    They meet in every `sample` and `accumulate` too, as processes that share a model's layers do:
-    one call more or less breaks the run.
+    The processes also meet in every `sample` and `accumulate`, as processes that share a model's
+    layers do: a process that makes one call more or less breaks the run.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class Together(ToyBackend):
         self._barrier, self._board = barrier, board
 
     def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum over the threads, in the order of their ranks."""
+        """The sum over the threads, in the order of their ranks."""
         self._board[self.rank] = values
         self._barrier.wait()
         if len({value.shape for value in self._board.values()}) > 1:
@@ -335,7 +335,7 @@ class Together(ToyBackend):
         policy: Policy = "student",
         prefill: Prefill | None = None,
     ) -> list[list[Completion]]:
-        """Samples, together with the others."""
+        """Samples, together with the other processes."""
         self.total(SAMPLE)
         return super().sample(prompts, uniforms, sampling, policy, prefill)
 
@@ -346,13 +346,13 @@ class Together(ToyBackend):
         split: int = 0,
         prefill: Prefill | None = None,
     ) -> list[list[TokenStatistics]]:
-        """Accumulates, together with the others."""
+        """Accumulates, together with the other processes."""
         self.total(ACCUMULATE)
         return super().accumulate(groups, objective, split, prefill)
 
     @staticmethod
     def start(size: int, run: Callable[[ToyBackend], None]) -> None:
-        """Calls `run` with each of `size` processes, on threads; raises what any of them raised."""
+        """Calls `run` with each of `size` processes, on threads, and raises the first error."""
         barrier = threading.Barrier(size, timeout=10)
         board: dict[int, NDArray[np.float64]] = {}
         failures: list[BaseException] = []
@@ -360,9 +360,8 @@ class Together(ToyBackend):
         def guarded(rank: int) -> None:
             try:
                 run(Together(rank, size, barrier, board))
-            except (
-                BaseException
-            ) as failure:  # a failed thread must not leave the others at the barrier
+            except BaseException as failure:
+                # A failed thread must not leave the others at the barrier.
                 failures.append(failure)
                 barrier.abort()
 

@@ -402,7 +402,7 @@ def group(work):
 def test_a_step_is_cut_as_the_loop_cuts_it(budget, split):
     from opd.method import microbatch
 
-    work = Work(20, 3, 10, View(400, 0, 100, 102), View(40, 0, 10, 12), budget, room=600)
+    work = Work(20, 3, 10, View(400, 0, 100, 102), View(40, 0, 10, 12), budget, sample_budget=600)
     cut = microbatch.microbatches_of([group(work)] * 20, budget)
     assert [len(part) for part in cut] == [work.together] * (work.calls - 1) + [
         20 - work.together * (work.calls - 1)
@@ -414,7 +414,7 @@ def test_a_step_is_cut_as_the_loop_cuts_it(budget, split):
     assert work.sampled == len(rooms[0]) == 4
     assert (
         replace(work, budget=3 * work.group).together
-        == replace(work, room=3 * work.sample).sampled
+        == replace(work, sample_budget=3 * work.sample).sampled
         == 3
     )
     assert replace(work, budget=work.longest + 2 * work.tokens).split == 2
