@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 FEATURES_SHARE, FEATURES_MOST = 32, 2**30
@@ -20,6 +22,9 @@ PREFILL_TOKENS = 16384
 
 CHUNK_BYTES = 2**26
 """Bytes of one float32 array [rows, vocabulary] while logits of both policies are compared."""
+
+M_MMAP_THRESHOLD = -3
+"""The number of the parameter in glibc's malloc.h."""
 
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files in which Linux says how many bytes of memory a container may use."""
@@ -58,3 +63,10 @@ def forget_peak_resident() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def return_freed_memory() -> None:
+    """Makes glibc return freed blocks of 128 KiB and more to the system at once, so that resident
+    bytes are bytes in use; elsewhere nothing happens."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from opd import registry
 from opd.errors import RecipeError
-from opd.memory import forget_peak_resident, peak_resident
+from opd.memory import forget_peak_resident, peak_resident, return_freed_memory
 from opd.method.rollout import Pair
 from opd.method.step import Batch, Method, train_step
 from opd.models.random_weights import write_random_model
@@ -54,6 +54,7 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
         most = f"{planned.peak / 1e9:.1f} GB are planned and {plan.usable / 1e9:.1f} GB usable"
         advice = "make the step smaller as the plan without --measure says"
         raise RecipeError(f"--measure: {most}; {advice}")
+    return_freed_memory()
     forget_peak_resident()
     before = peak_resident() * registry.planner(plan.backend).machine().resident
     encoder = PromptEncoder(plan.options.path, **recipe.model.pixels())
