@@ -53,6 +53,10 @@ def host_memory(limits: Iterable[Path] = LIMITS) -> int:
 
 def peak_resident() -> int:
     """Most bytes that this process has held in memory, since it began or they were forgotten."""
+    with suppress(OSError, StopIteration):  # not on Linux
+        # There ru_maxrss is no less than what the parent held when it started this process.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
 
