@@ -18,6 +18,7 @@ from opd.data.dataset import Dataset, gather, spread
 from opd.data.formats import recognised
 from opd.data.formats.own import Own, read_row
 from opd.data.pictures import Pictures
+from opd.errors import plural
 from opd.options import Options
 from opd.paths import PathText
 from opd.progress import Progress, Quiet
@@ -89,7 +90,8 @@ def read_dataset(
     reader = recognised(path)
     rows = reader.read(path)
     if not isinstance(reader, Own):
-        rows = replace(rows, notes=[f"{path} is read as {reader.name}", *rows.notes])
+        read = f"{path}: read as {reader.name}: {plural(len(rows.rows), 'row')}"
+        rows = replace(rows, notes=[read, *rows.notes])
     pictures = Pictures(max_image_pixels, path)
     to_example = partial(
         read_row,

@@ -12,12 +12,12 @@ from opd.errors import DataError
 CONVERT = "write its rows as opd reads them (docs/data.md)"
 
 ROWS: Sequence[tuple[str, tuple[str, ...]]] = (
-    ("Vision-OPD-6K or ZwZ-RL-VQA", ("problem",)),
+    ("Vision-OPD-6K or ZwZ-RL-VQA without images or bbox", ("problem",)),
     ("LLaVA conversations", ("conversations",)),
     ("ms-swift or OpenAI messages", ("messages",)),
     ("COCO annotations", ("annotations",)),
-    ("Visual-CoT", ("bboxs",)),
-    ("TreeBench", ("target_instances",)),
+    ("Visual-CoT without image or question", ("bboxs",)),
+    ("TreeBench without image or question", ("target_instances",)),
     ("verl's parquet of Vision-OPD", ("reward_model",)),
     ("V-Zero", ("teacher_raw_prompt",)),
     ("MME-RealWorld", ("multi-choice options",)),

@@ -67,7 +67,7 @@ def test_a_registered_reader_reads_what_it_recognises(folder):
         "column of a box: could not convert string to float: 'x'",
     )
     assert found.skipped[1][0] == "table.csv:4"
-    assert found.notes == [f"{folder / 'table.csv'} is read as a table of boxes", "a note"]
+    assert found.notes == [f"{folder / 'table.csv'}: read as a table of boxes: 4 rows", "a note"]
     few = open_data(str(folder / "table.csv"), count=1)
     assert [one.question for one in few] == ["One?"]
     assert few.fingerprint != found.fingerprint

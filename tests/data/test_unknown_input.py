@@ -230,8 +230,8 @@ MESSAGES = [{"role": "user", "content": "<image>x"}]
             "LLaVA conversations (field 'conversations')",
         ),
         (
-            {"problem": "<image>x", "answer": "C", "images": ["a.png"], "bbox": [1, 2, 3, 4]},
-            "Vision-OPD-6K or ZwZ-RL-VQA (field 'problem')",
+            {"problem": "<image>x", "answer": "C", "images": ["a.png"]},
+            "Vision-OPD-6K or ZwZ-RL-VQA without images or bbox (field 'problem')",
         ),
         ({"prompt": MESSAGES, "images": ["a.png"]}, "TRL's prompts (field 'prompt')"),
         (

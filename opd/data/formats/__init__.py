@@ -10,6 +10,9 @@ from pathlib import Path
 
 from opd.data.formats.format import Format, Rows
 from opd.data.formats.own import Own
+from opd.data.formats.tree import TREE
+from opd.data.formats.vision_opd import CLEAN, PARENT
+from opd.data.formats.visual_cot import VISUAL_COT
 from opd.paths import read_start
 
 __all__ = ["Format", "Rows", "recognised", "register"]
@@ -17,7 +20,7 @@ __all__ = ["Format", "Rows", "recognised", "register"]
 START = 65_536
 """Number of bytes at the beginning of a file that `Format.recognise` gets."""
 
-BUILT_IN: list[Format] = [Own()]
+BUILT_IN: list[Format] = [CLEAN, PARENT, VISUAL_COT, TREE, Own()]
 """The formats of opd. The last one reads every file that no other format recognises."""
 
 REGISTERED: dict[str, Format] = {}

@@ -1,0 +1,104 @@
+"""Formats whose rows are JSON objects with fields of other names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from opd.data.fields import Row, show
+from opd.data.formats.format import Rows
+from opd.data.jsonl import parse, read_lines
+from opd.errors import DataError
+
+_OPTION = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(\S.*?)\s*")
+"""A line that is an option: "A. red", "A) red", "A: red" or "(A) red"."""
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Reads JSON lines, and JSON arrays, of another program's rows.
+
+    A file has this format if its first row has all fields `marks` and is none of our own, which may
+    have any columns beside ours. `to_own` gives a row with our fields (docs/data.md), and raises
+    DataError for a faulty row.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    to_own: Callable[[Row], Row]
+
+    _decoder: ClassVar[json.JSONDecoder] = json.JSONDecoder()
+
+    def recognise(self, path: Path, start: bytes) -> bool:
+        """Whether the first row has the format; a row that `start` cuts is not recognised."""
+        text = start.decode("utf-8-sig", errors="ignore").lstrip().removeprefix("[").lstrip()
+        try:
+            row, _ = self._decoder.raw_decode(text)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(row, dict) and _has(row, self.marks) and not _is_own(row)
+
+    def read(self, path: Path) -> Rows:
+        """The rows of a file. Raises DataError for a file that is not JSON lines."""
+        lines = read_lines(path)
+        rows = [(number, partial(self._row, line)) for number, line in lines.rows]
+        return Rows(path, lines.content, rows)
+
+    def _row(self, line: str) -> Row:
+        row = parse(line)
+        for field in self.marks:
+            if row.get(field) is None:
+                raise DataError(f"field '{field}' is missing; {self.name} has it in every row")
+        return self.to_own(row)
+
+
+def _has(row: Row, fields: Iterable[str]) -> bool:
+    return all(row.get(field) is not None for field in fields)
+
+
+def _is_own(row: Row) -> bool:
+    """Whether a row has our question, and our evidence."""
+    evidence = ("boxes", "teacher_image", "teacher_images")
+    return _has(row, ["question"]) and any(_has(row, [field]) for field in evidence)
+
+
+def options_in(question: Any) -> list[str]:
+    """The texts of options that stand in a question on lines of their own, with the letters A, B,
+    ... in order; empty if there are fewer than two."""
+    texts: list[str] = []
+    for line in question.splitlines() if isinstance(question, str) else ():
+        match = _OPTION.fullmatch(line)
+        letter = (match[1] or match[2]) if match else ""
+        if match and letter == chr(ord("A") + len(texts)):
+            texts.append(match[3])
+        elif match and letter == "A":
+            texts = [match[3]]
+    return texts if len(texts) > 1 else []
+
+
+def with_options(question: Any) -> Row:
+    """The fields question and choices of a question that may hold its options."""
+    choices = options_in(question)
+    return {"question": question, **({"choices": choices} if choices else {})}
+
+
+def nested(boxes: Any) -> Any:
+    """A list of boxes, whether one box is given or several."""
+    flat = isinstance(boxes, list) and len(boxes) > 0 and not isinstance(boxes[0], list | dict)
+    return [boxes] if flat else boxes
+
+
+def literal(field: str, value: Any) -> Any:
+    """A list that may be written as a text. The text is parsed as JSON and never evaluated. Raises
+    DataError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.replace("(", "[").replace(")", "]"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"field '{field}': {show(value)} is not a list of numbers") from error

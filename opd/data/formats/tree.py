@@ -1,0 +1,27 @@
+"""TreeVGR and TreeBench (arXiv 2507.07999), as JSON lines.
+
+image             path of the picture
+question          text
+A, B, C, D        the options
+answer            a letter
+target_instances  the text of a list of [left, top, right, bottom] in pixels
+"""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+
+from opd.data.fields import Row
+from opd.data.formats.mapped import Mapped, literal, nested, with_options
+
+
+def _row(row: Row) -> Row:
+    choices = [row[letter] for letter in ascii_uppercase if row.get(letter) is not None]
+    boxes = nested(literal("target_instances", row["target_instances"]))
+    own = {"image": row["image"], "boxes": boxes, **with_options(row["question"])}
+    if choices:
+        own["choices"] = choices
+    return own | {key: row[key] for key in ("answer", "id") if row.get(key) is not None}
+
+
+TREE = Mapped("TreeVGR", ("image", "question", "target_instances"), _row)
