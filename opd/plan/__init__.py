@@ -221,7 +221,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     ModelError."""
     file = folder / "config.json"
     if not file.is_file():
-        raise ModelError(f"{folder}: no config.json, so this is no model folder")
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder")
     stated = read_json(file)
     check_sizes(file, stated)
     try:

@@ -19,6 +19,7 @@ from opd.method.step import Batch, Method, train_step
 from opd.models.random_weights import write_random_model
 from opd.plan import Pixels, Plan
 from opd.plan.memory import KEPT_FEATURES
+from opd.plan.work import Work
 from opd.prompts.encoder import PromptEncoder
 from opd.types import Policy, Prompt
 
@@ -87,15 +88,22 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
         say("measuring" if step > 1 else "warming up")
         method = Method(recipe.rollout.model_copy(update={"max_tokens": tokens}), *rest)
         metrics = train_step(step, Batch(tuple(pairs)), method, backend).metrics
-    times = {
-        "rollout": ceil(work.prompts / work.sampled) / ceil(prompts / work.sampled),
-        "accumulate": work.calls / ceil(prompts / work.together),
-    }
+    times = repeats(work, prompts)
     features = prompts * (work.student.visual + work.teacher.visual) * plan.shape.feature
     kept = planned.held.get(KEPT_FEATURES, 0)
     return Measured(
-        {part: times.get(part, 1) * metrics[f"seconds_{part}"] for part in PARTS},
+        {part: times[part] * metrics[f"seconds_{part}"] for part in PARTS},
         {part: sum(plan.seconds[stage] for stage in stages) for part, stages in PARTS.items()},
         backend.peak_memory - before,
         planned.peak - kept + min(kept, features),
     )
+
+
+def repeats(work: Work, prompts: int) -> dict[str, float]:
+    """How many times longer each part of a step takes than in a step of only `prompts` prompts, by
+    the number of calls."""
+    return {
+        "rollout": ceil(work.prompts / work.sampled) / ceil(prompts / work.sampled),
+        "accumulate": work.calls / ceil(prompts / work.together),
+        "apply": 1.0,
+    }

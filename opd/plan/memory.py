@@ -59,10 +59,10 @@ def memory(
     options: ModelOptions,
     work: Work,
     rough: Footprint,
-    kept: float,
+    most_features: float,
     recompute: bool | None = None,
 ) -> Memory:
-    """Memory of a step. `kept`: the most bytes of a frozen tower's features that are kept.
+    """Memory of a step. `most_features`: the most bytes of a frozen tower's features that are kept.
     `recompute` None leaves the choice to the backend's rule.
 
     On a GPU backends keep the activations that fit in free memory, so the peak is the least that
@@ -76,7 +76,7 @@ def memory(
     packed = shape.products * options.four_bit
     plain = sum(shape.parameters.values()) - packed - trained * full
     visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
-    features = int(min(kept, visual * shape.feature))
+    features = int(min(most_features, visual * shape.feature))
     held = {
         "frozen weights": int(plain * rough.frozen + packed * FOUR_BITS),
         "trained weights": gradient,

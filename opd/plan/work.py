@@ -170,10 +170,18 @@ def passes(shape: Shape, full: bool, view: View, rows: Rows, rough: Footprint) -
 
 
 def stages(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool, kept: float
+    shape: Shape,
+    options: ModelOptions,
+    work: Work,
+    rough: Footprint,
+    recompute: bool,
+    most_features: float,
 ) -> dict[str, Stage]:
-    """Every stage of a step. `recompute`: the backward recomputes layers. `kept`: the most bytes of
-    a frozen tower's features that are kept; if all fit, the tower runs once for an image."""
+    """Every stage of a step.
+
+    `recompute`: the backward recomputes layers. `most_features`: the most bytes of a frozen tower's
+    features that are kept; if all fit, the tower runs once for an image.
+    """
     full, trained = options.adapters is None, shape.trained(options)
 
     def run(view: View) -> list[Passes]:
@@ -183,7 +191,7 @@ def stages(
     image, prompt, new = student = run(work.student)
     differentiated = student if options.tunes_features else student[1:]
     visual = work.prompts * (work.student.visual + work.teacher.visual)
-    looks = options.tunes_features or visual * shape.feature > kept
+    looks = options.tunes_features or visual * shape.feature > most_features
     rows = work.completions * work.tokens
     head, logits = 2.0 * rows * prod(shape.table), 4.0 * rows * shape.table[0]
     # Adapters; the gradients of their inputs and of their weights are as many operations each.

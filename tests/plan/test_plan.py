@@ -18,7 +18,7 @@ from opd.models.adapters import part_of_model
 from opd.models.shape import PARTS, Shape
 from opd.plan import Assumed, devices, everywhere, plan, read_config, view
 from opd.plan.measure import PARTS as MEASURED
-from opd.plan.measure import measure
+from opd.plan.measure import measure, repeats
 from opd.plan.work import View, Work, stages
 from opd.planner import Machine
 from opd.prompts.encoder import PromptEncoder
@@ -770,6 +770,15 @@ def test_a_micro_batch_is_measured_beside_the_plan(family, backend_name):
     assert found.planned_peak > 0
     if backend_name == "mlx":
         assert found.peak > 0
+
+
+def test_measured_seconds_are_those_of_all_calls():
+    """Of 20 prompts 4 are sampled together, and 3 are differentiated."""
+    seen = View(400, 0, 100, 102)
+    work = Work(20, 3, 10, seen, seen, budget=400, sample_budget=600)
+    assert (work.sampled, work.together) == (4, 3)
+    assert repeats(work, 6) == {"rollout": 5 / 2, "accumulate": 7 / 2, "apply": 1}
+    assert set(repeats(work, 20).values()) == {1}
 
 
 def test_what_is_too_large_is_not_measured(folder):
