@@ -174,11 +174,11 @@ class TorchBackend:
         """
         student, teacher, _ = self._state()
         source = {"student": student, "teacher": teacher, "gradient": self._gradient}[kind]
-        found = {
+        tensors = {
             name: source[name] if name in source else torch.zeros_like(parameter)
             for name, parameter in student.items()
         }
-        return {name: value.detach().cpu().numpy().copy() for name, value in found.items()}
+        return {name: value.detach().cpu().numpy().copy() for name, value in tensors.items()}
 
     @property
     def peak_memory(self) -> int:

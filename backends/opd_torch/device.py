@@ -99,8 +99,8 @@ class Device:
     """Token steps between checks for ended completions; on a GPU each check synchronises."""
 
     record_step: RecordStep | None = None
-    """How token steps are recorded (`kernels.recorder`): as CUDA graphs on a GPU. None: they are
-    not.
+    """Records a token step to replay it (`kernels.recorder`): as a CUDA graph on a GPU. None: no
+    step is recorded.
     """
 
     recorded_rows: int = 256

@@ -179,7 +179,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
     if not path.is_file():
-        raise ModelError(f"{folder}: no config.json, so this is no model folder")
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder")
     config = read_json(path)
     try:
         family(str(config.get("model_type")))

@@ -252,7 +252,7 @@ def _family(path: Path) -> Family | None:
     if not (path / "config.json").is_file():
         if not path.is_dir():
             raise ModelError(f"{path}: no such model folder")
-        raise ModelError(f"{path}: no config.json, so this is no model folder")
+        raise ModelError(f"{path}: no config.json, so this is not a model folder")
     kind = str(read_json(path / "config.json").get("model_type"))
     try:
         return family_of(kind)

@@ -25,7 +25,7 @@ class Mapped:
 
     A file has this format if its first row has all fields `marks` and is none of our own, which may
     have any columns beside ours. `to_own` gives a row with our fields (docs/data.md), and raises
-    DataError for a faulty row.
+    DataError for a faulty row. The fields `answer` and `id` are ours already.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Mapped:
         for field in self.marks:
             if row.get(field) is None:
                 raise DataError(f"field '{field}' is missing; {self.name} has it in every row")
-        return self.to_own(row)
+        return {**{field: row.get(field) for field in ("answer", "id")}, **self.to_own(row)}
 
 
 def _has(row: Row, fields: Iterable[str]) -> bool:

@@ -16,12 +16,10 @@ from opd.data.formats.mapped import Mapped, literal, nested, with_options
 
 
 def _row(row: Row) -> Row:
-    choices = [row[letter] for letter in ascii_uppercase if row.get(letter) is not None]
     boxes = nested(literal("target_instances", row["target_instances"]))
     own = {"image": row["image"], "boxes": boxes, **with_options(row["question"])}
-    if choices:
-        own["choices"] = choices
-    return own | {key: row[key] for key in ("answer", "id") if row.get(key) is not None}
+    choices = [row[letter] for letter in ascii_uppercase if row.get(letter) is not None]
+    return own | ({"choices": choices} if choices else {})
 
 
 TREE = Mapped("TreeVGR", ("image", "question", "target_instances"), _row)

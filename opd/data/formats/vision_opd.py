@@ -39,8 +39,7 @@ def _full(row: Row) -> Row:
 def _row(row: Row, images: object, question: object) -> Row:
     if isinstance(question, str) and question.count(IMAGE_MARKER) == 1:
         question = question.replace(IMAGE_MARKER, "").strip()  # where images stand anyway
-    own = {"images": images, "boxes": nested(row["bbox"]), **with_options(question)}
-    return own | {key: row[key] for key in ("answer", "id") if row.get(key) is not None}
+    return {"images": images, "boxes": nested(row["bbox"]), **with_options(question)}
 
 
 CLEAN = Mapped("Vision-OPD-6K, clean", ("problem", "bbox", "original_images", "extra_info"), _clean)

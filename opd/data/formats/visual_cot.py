@@ -13,8 +13,7 @@ from opd.data.formats.mapped import Mapped, nested, with_options
 
 
 def _row(row: Row) -> Row:
-    own = {"image": row["image"], "boxes": nested(row["bboxs"]), **with_options(row["question"])}
-    return own | {key: row[key] for key in ("answer", "id") if row.get(key) is not None}
+    return {"image": row["image"], "boxes": nested(row["bboxs"]), **with_options(row["question"])}
 
 
 VISUAL_COT = Mapped("Visual-CoT", ("image", "question", "bboxs"), _row)
