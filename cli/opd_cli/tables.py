@@ -289,7 +289,7 @@ def _measured_table(measured: Mapping[str, Any]) -> Table:
 
 def _devices_table(result: Mapping[str, Any]) -> Table:
     """The plan on every known device."""
-    table = _table("devices", "TFLOP/s", "GB/s", "GB", "s a step", "hours", "peak", "")
+    table = _table("devices", "TFLOP/s", "GB/s", "GB", "s/step", "hours", "peak", "")
     table.columns[0].no_wrap = True
     for device in result["devices"]:
         table.add_row(
@@ -357,11 +357,11 @@ def _count(count: float) -> str:
 
 
 def _number(value: float) -> str:
-    """A number with three digits, or one digit below 0.001."""
+    """A number with three digits, with two below 0.1, or one below 0.001."""
     if value >= 100:
         return f"{value:,.0f}"
     if value >= 0.001:
-        return f"{value:#.3g}"
+        return f"{value:#.3g}" if value >= 0.1 else f"{value:#.2g}"
     return f"{value:.0e}" if value else "0"
 
 

@@ -588,6 +588,14 @@ def test_tables_fit_into_80_columns(folder, device):
         assert any(line.strip().startswith(words) or words in line for line in lines), words
 
 
+def test_nothing_is_cut_from_the_tables_of_the_embedded_model():
+    """Its seconds and hours have the most zeros."""
+    result = run("--device", "M1 Pro")
+    assert result.exit_code == 0, result.output
+    assert "from 16 GB" in result.stdout
+    assert "…" not in result.stdout
+
+
 def test_tables_of_every_family_fit_into_80_columns(family):
     result = run(
         "tiny",
