@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ evidence box."""
 
 class Full(View):
     """The control in which the teacher sees the same images as the student."""
+
+    needs_evidence: ClassVar[bool] = False
 
     def pieces(
         self,

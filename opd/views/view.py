@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from PIL.Image import Image
 from pydantic import AfterValidator, Field
@@ -47,6 +47,9 @@ def whole(size: Size) -> Piece:
 class View(ABC):
     """Computes what the teacher sees of an example. Threads share a view, so it must not keep
     state."""
+
+    needs_evidence: ClassVar[bool] = True
+    """Whether every row needs boxes or teacher images; if not, rows without them are read too."""
 
     @abstractmethod
     def pieces(

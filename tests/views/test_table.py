@@ -46,6 +46,12 @@ def test_the_names_of_the_product():
     assert not REGISTERED
 
 
+def test_views_that_need_no_evidence():
+    """Rows without boxes are read for these alone."""
+    assert [name for name in BUILT_IN if not BUILT_IN[name].needs_evidence] == ["full"]
+    assert Halves.needs_evidence
+
+
 @pytest.mark.usefixtures("own")
 def test_a_registered_view_is_what_the_teacher_sees():
     options = load("tiny", {"view": {"kind": "halves"}}).view
