@@ -6,6 +6,7 @@ prompt. All arrays are numpy.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -19,7 +20,6 @@ from opd.memory import ACTIVATION_BYTES
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int32]
-ImageSource: TypeAlias = Path | Image
 Policy: TypeAlias = Literal["student", "teacher"]
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -33,6 +33,29 @@ LLaVA)."""
 MAX_PIXELS = 1 << 24
 """Pixels up to which a crop may be enlarged if the encoder does not say its own bound: the largest
 bound of a published image processor, 16.8 million."""
+
+
+@dataclass(frozen=True)
+class Picture(ABC):
+    """An encoded picture that is not a file of its own: in a row, in an archive, or at a URL.
+
+    It holds the place of the picture and never the content. `name`: the place in words, for
+    messages and for the store of sizes, such as "rows.parquet:17 image" or "images.zip/a/b.png";
+    different pictures of one data file have different names. `files` hold the content: while they
+    do not change, neither does the picture. Pictures with equal names and files are equal.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """The content of the encoded picture. Safe for threads. Raises DataError, whose message
+        names the picture."""
+
+
+EncodedImage: TypeAlias = Path | Picture
+ImageSource: TypeAlias = EncodedImage | Image
 
 
 @dataclass(frozen=True)

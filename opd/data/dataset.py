@@ -16,7 +16,7 @@ from opd.data.formats.format import Rows
 from opd.data.pictures import Pictures
 from opd.errors import DataError
 from opd.progress import Progress
-from opd.types import Example
+from opd.types import Example, Picture
 
 READERS = 8
 """Number of threads that decode images; Pillow releases Python's lock while it decodes."""
@@ -232,6 +232,6 @@ def _fingerprint(file: Rows, examples: Sequence[Example], pictures: Pictures) ->
     digest = hashlib.sha256(file.content)
     for example in examples:
         for image in (*example.images, *example.teacher_images):
-            if isinstance(image, Path):
+            if isinstance(image, Path | Picture):
                 digest.update(pictures(image).digest)
     return digest.hexdigest()

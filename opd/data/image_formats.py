@@ -1,15 +1,14 @@
-"""Recognises image files that Pillow alone cannot open, and loads the plugins that can."""
+"""Recognises pictures that Pillow alone cannot open, and loads the plugins that can."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 from PIL import Image
 
 HEAD = 512
-"""Number of bytes at the beginning of a file by which its format is recognised."""
+"""Number of bytes at the beginning of a picture by which its format is recognised."""
 
 BRANDS = {
     **dict.fromkeys(
@@ -43,10 +42,10 @@ OTHERS = {
 }
 
 
-def load_plugin(path: Path) -> bool:
-    """Registers the plugin for a file's format with Pillow. Returns False if there is none, or it
-    is not installed."""
-    _, module, register = PLUGINS.get(_format(path), ("", "", ""))
+def load_plugin(head: bytes) -> bool:
+    """Registers the plugin for the format of a picture with Pillow. Returns False if there is none,
+    or it is not installed. `head`: the first HEAD bytes."""
+    _, module, register = PLUGINS.get(_format(head), ("", "", ""))
     if not module or find_spec(module) is None:
         return False
     loaded = import_module(module)
@@ -55,9 +54,10 @@ def load_plugin(path: Path) -> bool:
     return True
 
 
-def named(path: Path) -> str:
-    """A clause for a message about a file that Pillow cannot open: what it is, and what to do."""
-    format_name = _format(path)
+def named(head: bytes) -> str:
+    """A clause for a message about what Pillow cannot open: what it is, and what to do. `head`: the
+    first HEAD bytes."""
+    format_name = _format(head)
     if format_name in PLUGINS:
         package, module, _ = PLUGINS[format_name]
         if format_name in Image.OPEN or find_spec(module) is not None:
@@ -69,10 +69,8 @@ def named(path: Path) -> str:
     return OTHERS.get(format_name, "not an image, or of an unknown format")
 
 
-def _format(path: Path) -> str:
-    """The format of a file: a key of PLUGINS or OTHERS, or "" for any other."""
-    with path.open("rb") as file:
-        head = file.read(HEAD)
+def _format(head: bytes) -> str:
+    """The format of what begins with `head`: a key of PLUGINS or OTHERS, or "" for any other."""
     if head[4:8] == b"ftyp":
         brands = [head[8:12], *(head[place : place + 4] for place in range(16, 64, 4))]
         pictures = {BRANDS[brand] for brand in brands if brand in BRANDS}

@@ -1,4 +1,4 @@
-"""Opens image files as the models see them: upright, RGB, eight bits.
+"""Opens pictures as the models see them: upright, RGB, eight bits.
 
 Boxes and crops are in pixels of the upright image, as viewers and annotation tools show it.
 """
@@ -9,16 +9,17 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from opd.data.image_formats import load_plugin, named
+from opd.data.image_formats import HEAD, load_plugin, named
 from opd.errors import DataError, one_line, shortened
-from opd.types import MAX_IMAGE_PIXELS
+from opd.types import MAX_IMAGE_PIXELS, EncodedImage, ImageSource, Picture
 
 DEPTHS = (8, 10, 12, 14, 16)
 """Depths in bits of the values in a 16-bit image: cameras and scanners store 10, 12 or 14 bits in
@@ -33,10 +34,11 @@ PILLOW = r"PIL\."
 _OPENING = threading.Lock()
 
 
-def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """The image of a file (the first frame of an animation) or an image in memory, upright and RGB.
+def open_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """The image of a file (the first frame of an animation), of a `Picture`, or in memory, upright
+    and RGB.
 
-    Raises DataError, which names the path, if the file is missing, damaged, truncated, not an
+    Raises DataError, which names the path, if the picture is missing, damaged, truncated, not an
     image, or has more than `max_pixels` pixels.
     """
     if isinstance(source, Image.Image):
@@ -46,8 +48,8 @@ def open_image(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -
 
 
 @contextmanager
-def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
-    """Opens a file and reads the header, without decoding pixels. Errors, also those inside the
+def opened(source: EncodedImage, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
+    """Opens a picture and reads the header, without decoding pixels. Errors, also those inside the
     block, become a DataError of one line.
 
     A MemoryError for an image within `max_pixels` is passed on, since it is not a fault of the
@@ -55,10 +57,9 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
     """
     _silence()
     within = False
+    content = _content(source)
     try:
-        if not path.is_file():
-            raise DataError(f"image not found: {short(path)}")
-        with _open(path) as image:
+        with _open(content) as image:
             if image.format == "EPS":
                 # Pillow would run Ghostscript if it is installed.
                 raise DataError("an EPS drawing is a program, which is never run; save it as PNG")
@@ -66,24 +67,22 @@ def opened(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Ima
             within = True
             yield image
     except DataError as error:
-        if str(error).startswith("image not found: "):
-            raise
-        raise DataError(f"{short(path)}: {error}") from error
+        raise DataError(f"{short(source)}: {error}") from error
     except Exception as error:
         # Damaged files raise OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError
         # and others.
         if within and isinstance(error, MemoryError):  # the machine has no memory left
             raise
-        raise DataError(f"image cannot be read: {short(path)}: {_reason(error)}") from error
+        raise DataError(f"image cannot be read: {short(source)}: {_reason(error)}") from error
 
 
-def image_size(source: Path | Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """The upright (width, height) in pixels of an image, from the header of a file alone. Raises
+def image_size(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """The upright (width, height) in pixels of an image, from the header of a picture alone. Raises
     DataError as `open_image` does, except for faults of the pixels."""
 
     def upright(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
-        return (height, width) if _orientation(image) >= SWAPPED else (width, height)
+        return (height, width) if orientation(image) >= SWAPPED else (width, height)
 
     if isinstance(source, Image.Image):
         return upright(source)
@@ -102,14 +101,14 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def measured(image: Image.Image) -> tuple[tuple[int, int], int]:
-    """Decodes an opened file. Returns the upright (width, height), and the depth in bits.
+    """Decodes an opened picture. Returns the upright (width, height), and the depth in bits.
 
     The depth is one of DEPTHS for a 16-bit image, and 8 for any other. Raises DataError for pixels
     that `upright_rgb` refuses.
     """
     bits = _decode(image)
     width, height = image.size
-    swapped = _orientation(image) >= SWAPPED
+    swapped = orientation(image) >= SWAPPED
     return (height, width) if swapped else (width, height), bits
 
 
@@ -122,7 +121,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     otherwise. Raises DataError for pixels of unknown range: floats, and integers outside 0..65535.
     """
     _decode(image)
-    if _orientation(image) != 1:  # `exif_transpose` would copy the pixels of an upright image too
+    if orientation(image) != 1:  # `exif_transpose` would copy the pixels of an upright image too
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -135,41 +134,64 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def short(path: Path | str) -> str:
-    """A path for a message; a long one loses its middle."""
-    shown = str(path)
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1..8; 1, which is upright, if there is none."""
+    value = image.getexif().get(0x0112, 1)
+    return value if isinstance(value, int) and 2 <= value <= 8 else 1
+
+
+def short(source: EncodedImage | str) -> str:
+    """The path or name of a picture for a message; a long one loses its middle."""
+    shown = source.name if isinstance(source, Picture) else str(source)
     return shown if len(shown) <= 300 else f"{shown[:120]}...{shown[-120:]}"
 
 
-def _open(path: Path) -> Image.Image:
-    """Opens a file with Pillow or a plugin, without Pillow's own bound on pixels."""
+def _content(source: EncodedImage) -> Path | BytesIO:
+    """The content of a picture. Raises DataError, which names the picture."""
+    if isinstance(source, Picture):
+        return BytesIO(source.read())
     try:
-        return Image.open(path)
+        exists = source.is_file()
+    except OSError as error:
+        raise DataError(f"image cannot be read: {short(source)}: {_reason(error)}") from error
+    if not exists:
+        raise DataError(f"image not found: {short(source)}")
+    return source
+
+
+def _open(content: Path | BytesIO) -> Image.Image:
+    """Opens a picture with Pillow or a plugin, without Pillow's own bound on pixels."""
+    try:
+        return Image.open(content)
     except Image.DecompressionBombError:
         # The caller checks the size, so Pillow's own bound is lifted while the header is read.
         with _OPENING:
             bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                return Image.open(path)
+                return Image.open(content)
             finally:
                 Image.MAX_IMAGE_PIXELS = bound
     except UnidentifiedImageError:
-        if load_plugin(path):
+        head = _head(content)
+        if load_plugin(head):
             with suppress(UnidentifiedImageError):
-                return Image.open(path)
-        raise UnidentifiedImageError(named(path)) from None
+                return Image.open(content)
+        raise UnidentifiedImageError(named(head)) from None
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8; 1, which is upright, if there is none."""
-    orientation = image.getexif().get(0x0112, 1)
-    return orientation if isinstance(orientation, int) and 2 <= orientation <= 8 else 1
+def _head(content: Path | BytesIO) -> bytes:
+    """The first HEAD bytes of a picture."""
+    if isinstance(content, BytesIO):
+        return content.getvalue()[:HEAD]
+    with content.open("rb") as file:
+        return file.read(HEAD)
 
 
 def _decode(image: Image.Image) -> int:
     """Decodes the pixels. Returns the depth in bits: one of DEPTHS for a 16-bit image, 8 for any
     other. Raises DataError for pixels of unknown range."""
     modes = _raw_modes(image)
+    file: Any = getattr(image, "fp", None)  # Pillow forgets it while it decodes
     image.load()
     if image.mode == "F":
         raise DataError(
@@ -190,13 +212,15 @@ def _decode(image: Image.Image) -> int:
     colours = upper[..., :3] if image.mode.startswith("RGB") else upper[..., :1]
     if colours.max() >= 1 << (DEPTHS[-2] - 8):
         return 16
-    return _stretch(image, upper)
+    return _stretch(image, upper, image.filename or file)
 
 
-def _stretch(image: ImageFile.ImageFile, upper: NDArray[np.uint8]) -> int:
-    """Scales the colours of a 16-bit image by the depth of its values, in place; `upper` holds the
-    upper eight bits. Returns the depth in bits."""
-    with Image.open(image.filename) as reopened:
+def _stretch(
+    image: ImageFile.ImageFile, upper: NDArray[np.uint8], content: str | bytes | IO[bytes]
+) -> int:
+    """Scales the colours of a 16-bit image by the depth of its values, in place. `upper` holds the
+    upper eight bits; `content` is the image's file, by name or open. Returns the depth in bits."""
+    with Image.open(content) as reopened:
         modes = _raw_modes(reopened)
         if len(modes) != 1 or not modes[0].startswith("RGB"):
             raise DataError(

@@ -1,8 +1,9 @@
-"""Reads sizes and hashes of image files. Every image is decoded once; a store beside the data file
+"""Reads sizes and hashes of pictures. Every picture is decoded once; a store beside the data file
 records the results for the next run.
 
-The store is a cache and may be deleted. An entry is valid only for a file with the same size,
-inode, modification time and change time. A damaged store is ignored and overwritten.
+The store is a cache and may be deleted. An entry is valid only while the files that hold the
+picture have the same size, inode, modification time and change time. A damaged store is ignored
+and overwritten.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from opd.data.images import check_size, measured, opened, short
+from opd.data.images import check_size, measured, opened, orientation, short
 from opd.errors import DataError
 from opd.paths import read_file
+from opd.types import EncodedImage, Picture
 
-VERSION = 1
+VERSION = 2
 POOL_PIXELS = 1 << 27
 """Largest number of pixels that all threads decode at once: 134 million, half a gigabyte. An image
 with more is decoded alone."""
@@ -43,16 +45,18 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """The result of reading an image file: upright `size` (width, height) in pixels, and `digest`,
-    the SHA-256 of the file; or the `fault`, for a message.
+    """The result of reading a picture: upright `size` (width, height) in pixels, and `digest`, the
+    SHA-256 of the encoded picture; or the `fault`, for a message.
 
-    `bits`: the depth of the values of a 16-bit image; 8 for any other image.
+    `bits`: the depth of the values of a 16-bit image; 8 for any other image. `orientation`: the
+    EXIF orientation of the stored pixels, 1..8, of which 1 is upright.
     """
 
     size: tuple[int, int]
     digest: bytes
     fault: str = ""
     bits: int = 8
+    orientation: int = 1
 
 
 class Pictures:
@@ -63,26 +67,26 @@ class Pictures:
         self._max_pixels = max_pixels
         self._store = store
         self._stored = [] if store is None else [_load(path) for path in store_paths(store)]
-        self._facts: dict[Path, Future[ImageFacts]] = {}
+        self._facts: dict[EncodedImage, Future[ImageFacts]] = {}
         self._lock = threading.Lock()
         self._budget = PixelBudget(POOL_PIXELS)
         self._new: dict[str, list[Any]] = {}
         self._pixels = 0
 
-    def __call__(self, path: Path) -> ImageFacts:
+    def __call__(self, source: EncodedImage) -> ImageFacts:
         """The facts of an image, which several rows may share; a damaged image gives a fault.
 
         Raises MemoryError, in all rows that wait for the image, if memory does not suffice to
         decode it.
         """
         with self._lock:
-            future = self._facts.get(path)
+            future = self._facts.get(source)
             is_first = future is None
             if future is None:
-                future = self._facts[path] = Future()
+                future = self._facts[source] = Future()
         if is_first:
             try:
-                future.set_result(self._read(path))
+                future.set_result(self._read(source))
             except MemoryError as error:
                 future.set_exception(error)
         return future.result()
@@ -121,63 +125,85 @@ class Pictures:
                     temporary.unlink(missing_ok=True)
         return None
 
-    def _read(self, path: Path) -> ImageFacts:
+    def _read(self, source: EncodedImage) -> ImageFacts:
         """The facts of an image, from the store or by decoding."""
         try:
-            now, state = time.time_ns(), _state(path)
-            facts = self._from_store(path, state)
-            facts = facts or self._decode(path, state, _settled(state, now))
+            now, state = time.time_ns(), _state(source)
+            facts = self._from_store(source, state)
+            facts = facts or self._decode(source, state, _settled(state, now))
             if not facts.fault:
                 check_size(facts.size, self._max_pixels)
             return facts
         except DataError as error:
-            return ImageFacts((0, 0), b"", f"{short(path)}: {error}")
+            return ImageFacts((0, 0), b"", f"{short(source)}: {error}")
         except MemoryError:
             raise
         except Exception as error:  # other rows may wait for this image, so the error is a result
             reason = getattr(error, "strerror", None) or type(error).__name__
-            return ImageFacts((0, 0), b"", f"image cannot be read: {short(path)}: {reason}")
+            return ImageFacts((0, 0), b"", f"image cannot be read: {short(source)}: {reason}")
 
-    def _from_store(self, path: Path, state: list[int]) -> ImageFacts | None:
-        """The stored facts of an image; None if there is no valid entry for a file in this
+    def _from_store(self, source: EncodedImage, state: list[int]) -> ImageFacts | None:
+        """The stored facts of an image; None if there is no valid entry for files in this
         `state`."""
         for stored in self._stored:
-            entry = stored.get(self._name(path))
-            if not isinstance(entry, list) or len(entry) != 8 or not state or entry[:4] != state:
+            entry = stored.get(self._name(source))
+            if not isinstance(entry, list) or len(entry) != 9 or not state or entry[:4] != state:
                 continue
-            *_, width, height, digest, bits = entry
+            *_, width, height, digest, bits, turned = entry
             if (
-                type(width) is type(height) is type(bits) is int
+                all(type(number) is int for number in (width, height, bits, turned))
                 and min(width, height) > 0
                 and _DIGEST.fullmatch(str(digest))
             ):
-                return ImageFacts((width, height), bytes.fromhex(digest), bits=bits)
+                return ImageFacts((width, height), bytes.fromhex(digest), "", bits, turned)
         return None
 
-    def _name(self, path: Path) -> str:
+    def _name(self, source: EncodedImage) -> str:
         """The name of an image in the store: the path relative to the data file if it lies below,
         so that it does not depend on the working folder."""
+        path = Path(source.name) if isinstance(source, Picture) else source
         folder = self._store.parent if self._store else Path()
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
-    def _decode(self, path: Path, before: list[int], settled: bool) -> ImageFacts:
-        """Decodes an image. The result is stored if the file has not changed from the state
-        `before`, and is `settled`."""
+    def _decode(self, source: EncodedImage, before: list[int], settled: bool) -> ImageFacts:
+        """Decodes an image. The result is stored if the files that hold it have not changed from
+        the state `before`, and are `settled`."""
         try:
-            with (
-                opened(path, self._max_pixels) as image,
-                self._budget.hold(image.width * image.height),
-            ):
-                size, bits = measured(image)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
+            if isinstance(source, Picture):
+                content = Loaded(source.name, (), source.read())
+                size, bits, turned = self._measure(content)
+                digest = hashlib.sha256(content.content).digest()
+            else:
+                size, bits, turned = self._measure(source)
+                with source.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").digest()
         except (DataError, OSError) as error:
             return ImageFacts((0, 0), b"", str(error))
-        if settled and before == _state(path):
+        if settled and before == _state(source):
             with self._lock:
-                self._new[self._name(path)] = [*before, *size, digest.hex(), bits]
+                self._new[self._name(source)] = [*before, *size, digest.hex(), bits, turned]
                 self._pixels += size[0] * size[1]
-        return ImageFacts(size, digest, bits=bits)
+        return ImageFacts(size, digest, "", bits, turned)
+
+    def _measure(self, source: EncodedImage) -> tuple[tuple[int, int], int, int]:
+        """Decodes an image within the budget of pixels. Returns upright (width, height), depth in
+        bits, and EXIF orientation. Raises DataError."""
+        with (
+            opened(source, self._max_pixels) as image,
+            self._budget.hold(image.width * image.height),
+        ):
+            return *measured(image), orientation(image)
+
+
+@dataclass(frozen=True)
+class Loaded(Picture):
+    """A picture whose content is in memory."""
+
+    content: bytes = field(repr=False, compare=False)
+
+    def read(self) -> bytes:
+        """The content."""
+        return self.content
 
 
 class PixelBudget:
@@ -224,13 +250,22 @@ def _load(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _state(path: Path) -> list[int]:
-    """Size, inode, modification time and change time of a file; empty if it cannot be read."""
+def _state(source: EncodedImage) -> list[int]:
+    """Size, inode, modification time and change time of a file; of several files the sums, and the
+    latest times. Empty if a file cannot be read."""
+    files = source.files if isinstance(source, Picture) else (source,)
     try:
-        status = path.stat()
+        states = [file.stat() for file in files]
     except (OSError, ValueError):
         return []
-    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    if not states:
+        return []
+    return [
+        sum(state.st_size for state in states),
+        sum(state.st_ino for state in states),
+        max(state.st_mtime_ns for state in states),
+        max(state.st_ctime_ns for state in states),
+    ]
 
 
 def _settled(state: list[int], now: int) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from pathlib import Path
 from statistics import median
 from typing import TypeAlias
 
@@ -23,7 +22,7 @@ from opd.progress import Progress
 from opd.prompts.encoder import PromptEncoder
 from opd.prompts.processor import ProcessorEncoder
 from opd.run.recipe import Recipe
-from opd.types import Encoder, Example
+from opd.types import Encoder, Example, ImageSource
 from opd.views.usable import Unusable, lengths, name, reasons
 
 Size: TypeAlias = Callable[..., tuple[int, int]]
@@ -125,10 +124,10 @@ def inspect_rows(
     total = len(examples) if len(examples) < SAMPLE else getattr(examples, "rows", len(examples))
     limit, cached_size = recipe.data.max_prompt_tokens, cache(image_size)
 
-    def size(source: Path | Image, max_pixels: int) -> tuple[int, int]:
-        if isinstance(source, Path):
-            return cached_size(source, max_pixels)
-        return image_size(source, max_pixels)
+    def size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
+        if isinstance(source, Image):
+            return image_size(source, max_pixels)
+        return cached_size(source, max_pixels)
 
     checked = 0
     long: list[tuple[Example, int]] = []
