@@ -18,6 +18,7 @@ from opd.data.dataset import Dataset, gather, spread
 from opd.data.formats import recognised
 from opd.data.formats.own import Own, read_row
 from opd.data.pictures import Pictures
+from opd.data.sources import Sources
 from opd.errors import plural
 from opd.options import Options
 from opd.paths import PathText
@@ -95,7 +96,8 @@ def read_dataset(
     pictures = Pictures(max_image_pixels, path)
     to_example = partial(
         read_row,
-        folder=path.parent,
+        files=(path,),
+        sources=Sources(path.parent),
         box_format=rows.box_format,
         facts=pictures,
         max_image_pixels=max_image_pixels,

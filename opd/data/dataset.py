@@ -108,7 +108,7 @@ def spread(examples: Sequence[Example], count: int) -> Sequence[Example]:
 
 def gather(
     file: Rows,
-    read_row: Callable[[Row, str], Example],
+    read_row: Callable[[Callable[[], Row], str], Example],
     pictures: Pictures,
     strict: bool,
     progress: Progress,
@@ -116,9 +116,9 @@ def gather(
 ) -> Dataset:
     """Reads all rows, or, with `count`, at most so many usable rows spread over the file.
 
-    `read_row(row, "file:line")` returns an example, or raises DataError for a faulty row; it reads
-    images with `pictures`. With `strict` the first faulty row raises DataError; so does a file
-    without a usable row.
+    `read_row(row, "file:line")` returns the example of the row that `row()` gives, or raises
+    DataError for a faulty row; it reads images with `pictures`. With `strict` the first faulty row
+    raises DataError; so does a file without a usable row.
     """
     read: dict[int, Example | Fault] = {}
 
@@ -126,7 +126,7 @@ def gather(
         number, row = file.rows[place]
         source = f"{file.path.name}:{number}"
         try:
-            return read_row(row(), source)
+            return read_row(row, source)
         except DataError as error:
             return source, str(error)
 

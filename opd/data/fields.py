@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from opd.errors import DataError, shortened
@@ -52,12 +50,6 @@ OTHERS = {
 }
 """Names that are similar to ours but mean something else."""
 
-_PICTURE = re.compile(
-    r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{40,}"
-)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]{1024,}")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-
 
 def text(row: Row, field: str, wanted: str = "a text that is not empty") -> str | None:
     """The text of a field, which must not be blank; None if the field is absent. `wanted`: the
@@ -92,38 +84,6 @@ def whole(field: str, value: str | None) -> str | None:
     return value
 
 
-def paths(row: Row, singular: str, folder: Path) -> tuple[Path, ...]:
-    """The path in field `singular`, or the paths in the plural of that field; empty if both are
-    absent.
-
-    Paths are relative to `folder`; `~/` is the home folder. Raises DataError for other values,
-    such as an image as bytes or base64, or a URL.
-    """
-    plural = f"{singular}s"
-    if row.get(singular) is not None and row.get(plural) is not None:
-        raise DataError(f"fields '{singular}' and '{plural}': give one of them, not both")
-    field = singular if row.get(singular) is not None else plural
-    given = row.get(field)
-    for entry in given if isinstance(given, list) else [given]:
-        if isinstance(entry, dict) and entry.get("bytes"):
-            raise DataError(
-                f"field '{field}': a picture as bytes; save it to a file, and give its path"
-            )
-        if isinstance(entry, str) and _is_picture(entry):
-            raise DataError(
-                f"field '{field}': a picture as base64; save it to a file, and give its path"
-            )
-        if isinstance(entry, str) and _URL.match(entry):
-            raise DataError(
-                f"field '{field}': {show(entry)} is a URL; download the picture, and give its path"
-            )
-    one = text(row, singular, "a path")
-    names = (one,) if one else texts(row, plural, "a list of paths")
-    return tuple(
-        folder / (os.path.expanduser(name) if name.startswith("~/") else name) for name in names
-    )
-
-
 def is_number(value: Any) -> bool:
     """Whether a value is a number, which may be infinite or NaN. A bool is not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -135,22 +95,23 @@ def is_finite(value: Any) -> bool:
 
 
 def kind(value: Any) -> str:
-    """The type of a JSON value in words."""
+    """The type of a JSON value, or of bytes, in words."""
     names = {
         dict: "an object",
         list: "a list",
         str: "a text",
         bool: "true or false",
         type(None): "null",
+        bytes: "bytes",
     }
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if is_number(value) else type(value).__name__)
 
 
 def show(value: Any) -> str:
     """A JSON value for a message, shortened to SHOWN characters."""
     if isinstance(value, str):
         value = value[: 2 * SHOWN]  # json.dumps would copy megabytes of an image in base64
-    return cut(json.dumps(value, ensure_ascii=False))
+    return cut(json.dumps(value, ensure_ascii=False, skipkeys=True, default=kind))
 
 
 def cut(text: str) -> str:
@@ -186,12 +147,3 @@ def nearest_field(name: str, known: Sequence[str]) -> str:
         return ALIASES[plain]
     close = difflib.get_close_matches(plain, known, n=1, cutoff=0.65)
     return close[0] if close else ""
-
-
-def _is_picture(value: str) -> bool:
-    """Whether a text is an image in base64, or a data URI."""
-    start = value.lstrip()[:2048]
-    if start[:5].lower() == "data:":
-        return True
-    path_like = "." in start or start.count("/") * 10 > len(start) + 50
-    return (_PICTURE.match(start) or _BASE64.match(start)) is not None and not path_like

@@ -219,7 +219,7 @@ ROW_FAULTS: list[tuple[Any, str]] = [
     ({"image": None, "images": "a.png"}, "field 'images': \"a.png\" is not a list of paths"),
     (
         {"image": None, "images": ["a.png", 3]},
-        "field 'images': [\"a.png\", 3] is not a list of paths",
+        "field 'images': 3 is not a path, bytes, base64 or a URL",
     ),
     ({"image": "nowhere.png"}, "field 'image': image not found: "),
     ({"image": "."}, "field 'image': image not found: "),

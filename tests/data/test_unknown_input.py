@@ -306,13 +306,13 @@ PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(3_000_000)).decode()
     [
         (
             {"image": PICTURE},
-            "field 'image': a picture as base64; save it to a file, and give its path",
+            "field 'image': image cannot be read: data.jsonl:1 image: not an image",
         ),
-        ({"image": f"data:image/jpeg;base64,{PICTURE}"}, "field 'image': a picture as base64"),
-        ({"image": base64.b64encode(bytes(1000)).decode()}, "field 'image': a picture as base64"),
-        ({"image": None, "images": [PICTURE, "a.png"]}, "field 'images': a picture as base64"),
-        ({"teacher_image": PICTURE[:100]}, "field 'teacher_image': a picture as base64"),
-        ({"image": {"bytes": PICTURE, "path": None}}, "field 'image': a picture as bytes"),
+        ({"image": f"data:image/jpeg;base64,{PICTURE}"}, "data.jsonl:1 image: not an image"),
+        ({"image": base64.b64encode(bytes(1000)).decode()}, "data.jsonl:1 image: not an image"),
+        ({"image": None, "images": [PICTURE, "a.png"]}, "data.jsonl:1 images[0]: not an image"),
+        ({"teacher_image": PICTURE[:100]}, "data.jsonl:1 teacher_image: not an image"),
+        ({"image": {"bytes": PICTURE, "path": None}}, "data.jsonl:1 image: not an image"),
         (
             {"image": "https://example.org/a.png"},
             "field 'image': \"https://example.org/a.png\" is a URL; download the picture",

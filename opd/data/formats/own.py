@@ -1,6 +1,7 @@
 """Our own format: JSONL, one example a line, as people write it by hand.
 
-    image or images     path or paths, relative to the file
+    image or images     path or paths, relative to the file, or the pictures themselves
+                        (`opd.data.sources`)
     question            text; `<image>` in it says where an image stands
     boxes               [[left, top, right, bottom], ...], or {"image": 1, "box": [...]} for
                         another image than the first
@@ -30,13 +31,14 @@ from opd.data import foreign
 from opd.data.answers import chosen
 from opd.data.boxes import BoxFormat, boxes, stated_format
 from opd.data.choices import with_choices
-from opd.data.fields import Row, is_finite, missing, paths, show, text, texts, whole, wrong
+from opd.data.fields import Row, is_finite, missing, show, text, texts, whole, wrong
 from opd.data.formats.format import Rows
 from opd.data.jsonl import parse, read_lines
 from opd.data.pictures import ImageFacts
+from opd.data.sources import Place, Sources
 from opd.data.survey import FIELDS, survey
 from opd.errors import DataError, plural
-from opd.types import IMAGE_MARKER, Example
+from opd.types import IMAGE_MARKER, EncodedImage, Example
 
 LETTERED = len(ascii_uppercase)
 """Largest number of choices, since each has a letter."""
@@ -64,27 +66,30 @@ class Own:
 
 
 def read_row(
-    row: Row,
+    again: Callable[[], Row],
     source: str,
-    folder: Path,
+    files: tuple[Path, ...],
+    sources: Sources,
     box_format: BoxFormat,
-    facts: Callable[[Path], ImageFacts],
+    facts: Callable[[EncodedImage], ImageFacts],
     max_image_pixels: int,
 ) -> Example:
     """The example of a row. Raises DataError for a faulty row.
 
-    `source`: "file:line". `folder`: paths are relative to it. `box_format`: the unit of boxes if
-    the row does not state one. `facts` reads an image. `max_image_pixels`: larger images are
-    refused.
+    `again` reads the row; a picture in the row calls it again when it is opened. `source`:
+    "file:line". `files` hold the row. `sources` finds the pictures of the row. `box_format`: the
+    unit of boxes if the row does not state one. `facts` reads an image. `max_image_pixels`: larger
+    images are refused.
     """
+    row, place = again(), Place(source, files, again)
     foreign.check_row(row)
-    images = paths(row, "image", folder)
+    images = sources.of_row(row, "image", place)
     if not images:
         raise missing(row, "image", "a path, or images: a list of paths", FIELDS)
     question = text(row, "question")
     if question is None:
         raise missing(row, "question", "a text", FIELDS)
-    teacher_images = paths(row, "teacher_image", folder)
+    teacher_images = sources.of_row(row, "teacher_image", place)
     evidence = boxes(
         row, _sizes(images, facts, "image", max_image_pixels), stated_format(row, box_format)
     )
@@ -126,13 +131,16 @@ def read_row(
 
 
 def _sizes(
-    images: Sequence[Path], facts: Callable[[Path], ImageFacts], field: str, max_pixels: int
+    images: Sequence[EncodedImage],
+    facts: Callable[[EncodedImage], ImageFacts],
+    field: str,
+    max_pixels: int,
 ) -> list[tuple[int, int]]:
     """(width, height) of the images of a row. Raises DataError if an image cannot be read, or if
     they are too large together."""
     sizes = []
-    for path in images:
-        image = facts(path)
+    for picture in images:
+        image = facts(picture)
         if image.fault:
             raise DataError(f"field '{field}': {image.fault}")
         sizes.append(image.size)
@@ -145,7 +153,7 @@ def _sizes(
     return sizes
 
 
-def _check_markers(field: str, question: str, images: Sequence[Path], kind: str) -> None:
+def _check_markers(field: str, question: str, images: Sequence[EncodedImage], kind: str) -> None:
     """Raises DataError if a question has more markers than there are images."""
     count = question.count(IMAGE_MARKER)
     if count > len(images):
