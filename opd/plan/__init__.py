@@ -268,7 +268,7 @@ def _sizes(recipe: Recipe, assumed: Assumed) -> tuple[Sizes, list[str]]:
         rows, notes, first = inspection.rows, inspection.lines(), examples[0]
         if image is None:
             images = [image_size(source, first.max_image_pixels) for source in first.images]
-            crops = teacher_sizes(first, recipe.view)
+            crops = teacher_sizes(first, recipe.seeded_view)
             if len(images) != 1 or len(crops) != 1:
                 why = "a row of several images cannot be planned; say --image and --crop"
                 raise DataError(f"{first.source or first.id}: {why}")

@@ -60,7 +60,7 @@ class Batches:
         example = replace(self.examples[row], answer=None)
         try:
             prompts = usable.encode(
-                self.encoder, example, self.recipe.view, self.recipe.data.max_prompt_tokens
+                self.encoder, example, self.recipe.seeded_view, self.recipe.data.max_prompt_tokens
             )
         except Unusable as error:
             self.skipped.add(example, error)

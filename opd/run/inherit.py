@@ -168,7 +168,7 @@ def _line(source_run: Origin, recipe: Recipe, training: bool, backend: str | Non
     if training:
         parts += [f"learning rate {optimizer.learning_rate:g}", plural(recipe.run.steps, "step")]
     pixels = [f"{name} {value}" for name, value in model.pixels().items() if value]
-    parts += [f"view {recipe.view.kind}", *pixels]
+    parts += [f"view {recipe.view.title}", *pixels]
     if not training:
         path = measure.path or recipe.data.path
         data = "its fresh scenes" if path == "tiny" else path

@@ -139,7 +139,7 @@ def inspect_rows(
             continue
         checked += 1
         try:
-            tokens = max(lengths(encoder, example, recipe.view, size))
+            tokens = max(lengths(encoder, example, recipe.seeded_view, size))
         except Unusable as error:
             faulty.append((example, error))
             continue
@@ -176,7 +176,7 @@ def _smaller(
     now, limit = recipe.model.pixels(), recipe.data.max_prompt_tokens
     keys = ["max_pixels"]
     if now["teacher_max_pixels"]:  # else the teacher's bound follows the student's
-        both = [lengths(encoder, example, recipe.view, size) for example in long]
+        both = [lengths(encoder, example, recipe.seeded_view, size) for example in long]
         keys = []
         if max(student for student, _ in both) > limit:
             keys.append("max_pixels")
@@ -188,7 +188,7 @@ def _smaller(
         return [
             example
             for example in examples
-            if max(lengths(other, example, recipe.view, size)) <= limit
+            if max(lengths(other, example, recipe.seeded_view, size)) <= limit
         ]
 
     low = max(1, now["min_pixels"] or 1, now["teacher_min_pixels"] or 1)

@@ -57,6 +57,11 @@ class Recipe(Options):
     measure: MeasureOptions = MeasureOptions()
     run: RunOptions = RunOptions()
 
+    @property
+    def seeded_view(self) -> ViewOptions:
+        """The view with the run's seed, on which mixtures and degraded images depend."""
+        return self.view.seeded(self.run.seed)
+
 
 REFERENCE = """# A recipe
 
@@ -159,8 +164,8 @@ def read(source: str) -> dict[str, Any]:
 
 
 def assign(values: dict[str, Any], override: str) -> None:
-    """Puts one override `section.key=value` into `values`. The value is read as TOML; text that is
-    not TOML is a string. Raises RecipeError."""
+    """Puts one override `section.key=value` into `values`. The value is read as TOML, else a table
+    as JSON; any other text is a string. Raises RecipeError."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
@@ -171,11 +176,20 @@ def assign(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     # Not TOML, a number of thousands of digits, or lists nested too deep.
     except (ValueError, RecursionError):
-        value = text
+        value = _json_table(text)
     keys = values.setdefault(section, {})
     if not isinstance(keys, dict):
         raise RecipeError(f"--set {override}: {section} = {keys!r} in the recipe is no section")
     keys[key] = value
+
+
+def _json_table(text: str) -> Any:
+    """The table that `text` holds as JSON, such as {"crop": 0.7}; else `text`."""
+    try:
+        value = json.loads(text) if text.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else text
 
 
 def validate(values: Mapping[str, Any], source: str) -> Recipe:
@@ -185,7 +199,8 @@ def validate(values: Mapping[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as failure:
         error = failure.errors()[0]
-        where = ".".join(str(part) for part in error["loc"])
+        place = [part for part in error["loc"] if part != "[key]"]  # a table's key, not its value
+        where = ".".join(str(part) for part in place)
         if error["type"] == "extra_forbidden":
             *section, name = (str(part) for part in error["loc"])
             known = Recipe.model_fields
@@ -197,7 +212,8 @@ def validate(values: Mapping[str, Any], source: str) -> Recipe:
         # A section's validator has checked several keys together, and says what is wrong.
         if error["type"] == "value_error":
             raise RecipeError(f"recipe '{source}': {where}: {error['ctx']['error']}") from failure
-        given = error["input"] if not isinstance(error["input"], dict) else "this section"
+        whole_section = len(place) == 1 and isinstance(error["input"], dict)
+        given = "this section" if whole_section else error["input"]
         raise RecipeError(
             f"recipe '{source}': {where} = {given!r}: {_plain(error['msg'])}"
         ) from failure
@@ -271,7 +287,7 @@ def reference() -> str:
             description = options.model_fields[key].description or ""
             default = (
                 json.dumps(value)
-                if isinstance(value, list)
+                if isinstance(value, list | dict)
                 else tomli_w.dumps({key: value}).partition(" = ")[2].strip()
             )
             lines.append(f"| `{key}` | `{default}` | {description} |")

@@ -7,9 +7,25 @@ file in this folder and a line in the table. A program adds a view by `register`
 """
 
 from opd.views.controls import Full, WrongCrop
-from opd.views.crop import Crop
-from opd.views.view import BUILT_IN, Piece, View, ViewOptions, register, whole
+from opd.views.crop import Context, Crop
+from opd.views.degrade import Degrade
+from opd.views.given import Given
+from opd.views.marked import Marked
+from opd.views.piece import Piece, whole
+from opd.views.several import Several
+from opd.views.view import BUILT_IN, View, ViewOptions, register
 
 __all__ = ["Piece", "View", "ViewOptions", "register", "whole"]
 
-BUILT_IN.update({"crop": Crop(), "full": Full(), "wrong": WrongCrop()})
+BUILT_IN.update(
+    {
+        "crop": Crop(),
+        "given": Given(),
+        "context": Context(),
+        "several": Several(),
+        "marked": Marked(),
+        "degrade": Degrade(),
+        "full": Full(),
+        "wrong": WrongCrop(),
+    }
+)

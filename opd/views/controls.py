@@ -6,13 +6,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import product
-from typing import ClassVar
 
 import numpy as np
 
 from opd.types import Box, Example, ImageSource
 from opd.views.crop import check_evidence, crop_counts, crops, region
-from opd.views.view import Piece, Region, Size, View, ViewOptions, whole
+from opd.views.piece import Piece, Region, Size, whole
+from opd.views.view import View, ViewOptions
 
 DRAWS = 32
 """Number of random places that a wrong crop tries before the places that touch a border or an
@@ -22,7 +22,7 @@ evidence box."""
 class Full(View):
     """The control in which the teacher sees the same images as the student."""
 
-    needs_evidence: ClassVar[bool] = False
+    needs_evidence = False
 
     def pieces(
         self,

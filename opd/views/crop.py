@@ -1,4 +1,5 @@
-"""The view of Vision-OPD: the teacher sees enlarged crops around the evidence.
+"""The view of Vision-OPD (arXiv 2605.18740): the teacher sees enlarged crops around the evidence.
+Also the same crops with more context around them.
 
 The functions here compute regions in whole pixels and never read an image.
 """
@@ -11,11 +12,16 @@ from typing import TypeAlias
 
 from opd.errors import DataError
 from opd.types import Box, Example, ImageSource
-from opd.views.view import Piece, Region, Size, View, ViewOptions, whole
+from opd.views.piece import Piece, Region, Size, whole
+from opd.views.view import View, ViewOptions
 
 MAX_ASPECT = 50
 """Largest aspect ratio of a crop, since image processors refuse longer ones. A crop above it is
 widened as far as the image reaches."""
+
+CONTEXT = 2.0
+"""Width and height of the part of an image that `Context` shows, in widths and heights of the
+evidence's box, before margins."""
 
 Move: TypeAlias = Callable[[Region, Sequence[Box], Size, str], Region]
 """Moves a crop: maps the crop's region, all boxes of the image, the image's size and a name of the
@@ -58,6 +64,40 @@ class Crop(View):
         return crops(example, number, size, options, max_pixels)
 
 
+class Context(View):
+    """Crops with context: the box is first grown about its centre to CONTEXT times its width and
+    height, then gets the margins of a crop, and is cut off at the image's border.
+
+    So the region always holds that of `Crop`. Teacher images of an example are not used. Source: a
+    picture beside the crop in the views of several pictures (`opd.views.several`).
+    """
+
+    def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
+        """The example's images. Raises DataError if a box is missing."""
+        check_evidence(example, options)
+        return example.images
+
+    def counts(self, example: Example, options: ViewOptions) -> list[int]:
+        """The number of crops of each image, as in `Crop`."""
+        return crop_counts(example, options)
+
+    def pieces(
+        self,
+        example: Example,
+        number: int,
+        size: Size,
+        options: ViewOptions,
+        max_pixels: int | None,
+    ) -> list[Piece]:
+        """The crops of image `number`, each with context."""
+        return crops(example, number, size, options, max_pixels, times=CONTEXT)
+
+
+def has_evidence(example: Example) -> bool:
+    """Whether an example has boxes or teacher images."""
+    return bool(example.boxes or example.teacher_images)
+
+
 def check_evidence(example: Example, options: ViewOptions) -> None:
     """Raises DataError if an example has no boxes, or a box in an image that does not exist."""
     if not example.boxes or not all(0 <= box.image < len(example.images) for box in example.boxes):
@@ -85,15 +125,17 @@ def crops(
     options: ViewOptions,
     max_pixels: int | None,
     move: Move | None = None,
+    times: float = 1.0,
 ) -> list[Piece]:
     """The crops around the boxes of image `number`, which has `size`, each moved by `move`; the
-    whole image if it has no box. Raises DataError for a box outside of the image."""
+    whole image if it has no box. `times`: as for `region`. Raises DataError for a box outside of
+    the image."""
     boxes = [box for box in example.boxes if box.image == number]
     if not boxes:
         return [whole(size)]
     pieces = []
     for place, box in enumerate([hull(boxes)] if options.boxes == "hull" else boxes):
-        cut = region(box, *size, options.margin, options.margin_fraction)
+        cut = region(box, *size, options.margin, options.margin_fraction, times)
         if move:
             cut = move(cut, boxes, size, f"{example.id}/{number}/{place}")
         across, down = cut[2] - cut[0], cut[3] - cut[1]
@@ -114,12 +156,18 @@ def hull(boxes: Sequence[Box]) -> Box:
 
 
 def region(
-    box: Box, width: int, height: int, margin: float = 0.0, margin_fraction: float = 0.0
+    box: Box,
+    width: int,
+    height: int,
+    margin: float = 0.0,
+    margin_fraction: float = 0.0,
+    times: float = 1.0,
 ) -> Region:
     """The whole pixels that a box with a margin covers in an image of `width` x `height`; at least
     one pixel.
 
-    `margin` in pixels; `margin_fraction`: a further margin as a fraction of the box's longer side.
+    `margin` in pixels; `margin_fraction`: a further margin as a fraction of the box's longer side;
+    `times`: the box is first grown about its centre to so many times its width and height.
     The part of a box outside the image is cut off. Raises DataError if the whole box is outside.
     """
     if min(box.x1, width) <= max(box.x0, 0) or min(box.y1, height) <= max(box.y0, 0):
@@ -129,10 +177,11 @@ def region(
         )
     across, down = box.x1 - box.x0, box.y1 - box.y0
     border = margin + margin_fraction * max(across, down)
+    beside, above = ((times - 1) / 2 * side + border for side in (across, down))
     # If the crop would be longer than MAX_ASPECT allows, the margin of the shorter side grows.
-    longest = max(across, down) + 2 * border
-    beside = max(border, (longest / MAX_ASPECT - across) / 2)
-    above = max(border, (longest / MAX_ASPECT - down) / 2)
+    longest = max(across + 2 * beside, down + 2 * above)
+    beside = max(beside, (longest / MAX_ASPECT - across) / 2)
+    above = max(above, (longest / MAX_ASPECT - down) / 2)
     return (
         max(0, math.floor(box.x0 - beside)),
         max(0, math.floor(box.y0 - above)),

@@ -1,5 +1,5 @@
-"""Opens the images that each policy sees: the student sees the whole images, the teacher those of
-the recipe's view."""
+"""Opens the images that each policy sees: the student sees the whole images, or, in training, what
+the recipe's view makes of them; the teacher sees those of the view."""
 
 from __future__ import annotations
 
@@ -10,12 +10,28 @@ from PIL.Image import new as new_image
 
 from opd.data.images import image_size, open_image
 from opd.types import MAX_PIXELS, Example
-from opd.views.view import Piece, Region, Size, ViewOptions
+from opd.views.piece import Piece, Region, Size
+from opd.views.view import ViewOptions
 
 
-def student_images(example: Example) -> list[Image]:
-    """The example's images, upright and RGB. Raises DataError if an image cannot be read."""
-    return [open_image(source, example.max_image_pixels) for source in example.images]
+def student_images(example: Example, options: ViewOptions | None = None) -> list[Image]:
+    """The example's images, upright and RGB; with `options`, as the student sees them in training
+    on this view. Raises DataError if an image cannot be read."""
+    images = [open_image(source, example.max_image_pixels) for source in example.images]
+    if options is None:
+        return images
+    pieces = student_pieces(example, options, [image.size for image in images])
+    return [_cut(image, piece) for image, piece in zip(images, pieces, strict=True)]
+
+
+def student_pieces(example: Example, options: ViewOptions, sizes: Sequence[Size]) -> list[Piece]:
+    """What the student sees in training of each image of an example; `sizes` are the images'."""
+    view, pieces = options.view, []
+    for number, size in enumerate(sizes):
+        piece = view.student_piece(example, number, size, options)
+        _check_pieces([piece], size, options, None)
+        pieces.append(piece)
+    return pieces
 
 
 def teacher_images(
@@ -76,8 +92,8 @@ def _check_pieces(
         inside = 0 <= left < right <= width and 0 <= top < bottom <= height
         if not inside or min(piece.size) < 1 or piece.size[0] * piece.size[1] > largest:
             raise ValueError(
-                f"the view '{options.kind}' gives the region {piece.region} at size {piece.size} of"
-                f" an image of {width} x {height} pixels"
+                f"the view '{options.title}' gives the region {piece.region} at size {piece.size}"
+                f" of an image of {width} x {height} pixels"
             )
 
 
@@ -87,7 +103,7 @@ def _check_counts(example: Example, options: ViewOptions, given: list[int]) -> N
     promised = options.view.counts(example, options)
     if given != promised:
         raise ValueError(
-            f"the view '{options.kind}' gives {given} pieces of the images, and counts {promised}"
+            f"the view '{options.title}' gives {given} pieces of the images, and counts {promised}"
         )
 
 

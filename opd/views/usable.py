@@ -8,14 +8,20 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from opd.data.images import image_size
 from opd.errors import DataError, OpdError, one_line, plural
 from opd.progress import Progress
 from opd.types import MAX_PIXELS, Encoder, Example, Prompt, SizedEncoder
-from opd.views.images import student_images, teacher_images, teacher_sizes, views_per_image
+from opd.views.images import (
+    student_images,
+    student_pieces,
+    teacher_images,
+    teacher_sizes,
+    views_per_image,
+)
 from opd.views.questions import student_question, teacher_question
 from opd.views.view import ViewOptions
 
@@ -99,9 +105,10 @@ def reasons(kinds: Iterable[str]) -> str:
     )
 
 
-def encode_student(encoder: Encoder, example: Example) -> Prompt:
-    """The student's prompt: the full images and the question. Raises DataError."""
-    return encoder.encode(student_images(example), student_question(example))
+def encode_student(encoder: Encoder, example: Example, view: ViewOptions | None = None) -> Prompt:
+    """The student's prompt: the full images and the question; with `view`, the images as the
+    student sees them in training on it. Raises DataError."""
+    return encoder.encode(student_images(example, view), student_question(example))
 
 
 def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Prompt:
@@ -116,20 +123,35 @@ def encode_teacher(encoder: Encoder, example: Example, view: ViewOptions) -> Pro
 def encode(
     encoder: Encoder, example: Example, view: ViewOptions, limit: int | None = None
 ) -> tuple[Prompt, Prompt]:
-    """The student's and the teacher's prompt of a row, each of at most `limit` tokens.
+    """The student's and the teacher's prompt of a row in training, each of at most `limit` tokens.
 
     Raises Unusable for a fault of this row, and other errors of `opd.errors` for faults that
     concern every row.
     """
-    views = sum(views_per_image(example, view))
-    if limit and views > limit:  # every view takes at least one token, so cutting can be skipped
-        raise Unusable(f"{views:,} views, {above(limit)}", above(limit))
+    _check_views(example, view, limit)
     with _guarded(example):
-        prompts = encode_student(encoder, example), encode_teacher(encoder, example, view)
-    longest = max(map(len, prompts))
-    if limit and longest > limit:
-        raise Unusable(*too_long(longest, limit))
+        prompts = encode_student(encoder, example, view), encode_teacher(encoder, example, view)
+    _check_length(prompts, limit)
     return prompts
+
+
+def encode_full(encoder: Encoder, example: Example, limit: int | None = None) -> Prompt:
+    """The prompt of the full images, as users give them to the model. Raises as `encode` does."""
+    with _guarded(example):
+        prompt = encode_student(encoder, example)
+    _check_length([prompt], limit)
+    return prompt
+
+
+def encode_view(
+    encoder: Encoder, example: Example, view: ViewOptions, limit: int | None = None
+) -> Prompt:
+    """The teacher's prompt of a row. Raises as `encode` does."""
+    _check_views(example, view, limit)
+    with _guarded(example):
+        prompt = encode_teacher(encoder, example, view)
+    _check_length([prompt], limit)
+    return prompt
 
 
 def lengths(
@@ -138,13 +160,17 @@ def lengths(
     view: ViewOptions,
     size_of: Callable[..., tuple[int, int]] = image_size,
 ) -> tuple[int, int]:
-    """Number of tokens in the student's and the teacher's prompt of a row. Images are not decoded
-    if the encoder is a SizedEncoder; `size_of` then gives their sizes. Raises as `encode` does."""
+    """Number of tokens in the student's and the teacher's prompt of a row in training. Raises as
+    `encode` does.
+
+    Images are not decoded if the encoder is a SizedEncoder; `size_of` then gives their sizes.
+    """
     if not isinstance(encoder, SizedEncoder):
         student, teacher = encode(encoder, example, view)
         return len(student), len(teacher)
     with _guarded(example):
-        full = [size_of(source, example.max_image_pixels) for source in example.images]
+        sizes = [size_of(source, example.max_image_pixels) for source in example.images]
+        full = [piece.size for piece in student_pieces(example, view, sizes)]
         crop = teacher_sizes(example, view, encoder.max_pixels("teacher"), size_of)
         return (
             encoder.length(full, student_question(example)),
@@ -169,6 +195,21 @@ def _guarded(example: Example) -> Iterator[None]:
         raise Unusable(
             f"the row cannot be encoded: {one_line(error)}", "the row cannot be encoded"
         ) from error
+
+
+def _check_views(example: Example, view: ViewOptions, limit: int | None) -> None:
+    """Raises Unusable for a row of more views than `limit`: every view takes at least one token, so
+    cutting can be skipped."""
+    views = sum(views_per_image(example, view))
+    if limit and views > limit:
+        raise Unusable(f"{views:,} views, {above(limit)}", above(limit))
+
+
+def _check_length(prompts: Sequence[Prompt], limit: int | None) -> None:
+    """Raises Unusable if a prompt has more than `limit` tokens."""
+    longest = max(map(len, prompts))
+    if limit and longest > limit:
+        raise Unusable(*too_long(longest, limit))
 
 
 def too_long(tokens: int, limit: int) -> tuple[str, str]:

@@ -1,54 +1,38 @@
 """The interface of views, and the table of all views, which `opd.views` fills.
 
-A view says what the teacher sees in the place of each image of the question. It only computes
-regions and sizes; `opd.views.images` reads and cuts the images. So the length of a prompt follows
-from the headers of the files, and a view can be tested without images.
+A view says what the teacher sees in the place of each image of the question, and, in training, what
+the student sees. It only computes regions and sizes; `opd.views.images` reads and cuts the images.
+So the length of a prompt follows from the headers of the files, and a view can be tested without
+images.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Annotated, Any, Literal, TypeAlias
 
-from PIL.Image import Image
-from pydantic import AfterValidator, Field
+import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from opd.errors import nearest
 from opd.options import Options
 from opd.types import Example, ImageSource
+from opd.views.piece import Piece, Size, whole
 
-Region: TypeAlias = tuple[int, int, int, int]
-"""(left, top, right, bottom) in pixels of the upright image; right and bottom are exclusive."""
-
-Size: TypeAlias = tuple[int, int]
-"""(width, height) in pixels."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One image that the teacher sees: a `region` of an image, resized to `size`.
-
-    `change` edits the whole upright RGB image before the region is cut, and keeps its size.
-    """
-
-    region: Region
-    size: Size
-    change: Callable[[Image], Image] | None = None
-
-
-def whole(size: Size) -> Piece:
-    """The whole image, at the same size."""
-    return Piece((0, 0, *size), size)
+ROUNDING = 1e-6
+"""Largest difference between 1 and the sum of a mixture's shares."""
 
 
 class View(ABC):
-    """Computes what the teacher sees of an example. Threads share a view, so it must not keep
-    state."""
+    """Computes what the policies see of an example. Threads share a view, so it must not keep
+    state. The same example and options give the same pieces every time."""
 
-    needs_evidence: ClassVar[bool] = True
+    needs_evidence: bool = True
     """Whether every row needs boxes or teacher images; if not, rows without them are read too."""
 
     @abstractmethod
@@ -76,6 +60,14 @@ class View(ABC):
         """The number of pieces in the place of each image of `sources`, without opening files."""
         return [1] * len(example.images)
 
+    def student_piece(
+        self, example: Example, number: int, size: Size, options: ViewOptions
+    ) -> Piece:
+        """What the student sees in training in the place of image `number` of the example, which
+        has `size`: by default the whole image. Where a model is measured, the student sees the
+        whole images, whatever this says."""
+        return whole(size)
+
 
 BUILT_IN: dict[str, View] = {}
 """The views of opd, by name."""
@@ -96,6 +88,73 @@ def register(name: str, view: View) -> None:
     REGISTERED[name] = view
 
 
+def named(kind: str) -> View:
+    """The view with this name. Raises KeyError."""
+    return BUILT_IN[kind] if kind in BUILT_IN else REGISTERED[kind]
+
+
+def draws(seed: int, name: str) -> np.random.Generator:
+    """The random numbers of `name`, which names what they decide and for which example: a pure
+    function of `seed` and `name`."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+class Mixture(View):
+    """Shows each row in one of several views, each view to its share of the rows.
+
+    The view of a row is drawn by the row's id and the run's seed alone, so the row has the same
+    view in every epoch, in every process, and after a resume.
+    """
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        """`shares`: the share of each view by name; they sum to 1."""
+        self.shares = dict(shares)
+        self.needs_evidence = all(named(kind).needs_evidence for kind in shares)
+
+    def kind(self, example: Example, options: ViewOptions) -> str:
+        """The name of the view that is drawn for an example."""
+        drawn = draws(options.seed, f"mixture/{example.id}").random()
+        ends = accumulate(self.shares.values())
+        below = (kind for kind, end in zip(self.shares, ends, strict=True) if drawn < end)
+        return next(below, [*self.shares][-1])  # rounding can leave the last end below 1
+
+    def pieces(
+        self,
+        example: Example,
+        number: int,
+        size: Size,
+        options: ViewOptions,
+        max_pixels: int | None,
+    ) -> list[Piece]:
+        """The pieces of the drawn view."""
+        view, options = self._drawn(example, options)
+        return view.pieces(example, number, size, options, max_pixels)
+
+    def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
+        """The sources of the drawn view. Raises DataError if the example lacks what that view
+        needs; the row then has no other view."""
+        view, options = self._drawn(example, options)
+        return view.sources(example, options)
+
+    def counts(self, example: Example, options: ViewOptions) -> list[int]:
+        """The counts of the drawn view."""
+        view, options = self._drawn(example, options)
+        return view.counts(example, options)
+
+    def student_piece(
+        self, example: Example, number: int, size: Size, options: ViewOptions
+    ) -> Piece:
+        """The student's piece of the drawn view."""
+        view, options = self._drawn(example, options)
+        return view.student_piece(example, number, size, options)
+
+    def _drawn(self, example: Example, options: ViewOptions) -> tuple[View, ViewOptions]:
+        """The drawn view, and the options with its name."""
+        options = options.of(self.kind(example, options))
+        return options.view, options
+
+
 def _known(kind: str) -> str:
     """Returns `kind`. Raises PydanticCustomError if no view has this name."""
     if kind not in BUILT_IN and kind not in REGISTERED:
@@ -104,14 +163,65 @@ def _known(kind: str) -> str:
     return kind
 
 
-class ViewOptions(Options):
-    """The images that the teacher sees."""
+def _table(value: Any) -> Any:
+    """Returns `value`. Raises PydanticCustomError if it is no table of shares."""
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("mixture", "write it as {crop = 0.7, context = 0.3}")
+    return value
 
-    kind: Annotated[str, AfterValidator(_known)] = Field(
+
+def _whole_shares(shares: dict[str, float]) -> dict[str, float]:
+    """Returns `shares`. Raises PydanticCustomError if they do not sum to 1."""
+    total = math.fsum(shares.values())
+    if shares and abs(total - 1) > ROUNDING:
+        raise PydanticCustomError(
+            "mixture", "the shares sum to {total}, not to 1", {"total": f"{total:.7g}"}
+        )
+    return shares
+
+
+def _different(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns `kinds`. Raises PydanticCustomError if a picture is named twice."""
+    if len(set(kinds)) < len(kinds):
+        raise PydanticCustomError("pieces", "a picture is named twice")
+    return kinds
+
+
+Kind: TypeAlias = Annotated[str, AfterValidator(_known)]
+"""The name of a view."""
+
+
+class ViewOptions(Options):
+    """The images that the teacher sees, and the student in training (docs/views.md)."""
+
+    kind: Kind = Field(
         "crop",
         description=(
-            "The teacher sees a crop of the evidence; 'full' (the student's images) and 'wrong' (a"
-            " crop elsewhere) are controls."
+            "The teacher sees a crop of the evidence; or 'given', 'context', 'several', 'marked',"
+            " 'degrade' (docs/views.md); 'full' (the student's images) and 'wrong' (a crop"
+            " elsewhere) are controls."
+        ),
+    )
+    mixture: Annotated[
+        dict[Kind, Annotated[float, Field(gt=0, le=1)]],
+        BeforeValidator(_table),
+        AfterValidator(_whole_shares),
+    ] = Field(
+        {},
+        description=(
+            "Instead of `kind`, several views with their shares, such as {crop = 0.7, context ="
+            " 0.3}: each row is shown in one of them, drawn by its id and run.seed. The shares sum"
+            " to 1."
+        ),
+    )
+    pieces: Annotated[
+        tuple[Literal["full", "context", "crop", "marked"], ...], AfterValidator(_different)
+    ] = Field(
+        ("full", "crop"),
+        min_length=2,
+        description=(
+            "The pictures of 'several' in the place of an image, in order: of full, context, crop"
+            " and marked."
         ),
     )
     boxes: Literal["hull", "each"] = Field(
@@ -142,7 +252,37 @@ class ViewOptions(Options):
         description="Every crop is enlarged by at least this factor (2 in the official run).",
     )
 
+    _seed: int = PrivateAttr(0)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ViewOptions:
+        """Raises ValueError if both a kind and a mixture are chosen."""
+        if self.mixture and self.kind != "crop":  # the default, which every config.toml holds
+            raise ValueError(f"kind = '{self.kind}' beside a mixture; leave one of them out")
+        return self
+
     @property
     def view(self) -> View:
-        """The view that `kind` names."""
-        return BUILT_IN[self.kind] if self.kind in BUILT_IN else REGISTERED[self.kind]
+        """The view of these options."""
+        return Mixture(self.mixture) if self.mixture else named(self.kind)
+
+    @property
+    def title(self) -> str:
+        """The view in words: "crop", or "crop 0.7, context 0.3" for a mixture."""
+        shares = (f"{kind} {share:g}" for kind, share in self.mixture.items())
+        return ", ".join(shares) or self.kind
+
+    @property
+    def seed(self) -> int:
+        """The seed of what a view draws, set by `seeded`; 0 otherwise."""
+        return self._seed
+
+    def seeded(self, seed: int) -> ViewOptions:
+        """The same options with the seed of a run, on which mixtures and degraded images depend."""
+        options = self.model_copy()
+        options._seed = seed
+        return options
+
+    def of(self, kind: str) -> ViewOptions:
+        """The same options for the view `kind`, without a mixture."""
+        return self.model_copy(update={"kind": kind, "mixture": {}})

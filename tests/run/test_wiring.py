@@ -661,24 +661,84 @@ def _(opd, value):
     return picture.size
 
 
-@key("view.kind", "crop", "full", "wrong")
+@key("view.kind", "crop", "full", "wrong", "context", "given")
 def _(opd, value):
     """The box is the right half, so a wrong crop of that size is the left one."""
     box = (48, 0, 96, 64)
-    data = opd.data([row(number, boxes=[box]) for number in range(4)])
+    own = value == "given"
+    data = opd.data(
+        [
+            row(number, boxes=[box], teacher_image=image(90 + number) if own else None)
+            for number in range(4)
+        ]
+    )
     run = opd.train({"view.kind": value, "measure.count": 2}, data=data)
-    place = {"crop": box, "full": (0, 0, *SIZE), "wrong": (0, 0, 48, 64)}[value]
-    teachers_see(run, lambda number: crop(number, place))
+    places = {
+        "crop": box,
+        "full": (0, 0, *SIZE),
+        "wrong": (0, 0, 48, 64),
+        "context": (24, 0, *SIZE),
+    }
+
+    def teacher(number):
+        return image(90 + number) if own else crop(number, places[value])
+
+    teachers_see(run, teacher)
     for call in run.measured:  # on the evidence, whatever the teacher sees
         expected = prints(
             *(
                 ([view], ask(number))
                 for number in (0, 2)
-                for view in (image(number), crop(number, box))
+                for view in (image(number), teacher(number) if own else crop(number, box))
             )
         )
         assert Counter(map(print_of, call.prompts)) == expected
-    return place
+    return "own" if own else places[value]
+
+
+@key("view.mixture", {}, {"full": 1.0}, {"crop": 0.5, "context": 0.5})
+def _(opd, value):
+    """Each row has one of the views, and the same in every step; the seed decides which."""
+    places = {"crop": HULL, "full": (0, 0, *SIZE), "context": (0, 0, 96, 64)}
+    names = sorted(value) or ["crop"]
+    found = []
+    for seed in (0, 1):
+        settings = {"view.mixture": value, "run.seed": seed, "rollout.prompts": 12}
+        chosen = {}
+        for group in opd.train(settings).groups:
+            number = number_of(group.student)
+            met = [n for n in names if same(group.teacher, [crop(number, places[n])], ask(number))]
+            assert len(met) == 1
+            assert chosen.setdefault(number, met[0]) == met[0]
+        assert set(chosen.values()) == set(names)
+        found.append([chosen[number] for number in range(12)])
+    assert (found[0] != found[1]) is (len(names) > 1)
+    return found[0]
+
+
+@key("view.pieces", ("full", "crop"), ("full", "context", "crop"))
+def _(opd, value):
+    places = {"full": (0, 0, *SIZE), "context": (0, 0, 96, 64), "crop": HULL}
+    views = [(lambda number, at=places[name]: crop(number, at)) for name in value]
+    return teachers_see(opd.train({"view.kind": "several", "view.pieces": value}), *views)
+
+
+def test_students_of_degraded_images_are_measured_on_clean_ones(opd):
+    """And their teacher sees these; what a student sees is the same in every step."""
+    settings = {"view.kind": "degrade", "rollout.prompts": 12, "measure.count": 3}
+    run = opd.train(settings)
+    seen = {}
+    for group in run.groups:
+        number = number_of(group.student)
+        assert same(group.teacher, [image(number)], ask(number))
+        assert seen.setdefault(number, print_of(group.student)) == print_of(group.student)
+    degraded = [n for n in seen if seen[n] != print_of(encoder().encode([image(n)], ask(n)))]
+    assert 8 <= len(degraded) <= 12
+    for call in run.measured:
+        expected = prints(
+            *(([view], ask(n)) for n in (0, 4, 8) for view in (image(n), crop(n, HULL)))
+        )
+        assert Counter(map(print_of, call.prompts)) == expected
 
 
 @key("view.boxes", "hull", "each")

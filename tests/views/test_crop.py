@@ -18,7 +18,8 @@ from opd.types import Box, Example
 from opd.views.controls import elsewhere
 from opd.views.crop import MAX_ASPECT, enlarged, hull, region
 from opd.views.images import student_images, teacher_images
-from opd.views.view import Region, ViewOptions
+from opd.views.piece import Region
+from opd.views.view import ViewOptions
 
 TINY = ViewOptions(margin=6, min_size=48)
 BARE = ViewOptions(margin=0, min_size=1)

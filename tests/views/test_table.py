@@ -42,13 +42,22 @@ def example(width=40, height=30, seed=0):
 
 
 def test_the_names_of_the_product():
-    assert sorted(BUILT_IN) == ["crop", "full", "wrong"]
+    assert sorted(BUILT_IN) == [
+        "context",
+        "crop",
+        "degrade",
+        "full",
+        "given",
+        "marked",
+        "several",
+        "wrong",
+    ]
     assert not REGISTERED
 
 
 def test_views_that_need_no_evidence():
     """Rows without boxes are read for these alone."""
-    assert [name for name in BUILT_IN if not BUILT_IN[name].needs_evidence] == ["full"]
+    assert [name for name in BUILT_IN if not BUILT_IN[name].needs_evidence] == ["degrade", "full"]
     assert Halves.needs_evidence
 
 
@@ -79,7 +88,7 @@ def test_an_unknown_name_is_told_with_the_nearest():
     near = r"view.kind = 'half': no view has this name; did you mean 'halves'\?"
     with pytest.raises(RecipeError, match=near):
         load("tiny", {"view": {"kind": "half"}})
-    far = "no view has this name; known: crop, full, halves, wrong"
+    far = "no view has this name; known: context, crop, degrade, full, given, halves, marked"
     with pytest.raises(RecipeError, match=far):
         load("tiny", {"view": {"kind": "zzz"}})
     with pytest.raises(RecipeError, match=r"view\.kind = 3"):

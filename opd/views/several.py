@@ -1,0 +1,60 @@
+"""The view of several pictures: the teacher sees the whole image, and the evidence beside it.
+
+Two independent groups found it the best teacher (issue threads and reruns of Vision-OPD, 2026): the
+lists [full, crop] and [full, context, crop].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from opd.types import Example, ImageSource
+from opd.views.crop import check_evidence
+from opd.views.piece import Piece, Size, whole
+from opd.views.view import View, ViewOptions, named
+
+
+class Several(View):
+    """The pictures that `view.pieces` names, one after the other in the place of their image.
+
+    An image without a box stays one whole image. Teacher images of an example are not used.
+    """
+
+    def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
+        """The example's images. Raises DataError if a box is missing."""
+        check_evidence(example, options)
+        return example.images
+
+    def counts(self, example: Example, options: ViewOptions) -> list[int]:
+        """The number of pictures in the place of each image."""
+        example = _boxes_alone(example)
+        boxed = {box.image for box in example.boxes}
+        each = [options.of(kind).view.counts(example, options) for kind in options.pieces]
+        return [
+            sum(counts) if number in boxed else 1
+            for number, counts in enumerate(zip(*each, strict=True))
+        ]
+
+    def pieces(
+        self,
+        example: Example,
+        number: int,
+        size: Size,
+        options: ViewOptions,
+        max_pixels: int | None,
+    ) -> list[Piece]:
+        """The pictures of image `number`, in the order of `view.pieces`."""
+        example = _boxes_alone(example)
+        if all(box.image != number for box in example.boxes):
+            return [whole(size)]
+        return [
+            piece
+            for kind in options.pieces
+            for piece in named(kind).pieces(example, number, size, options, max_pixels)
+        ]
+
+
+def _boxes_alone(example: Example) -> Example:
+    """The example without teacher images, of which `Crop` would show nothing but them."""
+    return replace(example, teacher_images=())
