@@ -18,6 +18,7 @@ from opd.data.dataset import Dataset, gather, spread
 from opd.data.formats import recognised
 from opd.data.formats.own import Own, read_row
 from opd.data.pictures import Pictures
+from opd.data.remarks import Remarks
 from opd.data.sources import Sources
 from opd.errors import plural
 from opd.options import Options
@@ -93,7 +94,7 @@ def read_dataset(
     if not isinstance(reader, Own):
         read = f"{path}: read as {reader.name}: {plural(len(rows.rows), 'row')}"
         rows = replace(rows, notes=[read, *rows.notes])
-    pictures = Pictures(max_image_pixels, path)
+    pictures, remarks = Pictures(max_image_pixels, path), Remarks()
     to_example = partial(
         read_row,
         files=(path,),
@@ -101,5 +102,9 @@ def read_dataset(
         box_format=rows.box_format,
         facts=pictures,
         max_image_pixels=max_image_pixels,
+        names=rows.names,
+        remark=remarks.add,
     )
-    return gather(rows, to_example, pictures, strict, progress or Quiet(), count)
+    dataset = gather(rows, to_example, pictures, strict, progress or Quiet(), count)
+    dataset.notes += remarks.notes()
+    return dataset

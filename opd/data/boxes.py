@@ -1,18 +1,54 @@
 """Reads the evidence boxes of a row, checks them, and converts them to pixels of the upright image.
-The unit is never guessed."""
+The unit is never guessed.
+
+A value holds one box, [left, top, right, bottom], or a list of them; {"image": 1, "box": [...]} is
+a box in another image than the first. A box, or the list, may be written as a text: "[1, 2, 3, 4]",
+"1, 2, 3, 4" or "(1, 2), (3, 4)".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from opd.data.fields import Row, cut, is_finite, is_number, show, wrong
+from opd.data.resizing import smart_resize
 from opd.errors import DataError, nearest, plural
 from opd.types import Box
 
-BoxFormat: TypeAlias = Literal["pixels", "fraction", "per-mille"]
+Unit: TypeAlias = Literal["pixels", "fraction", "per-mille", "resized", "padded"]
+BoxFormat: TypeAlias = Literal[
+    "pixels",
+    "fraction",
+    "per-mille",
+    "resized",
+    "padded",
+    "pixels-xywh",
+    "fraction-xywh",
+    "per-mille-xywh",
+    "resized-xywh",
+    "padded-xywh",
+]
+"""A unit, and "-xywh" where boxes are [left, top, width, height].
+
+- pixels: of the image.
+- fraction, per-mille: 0 to 1, 0 to 1000 of the image's width and height.
+- resized: pixels of the image as the model's image processor resized it (Qwen2.5-VL).
+- padded: 0 to 1 of the square that the image is padded to, with the image in its centre (LLaVA).
+"""
+BoxImage: TypeAlias = Literal["upright", "stored"]
+"""The image that boxes are drawn on: upright, after its EXIF orientation, as viewers show it; or
+stored, before it, as some tools read it."""
 Size: TypeAlias = tuple[int, int]
+Corners: TypeAlias = tuple[float, float, float, float]
+
+XYWH = "-xywh"
+
+UNSETTLED = "resized or per-mille"
+"""The unit of boxes that a format writes in one of two ways (`bbox_2d`): a person says which."""
 
 TOLERANCE = 1.0
 """Pixels by which a box may reach beyond the image, since annotation tools round differently. The
@@ -22,80 +58,313 @@ ROUNDING = 0.5
 """Thousandths by which a box in fractions or per-mille may reach beyond the image: half a unit of
 the last digit. That part is cut off."""
 
+LONGEST = 100_000
+"""Characters up to which a text is read as a list of boxes."""
 
-def stated_format(row: Row, default: BoxFormat = "pixels") -> BoxFormat:
-    """The unit of boxes that a row or the header of a file states, else `default`. Raises
-    DataError for an unknown unit."""
+
+@dataclass(frozen=True)
+class Drawn:
+    """How the boxes of a row were drawn.
+
+    `image`: the picture that they were drawn on; "" if nobody says, which is upright unless the
+    row's `box_size` shows that it is stored. `ours`: whether a message may ask to change the row
+    itself, and not an option alone.
+    """
+
+    format: BoxFormat = "pixels"
+    image: BoxImage | Literal[""] = ""
+    ours: bool = True
+
+    @property
+    def unit(self) -> Unit:
+        """The unit without the order of the numbers."""
+        return cast(Unit, self.format.removesuffix(XYWH))
+
+    @property
+    def has_extent(self) -> bool:
+        """Whether boxes are [left, top, width, height]."""
+        return self.format.endswith(XYWH)
+
+
+def stated_format(row: Row, default: BoxFormat = "pixels", said: str = "") -> BoxFormat:
+    """The unit of boxes that a row or the header of a file states, else the one that a person has
+    `said` for all rows, else `default`. Raises DataError for an unknown unit, for two that
+    contradict each other, and where only a person can say it."""
     unit = row.get("box_format")
-    if unit is None:
-        return default
+    if unit == UNSETTLED and not said:
+        raise DataError(
+            "field 'boxes': 'bbox_2d' has two meanings; say data.box_format=resized (pixels of the"
+            " resized picture, as Qwen2.5-VL writes) or data.box_format=per-mille (0..1000, as"
+            " Qwen3-VL and Qwen3.5 write)"
+        )
+    if unit is None or unit == UNSETTLED:
+        return cast(BoxFormat, said or default)
     if unit not in get_args(BoxFormat):
         raise DataError(
             f"field 'box_format': unknown value {show(unit)};"
             f" {nearest(str(unit), get_args(BoxFormat))}"
         )
+    if said and said != unit:
+        raise DataError(f"field 'box_format': the row says {unit}, and data.box_format says {said}")
     return cast(BoxFormat, unit)
 
 
-def boxes(row: Row, sizes: Sequence[Size], unit: BoxFormat) -> tuple[Box, ...]:
-    """The boxes of a row in pixels; empty if the row has none. `sizes`: (width, height) of the
-    row's images in pixels. Raises DataError."""
-    entries = row.get("boxes")
+def stated_image(row: Row, said: str = "") -> BoxImage | Literal[""]:
+    """The image, upright or stored, that the boxes of a row are drawn on, from the row or as a
+    person has `said`; "" if neither says it. Raises DataError."""
+    image = row.get("box_image") or said
+    if image not in ("", *get_args(BoxImage)):
+        raise wrong("box_image", image, '"upright" or "stored"')
+    return cast('BoxImage | Literal[""]', image)
+
+
+def boxes(
+    row: Row,
+    sizes: Sequence[Size],
+    drawn: Drawn,
+    orientation: Callable[[int], int] = lambda _: 1,
+    remark: Callable[[str], None] = lambda _: None,
+) -> tuple[Box, ...]:
+    """The boxes of a row in pixels of the upright images; empty if the row has none.
+
+    `sizes`: upright (width, height) of the row's images in pixels. `orientation` gives the EXIF
+    orientation, 1..8, of an image by its number; it is asked only where it matters. `remark` hears
+    of what a person should know. Raises DataError.
+    """
+    entries = listed("boxes", row.get("boxes"))
     if entries is None:
         return ()
     if not isinstance(entries, list):
         raise wrong("boxes", entries, "a list of boxes")
-    return tuple(_box(entry, sizes, unit) for entry in entries)
+    remarks: dict[str, None] = {}
+    reader = _Reader(row, sizes, drawn, orientation, remarks.setdefault)
+    found = tuple(map(reader.box, _several(entries)))
+    for each in remarks:
+        remark(each)
+    return found
 
 
-def _box(entry: Any, sizes: Sequence[Size], unit: BoxFormat) -> Box:
-    """The box of one entry of the field boxes. Raises DataError."""
-    if isinstance(entry, dict):
-        _check_names(entry)
-        image, corners = (0 if entry.get("image") is None else entry["image"]), entry.get("box")
-    else:
-        image, corners = 0, entry
-    if (
-        not isinstance(corners, list)
-        or len(corners) != 4
-        or not all(is_number(corner) for corner in corners)
-    ):
-        raise wrong("boxes", entry, "a box of four numbers, [left, top, right, bottom]")
-    if not isinstance(image, int) or isinstance(image, bool) or not 0 <= image < len(sizes):
+def listed(field: str, value: Any) -> Any:
+    """The value of a field that may be written as a text, which is parsed as JSON and never
+    evaluated. Raises DataError for a text that is no list."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().replace("(", "[").replace(")", "]") if len(value) <= LONGEST else ""
+    for whole in (text, f"[{text}]"):
+        try:
+            parsed = json.loads(whole)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(parsed, list) and (parsed or whole == text):
+            return _joined(parsed)
+    raise wrong(field, value, "a list of numbers")
+
+
+def _joined(values: list[Any]) -> list[Any]:
+    """[[x0, y0], [x1, y1]], the two corners of "(x0, y0), (x1, y1)", as one box; else `values`."""
+    pairs = len(values) == 2 and all(isinstance(pair, list) and len(pair) == 2 for pair in values)
+    return [*values[0], *values[1]] if pairs else values
+
+
+def _several(entries: list[Any]) -> list[Any]:
+    """A list of boxes, whether one box is given or several. Raises DataError for several boxes as
+    one flat list."""
+    if not entries or not all(is_number(entry) for entry in entries):
+        return entries
+    if len(entries) > 4 and len(entries) % 4 == 0:
         raise DataError(
-            f"field 'boxes': image {show(image)} of box {show(corners)} is not among the row's"
-            f" {plural(len(sizes), 'image')}, counted from 0"
+            f"field 'boxes': {show(entries)} are {len(entries)} numbers in one list; write each box"
+            " as a list of its own"
         )
-    if not all(is_finite(corner) for corner in corners):
-        raise DataError(f"field 'boxes': box {show(corners)} is not finite")
-    x0, y0, x1, y1 = corners
-    if x1 <= x0 or y1 <= y0:
-        raise DataError(
-            f"field 'boxes': box {show(corners)} is empty or inverted; a box is [left, top, right,"
-            " bottom]"
-        )
-    width, height = sizes[image]
-    fault = _fault(corners, (width, height), unit)
-    if fault:
-        fits = [
-            f'"{other}"'
-            for other in get_args(BoxFormat)
-            if other != unit and not _fault(corners, (width, height), other)
-        ]
-        hint = (
-            f'; if its unit is another one, say "box_format": {" or ".join(fits)}' if fits else ""
-        )
-        raise DataError(f"field 'boxes': box {show(corners)} {fault}{hint}")
-    across, down = {
-        "pixels": (1.0, 1.0),
-        "fraction": (width, height),
-        "per-mille": (width / 1000, height / 1000),
-    }[unit]
-    if unit != "pixels":
+    return [entries]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The range of a unit in one picture: the picture's sides, by how much a box may reach beyond
+    them, and pixels of the picture for one unit."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    slack: float
+    across: float = 1.0
+    down: float = 1.0
+
+
+def _frame(unit: Unit, size: Size, resized: Size | None = None) -> _Frame:
+    """The frame of a picture of `size`. Raises DataError for a picture that the processor cannot
+    resize."""
+    width, height = size
+    if unit == "pixels":
+        return _Frame(0, 0, width, height, TOLERANCE)
+    if unit == "fraction":
+        return _Frame(0, 0, 1, 1, ROUNDING / 1000, width, height)
+    if unit == "per-mille":
+        return _Frame(0, 0, 1000, 1000, ROUNDING, width / 1000, height / 1000)
+    if unit == "resized":
+        right, bottom = resized or smart_resize(width, height)
+        return _Frame(0, 0, right, bottom, TOLERANCE, width / right, height / bottom)
+    side = max(size)
+    left, top = (side - width) // 2 / side, (side - height) // 2 / side
+    return _Frame(left, top, left + width / side, top + height / side, ROUNDING / 1000, side, side)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the boxes of one row."""
+
+    row: Row
+    sizes: Sequence[Size]
+    drawn: Drawn
+    orientation: Callable[[int], int]
+    remark: Callable[[str], object]
+
+    def box(self, entry: Any) -> Box:
+        """The box of one entry of the field boxes. Raises DataError."""
+        if isinstance(entry, dict):
+            _check_names(entry)
+            image, given = (0 if entry.get("image") is None else entry["image"]), entry.get("box")
+        else:
+            image, given = 0, entry
+        given = listed("boxes", given)
+        names = "left, top, width, height" if self.drawn.has_extent else "left, top, right, bottom"
+        numbers = isinstance(given, list) and all(is_number(number) for number in given)
+        if not numbers or len(given) != 4:
+            point = "; a point has no extent" if numbers and len(given) == 2 else ""
+            raise wrong("boxes", entry, f"a box of four numbers, [{names}]{point}")
+        if (
+            not isinstance(image, int)
+            or isinstance(image, bool)
+            or not (0 <= image < len(self.sizes))
+        ):
+            raise DataError(
+                f"field 'boxes': image {show(image)} of box {show(given)} is not among the row's"
+                f" {plural(len(self.sizes), 'image')}, counted from 0"
+            )
+        if not all(is_finite(number) for number in given):
+            raise DataError(f"field 'boxes': box {show(given)} is not finite")
+        return self._placed(given, image)
+
+    def _placed(self, given: list[float], image: int) -> Box:
+        """The box of four numbers in an image."""
+        corners = _corners(given, self.drawn.has_extent)
+        upright, stated = self.sizes[image], self._stated_size(image)
+        turned = self.orientation(image) if self._is_stored(stated, image) else 1
+        size = upright[::-1] if turned >= 5 else upright
+        unit = self.drawn.unit
+        resized = stated if unit == "resized" else None
+        frame = _frame(unit, size, resized)
+        if corners[2] <= corners[0] or corners[3] <= corners[1]:
+            raise DataError(f"field 'boxes': box {show(given)} is empty or inverted{self._order()}")
+        if fault := _fault(corners, frame, unit):
+            raise DataError(f"field 'boxes': box {show(given)} {fault}{self._units(given, size)}")
+        if unit != "pixels":
+            corners = _clamped(corners, frame)
         x0, y0, x1, y1 = (
-            min(max(corner, 0), 1 if unit == "fraction" else 1000) for corner in corners
+            (corner - start) * scale
+            for corner, start, scale in zip(
+                corners, (frame.left, frame.top) * 2, (frame.across, frame.down) * 2, strict=True
+            )
         )
-    return Box(x0 * across, y0 * down, x1 * across, y1 * down, image)
+        return Box(*turn((x0, y0, x1, y1), size, turned), image)
+
+    def _stated_size(self, image: int) -> Size | None:
+        """The row's `box_size` of an image; None if it has none. Raises DataError."""
+        given = listed("box_size", self.row.get("box_size"))
+        if given is None:
+            return None
+        if isinstance(given, list) and given and all(isinstance(one, list) for one in given):
+            given = given[image] if image < len(given) else None
+        whole = isinstance(given, list) and len(given) == 2
+        if not whole or not all(is_finite(side) and side >= 1 for side in given):
+            raise wrong("box_size", given, "[width, height] in pixels")
+        return int(given[0]), int(given[1])
+
+    def _is_stored(self, stated: Size | None, image: int) -> bool:
+        """Whether boxes are drawn on the stored pixels: a person or the row says so, or the size
+        that the row gives its picture is the stored one. Raises DataError for a size that is
+        neither."""
+        if self.drawn.image:
+            return self.drawn.image == "stored"
+        upright = self.sizes[image]
+        if stated is None or stated == upright or self.drawn.unit == "resized":
+            return False
+        if stated == upright[::-1] and self.orientation(image) >= 5:
+            self.remark(STORED)
+            return True
+        width, height = upright
+        raise DataError(
+            f"field 'box_size': {stated[0]} x {stated[1]} is not the size of the picture, which is"
+            f" {width} x {height}; its boxes would be elsewhere"
+        )
+
+    def _order(self) -> str:
+        """A clause about the order of a box's numbers, and what to say for another one."""
+        if self.drawn.has_extent:
+            return "; a box is [left, top, width, height]"
+        other = f"{self.drawn.unit}{XYWH}"
+        return (
+            "; a box is [left, top, right, bottom]; if it is [left, top, width, height], say"
+            f" {self._option(other)}"
+        )
+
+    def _units(self, given: list[float], size: Size) -> str:
+        """A clause that names the other units which fit a box; empty if none does."""
+        corners = _corners(given, self.drawn.has_extent)
+        end = XYWH if self.drawn.has_extent else ""
+        fits = [
+            f'"{unit}{end}"' if self.drawn.ours else f"{unit}{end}"
+            for unit in PLAIN
+            if unit != self.drawn.unit and not _fault(corners, _frame(unit, size), unit)
+        ]
+        if not fits:
+            return ""
+        say = '"box_format": ' if self.drawn.ours else "data.box_format="
+        return f"; if its unit is another one, say {say}{' or '.join(fits)}"
+
+    def _option(self, value: str) -> str:
+        return f'"box_format": "{value}"' if self.drawn.ours else f"data.box_format={value}"
+
+
+STORED = (
+    "the size that a row gives its picture is that before EXIF rotation, so its boxes are read as"
+    " drawn on the stored pixels; for upright ones say data.box_image=upright"
+)
+"""The remark about a row whose `box_size` shows that its boxes are drawn on the stored pixels."""
+
+PLAIN: tuple[Unit, ...] = ("pixels", "fraction", "per-mille")
+"""The units that a message offers, since they need no other fact."""
+
+
+def turn(corners: Corners, size: Size, orientation: int) -> Corners:
+    """A box in pixels of a stored image of `size` (width, height), in pixels of the upright
+    image. `orientation`: the EXIF orientation, 1..8."""
+    width, height = size
+    x0, y0, x1, y1 = corners
+    if orientation in (2, 3, 7, 8):  # the image is mirrored from left to right
+        x0, x1 = width - x1, width - x0
+    if orientation in (3, 4, 6, 7):  # the image is mirrored from top to bottom
+        y0, y1 = height - y1, height - y0
+    return (y0, x0, y1, x1) if orientation >= 5 else (x0, y0, x1, y1)
+
+
+def _corners(given: Sequence[float], has_extent: bool) -> Corners:
+    """(left, top, right, bottom) of the four numbers of a box."""
+    x, y, right, bottom = given
+    return (x, y, x + right, y + bottom) if has_extent else (x, y, right, bottom)
+
+
+def _clamped(corners: Corners, frame: _Frame) -> Corners:
+    """A box without what reaches beyond the picture."""
+    x0, y0, x1, y1 = corners
+    return (
+        min(max(x0, frame.left), frame.right),
+        min(max(y0, frame.top), frame.bottom),
+        min(max(x1, frame.left), frame.right),
+        min(max(y1, frame.top), frame.bottom),
+    )
 
 
 def _check_names(entry: dict[str, Any]) -> None:
@@ -110,24 +379,31 @@ def _check_names(entry: dict[str, Any]) -> None:
             )
 
 
-def _fault(corners: Sequence[float], size: Size, unit: BoxFormat) -> str:
+def _fault(corners: Corners, frame: _Frame, unit: Unit) -> str:
     """The reason why a box cannot be in `unit`, for a message; empty if it can."""
-    (right, bottom), slack = {
-        "pixels": (size, TOLERANCE),
-        "fraction": ((1, 1), ROUNDING / 1000),
-        "per-mille": ((1000, 1000), ROUNDING),
-    }[unit]
     x0, y0, x1, y1 = corners
-    reaches_out = min(x0, y0) < -slack or x1 > right + slack or y1 > bottom + slack
+    reaches_out = (
+        min(x0 - frame.left, y0 - frame.top) < -frame.slack
+        or x1 > frame.right + frame.slack
+        or y1 > frame.bottom + frame.slack
+    )
     # A box that lies wholly beyond the image is a fault even within the tolerance.
-    if reaches_out or x0 >= right or y0 >= bottom or min(x1, y1) <= 0:
+    if (
+        reaches_out
+        or x0 >= frame.right
+        or y0 >= frame.bottom
+        or x1 <= frame.left
+        or y1 <= frame.top
+    ):
+        return {
+            "pixels": f"is outside the image of {frame.right} x {frame.bottom} pixels",
+            "resized": f"is outside the resized image of {frame.right} x {frame.bottom} pixels",
+            "padded": "is outside the image in its padded square, which reaches from"
+            f" {frame.left:.3g}, {frame.top:.3g} to {frame.right:.3g}, {frame.bottom:.3g}",
+        }.get(unit, f"is outside 0..{frame.right}, the range of {unit}")
+    if unit in ("pixels", "per-mille", "resized") and max(corners) <= 1:
         return (
-            f"is outside the image of {right} x {bottom} pixels"
-            if unit == "pixels"
-            else f"is outside 0..{right}, the range of {unit}"
-        )
-    if unit != "fraction" and max(corners) <= 1:
-        return (
-            f"is at most one {'pixel' if unit == 'pixels' else 'thousandth'} in the image's corner"
+            f"is at most one {'thousandth' if unit == 'per-mille' else 'pixel'} in the image's"
+            " corner"
         )
     return ""

@@ -13,6 +13,7 @@ from typing import TypeAlias, overload
 
 from opd.data.fields import Row
 from opd.data.formats.format import Rows
+from opd.data.formats.own import with_names
 from opd.data.pictures import Pictures
 from opd.errors import DataError
 from opd.progress import Progress
@@ -128,7 +129,7 @@ def gather(
         try:
             return read_row(row, source)
         except DataError as error:
-            return source, str(error)
+            return source, with_names(str(error), file.names)
 
     def take_all(places: Sequence[int]) -> list[Example | None]:
         examples = []

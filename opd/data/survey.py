@@ -24,6 +24,8 @@ FIELDS = (
     "question",
     "boxes",
     "box_format",
+    "box_image",
+    "box_size",
     "teacher_image",
     "teacher_images",
     "teacher_question",

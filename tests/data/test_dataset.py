@@ -254,8 +254,8 @@ ROW_FAULTS: list[tuple[Any, str]] = [
     ({"boxes": None, "bboxes": []}, "(the row has 'bboxes'; did you mean 'boxes'?)"),
     ({"boxes": {}}, "field 'boxes': {} is not a list of boxes"),
     (
-        {"boxes": [1, 2, 11, 12]},
-        "field 'boxes': 1 is not a box of four numbers, [left, top, right, bottom]",
+        {"boxes": [1, 2, 11]},
+        "field 'boxes': [1, 2, 11] is not a box of four numbers, [left, top, right, bottom]",
     ),
     ({"boxes": [[1, 2, 11]]}, "field 'boxes': [1, 2, 11] is not a box of four numbers"),
     ({"boxes": [[1, 2, 11, "12"]]}, "is not a box of four numbers"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ class Rows:
     fields. The function is called on several threads, and raises DataError if its row is faulty.
     `content` is what the fingerprint of the data covers beside the pictures: the bytes of the file.
     `box_format` is the unit of boxes in rows that state none. `notes` are lines for a person.
+    `names`: what the file calls our fields, for messages; empty for our own rows.
     """
 
     path: Path
@@ -26,6 +27,7 @@ class Rows:
     rows: Sequence[tuple[int, Callable[[], Row]]]
     box_format: BoxFormat = "pixels"
     notes: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Format(Protocol):

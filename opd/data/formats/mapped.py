@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from opd.data.fields import Row, show
+from opd.data.boxes import BoxFormat
+from opd.data.fields import Row
 from opd.data.formats.format import Rows
 from opd.data.jsonl import parse, read_lines
 from opd.errors import DataError
@@ -23,14 +24,20 @@ _OPTION = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(\S.*?)\s*")
 class Mapped:
     """Reads JSON lines, and JSON arrays, of another program's rows.
 
-    A file has this format if its first row has all fields `marks` and is none of our own, which may
-    have any columns beside ours. `to_own` gives a row with our fields (docs/data.md), and raises
-    DataError for a faulty row. The fields `answer` and `id` are ours already.
+    A file has this format if its first row has all fields `marks`, and `also` holds, and is none of
+    our own, which may have any columns beside ours. `to_own` gives a row with our fields
+    (docs/data.md), and raises DataError for a faulty row. The fields `answer` and `id` are ours
+    already. `key` is the format's name in `data.format`. `names`: what the format calls our fields,
+    for messages.
     """
 
     name: str
     marks: tuple[str, ...]
     to_own: Callable[[Row], Row]
+    key: str = ""
+    box_format: BoxFormat = "pixels"
+    also: Callable[[Row], bool] = lambda row: True
+    names: Mapping[str, str] = field(default_factory=dict)
 
     _decoder: ClassVar[json.JSONDecoder] = json.JSONDecoder()
 
@@ -41,27 +48,34 @@ class Mapped:
             row, _ = self._decoder.raw_decode(text)
         except (ValueError, RecursionError):
             return False
-        return isinstance(row, dict) and _has(row, self.marks) and not _is_own(row)
+        return isinstance(row, dict) and self.matches(row) and not is_own(row)
+
+    def matches(self, row: Row) -> bool:
+        """Whether a row has the format."""
+        return _has(row, self.marks) and self.also(row)
 
     def read(self, path: Path) -> Rows:
         """The rows of a file. Raises DataError for a file that is not JSON lines."""
         lines = read_lines(path)
         rows = [(number, partial(self._row, line)) for number, line in lines.rows]
-        return Rows(path, lines.content, rows)
+        return Rows(path, lines.content, rows, self.box_format, names=self.names)
 
     def _row(self, line: str) -> Row:
-        row = parse(line)
-        for field in self.marks:
-            if row.get(field) is None:
-                raise DataError(f"field '{field}' is missing; {self.name} has it in every row")
-        return {**{field: row.get(field) for field in ("answer", "id")}, **self.to_own(row)}
+        return self.own(parse(line))
+
+    def own(self, row: Row) -> Row:
+        """The row with our fields. Raises DataError for a faulty row."""
+        for mark in self.marks:
+            if row.get(mark) is None:
+                raise DataError(f"field '{mark}' is missing; {self.name} has it in every row")
+        return {**{name: row.get(name) for name in ("answer", "id")}, **self.to_own(row)}
 
 
 def _has(row: Row, fields: Iterable[str]) -> bool:
     return all(row.get(field) is not None for field in fields)
 
 
-def _is_own(row: Row) -> bool:
+def is_own(row: Row) -> bool:
     """Whether a row has our question, and our evidence."""
     evidence = ("boxes", "teacher_image", "teacher_images")
     return _has(row, ["question"]) and any(_has(row, [field]) for field in evidence)
@@ -85,20 +99,3 @@ def with_options(question: Any) -> Row:
     """The fields question and choices of a question that may hold its options."""
     choices = options_in(question)
     return {"question": question, **({"choices": choices} if choices else {})}
-
-
-def nested(boxes: Any) -> Any:
-    """A list of boxes, whether one box is given or several."""
-    flat = isinstance(boxes, list) and len(boxes) > 0 and not isinstance(boxes[0], list | dict)
-    return [boxes] if flat else boxes
-
-
-def literal(field: str, value: Any) -> Any:
-    """A list that may be written as a text. The text is parsed as JSON and never evaluated. Raises
-    DataError."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value.replace("(", "[").replace(")", "]"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"field '{field}': {show(value)} is not a list of numbers") from error

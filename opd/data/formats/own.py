@@ -4,9 +4,12 @@
                         (`opd.data.sources`)
     question            text; `<image>` in it says where an image stands
     boxes               [[left, top, right, bottom], ...], or {"image": 1, "box": [...]} for
-                        another image than the first
-    box_format          "pixels" (default), "fraction" (0..1 of width and height) or "per-mille"
-                        (0..1000); a first line with nothing else says it for the whole file
+                        another image than the first (`opd.data.boxes`)
+    box_format          "pixels" (default), "fraction" (0..1 of width and height), "per-mille"
+                        (0..1000), "resized" or "padded", each also with "-xywh"; a first line with
+                        nothing else says it for the whole file
+    box_image           "upright" (default), or "stored": boxes are drawn before EXIF rotation
+    box_size            [width, height] of the picture that boxes are drawn on
     teacher_image or teacher_images
                         what the teacher sees, instead of boxes
     teacher_question    what the teacher is asked, if it is something else
@@ -16,12 +19,14 @@
     id                  file:line by default
     weight              weight of the example in the loss: 1 by default
 
-Boxes are in the upright image, after its EXIF orientation.
+A message names a field as the file does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
@@ -29,12 +34,14 @@ from typing import Any
 
 from opd.data import foreign
 from opd.data.answers import chosen
-from opd.data.boxes import BoxFormat, boxes, stated_format
+from opd.data.boxes import BoxFormat, Drawn, boxes, stated_format, stated_image
 from opd.data.choices import with_choices
 from opd.data.fields import Row, is_finite, missing, show, text, texts, whole, wrong
 from opd.data.formats.format import Rows
+from opd.data.images import orientation_of
 from opd.data.jsonl import parse, read_lines
 from opd.data.pictures import ImageFacts
+from opd.data.remarks import about
 from opd.data.sources import Place, Sources
 from opd.data.survey import FIELDS, survey
 from opd.errors import DataError, plural
@@ -65,6 +72,20 @@ class Own:
         return Rows(path, lines.content, rows, surveyed.box_format, surveyed.notes)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a person says about all rows of a file; "" where nothing. `box_format` and `box_image`
+    as in a row; `question` is asked in rows that have none."""
+
+    box_format: str = ""
+    box_image: str = ""
+    question: str = ""
+
+
+NOTHING_SAID = Said()
+OURS: Mapping[str, str] = {}
+
+
 def read_row(
     again: Callable[[], Row],
     source: str,
@@ -73,25 +94,38 @@ def read_row(
     box_format: BoxFormat,
     facts: Callable[[EncodedImage], ImageFacts],
     max_image_pixels: int,
+    said: Said = NOTHING_SAID,
+    names: Mapping[str, str] = OURS,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> Example:
     """The example of a row. Raises DataError for a faulty row.
 
     `again` reads the row; a picture in the row calls it again when it is opened. `source`:
     "file:line". `files` hold the row. `sources` finds the pictures of the row. `box_format`: the
     unit of boxes if the row does not state one. `facts` reads an image. `max_image_pixels`: larger
-    images are refused.
+    images are refused. `said`: what a person says instead of the row. `names`: what the file calls
+    our fields (`with_names`); none for our own rows. `remark` hears what a person should know about
+    the row.
     """
     row, place = again(), Place(source, files, again)
     foreign.check_row(row)
     images = sources.of_row(row, "image", place)
     if not images:
         raise missing(row, "image", "a path, or images: a list of paths", FIELDS)
-    question = text(row, "question")
+    question = text(row, "question") or said.question or None
     if question is None:
         raise missing(row, "question", "a text", FIELDS)
     teacher_images = sources.of_row(row, "teacher_image", place)
     evidence = boxes(
-        row, _sizes(images, facts, "image", max_image_pixels), stated_format(row, box_format)
+        row,
+        _sizes(images, facts, "image", max_image_pixels),
+        Drawn(
+            stated_format(row, box_format, said.box_format),
+            stated_image(row, said.box_image),
+            ours=not names,
+        ),
+        lambda number: orientation_of(images[number], max_image_pixels),
+        remark,
     )
     _sizes(teacher_images, facts, "teacher_image", max_image_pixels)
     if not evidence and not teacher_images:
@@ -115,6 +149,8 @@ def read_row(
         teacher_images or images,
         "teacher image",
     )
+    for what in about(row, question):
+        remark(what)
     return Example(
         id=_id(row, source),
         images=images,
@@ -128,6 +164,13 @@ def read_row(
         source=source,
         max_image_pixels=max_image_pixels,
     )
+
+
+def with_names(message: str, names: Mapping[str, str]) -> str:
+    """A message about one of our fields, as one about the field that a file has instead."""
+    begin = re.match(r"field '(\w+)'", message)
+    theirs = names.get(begin[1]) if begin else None
+    return f"field '{theirs}'{message[begin.end() :]}" if begin and theirs else message
 
 
 def _sizes(

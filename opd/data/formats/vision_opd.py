@@ -16,7 +16,7 @@ those who use the model send them. The crop is ours.
 from __future__ import annotations
 
 from opd.data.fields import Row
-from opd.data.formats.mapped import Mapped, nested, with_options
+from opd.data.formats.mapped import Mapped, with_options
 from opd.errors import DataError
 from opd.types import IMAGE_MARKER
 
@@ -39,8 +39,20 @@ def _full(row: Row) -> Row:
 def _row(row: Row, images: object, question: object) -> Row:
     if isinstance(question, str) and question.count(IMAGE_MARKER) == 1:
         question = question.replace(IMAGE_MARKER, "").strip()  # where images stand anyway
-    return {"images": images, "boxes": nested(row["bbox"]), **with_options(question)}
+    return {"images": images, "boxes": row["bbox"], **with_options(question)}
 
 
-CLEAN = Mapped("Vision-OPD-6K, clean", ("problem", "bbox", "original_images", "extra_info"), _clean)
-PARENT = Mapped("ZwZ-RL-VQA", ("problem", "bbox", "images"), _full)
+CLEAN = Mapped(
+    "Vision-OPD-6K, clean",
+    ("problem", "bbox", "original_images", "extra_info"),
+    _clean,
+    key="vision-opd",
+    names={"images": "original_images", "question": "extra_info", "boxes": "bbox"},
+)
+PARENT = Mapped(
+    "ZwZ-RL-VQA",
+    ("problem", "bbox", "images"),
+    _full,
+    key="zwz",
+    names={"question": "problem", "boxes": "bbox"},
+)

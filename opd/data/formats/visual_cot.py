@@ -9,11 +9,17 @@ bboxs     [[left, top, right, bottom], ...] in pixels of the picture
 from __future__ import annotations
 
 from opd.data.fields import Row
-from opd.data.formats.mapped import Mapped, nested, with_options
+from opd.data.formats.mapped import Mapped, with_options
 
 
 def _row(row: Row) -> Row:
-    return {"image": row["image"], "boxes": nested(row["bboxs"]), **with_options(row["question"])}
+    return {"image": row["image"], "boxes": row["bboxs"], **with_options(row["question"])}
 
 
-VISUAL_COT = Mapped("Visual-CoT", ("image", "question", "bboxs"), _row)
+VISUAL_COT = Mapped(
+    "Visual-CoT",
+    ("image", "question", "bboxs"),
+    _row,
+    key="visual-cot",
+    names={"boxes": "bboxs"},
+)
