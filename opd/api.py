@@ -215,7 +215,7 @@ def measure_gap(
     progress = progress or Quiet()
     if examples is None:
         session.check_data_is_given(model.recipe)
-        examples = session.held_out(model.recipe, None, progress)
+        examples = session.held_out(model.recipe, None, progress, evidence=False)
     if not len(examples):
         raise DataError("nothing to measure: there are no examples")
     rows = session.Session(

@@ -8,28 +8,26 @@ always raises DataError. The message is one line.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pydantic import Field
 
 from opd.data.dataset import Dataset, gather, spread
-from opd.data.formats import recognised
-from opd.data.formats.own import Own, read_row
+from opd.data.formats.choice import rows_of
+from opd.data.formats.own import Said, read_row
 from opd.data.pictures import Pictures
+from opd.data.reading import AS_IT_IS, Reading
 from opd.data.remarks import Remarks
 from opd.data.sources import Sources
-from opd.errors import plural
-from opd.options import Options
 from opd.paths import PathText
 from opd.progress import Progress, Quiet
 from opd.types import MAX_IMAGE_PIXELS, Example
 
-__all__ = ["DataOptions", "Dataset", "open_data", "read_dataset", "spread"]
+__all__ = ["DataOptions", "Dataset", "Reading", "open_data", "read_dataset", "spread"]
 
 
-class DataOptions(Options):
+class DataOptions(Reading):
     """The data that are trained on, and which rows are accepted."""
 
     path: PathText = Field(
@@ -59,9 +57,14 @@ def open_data(
     progress: Progress | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     count: int | None = None,
+    *,
+    evidence: bool = True,
+    reading: Reading = AS_IT_IS,
 ) -> Sequence[Example]:
     """The examples of a data file, or, for "tiny", 12,800 scenes of the embedded task. If not
-    `labelled`, the answers are removed.
+    `labelled`, the answers are removed. `reading` says what the file does not say itself.
+
+    With `evidence`, a row without boxes and teacher's images is faulty; without, it is read.
 
     With `count`, at most so many examples, spread evenly over the file; only the images of rows
     that are tried for it are read.
@@ -72,7 +75,15 @@ def open_data(
 
         scenes = Scenes("train", 12800, labelled=labelled)
         return scenes if count is None else spread(scenes, count)
-    dataset = read_dataset(Path(path).expanduser(), strict, progress, max_image_pixels, count)
+    dataset = read_dataset(
+        Path(path).expanduser(),
+        strict,
+        progress,
+        max_image_pixels,
+        count,
+        evidence=evidence,
+        reading=reading,
+    )
     return dataset if labelled else dataset.without_answers()
 
 
@@ -82,29 +93,30 @@ def read_dataset(
     progress: Progress | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     count: int | None = None,
+    *,
+    evidence: bool = True,
+    reading: Reading = AS_IT_IS,
 ) -> Dataset:
-    """Reads a file in the format that recognises it; arguments and errors as in `open_data`.
+    """Reads a file in the format that its rows show; arguments and errors as in `open_data`.
 
     Every image is fully decoded once, to find damaged images, and then dropped. A store beside the
     file records sizes and hashes of the images, so that the next run need not decode them
     (`opd.data.pictures`).
     """
-    reader = recognised(path)
-    rows = reader.read(path)
-    if not isinstance(reader, Own):
-        read = f"{path}: read as {reader.name}: {plural(len(rows.rows), 'row')}"
-        rows = replace(rows, notes=[read, *rows.notes])
+    progress = progress or Quiet()
+    rows = rows_of(path, reading, progress)
     pictures, remarks = Pictures(max_image_pixels, path), Remarks()
     to_example = partial(
         read_row,
-        files=(path,),
-        sources=Sources(path.parent),
+        sources=Sources(rows.folder or path.parent),
         box_format=rows.box_format,
         facts=pictures,
         max_image_pixels=max_image_pixels,
+        said=Said(reading.box_format, reading.box_image, reading.question),
         names=rows.names,
         remark=remarks.add,
+        evidence=evidence,
     )
-    dataset = gather(rows, to_example, pictures, strict, progress or Quiet(), count)
+    dataset = gather(rows, to_example, pictures, strict, progress, count)
     dataset.notes += remarks.notes()
     return dataset

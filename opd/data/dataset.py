@@ -109,7 +109,7 @@ def spread(examples: Sequence[Example], count: int) -> Sequence[Example]:
 
 def gather(
     file: Rows,
-    read_row: Callable[[Callable[[], Row], str], Example],
+    read_row: Callable[[Callable[[], Row], str, tuple[Path, ...]], Example],
     pictures: Pictures,
     strict: bool,
     progress: Progress,
@@ -117,17 +117,17 @@ def gather(
 ) -> Dataset:
     """Reads all rows, or, with `count`, at most so many usable rows spread over the file.
 
-    `read_row(row, "file:line")` returns the example of the row that `row()` gives, or raises
-    DataError for a faulty row; it reads images with `pictures`. With `strict` the first faulty row
-    raises DataError; so does a file without a usable row.
+    `read_row(row, "file:line", files)` returns the example of the row that `row()` gives, which
+    lies in `files`, or raises DataError for a faulty row; it reads images with `pictures`.
+    With `strict` the first faulty row raises DataError; so does a file without a usable row.
     """
     read: dict[int, Example | Fault] = {}
 
     def take(place: int) -> Example | Fault:
-        number, row = file.rows[place]
-        source = f"{file.path.name}:{number}"
+        _, row = file.rows[place]
+        source = file.source(place)
         try:
-            return read_row(row, source)
+            return read_row(row, source, file.files(place))
         except DataError as error:
             return source, with_names(str(error), file.names)
 
@@ -230,7 +230,14 @@ def _notes(pictures: Pictures, stored: Path | None) -> list[str]:
 
 def _fingerprint(file: Rows, examples: Sequence[Example], pictures: Pictures) -> str:
     """The SHA-256, in hexadecimal, of the file's content and of all images of the examples."""
-    digest = hashlib.sha256(file.content)
+    digest = hashlib.sha256()
+    if isinstance(file.content, bytes):
+        digest.update(file.content)
+    else:
+        for path in file.content:
+            with path.open("rb") as content:
+                while part := content.read(1 << 20):
+                    digest.update(part)
     for example in examples:
         for image in (*example.images, *example.teacher_images):
             if isinstance(image, Path | Picture):

@@ -23,6 +23,24 @@ LARGEST = 1e300
 SHOWN = 60
 """Number of characters of a value or name that a message shows."""
 
+FIELDS = (
+    "image",
+    "images",
+    "question",
+    "boxes",
+    "box_format",
+    "box_image",
+    "box_size",
+    "teacher_image",
+    "teacher_images",
+    "teacher_question",
+    "answer",
+    "choices",
+    "id",
+    "weight",
+)
+"""The fields of a row."""
+
 ALIASES = {
     **dict.fromkeys(("bbox", "bboxes", "bounding_box", "bounding_boxes", "bboxs"), "boxes"),
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Surveys all rows of a file without reading images: parses the header, and finds unknown fields.
+"""Surveys the rows of a file without reading images: parses the header, and finds unknown fields.
 
 The unit of boxes is never guessed, so a field that seems to state it under an unknown name raises
 DataError.
@@ -9,32 +9,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from opd.data import foreign
 from opd.data.boxes import BoxFormat, stated_format
-from opd.data.fields import Row, cut, nearest_field
-from opd.data.jsonl import Lines, parse
+from opd.data.fields import FIELDS, Row, cut, nearest_field
+from opd.data.jsonl import Malformed
+from opd.data.tables.table import CHECKED, Table, spread_places
 from opd.errors import DataError, plural
-
-FIELDS = (
-    "image",
-    "images",
-    "question",
-    "boxes",
-    "box_format",
-    "box_image",
-    "box_size",
-    "teacher_image",
-    "teacher_images",
-    "teacher_question",
-    "answer",
-    "choices",
-    "id",
-    "weight",
-)
-"""The fields of a row."""
 
 SHOWN = 20
 """Largest number of fields that a note names."""
@@ -123,46 +108,70 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Survey:
-    """The result of `survey`: the unit of boxes that the file states, the numbered rows without the
-    header, and notes for a person."""
+    """The result of `survey`: the unit of boxes that the file states, whether the first row is a
+    `header`, and notes for a person."""
 
     box_format: BoxFormat
-    rows: list[tuple[int, str]]
+    header: bool
     notes: list[str]
 
 
-def survey(lines: Lines) -> Survey:
-    """Surveys all rows of a file. Raises DataError for an unknown header, for a header that is not
-    the first line, and for a misspelt unit of boxes."""
+def survey(table: Table, to_own: Callable[[Row], Row]) -> Survey:
+    """Surveys all rows of a table, of one with more than CHECKED rows so many, spread evenly; in a
+    table with a header of columns, the columns. `to_own` gives a row with our fields.
+
+    Raises DataError for an unknown header, for a header that is not the first row, and for a
+    misspelt unit of boxes.
+    """
+    if table.columns is not None:
+        return _survey_columns(table, to_own)
     unit: BoxFormat = "pixels"
-    rows, notes = lines.rows, []
+    header, notes = False, []
     unknown: Counter[str] = Counter()
-    for place, (number, line) in enumerate(lines.rows):
-        where = f"{lines.path}:{number}"
+    for place in spread_places(len(table), CHECKED):
+        where = f"{table.path.parent / table.source(place)}"
         try:
-            row = parse(line)
-        except DataError as error:
+            row = table.row(place)
+        except Malformed as error:
             # Skipping a malformed header would change the unit of all rows that follow.
-            if not re.search("image|question", line) and any(
-                map(_concerns_unit, re.findall(r"[\w-]+", line[:200]))
+            if not re.search("image|question", error.line) and any(
+                map(_concerns_unit, re.findall(r"[\w-]+", error.line[:200]))
             ):
                 raise DataError(f"{where}: {error}") from error
             continue
+        except DataError:
+            continue
         try:
-            if is_header(row, first=place == 0):
-                unit = _header(row, first=place == 0)
-                rows = lines.rows[1:]
+            own = to_own(row)
+            if is_header(own, first=place == 0):
+                unit, header = _header(own, first=place == 0), True
                 notes += [
                     f"{where}: field '{cut(name)}' of the header is not known, and not read"
-                    for name in row
+                    for name in own
                     if name != "box_format"
                 ]
-            elif not _is_foreign(row):
-                _check_unit(row)
-                unknown.update(_unknown(row))
+            elif not _is_foreign(own):
+                check_unit(own)
+                unknown.update(_unknown(own))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-    return Survey(unit, rows, [*notes, *_notes(unknown)])
+    return Survey(unit, header, [*notes, *_notes(unknown)])
+
+
+def _survey_columns(table: Table, to_own: Callable[[Row], Row]) -> Survey:
+    """Surveys the columns of a table, by its first row."""
+    names: Sequence[str] = ()
+    for place in range(min(len(table), 1)):
+        try:
+            own = to_own(table.row(place))
+            check_unit(own)
+        except DataError as error:
+            raise DataError(f"{table.path.parent / table.source(place)}: {error}") from error
+        names = [name for name in own if name not in FIELDS]
+    listed = ", ".join(f"'{cut(name)}'" for name in names[:SHOWN])
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    columns = "column" if len(names) == 1 else "columns"
+    return Survey("pixels", False, [f"not read: {columns} {listed}{more}"] if names else [])
 
 
 def is_header(row: Row, first: bool) -> bool:
@@ -216,7 +225,7 @@ def _header(row: Row, first: bool) -> BoxFormat:
     return stated_format(row)
 
 
-def _check_unit(row: Row) -> None:
+def check_unit(row: Row) -> None:
     """Raises DataError if a row or a box in it states a unit under an unknown name."""
     for name, value in row.items():
         if value is not None and name not in FIELDS and _concerns_unit(name, value):
@@ -273,17 +282,25 @@ def _notes(unknown: Counter[str]) -> list[str]:
 
 def _concerns_unit(name: str, value: Any = None) -> bool:
     """Whether a field states the unit of boxes, under whatever name."""
+    stated = _states_unit(name)
+    if stated is None:
+        return (
+            isinstance(value, str | bool)
+            and re.sub(r"[\W_]", "", str(value)[:100]).lower() in UNITS
+        )
+    return stated
+
+
+@lru_cache(4096)
+def _states_unit(name: str) -> bool | None:
+    """Whether a field of this name states the unit of boxes; None if its value decides."""
     words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name[:100]).lower())
     joined = "".join(words)
     if set(words) & BOX_WORDS and set(words) & UNIT_WORDS:
         return True
     if difflib.get_close_matches(joined, UNIT_NAMES, n=1, cutoff=0.85):
         return True
-    return (
-        joined in PLAIN_NAMES
-        and isinstance(value, str | bool)
-        and re.sub(r"[\W_]", "", str(value)).lower() in UNITS
-    )
+    return None if joined in PLAIN_NAMES else False
 
 
 def _is_foreign(row: Row) -> bool:

@@ -262,7 +262,14 @@ def _sizes(recipe: Recipe, assumed: Assumed) -> tuple[Sizes, list[str]]:
     rows = 2**31  # until they are counted: more than any cache holds
     if (image is None or crop is None) and (data.path != "tiny" or recipe.model.path == "tiny"):
         pixels, count = data.max_image_pixels, preflight.SAMPLE
-        examples = open_data(data.path, data.strict, max_image_pixels=pixels, count=count)
+        examples = open_data(
+            data.path,
+            data.strict,
+            max_image_pixels=pixels,
+            count=count,
+            evidence=recipe.view.view.needs_evidence,
+            reading=data,
+        )
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
         inspection = preflight.refuse(recipe, encoder, examples, count)
         rows, notes, first = inspection.rows, inspection.lines(), examples[0]

@@ -75,7 +75,7 @@ in [opd/presets](../opd/presets). Made by `python -m opd.run.recipe > docs/recip
 BESIDE = "recipe.toml"
 """The file, beside the weights of a result, that holds the recipe of the training."""
 
-PATHS = {"model": ("path", "revision"), "data": ("path",), "measure": ("path",)}
+PATHS = {"model": ("path", "revision"), "data": ("path", "images"), "measure": ("path",)}
 """Keys that only say where a file or folder is."""
 
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
@@ -164,8 +164,9 @@ def read(source: str) -> dict[str, Any]:
 
 
 def assign(values: dict[str, Any], override: str) -> None:
-    """Puts one override `section.key=value` into `values`. The value is read as TOML, else a table
-    as JSON; any other text is a string. Raises RecipeError."""
+    """Puts one override `section.key=value` into `values`; a key that holds a table has names of
+    its own, `data.columns.question=prompt`. The value is read as TOML, else a table as JSON; any
+    other text is a string. Raises RecipeError."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
@@ -177,10 +178,15 @@ def assign(values: dict[str, Any], override: str) -> None:
     # Not TOML, a number of thousands of digits, or lists nested too deep.
     except (ValueError, RecursionError):
         value = _json_table(text)
-    keys = values.setdefault(section, {})
-    if not isinstance(keys, dict):
-        raise RecipeError(f"--set {override}: {section} = {keys!r} in the recipe is no section")
-    keys[key] = value
+    keys, where = values, ""
+    *tables, last = (section, *key.split("."))
+    for name in tables:
+        where += f"{'.' if where else ''}{name}"
+        keys = keys.setdefault(name, {})
+        if not isinstance(keys, dict):
+            kind = "section" if where == section else "table"
+            raise RecipeError(f"--set {override}: {where} = {keys!r} in the recipe is no {kind}")
+    keys[last] = value
 
 
 def _json_table(text: str) -> Any:

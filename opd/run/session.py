@@ -133,8 +133,10 @@ def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = Fa
     recipe, name, encoder = _open_small_files(recipe, backend, progress)
     if trained:
         check_data_is_given(recipe)
-    examples = None if few else _open_rows(recipe, recipe.data.path, progress)
-    measured = held_out(recipe, examples, progress)
+    # Rows without evidence are measured on the full image alone.
+    evidence = recipe.view.view.needs_evidence and not few
+    examples = None if few else _open_rows(recipe, recipe.data.path, progress, evidence=evidence)
+    measured = held_out(recipe, examples, progress, evidence)
     options = _fetch_weights(recipe, name, progress)
     if recipe.model.path == "tiny" != recipe.data.path:
         progress.note(
@@ -239,13 +241,16 @@ def resume(
 
 
 def held_out(
-    recipe: Recipe, examples: Sequence[Example] | None, progress: Progress | None = None
+    recipe: Recipe,
+    examples: Sequence[Example] | None,
+    progress: Progress | None = None,
+    evidence: bool = True,
 ) -> Sequence[Example]:
     """The rows that are measured, at most measure.count: fresh scenes, rows of measure.path, or
     rows spread over data.path, as `MeasureOptions.path` describes.
 
     `examples`: all rows of data.path; None: they are not opened, and only the measured rows are
-    read.
+    read. `evidence` as in `open_data`.
     """
     options = recipe.measure
     if not options.count:
@@ -255,9 +260,8 @@ def held_out(
 
         return Scenes("fresh", options.count)
     if examples is None or options.path:
-        return _open_rows(
-            recipe, options.path or recipe.data.path, progress or Quiet(), options.count
-        )
+        path = options.path or recipe.data.path
+        return _open_rows(recipe, path, progress or Quiet(), options.count, evidence)
     return spread(examples, options.count)
 
 
@@ -299,10 +303,14 @@ def _fetch_weights(recipe: Recipe, name: str, progress: Progress) -> ModelOption
 
 
 def _open_rows(
-    recipe: Recipe, path: str, progress: Progress, count: int | None = None
+    recipe: Recipe,
+    path: str,
+    progress: Progress,
+    count: int | None = None,
+    evidence: bool = True,
 ) -> Sequence[Example]:
     """All usable rows of a data file, or `count` rows spread over it; tells `progress` about the
-    others."""
+    others. `evidence` as in `open_data`."""
     options = recipe.data
     examples = open_data(
         path,
@@ -310,6 +318,8 @@ def _open_rows(
         progress=progress,
         max_image_pixels=options.max_image_pixels,
         count=count,
+        evidence=evidence,
+        reading=options,
     )
     if isinstance(examples, Dataset):
         examples.tell(progress)
@@ -380,7 +390,10 @@ def _absolute(recipe: Recipe) -> Recipe:
         path = Path(options.path)
         if options.path in ("", "tiny") or not path.exists():
             return options
-        return options.model_copy(update={"path": str(path.resolve())})
+        absolute = {"path": str(path.resolve())}
+        if getattr(options, "images", ""):
+            absolute["images"] = str(Path(options.images).resolve())
+        return options.model_copy(update=absolute)
 
     return recipe.model_copy(update={name: section(name) for name in ("model", "data", "measure")})
 

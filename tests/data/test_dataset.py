@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from opd.data import DataOptions, Dataset, open_data, read_dataset
+from opd.data import DataOptions, Dataset, Reading, open_data, read_dataset
 from opd.data.images import open_image
 from opd.errors import DataError
 from opd.types import Box, Example
@@ -500,6 +500,17 @@ def test_tiny_is_the_embedded_task() -> None:
 def test_options() -> None:
     options = DataOptions()
     assert (options.path, options.strict) == ("tiny", False)
-    for wrong in ({"path": ""}, {"format": "opd"}, {"max_prompt_tokens": 0}, {"pathh": "a"}):
+    for wrong in ({"path": ""}, {"formatt": "opd"}, {"max_prompt_tokens": 0}, {"pathh": "a"}):
         with pytest.raises(ValidationError):
             DataOptions.model_validate(wrong)
+
+
+def test_options_of_reading() -> None:
+    options = DataOptions()
+    assert not any(getattr(options, name) for name in Reading.model_fields), (
+        "nothing is said of a file by default"
+    )
+    with pytest.raises(ValidationError, match="no field is called 'questoin'; did you mean"):
+        DataOptions.model_validate({"columns": {"questoin": "prompt"}})
+    with pytest.raises(ValidationError, match="no unit of boxes has this name; did you mean"):
+        DataOptions.model_validate({"box_format": "pixel"})

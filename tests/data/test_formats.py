@@ -9,10 +9,12 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from opd.data import formats, open_data
-from opd.data.formats import Rows, recognised, register
-from opd.data.formats.own import Own
+from opd.data import open_data
+from opd.data.formats import REGISTERED, Rows, choice, register
+from opd.data.formats.choice import rows_of
+from opd.data.reading import AS_IT_IS
 from opd.errors import DataError
+from opd.progress import Quiet
 from opd.types import Box
 
 ROW = {"image": "a.png", "question": "Which?", "boxes": [[10, 20, 30, 40]]}
@@ -78,7 +80,6 @@ def test_a_registered_reader_reads_what_it_recognises(folder):
 def test_our_own_rows_are_read_as_before(folder):
     before = open_data(str(folder / "rows.jsonl"))
     register(Csv())
-    assert isinstance(recognised(folder / "rows.jsonl"), Own)
     after = open_data(str(folder / "rows.jsonl"))
     assert (list(after), after.fingerprint, after.notes) == (list(before), before.fingerprint, [])
 
@@ -96,17 +97,14 @@ def test_readers_are_asked_in_order_with_the_beginning_of_a_file(folder):
 
     for reader in (Asks("first", False), Asks("second", False), Asks("second", True)):
         register(reader)
-    (folder / "long").write_bytes(b"x" * 100_000)
-    assert recognised(folder / "long").answer
-    assert asked == [(name, "long", b"x" * formats.START) for name in ("first", "second")]
+    table = (folder / "table.csv").read_bytes()
+    (folder / "long").write_bytes(table + b" " * 100_000)
+    assert "second" in rows_of(folder / "long", AS_IT_IS, Quiet()).notes[0]
+    start = table + b" " * (choice.START - len(table))
+    assert asked == [(name, "long", start) for name in ("first", "second")]
     asked.clear()
-    for name in (folder.name, "missing"):
-        recognised(folder.parent / name)
+    for path in (folder, folder / "missing"):
+        REGISTERED["second"].answer = False
+        with pytest.raises(DataError):
+            rows_of(path, AS_IT_IS, Quiet())
     assert [start for *_, start in asked] == [b""] * 4
-
-
-def test_our_own_format_is_the_last_of_the_table():
-    """It reads whatever no other reader recognises, and so says what is wrong with it."""
-    *others, last = formats.BUILT_IN
-    assert isinstance(last, Own)
-    assert not any(isinstance(one, Own) for one in others)

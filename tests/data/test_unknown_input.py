@@ -276,8 +276,8 @@ LINE = json.dumps(ROW)
         ("a.jsonl.gz", b"\x1f\x8b\x08\0", "the file is not UTF-8 text but gzip"),
         (
             "a.json",
-            json.dumps({"rows": [ROW]}, indent=2).encode(),
-            "the file is one JSON object (of 'rows'), not one a line",
+            json.dumps({"rows": [ROW], "more": [ROW]}, indent=2).encode(),
+            "the file is one JSON object (of 'rows', 'more'), which holds 2 lists of rows",
         ),
     ],
 )
@@ -296,6 +296,15 @@ def test_a_json_array_is_read(folder: Path, indent: int | None) -> None:
     data = read_dataset(folder / "a.json")
     assert (data[0].boxes, data[0].source) == (PER_MILLE, "a.json:2")
     assert [source for source, _ in data.skipped] == ["a.json:3"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_the_one_list_of_rows_in_a_json_object_is_read(folder: Path, indent: int | None) -> None:
+    whole = {"version": 3, "tags": ["x"], "rows": [ROW, {**ROW, "question": 5}]}
+    (folder / "a.json").write_text(json.dumps(whole, indent=indent))
+    data = read_dataset(folder / "a.json")
+    assert [example.source for example in data] == ["a.json:1"]
+    assert [source for source, _ in data.skipped] == ["a.json:2"]
 
 
 PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(3_000_000)).decode()

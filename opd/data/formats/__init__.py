@@ -1,45 +1,36 @@
-"""Formats of data files. The table below lists them in the order in which they are tried; a new
-format is a file in this folder and a line in the table.
+"""Formats of rows. The tables below list them; a new format is a file in this folder and a line in
+a table.
 
 A program adds a format by `register`, as `examples/06_a_format.py` shows.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from opd.data.formats.format import Format, Rows
-from opd.data.formats.own import Own
+from opd.data.formats.format import FileFormat, Format, Rows, WholeFormat
+from opd.data.formats.mapped import Mapped
 from opd.data.formats.tree import TREE
 from opd.data.formats.vision_opd import CLEAN, PARENT
 from opd.data.formats.visual_cot import VISUAL_COT
-from opd.paths import read_start
 
-__all__ = ["Format", "Rows", "recognised", "register"]
+__all__ = ["FileFormat", "Format", "Mapped", "Rows", "WholeFormat", "register"]
 
-START = 65_536
-"""Number of bytes at the beginning of a file that `Format.recognise` gets."""
+BUILT_IN: list[Format] = [CLEAN, PARENT, VISUAL_COT, TREE]
+"""The formats of rows. Rows that none of them matches are read as our own (`opd.data.survey`)."""
 
-BUILT_IN: list[Format] = [CLEAN, PARENT, VISUAL_COT, TREE, Own()]
-"""The formats of opd. The last one reads every file that no other format recognises."""
+NAMED: list[Format] = []
+"""Formats that are read if `data.format` names them, and never recognised."""
 
-REGISTERED: dict[str, Format] = {}
+WHOLE: list[WholeFormat] = []
+"""The formats of files that are one JSON object."""
+
+REGISTERED: dict[str, Format | FileFormat] = {}
 """The formats that programs have registered, by name."""
 
 
-def register(reader: Format) -> None:
-    """Makes `reader` read every data file that it recognises, in this process.
+def register(reader: Format | FileFormat) -> None:
+    """Makes `reader` read the rows, or the data files, that it recognises, in this process.
 
     Registered formats are tried before the built-in formats. A second registration of the same
     name replaces the first.
     """
     REGISTERED[reader.name] = reader
-
-
-def recognised(path: Path) -> Format:
-    """The first format that recognises a file or folder, else our own format."""
-    *others, last = [*REGISTERED.values(), *BUILT_IN]
-    if not others:
-        return last
-    start = read_start(path, START)
-    return next((reader for reader in others if reader.recognise(path, start)), last)

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from opd.data.boxes import BoxFormat
 from opd.data.fields import Row
-from opd.data.formats.format import Rows
-from opd.data.jsonl import parse, read_lines
 from opd.errors import DataError
 
 _OPTION = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(\S.*?)\s*")
 """A line that is an option: "A. red", "A) red", "A: red" or "(A) red"."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mapped:
-    """Reads JSON lines, and JSON arrays, of another program's rows.
+    """Reads another program's rows (`opd.data.formats.format.Format`).
 
-    A file has this format if its first row has all fields `marks`, and `also` holds, and is none of
-    our own, which may have any columns beside ours. `to_own` gives a row with our fields
-    (docs/data.md), and raises DataError for a faulty row. The fields `answer` and `id` are ours
-    already. `key` is the format's name in `data.format`. `names`: what the format calls our fields,
-    for messages.
+    A row has this format if it has all fields `marks`, and `also` holds. `to_own` gives a row with
+    our fields (docs/data.md), and raises DataError for a faulty row. The fields `answer` and `id`
+    are ours already. `key` is the format's name in `data.format`. `names`: what the format calls
+    our fields, for messages.
     """
 
     name: str
@@ -39,29 +33,9 @@ class Mapped:
     also: Callable[[Row], bool] = lambda row: True
     names: Mapping[str, str] = field(default_factory=dict)
 
-    _decoder: ClassVar[json.JSONDecoder] = json.JSONDecoder()
-
-    def recognise(self, path: Path, start: bytes) -> bool:
-        """Whether the first row has the format; a row that `start` cuts is not recognised."""
-        text = start.decode("utf-8-sig", errors="ignore").lstrip().removeprefix("[").lstrip()
-        try:
-            row, _ = self._decoder.raw_decode(text)
-        except (ValueError, RecursionError):
-            return False
-        return isinstance(row, dict) and self.matches(row) and not is_own(row)
-
     def matches(self, row: Row) -> bool:
         """Whether a row has the format."""
         return _has(row, self.marks) and self.also(row)
-
-    def read(self, path: Path) -> Rows:
-        """The rows of a file. Raises DataError for a file that is not JSON lines."""
-        lines = read_lines(path)
-        rows = [(number, partial(self._row, line)) for number, line in lines.rows]
-        return Rows(path, lines.content, rows, self.box_format, names=self.names)
-
-    def _row(self, line: str) -> Row:
-        return self.own(parse(line))
 
     def own(self, row: Row) -> Row:
         """The row with our fields. Raises DataError for a faulty row."""

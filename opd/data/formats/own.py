@@ -27,7 +27,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -36,14 +35,11 @@ from opd.data import foreign
 from opd.data.answers import chosen
 from opd.data.boxes import BoxFormat, Drawn, boxes, stated_format, stated_image
 from opd.data.choices import with_choices
-from opd.data.fields import Row, is_finite, missing, show, text, texts, whole, wrong
-from opd.data.formats.format import Rows
+from opd.data.fields import FIELDS, Row, is_finite, missing, show, text, texts, whole, wrong
 from opd.data.images import orientation_of
-from opd.data.jsonl import parse, read_lines
 from opd.data.pictures import ImageFacts
 from opd.data.remarks import about
 from opd.data.sources import Place, Sources
-from opd.data.survey import FIELDS, survey
 from opd.errors import DataError, plural
 from opd.types import IMAGE_MARKER, EncodedImage, Example
 
@@ -53,23 +49,6 @@ LETTERED = len(ascii_uppercase)
 TOGETHER = 4
 """The images of a row, which are in memory together while the prompt is encoded, have at most this
 many times `data.max_image_pixels` pixels."""
-
-
-class Own:
-    """Reads our own JSONL, and JSON arrays of its rows."""
-
-    name = "opd's own rows"
-
-    def recognise(self, path: Path, start: bytes) -> bool:
-        """True for every file; `read` raises an error for a file with other rows."""
-        return True
-
-    def read(self, path: Path) -> Rows:
-        """The rows of a file. Raises DataError for a file that is not JSON lines."""
-        lines = read_lines(path)
-        surveyed = survey(lines)
-        rows = [(number, partial(parse, line)) for number, line in surveyed.rows]
-        return Rows(path, lines.content, rows, surveyed.box_format, surveyed.notes)
 
 
 @dataclass(frozen=True)
@@ -97,8 +76,10 @@ def read_row(
     said: Said = NOTHING_SAID,
     names: Mapping[str, str] = OURS,
     remark: Callable[[str], None] = lambda _: None,
+    evidence: bool = True,
 ) -> Example:
-    """The example of a row. Raises DataError for a faulty row.
+    """The example of a row. Raises DataError for a faulty row; with `evidence`, a row without boxes
+    and teacher's images is faulty.
 
     `again` reads the row; a picture in the row calls it again when it is opened. `source`:
     "file:line". `files` hold the row. `sources` finds the pictures of the row. `box_format`: the
@@ -116,7 +97,7 @@ def read_row(
     if question is None:
         raise missing(row, "question", "a text", FIELDS)
     teacher_images = sources.of_row(row, "teacher_image", place)
-    evidence = boxes(
+    found = boxes(
         row,
         _sizes(images, facts, "image", max_image_pixels),
         Drawn(
@@ -128,7 +109,7 @@ def read_row(
         remark,
     )
     _sizes(teacher_images, facts, "teacher_image", max_image_pixels)
-    if not evidence and not teacher_images:
+    if evidence and not found and not teacher_images:
         raise missing(
             row,
             "boxes",
@@ -155,7 +136,7 @@ def read_row(
         id=_id(row, source),
         images=images,
         question=question,
-        boxes=evidence,
+        boxes=found,
         teacher_images=teacher_images,
         teacher_question=teacher_question,
         answer=_answer(row, choices),

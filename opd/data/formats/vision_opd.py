@@ -36,6 +36,11 @@ def _full(row: Row) -> Row:
     return _row(row, row["images"], row["problem"])
 
 
+def _has_no_clean(row: Row) -> bool:
+    """Whether a row is not of Vision-OPD-6K, which has the same fields and more."""
+    return row.get("original_images") is None
+
+
 def _row(row: Row, images: object, question: object) -> Row:
     if isinstance(question, str) and question.count(IMAGE_MARKER) == 1:
         question = question.replace(IMAGE_MARKER, "").strip()  # where images stand anyway
@@ -54,5 +59,6 @@ PARENT = Mapped(
     ("problem", "bbox", "images"),
     _full,
     key="zwz",
+    also=_has_no_clean,
     names={"question": "problem", "boxes": "bbox"},
 )
