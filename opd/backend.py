@@ -148,6 +148,30 @@ class Backend(Protocol):
         """The statistics of `accumulate`, without a gradient; with `top` > 0, also the `top` most
         likely tokens of both policies."""
 
+    @property
+    def attends(self) -> bool:
+        """Whether `attend` knows the attention of this model."""
+
+    def attend(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        policy: Policy = "student",
+    ) -> list[list[FloatArray]]:
+        """The attention of each completion's rows to the visual tokens of its prompt, averaged over
+        heads: float32 [L, T, S] for each of a prompt's `completions`, which are not empty.
+
+        L counts the layers of attention, from the first; a layer of another kind, such as a delta
+        net, has no entry. Row t is the row that predicts token t, so that row 0 is the prompt's
+        last token. S is in the order of `Prompt.visual`. A weight is in 0..1, a share of all that
+        the row attends to: the weights of a row sum to at most 1, and the rest is on text.
+        A prompt without completions gets one array [L, 1, S], of its last token alone.
+        Scores are computed for these rows alone: beside a forward, the device holds the scores of
+        one prompt's rows and one key-value head at a time. The result takes 4 * L * T * S bytes of
+        the host for each completion, so the caller cuts many prompts into several calls. Raises
+        BackendError unless `attends`, and OutOfMemory.
+        """
+
     def apply(self, update: Update) -> UpdateResult:
         """Takes one AdamW step on the gradient summed over all processes, and clears the gradient.
         If the gradient is not finite, parameters and moments stay.

@@ -124,6 +124,13 @@ def holds_nan(folder: Path, tensor: str) -> ModelError:
     )
 
 
+def no_attention(model: Path) -> BackendError:
+    """The error for a model of which the backend cannot say where it looks."""
+    return BackendError(
+        f"{model}: this architecture has no family file, so that its attention cannot be read"
+    )
+
+
 def not_finite(folder: Path, tensor: str | None, steps: int) -> OpdError:
     """The error for logits that are not finite after `steps` optimizer steps of the model in
     `folder`.

@@ -12,7 +12,7 @@ from itertools import chain, compress
 
 import numpy as np
 
-from opd.types import Alternatives, Completion, FloatArray, Group, TokenStatistics
+from opd.types import Alternatives, Completion, FloatArray, Group, IntArray, TokenStatistics
 
 
 def nothing_sampled(uniforms: FloatArray) -> list[list[Completion]]:
@@ -42,6 +42,16 @@ def slices(groups: Sequence[Group], completions: int) -> list[list[Group]]:
     return [
         [_members(group, start, start + size) for group in groups] for start in range(0, most, size)
     ]
+
+
+def rows_to_attend(completions: Sequence[Sequence[Completion]]) -> list[list[IntArray]]:
+    """The tokens whose rows `Backend.attend` shows: those of all completions, and for a prompt
+    without completions one token, which the prompt's last row would predict; the row does not
+    depend on it. Raises ValueError for an empty completion."""
+    if any(len(completion) == 0 for completion in chain.from_iterable(completions)):
+        raise ValueError("an empty completion has no rows that attend to anything")
+    last_row = np.zeros(1, np.int32)
+    return [[completion.tokens for completion in members] or [last_row] for members in completions]
 
 
 def restore_empty(

@@ -9,10 +9,10 @@ from opd.errors import ModelError
 from opd.types import Completion, Group, Prompt
 
 
-def check_ids(prompts: Sequence[Prompt], groups: Sequence[Group], rows: int) -> None:
-    """Raises ModelError if a prompt or completion has a token id outside of 0..`rows` - 1, where
-    `rows` counts the rows of the embedding."""
-    sequences: list[Prompt | Completion] = [*prompts]
+def check_ids(prompts: Sequence[Prompt | Completion], groups: Sequence[Group], rows: int) -> None:
+    """Raises ModelError if a prompt or completion, alone or of a group, has a token id outside of
+    0..`rows` - 1, where `rows` counts the rows of the embedding."""
+    sequences = [*prompts]
     for group in groups:
         sequences += [group.student, group.teacher, *group.completions]
     for sequence in sequences:

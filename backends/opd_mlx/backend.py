@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from opd import errors
 from opd.backend import Prefill
-from opd.groups import drop_empty, nothing_sampled, restore_empty
+from opd.groups import drop_empty, nothing_sampled, restore_empty, rows_to_attend
 from opd.ids import check_ids
 from opd.objective import Objective
 from opd.types import (
@@ -30,6 +31,7 @@ from opd.types import (
 from opd_mlx import gradient
 from opd_mlx import sampling as rollout
 from opd_mlx.device import tells_out_of_memory
+from opd_mlx.forward import attend
 from opd_mlx.model import (
     Checkpoint,
     Model,
@@ -41,42 +43,27 @@ from opd_mlx.model import (
     write_model,
 )
 from opd_mlx.optimizer import Optimizer, move_teacher, zeros
+from opd_mlx.processes import Processes
 
 
-class MlxBackend:
+class MlxBackend(Processes):
     """`opd.backend.Backend` on an MLX device.
 
     Parameters are flat dictionaries of float32 arrays, which are bound to the model's modules for a
-    computation. mx.distributed sums gradients if `mlx.launch` started several processes.
+    computation.
     """
+
+    attends = True  # the layers of every family have `visual_weights`
 
     def __init__(self, options: ModelOptions, model: Model, student: Parameters) -> None:
         """`model` and the trained parameters `student`: those of `options`, as `load_model` returns
         them; the dictionary `student` is changed in place."""
+        super().__init__()
         self._options, self._model, self._student = options, model, student
         self._teacher = dict(self._student)
         self._optimizer = Optimizer(self._student, self._model.device)
         self._gradient: Parameters = {}
         self._weights = object()  # another one wherever the student's weights change
-        self._processes = mx.distributed.init()
-
-    @property
-    def rank(self) -> int:
-        """The index of this process."""
-        return int(self._processes.rank())
-
-    @property
-    def size(self) -> int:
-        """The number of processes."""
-        return int(self._processes.size())
-
-    def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sums elementwise over all processes."""
-        if self.size == 1:
-            return values.copy()
-        local = mx.array(values, dtype=mx.float64)
-        summed = mx.distributed.all_sum(local, group=self._processes, stream=mx.cpu)
-        return np.array(summed, dtype=np.float64)
 
     @tells_out_of_memory
     def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
@@ -141,6 +128,19 @@ class MlxBackend:
         check_ids((), used, self._model.vocabulary)
         inputs = self._student, self._teacher, used, objective, top
         return restore_empty(groups, gradient.score(self._model, *inputs))
+
+    @tells_out_of_memory
+    def attend(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        policy: Policy = "student",
+    ) -> list[list[FloatArray]]:
+        """The attention of completion rows to visual tokens."""
+        check_ids([*prompts, *chain.from_iterable(completions)], (), self._model.vocabulary)
+        parameters = self._student if policy == "student" else self._teacher
+        with self._model.bound(parameters):
+            return attend(self._model, prompts, rows_to_attend(completions))
 
     def apply(self, update: Update) -> UpdateResult:
         """Takes one optimizer step on the gradient, summed over all processes."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
-from opd.types import Prompt
-from opd_mlx.batch import Batch, DecodeStep, Prefixes
+from opd.types import FloatArray, IntArray, Prompt
+from opd_mlx.batch import Batch, DecodeStep, Masks, Prefixes, Visibility, lay_out
 from opd_mlx.layers.layer import CompletionCache, KeysValues, Layer, checkpoint_if
 from opd_mlx.model import Model
 
@@ -59,6 +60,30 @@ def prefill(model: Model, prefixes: Prefixes, recompute: float = 0) -> PromptCac
 def complete(model: Model, batch: Batch, cache: PromptCache, recompute: float = 0) -> mx.array:
     """Final hidden states [M, D] of the batch's `rows`, over the `cache` of the prompts."""
     return _completions(model, batch, cache, recompute, (), None)
+
+
+def attend(
+    model: Model, prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
+) -> list[list[FloatArray]]:
+    """The attention [L, T, S] of each completion's rows to the visual tokens of its prompt,
+    averaged over heads, for the L layers that have keys.
+    """
+    warm(model, prompts)
+    batch = lay_out(prompts, completions)
+    hidden, angles, masks = _inputs(model, batch, None)
+    layers = []
+    for layer, prefix in zip(model.layers, prefill(model, batch.prefixes), strict=True):
+        own, mask = angles[layer.rotary], masks[layer.visibility]
+        weights = layer.visual_weights(hidden, own, prefix, batch, mask)
+        if weights is not None:
+            layers.append([np.array(one) for one in weights])
+        hidden = layer.completion(hidden, own, batch.shape, prefix, mask, None, None)
+    return [
+        [np.stack([rows[place, : len(tokens)] for rows in some]) for place, tokens in members]
+        for some, members in zip(
+            zip(*layers, strict=True), map(enumerate, completions), strict=True
+        )
+    ]
 
 
 def decode(
@@ -108,16 +133,7 @@ def _completions(
     caches: Sequence[CompletionCache],
     step: DecodeStep | None,
 ) -> mx.array:
-    family, module = model.family, model.module
-    hidden = family.embed(module, batch.tokens)
-    angles = family.angles(module, batch.positions, hidden.dtype)
-    rows, length = mx.arange(batch.shape[2])[:, None], batch.shape[2]
-    masks = {
-        visibility: step.masks(batch.prefixes, visibility)
-        if step
-        else batch.prefixes.masks(visibility, rows, length)
-        for visibility in {layer.visibility for layer in model.layers}
-    }
+    hidden, angles, masks = _inputs(model, batch, step)
     for number, layer in enumerate(model.layers):
 
         def run(
@@ -133,4 +149,22 @@ def _completions(
 
         run_layer = checkpoint_if(number < recompute * len(model.layers), layer.module, run)
         hidden = run_layer(hidden, angles[layer.rotary], cache[number])
-    return family.text(module).norm(hidden if batch.rows is None else hidden[batch.rows])
+    norm = model.family.text(model.module).norm
+    return norm(hidden if batch.rows is None else hidden[batch.rows])
+
+
+def _inputs(
+    model: Model, batch: Batch, step: DecodeStep | None
+) -> tuple[mx.array, tuple[KeysValues, ...], dict[Visibility, Masks]]:
+    """Embeddings and rotary factors of completion rows, and their masks by visibility."""
+    family, module = model.family, model.module
+    hidden = family.embed(module, batch.tokens)
+    angles = family.angles(module, batch.positions, hidden.dtype)
+    rows, length = mx.arange(batch.shape[2])[:, None], batch.shape[2]
+    masks = {
+        visibility: step.masks(batch.prefixes, visibility)
+        if step
+        else batch.prefixes.masks(visibility, rows, length)
+        for visibility in {layer.visibility for layer in model.layers}
+    }
+    return hidden, angles, masks

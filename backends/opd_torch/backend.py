@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from opd import errors
 from opd.backend import Prefill
-from opd.groups import drop_empty, nothing_sampled, restore_empty
+from opd.groups import drop_empty, nothing_sampled, restore_empty, rows_to_attend
 from opd.ids import check_ids
 from opd.objective import Objective
 from opd.types import (
@@ -31,6 +31,7 @@ from opd.types import (
 from opd_torch import gradient as gradients
 from opd_torch import sampling as rollout
 from opd_torch.device import tells_out_of_memory
+from opd_torch.forward import attend
 from opd_torch.model import (
     Model,
     copy_model,
@@ -41,37 +42,21 @@ from opd_torch.model import (
     write_checkpoint,
 )
 from opd_torch.optimizer import Optimizer, move_teacher
+from opd_torch.processes import Processes
 
 
-class TorchBackend:
+class TorchBackend(Processes):
     """`opd.backend.Backend` on one device per process; torch.distributed sums over processes."""
 
     def __init__(self, options: ModelOptions, student: Model) -> None:
         """`student`: the model of `options`, as `load_model` returns it; it is trained in place."""
+        super().__init__(student.device.torch)
         self._options, self._student = options, student
         # The teacher's parameters keep requires_grad, because autocast caches only their casts.
         self._teacher = copy_model(self._student)
         self._optimizer = Optimizer(self._student.parameters)
         self._gradient: dict[str, Tensor] = {}
         self._weights = object()  # another one wherever the student's weights change
-
-    @property
-    def rank(self) -> int:
-        """The index of this process."""
-        return distributed.get_rank() if distributed.is_initialized() else 0
-
-    @property
-    def size(self) -> int:
-        """The number of processes."""
-        return distributed.get_world_size() if distributed.is_initialized() else 1
-
-    def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sums elementwise over all processes."""
-        if self.size == 1:
-            return values.copy()
-        summed = torch.from_numpy(values.astype(np.float64)).to(self._student.device.torch)
-        distributed.all_reduce(summed)
-        return np.asarray(summed.cpu().numpy(), dtype=np.float64)
 
     @tells_out_of_memory
     def prefill(self, prompts: Sequence[Prompt]) -> Prefill | None:
@@ -134,6 +119,26 @@ class TorchBackend:
         check_ids((), used, self._student.vocabulary)
         policies = self._student, self._teacher
         return restore_empty(groups, gradients.score(*policies, used, objective, top))
+
+    @property
+    def attends(self) -> bool:
+        """Whether the model has a family file."""
+        return self._student.family is not None
+
+    @tells_out_of_memory
+    def attend(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        policy: Policy = "student",
+    ) -> list[list[FloatArray]]:
+        """The attention of completion rows to visual tokens."""
+        if not self.attends:
+            raise errors.no_attention(self._options.path)
+        model = self._student if policy == "student" else self._teacher
+        check_ids([*prompts, *chain.from_iterable(completions)], (), model.vocabulary)
+        with torch.no_grad(), model.autocast():
+            return attend(model, prompts, rows_to_attend(completions))
 
     def apply(self, update: Update) -> UpdateResult:
         """Takes one optimizer step on the gradient, summed over all processes."""

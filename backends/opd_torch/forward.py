@@ -6,7 +6,7 @@ It computes the final hidden states of the rows that predict, and of no others. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd.types import Prompt
+from opd.types import FloatArray, IntArray, Prompt
 from opd_torch import rows
-from opd_torch.batch import Batch, DecodeStep, Prefixes
+from opd_torch.batch import Batch, DecodeStep, Prefixes, lay_out
 from opd_torch.layers.layer import CompletionCache, KeysValues, checkpoint_if
 from opd_torch.model.load import Model
 
@@ -72,6 +72,27 @@ def complete(model: Model, batch: Batch, prompts: PromptCache, recompute: float 
         arguments = hidden, angles[layer.rotary], prefix, batch
         hidden = checkpoint_if(recompute_layer, layer.completion, *arguments)
     return family.text(model.module).norm(hidden)
+
+
+def attend(
+    model: Model, prompts: Sequence[Prompt], completions: Sequence[Sequence[IntArray]]
+) -> list[list[FloatArray]]:
+    """The attention [L, T, S] of each completion's rows to the visual tokens of its prompt,
+    averaged over heads, for the L layers that have keys.
+    """
+    family, batch = model.family, lay_out(prompts, completions, model.device.torch)
+    assert family is not None
+    cache = prefill(model, batch.prefixes)
+    hidden = family.embed(model.module, batch.tokens)
+    angles = family.angles(model.module, batch.positions, hidden)
+    layers = []
+    for layer, prefix in zip(model.layers, cache, strict=True):
+        weights = layer.visual_weights(hidden, angles[layer.rotary], prefix, batch)
+        if weights is not None:
+            layers.append([one.float().cpu().numpy() for one in weights])
+        hidden = layer.completion(hidden, angles[layer.rotary], prefix, batch)
+    stacked = (np.stack(one) for one in zip(*layers, strict=True))
+    return [list(islice(stacked, len(members))) for members in completions]
 
 
 def prefill_to_decode(model: Model, prefixes: Prefixes) -> PromptCache:

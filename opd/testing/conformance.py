@@ -285,6 +285,36 @@ def sampling_keeps_the_rules(material: Material) -> float:
     return 0.0 if same else np.inf
 
 
+def attention_is_of_its_own_rows(material: Material) -> float:
+    """Every row's attention to visual tokens is at least 0 and sums to at most 1, and depends on no
+    later token and on no other prompt or completion. A prompt without completions shows its last
+    token; an empty completion raises ValueError."""
+    backend = material.make()
+    if not backend.attends:
+        return 0.0
+    prompts, sampled = [student for student, _ in material.pairs], material.sample(backend)
+    together = backend.attend(prompts, sampled)
+    errors = [0.0]
+    for prompt, members, weights in zip(prompts, sampled, together, strict=True):
+        alone = backend.attend([prompt], [[]])[0][0]
+        for one, found in zip(members, weights, strict=True):
+            shape = (len(alone), len(one), len(prompt.visual.index))
+            if found.shape != shape or found.dtype != np.float32:
+                return np.inf
+            if found.min() < 0 or found.sum(-1).max() > 1 + VALUE:
+                return np.inf
+            end = -(-len(one) // 2)
+            half = replace(one, tokens=one.tokens[:end], logprobs=one.logprobs[:end])
+            errors += [
+                _difference(backend.attend([prompt], [[half]])[0][0], found[:, :end]),
+                _difference(alone, found[:, :1]),
+            ]
+    nothing = replace(sampled[0][0], tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32))
+    if not _refused(lambda: backend.attend(prompts[:1], [[nothing]])):
+        return np.inf
+    return max(errors)
+
+
 def the_gradient_is_the_losss_derivative(material: Material) -> float:
     """Along its own direction, the gradient predicts how the loss changes (central difference)."""
     backend = material.make()
@@ -456,6 +486,7 @@ CHECKS: tuple[tuple[str, Callable[[Material], float], float], ...] = (
     ("score is accumulate without gradient", score_is_accumulate_without_gradient, VALUE),
     ("on-policy ratio is one", on_policy_ratio_is_one, 5 * VALUE),
     ("sampling keeps the rules", sampling_keeps_the_rules, EXACT),
+    ("attention is of its own rows", attention_is_of_its_own_rows, VALUE),
     ("the gradient is the loss's derivative", the_gradient_is_the_losss_derivative, 2e-2),
     ("weights scale the gradient", weights_scale_the_gradient, GRADIENT),
     ("a step is AdamW", a_step_is_adamw, 10 * GRADIENT),

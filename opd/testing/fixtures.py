@@ -7,7 +7,7 @@ file; run it when the embedded model changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -61,8 +61,12 @@ def against_fixtures(
     gradients = np.abs(computed["gradient"] - expected["gradient"]).max() / largest
     statistics = _error(computed["statistics"], expected["statistics"])
     losses = _error(computed["losses"], expected["losses"])
+    attention = 0.0
+    if "attention" in computed:
+        attention = _error(computed["attention"], expected["attention"])
     return [
         Result("statistics equal the CPU's", statistics, 5 * VALUE),
+        Result("attention equals the CPU's", attention, VALUE),
         Result("gradients equal the CPU's", float(gradients), GRADIENT),
         Result("sampled tokens equal the CPU's", float(unequal), 0.0),
         Result("losses of ten steps equal the CPU's", losses, GRADIENT),
@@ -89,9 +93,10 @@ def numbers(
     any, else the sampled ones.
 
     `statistics` [6, tokens]; `gradient` [parameters, 2]: the norm of each parameter's gradient and
-    its product with a fixed random direction, both divided by the global norm; `sampled` [B, n,
-    max_tokens]: token ids, padded with -1; `logprobs`: the same, padded with 0; `losses` [STEPS] of
-    AdamW and EMA steps on the same completions.
+    its product with a fixed random direction, both divided by the global norm; `attention` [L,
+    rows], if the backend attends: each row's product with a fixed random direction; `sampled` [B,
+    n, max_tokens]: token ids, padded with -1; `logprobs`: the same, padded with 0; `losses` [STEPS]
+    of AdamW and EMA steps on the same completions.
     """
     drawn = uniforms(0, 1, range(len(pairs)), COMPLETIONS, MAX_TOKENS)
     sampled = backend.sample(
@@ -110,6 +115,8 @@ def numbers(
     computed["statistics"] = np.stack(
         [np.concatenate([getattr(record, name) for record in statistics]) for name in STATISTICS]
     )
+    if backend.attends:
+        computed["attention"] = _attention(backend, groups)
     computed["gradient"] = _projected(backend.tensors("gradient"))
     weights = [weight for group in groups for weight in group.weights]
     losses = []
@@ -147,6 +154,16 @@ def _groups(pairs: list[tuple[Prompt, Prompt]], stored: Mapping[str, NDArray[Any
             )
         )
     return groups
+
+
+def _attention(backend: Backend, groups: Sequence[Group]) -> NDArray[np.float64]:
+    """The attention of all completion rows to visual tokens, projected to [L, rows]."""
+    weights = backend.attend(
+        [group.student for group in groups], [group.completions for group in groups]
+    )
+    rng = np.random.Generator(np.random.Philox(0))
+    rows = [one @ rng.choice([-1.0, 1.0], size=one.shape[-1]) for one in chain(*weights)]
+    return np.concatenate(rows, axis=1)
 
 
 def _projected(tensors: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float64]:

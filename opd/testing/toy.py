@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from opd.backend import Prefill
+from opd.groups import rows_to_attend
 from opd.objective import Evaluation, Float64, Objective, evaluate, log_softmax
 from opd.types import (
     Alternatives,
@@ -85,6 +86,7 @@ class ToyBackend:
     """A backend of one process, in float64."""
 
     rank, size = 0, 1
+    attends = True
     device = "numpy"
     peak_memory = 0
 
@@ -166,6 +168,24 @@ class ToyBackend:
                 for completion, evaluation in zip(group.completions, row, strict=True)
             ]
             for group, row in zip(groups, evaluations, strict=True)
+        ]
+
+    def attend(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        policy: Policy = "student",
+    ) -> list[list[FloatArray]]:
+        """One layer, whose rows attend to all visual tokens alike: logits depend on the mean of
+        their features."""
+        return [
+            [
+                np.full(
+                    (1, len(tokens), len(prompt.visual.index)), 1 / len(prompt.visual.index)
+                ).astype(np.float32)
+                for tokens in members
+            ]
+            for prompt, members in zip(prompts, rows_to_attend(completions), strict=True)
         ]
 
     def apply(self, update: Update) -> UpdateResult:

@@ -166,6 +166,14 @@ class Slow(ToyBackend):
         super().move_teacher(rate * 0.9)
 
 
+class LooksAhead(ToyBackend):
+    """A row's attention depends on how many tokens follow."""
+
+    def attend(self, prompts, completions, policy="student"):
+        rows = super().attend(prompts, completions, policy)
+        return [[weights / weights.shape[1] for weights in row] for row in rows]
+
+
 class Leaks(ToyBackend):
     def score(self, groups, objective, top=0):
         super().accumulate(groups, objective)
@@ -208,6 +216,7 @@ BROKEN = [
     (TeacherSeesStudent, "the gradient is the loss's derivative"),
     (Warm, "on-policy ratio is one"),
     (Unbanned, "sampling keeps the rules"),
+    (LooksAhead, "attention is of its own rows"),
     (Steps, "a step that is not finite changes nothing"),
     (Slow, "the teacher moves by its rate"),
     (Leaks, "score is accumulate without gradient"),

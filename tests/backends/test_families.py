@@ -157,6 +157,26 @@ def test_samples_are_the_stock_distributions(case, backend, twin, stock, tempera
             assert not completion.finished
 
 
+def test_attention_is_the_stock_models(case, backend, twin, stock):
+    """Prompts and completions of unequal lengths together, longer than Gemma 3's window; a prompt
+    without completions shows its last token."""
+    rng, groups = np.random.default_rng(5), case.groups[:4]
+    lengths = [(5, 24), (), (1,), (3, 2, 7)]
+    tokens = [[rng.integers(10, 250, n).astype(np.int32) for n in some] for some in lengths]
+    members = [
+        [Completion(one, np.zeros(len(one), np.float32), False) for one in some] for some in tokens
+    ]
+    near = 1e-4 if case.kind == ROUGH else 2e-6
+    for policy in ("student", "teacher"):
+        found = backend.attend([group.student for group in groups], members, policy)
+        for group, some, arrays in zip(groups, tokens, found, strict=True):
+            for one, weights in zip(some or [np.zeros(1, np.int32)], arrays, strict=True):
+                wanted = torch_cases.stock_attention(stock(policy), group.student, one)
+                assert weights.dtype == np.float32
+                assert 0.01 < wanted.sum(-1).max() <= 1
+                np.testing.assert_allclose(weights, wanted, atol=near)
+
+
 def test_text_without_images(case, backend, twin, stock):
     """Alone, and beside a prompt with an image."""
     prompt, uniforms = case.encoder.encode([], "What digit?"), np.full((2, 1, 3), 0.5, np.float32)

@@ -214,6 +214,23 @@ def delta_rule_in_float64():
 def stock_logits(model, prompt, tokens):
     """Logits [T, V] of stock transformers at the rows that predict `tokens`, from one plain row
     [prompt + tokens]."""
+    return stock_output(model, prompt, tokens).logits[0, len(prompt.tokens) - 1 : -1]
+
+
+def stock_attention(model, prompt, tokens):
+    """The eager attention of stock transformers [L, T, S], averaged over heads, from the rows that
+    predict `tokens` to the visual tokens."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        layers = stock_output(model, prompt, tokens, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    rows, visual = slice(len(prompt.tokens) - 1, -1), prompt.visual.index.tolist()
+    weights = [layer[0, :, rows].mean(0)[:, visual] for layer in layers if layer is not None]
+    return torch.stack(weights).numpy()
+
+
+def stock_output(model, prompt, tokens, **options):
+    """What stock transformers says to one plain row [prompt + tokens]."""
     ids = np.concatenate([prompt.tokens, tokens]).astype(np.int64)
     kinds = np.zeros_like(ids)
     kinds[prompt.visual.index] = 1
@@ -226,7 +243,8 @@ def stock_logits(model, prompt, tokens):
         name: value.double() if value.is_floating_point() else value.long()
         for name, value in arrays.items()
     }
-    out = model(
+    return model(
+        **options,
         input_ids=torch.from_numpy(ids)[None],
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         use_cache=False,
@@ -237,7 +255,6 @@ def stock_logits(model, prompt, tokens):
             else arrays
         ),
     )
-    return out.logits[0, len(prompt.tokens) - 1 : -1]
 
 
 def plain_divergence(student, teacher, objective):

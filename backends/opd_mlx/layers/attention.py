@@ -17,7 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from opd_mlx.batch import DecodeStep, Masks, Prefixes, Visibility
+from opd.types import IntArray
+from opd_mlx.batch import Batch, DecodeStep, Masks, Prefixes, Visibility
 from opd_mlx.device import Device
 from opd_mlx.kernels.activations import swiglu
 from opd_mlx.kernels.backward import traced
@@ -157,14 +158,7 @@ class AttentionLayer:
         step: DecodeStep | None,
     ) -> mx.array:
         """Runs completion rows [B * n * T, D], or in a `step` the next row of every completion."""
-        query, key, value, gate = self._project(self.normalised(hidden), angles)
-        key, value = (
-            rows.reshape(*shape, *rows.shape[1:]).transpose(0, 3, 1, 2, 4) for rows in (key, value)
-        )
-        # [B, H / G, n, G, T, E]: the axes n, G and T fold into one, so that the prompt's keys are
-        # read once.
-        query = query.reshape(*shape, self._keys, self._heads // self._keys, -1)
-        query = query.transpose(0, 3, 1, 4, 2, 5)
+        query, key, value, gate = self._completion_heads(hidden, angles, shape)
         if cache is not None and step is not None:
             key, value = cache.append(key, value, step)
             mixed = _decode_step(query * self._scale, prefix, (key, value), masks)
@@ -174,6 +168,18 @@ class AttentionLayer:
             mixed = attention(query * self._scale, sources, masks.seen, self._device)
         mixed = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(len(hidden), -1)
         return self.finish(hidden, mixed, gate)
+
+    def visual_weights(
+        self, hidden: mx.array, angles: KeysValues, prefix: KeysValues, batch: Batch, masks: Masks
+    ) -> list[mx.array]:
+        """The weights [n, T, S] of completion rows on each prompt's visual tokens."""
+        query, key, _, _ = self._completion_heads(hidden, angles, batch.shape)
+        weights = []
+        for number, prompt in enumerate(batch.prefixes.sources):
+            inputs = (query * self._scale)[number], key[number], prefix[0][number]
+            mask = None if masks.prefix is None else masks.prefix[number, 0, 0]
+            weights.append(_visual_weights(*inputs, mask, masks.completion, prompt.visual.index))
+        return weights
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:
         """The empty cache of n completions of each prompt."""
@@ -191,6 +197,20 @@ class AttentionLayer:
         keys = mx.concatenate([padded(keys) for keys, _ in prefixes])
         values = mx.concatenate([padded(values) for _, values in prefixes])
         return keys, values
+
+    def _completion_heads(
+        self, hidden: mx.array, angles: KeysValues, shape: tuple[int, int, int]
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+        """Rotated queries [B, H / G, n, G, T, E], rotated keys and values [B, H / G, n, T, E], and
+        the gate. Of queries the axes n, G and T fold into one, so that the prompt's keys are read
+        once.
+        """
+        query, key, value, gate = self._project(self.normalised(hidden), angles)
+        key, value = (
+            rows.reshape(*shape, *rows.shape[1:]).transpose(0, 3, 1, 2, 4) for rows in (key, value)
+        )
+        query = query.reshape(*shape, self._keys, self._heads // self._keys, -1)
+        return query.transpose(0, 3, 1, 4, 2, 5), key, value, gate
 
     def _project(
         self, rows: mx.array, angles: KeysValues
@@ -242,6 +262,34 @@ def rotate(heads: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     first, second = mx.split(heads, 2, axis=-1)
     rotated = heads * cosines + mx.concatenate([-second, first], axis=-1) * sines
     return rotated if rest is None else mx.concatenate([rotated, rest], axis=-1)
+
+
+def _visual_weights(
+    query: mx.array,
+    key: mx.array,
+    prefix_key: mx.array,
+    prefix_mask: mx.array | None,
+    completion_mask: mx.array | None,
+    visual: IntArray,
+) -> mx.array:
+    """The weights [n, T, S] of one prompt's completion rows on its `visual` tokens, averaged over
+    heads, from one float32 softmax over the keys of prompt and completion.
+
+    `query` [H / G, n, G, T, E] is scaled; the keys are [H / G, n, T, E] of the completions and
+    [H / G, P, E] of the prompt. Computed for one key-value head at a time.
+    """
+    heads, n, groups, length, _ = query.shape
+    total = mx.zeros((n, length, len(visual)))
+    for head in range(heads):
+        rows = query[head].astype(mx.float32)
+        shared = rows @ prefix_key[head].astype(mx.float32).T
+        alone = rows @ key[head].astype(mx.float32).swapaxes(-1, -2)[:, None]
+        shared = shared if prefix_mask is None else shared + prefix_mask
+        alone = alone if completion_mask is None else alone + completion_mask
+        weights = mx.softmax(mx.concatenate([shared, alone], axis=-1), axis=-1)
+        total = total + weights[..., mx.array(visual)].sum(axis=1)
+        mx.eval(total)
+    return total / (heads * groups)
 
 
 def _decode_step(

@@ -16,7 +16,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from opd_mlx.batch import DecodeStep, Masks, Prefixes, Visibility
+from opd_mlx.batch import Batch, DecodeStep, Masks, Prefixes, Visibility
 from opd_mlx.device import Device
 from opd_mlx.layers.attention import feed_forward
 from opd_mlx.layers.layer import CompletionCache, KeysValues
@@ -100,6 +100,11 @@ class GatedDelta:
         if cache is not None:
             cache.arrays[:] = state, inputs[:, length:]
         return self._finish(hidden, mixed)
+
+    def visual_weights(
+        self, hidden: mx.array, angles: KeysValues, prefix: KeysValues, batch: Batch, masks: Masks
+    ) -> None:
+        """None: a delta net has no keys."""
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:
         """Copies each prompt's state for each of n completions."""

@@ -1,7 +1,7 @@
 """The protocol of a layer of the trunk, which runs prompts and completions in two streams.
 
 Legend: B prompts, P prompt tokens, n completions of each, T completion tokens (1 in decoding), H
-heads in G groups over H / G key-value heads, E head width.
+heads in G groups over H / G key-value heads, E head width, S visual tokens of one prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 import mlx.core as mx
 from mlx.nn.utils import checkpoint
 
-from opd_mlx.batch import DecodeStep, Masks, Prefixes, Visibility
+from opd_mlx.batch import Batch, DecodeStep, Masks, Prefixes, Visibility
 
 _Inputs = ParamSpec("_Inputs")
 _Output = TypeVar("_Output")
@@ -76,6 +76,14 @@ class Layer(Protocol):
 
         In a decoding `step` T is 1. `cache`, which `begin` made, holds the earlier rows, and the
         row is added to it in place. Otherwise both are None.
+        """
+
+    def visual_weights(
+        self, hidden: mx.array, angles: KeysValues, prefix: KeysValues, batch: Batch, masks: Masks
+    ) -> list[mx.array] | None:
+        """The attention weights [n, T, S] of the completions' rows on the visual tokens of each
+        prompt, averaged over heads; the inputs are those of `completion`. None for a layer without
+        keys.
         """
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:

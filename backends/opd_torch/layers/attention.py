@@ -22,6 +22,7 @@ from opd_torch.kernels.pointwise import feed_forward
 from opd_torch.kernels.rotary import normed_rotated
 from opd_torch.layers.layer import Angles, KeysValues, stack_prompts
 from opd_torch.layers.modules import DecoderLayer, Map
+from opd_torch.ragged import index_tensor
 
 
 def buffer_length(count: int, first: int) -> int:
@@ -130,6 +131,16 @@ class AttentionLayer:
             mixed = _masked(query, key, value, prefix, batch, batch.mask(self.visibility), scale)
         return self.finish(hidden, mixed, gate)
 
+    def visual_weights(
+        self, hidden: Tensor, angles: Angles, prefix: KeysValues, batch: Batch
+    ) -> list[Tensor]:
+        """The weights [T, S] of each completion's rows on its prompt's visual tokens."""
+        normed = self.module.input_layernorm(hidden)
+        keys, _ = self._keys_values(normed, angles)
+        queries, _ = self._queries(normed, angles)
+        queries = queries * self.module.self_attn.scaling
+        return _visual_weights(queries, keys, prefix[0], batch, batch.mask(self.visibility))
+
     def begin(self, prefix: KeysValues, n: int) -> _KeyCache:
         """The empty cache of n completions of each prompt."""
         return _KeyCache(*(x.new_zeros(len(x) * n, x.shape[1], 0, x.shape[3]) for x in prefix))
@@ -194,6 +205,35 @@ def _masked(
     mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     mixed = mixed.view(rows, groups, -1, length, width).permute(0, 3, 1, 2, 4)
     return batch.ragged.unpad(mixed.reshape(rows, length, heads, width))
+
+
+def _visual_weights(
+    queries: Tensor, keys: Tensor, prefix_keys: Tensor, batch: Batch, masks: Tensor
+) -> list[Tensor]:
+    """The weights [T, S] of completion rows with scaled `queries` [M, H, d] on visual tokens,
+    averaged over heads, from one softmax over the keys of prompt and completion in float32 or
+    better.
+
+    Computed for one completion and one key-value head at a time.
+    """
+    precision = torch.promote_types(keys.dtype, torch.float32)
+    heads, groups, longest = queries.shape[1], keys.shape[1], prefix_keys.shape[2]
+    lengths, owners = batch.ragged.lengths.tolist(), batch.owner.index.tolist()
+    weights = []
+    rows = zip(torch.split(queries, lengths), torch.split(keys, lengths), owners, strict=True)
+    # Autocast would round the scores to half precision.
+    with torch.autocast(queries.device.type, enabled=False):
+        for number, (query, key, owner) in enumerate(rows):
+            visual = index_tensor(batch.prefixes.sources[owner].visual.index, keys.device)
+            seen = masks[number if len(masks) > 1 else 0, 0, : len(query), : longest + len(query)]
+            query = query.view(len(query), groups, heads // groups, -1).to(precision)
+            total = query.new_zeros(len(query), len(visual))
+            for group in range(groups):
+                every = torch.cat([prefix_keys[owner, group], key[:, group]]).to(precision)
+                scores = (query[:, group] @ every.T).masked_fill(~seen[:, None], float("-inf"))
+                total += scores.softmax(-1).index_select(-1, visual).sum(1)
+            weights.append(total / heads)
+    return weights
 
 
 def _decode_step(

@@ -86,6 +86,9 @@ class GatedDelta:
                 old.copy_(new)
         return self._finish(hidden, mixed)
 
+    def visual_weights(self, hidden: Tensor, angles: Angles, prefix: _State, batch: Batch) -> None:
+        """None: a delta net has no keys."""
+
     def begin(self, prefix: _State, n: int) -> _StateCache:
         """Copies each prompt's state for each of n completions."""
         window, state = prefix

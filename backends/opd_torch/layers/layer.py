@@ -2,7 +2,8 @@
 
 Legend: N packed rows of prompts, M packed rows of completions, B prompts, P longest prefix, R
 completions of all prompts, n completions of each prompt where they are equally many, T longest
-completion, D hidden width, H query heads, G key-value heads, d head width.
+completion, D hidden width, H query heads, G key-value heads, d head width, S visual tokens of one
+prompt.
 """
 
 from __future__ import annotations
@@ -70,6 +71,14 @@ class Layer(Protocol):
 
         In a decoding `step` each of a prompt's n completions has one row. `cache`, which `begin`
         made, holds the earlier rows, and the row is added to it in place. Otherwise both are None.
+        """
+
+    def visual_weights(
+        self, hidden: Tensor, angles: Angles, prefix: KeysValues, batch: Batch
+    ) -> list[Tensor] | None:
+        """The attention weights [T, S] of each completion's rows on the visual tokens of its
+        prompt, averaged over heads; the inputs are those of `completion`. None for a layer without
+        keys.
         """
 
     def begin(self, prefix: KeysValues, n: int) -> CompletionCache:

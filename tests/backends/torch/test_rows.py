@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import opd_torch
-from opd.errors import DataError, ModelError
+from opd.errors import BackendError, DataError, ModelError
 from opd.models import adapters
 from opd.objective import Objective
 from opd.prompts.processor import ProcessorEncoder, open_encoder
@@ -591,3 +591,10 @@ def test_missing_weights_are_refused(case, tmp_path):
     assert json.loads((tmp_path / "broken" / "config.json").read_text())["model_type"] == "llava"
     with pytest.raises(ModelError, match=r"weights and config\.json do not fit: 1 tensors"):
         opd_torch.load_cpu(ModelOptions(tmp_path / "broken"))
+
+
+def test_where_it_looks_cannot_be_said(case):
+    backend = opd_torch.load_cpu(ModelOptions(case.folder))
+    assert not backend.attends
+    with pytest.raises(BackendError, match="has no family file, so that its attention cannot be"):
+        backend.attend([case.groups[0].student], [[]])
