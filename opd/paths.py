@@ -74,6 +74,11 @@ def stem(name: str) -> str:
     return Path(name).stem.encode("utf-8", "ignore")[:STEM].decode("utf-8", "ignore") or "run"
 
 
+def cache_folder() -> Path:
+    """The folder for what can be made again: `opd` in $XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "opd"
+
+
 def check_file(path: Path) -> None:
     """Raises OSError for a pipe or a device: reading one may wait, or go on, for ever."""
     if path.exists() and not path.is_dir() and not path.is_file():

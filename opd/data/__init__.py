@@ -108,7 +108,12 @@ def read_dataset(
     pictures, remarks = Pictures(max_image_pixels, path), Remarks()
     to_example = partial(
         read_row,
-        sources=Sources(rows.folder or path.parent),
+        sources=Sources(
+            rows.folder or path.parent,
+            Path(reading.images) if reading.images else None,
+            progress,
+            pictures.stop,
+        ),
         box_format=rows.box_format,
         facts=pictures,
         max_image_pixels=max_image_pixels,

@@ -150,6 +150,9 @@ def gather(
     pool = ThreadPoolExecutor(READERS)
     try:
         chosen = set(_spread(total, total if count is None else count, take_all))
+    except BaseException:
+        pictures.stop.set()  # a thread may unpack an archive for minutes
+        raise
     finally:
         # Without cancel_futures, an error or Ctrl-C would wait until all images are decoded.
         pool.shutdown(cancel_futures=True)

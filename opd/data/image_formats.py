@@ -45,7 +45,7 @@ OTHERS = {
 def load_plugin(head: bytes) -> bool:
     """Registers the plugin for the format of a picture with Pillow. Returns False if there is none,
     or it is not installed. `head`: the first HEAD bytes."""
-    _, module, register = PLUGINS.get(_format(head), ("", "", ""))
+    _, module, register = PLUGINS.get(format_of(head), ("", "", ""))
     if not module or find_spec(module) is None:
         return False
     loaded = import_module(module)
@@ -57,7 +57,7 @@ def load_plugin(head: bytes) -> bool:
 def named(head: bytes) -> str:
     """A clause for a message about what Pillow cannot open: what it is, and what to do. `head`: the
     first HEAD bytes."""
-    format_name = _format(head)
+    format_name = format_of(head)
     if format_name in PLUGINS:
         package, module, _ = PLUGINS[format_name]
         if format_name in Image.OPEN or find_spec(module) is not None:
@@ -69,7 +69,7 @@ def named(head: bytes) -> str:
     return OTHERS.get(format_name, "not an image, or of an unknown format")
 
 
-def _format(head: bytes) -> str:
+def format_of(head: bytes) -> str:
     """The format of what begins with `head`: a key of PLUGINS or OTHERS, or "" for any other."""
     if head[4:8] == b"ftyp":
         brands = [head[8:12], *(head[place : place + 4] for place in range(16, 64, 4))]

@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from opd.data.images import check_size, measured, opened, orientation, short
 from opd.errors import DataError
-from opd.paths import read_file
+from opd.paths import cache_folder, read_file
 from opd.types import EncodedImage, Picture
 
 VERSION = 2
@@ -61,7 +61,8 @@ class ImageFacts:
 
 class Pictures:
     """Reads images for the rows of a data file; safe for threads. `store`: the data file whose
-    store is used; None: no store."""
+    store is used; None: no store. `stop` is set once reading has failed, so that whatever takes
+    long ends."""
 
     def __init__(self, max_pixels: int, store: Path | None = None) -> None:
         self._max_pixels = max_pixels
@@ -72,6 +73,7 @@ class Pictures:
         self._budget = PixelBudget(POOL_PIXELS)
         self._new: dict[str, list[Any]] = {}
         self._pixels = 0
+        self.stop = threading.Event()
 
     def __call__(self, source: EncodedImage) -> ImageFacts:
         """The facts of an image, which several rows may share; a damaged image gives a fault.
@@ -231,13 +233,12 @@ class PixelBudget:
 
 
 def store_paths(data: Path) -> tuple[Path, Path]:
-    """The two possible paths of the store of a data file: beside it, and in the user's cache folder
-    ($XDG_CACHE_HOME, else ~/.cache)."""
-    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    """The two possible paths of the store of a data file: beside it, and in the user's cache
+    folder."""
     key = hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:16]
     return (
         data.with_name(f".{data.name}.opd-pictures"),
-        cache / "opd" / f"{data.name[:80]}-{key}.opd-pictures",
+        cache_folder() / f"{data.name[:80]}-{key}.opd-pictures",
     )
 
 

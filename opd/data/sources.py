@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd.data.archive_files import ArchiveFiles, archive_at, archives_in
+from opd.data.beside import Archives
 from opd.data.embedded import Embedded, bytes_or_text, is_embedded
 from opd.data.fields import Row, show, whole, wrong
+from opd.data.images import short
 from opd.errors import DataError
+from opd.progress import Progress, Quiet
 from opd.types import EncodedImage, Picture
 
 WANTED = "a path, bytes, base64 or a URL"
@@ -39,12 +44,33 @@ class Place:
     again: Callable[[], Row]
 
 
-@dataclass(frozen=True)
 class Sources:
-    """Finds the pictures of rows; safe for threads. Paths are relative to `folder`; `~/` is the
-    home folder."""
+    """Finds the pictures of the rows of a data file; safe for threads.
 
-    folder: Path
+    Paths are relative to `images`, a folder or an archive; if that is None, to the data file's
+    `folder`. A picture that is not a file is looked for in the archives of that folder. `~/` is the
+    home folder. `progress` hears which archives are used, and `stop` ends unpacking one. Raises
+    DataError if `images` is neither a folder nor an archive.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        images: Path | None = None,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self._folder = folder if images is None else images
+        self._only: ArchiveFiles | None = None
+        if images is not None and not images.is_dir():
+            self._only = archive_at(images)
+            if self._only is None:
+                what = "neither a folder nor an archive" if images.exists() else "not there"
+                raise DataError(f"data.images: {images} is {what}")
+            self._folder = folder
+        self._progress, self._stop = progress or Quiet(), stop or threading.Event()
+        self._archives: Archives | None = None
+        self._lock = threading.Lock()
 
     def of_row(self, row: Row, singular: str, place: Place) -> tuple[EncodedImage, ...]:
         """The picture in field `singular`, or the pictures in the plural of that field; empty if
@@ -76,4 +102,29 @@ class Sources:
             raise DataError(
                 f"field '{column}': {show(text)} is a URL; download the picture, and give its path"
             )
-        return self.folder / (os.path.expanduser(text) if text.startswith("~/") else text)
+        try:
+            return self._of_path(text)
+        except DataError as error:
+            raise DataError(f"field '{column}': {error}") from error
+
+    def _of_path(self, text: str) -> EncodedImage:
+        """The file, or the picture in an archive, that a path means; the file's path if neither is
+        there and there are no archives. Raises DataError."""
+        at_home = text.startswith("~/")
+        path = self._folder / (os.path.expanduser(text) if at_home else text)
+        if at_home or os.path.isabs(text) or (self._only is None and os.path.isfile(path)):
+            return path
+        archives = self._beside()
+        if found := archives.find(text):
+            return found
+        if missing := archives.missing():
+            raise DataError(f"image not found: {short(text if self._only else path)}; {missing}")
+        return path
+
+    def _beside(self) -> Archives:
+        """The archives in which pictures are looked for."""
+        with self._lock:
+            if self._archives is None:
+                archives = [self._only] if self._only else archives_in(self._folder)
+                self._archives = Archives(archives, self._progress, self._stop)
+            return self._archives
