@@ -7,24 +7,26 @@ always raises DataError. The message is one line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from pydantic import Field
 
-from opd.data.dataset import Dataset, gather, spread
+from opd.data.dataset import Dataset, Reader, ReadRow, gather, spread
 from opd.data.formats.choice import rows_of
 from opd.data.formats.own import Said, read_row
-from opd.data.pictures import Pictures
+from opd.data.images import image_size
+from opd.data.pictures import ImageFacts, Pictures
 from opd.data.reading import AS_IT_IS, Reading
 from opd.data.remarks import Remarks
 from opd.data.sources import Sources
+from opd.errors import DataError
 from opd.paths import PathText
 from opd.progress import Progress, Quiet
-from opd.types import MAX_IMAGE_PIXELS, Example
+from opd.types import MAX_IMAGE_PIXELS, EncodedImage, Example
 
-__all__ = ["DataOptions", "Dataset", "Reading", "open_data", "read_dataset", "spread"]
+__all__ = ["DataOptions", "Dataset", "Reading", "open_data", "open_rows", "read_dataset", "spread"]
 
 
 class DataOptions(Reading):
@@ -104,24 +106,53 @@ def read_dataset(
     (`opd.data.pictures`).
     """
     progress = progress or Quiet()
-    rows = rows_of(path, reading, progress)
-    pictures, remarks = Pictures(max_image_pixels, path), Remarks()
-    to_example = partial(
-        read_row,
-        sources=Sources(
-            rows.folder or path.parent,
-            Path(reading.images) if reading.images else None,
-            progress,
-            pictures.stop,
-        ),
-        box_format=rows.box_format,
-        facts=pictures,
-        max_image_pixels=max_image_pixels,
-        said=Said(reading.box_format, reading.box_image, reading.question),
-        names=rows.names,
-        remark=remarks.add,
-        evidence=evidence,
-    )
-    dataset = gather(rows, to_example, pictures, strict, progress, count)
+    reader, remarks = open_rows(path, progress, max_image_pixels, evidence, reading)
+    dataset = gather(reader, strict, progress, count)
     dataset.notes += remarks.notes()
     return dataset
+
+
+def open_rows(
+    path: Path,
+    progress: Progress,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    evidence: bool = True,
+    reading: Reading = AS_IT_IS,
+) -> tuple[Reader, Remarks]:
+    """Opens a file, whose rows are then read one by one; arguments and errors as in `open_data`.
+    The second result counts what a person should know about the rows that are read."""
+    rows = rows_of(path, reading, progress)
+    pictures, remarks = Pictures(max_image_pixels, path), Remarks()
+    images = Path(reading.images) if reading.images else None
+    sources = Sources(rows.folder or path.parent, images, progress, pictures.stop)
+
+    def row_with(
+        facts: Callable[[EncodedImage], ImageFacts], remark: Callable[[str], None]
+    ) -> ReadRow:
+        return partial(
+            read_row,
+            sources=sources,
+            box_format=rows.box_format,
+            facts=facts,
+            max_image_pixels=max_image_pixels,
+            said=Said(reading.box_format, reading.box_image, reading.question),
+            names=rows.names,
+            remark=remark,
+            evidence=evidence,
+        )
+
+    # The images of later rows are decoded when the row is encoded, which finds damaged ones.
+    later = row_with(partial(_header, max_image_pixels=max_image_pixels), _unheard)
+    return Reader(rows, row_with(pictures, remarks.add), later, pictures), remarks
+
+
+def _header(source: EncodedImage, max_image_pixels: int) -> ImageFacts:
+    """What the header of an image says; or the fault."""
+    try:
+        return ImageFacts(image_size(source, max_image_pixels), b"")
+    except DataError as error:
+        return ImageFacts((0, 0), b"", str(error))
+
+
+def _unheard(_: str) -> None:
+    """Takes a remark about a row that is read while the run goes on."""

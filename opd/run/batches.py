@@ -9,6 +9,7 @@ import numpy as np
 
 from opd import randomness
 from opd.backend import Backend
+from opd.data.dataset import FaultyRow
 from opd.method.rollout import Pair
 from opd.method.step import Batch
 from opd.run import preflight
@@ -57,7 +58,11 @@ class Batches:
     def _encoded(self, row: int, place: int) -> Pair | None:
         """The prompts of a row for both policies; None if the row cannot be used. The reference
         answer is removed, since training must not read it."""
-        example = replace(self.examples[row], answer=None)
+        try:
+            example = replace(self.examples[row], answer=None)
+        except FaultyRow as error:
+            self.skipped.add(error.source, Unusable(str(error)))
+            return None
         try:
             prompts = usable.encode(
                 self.encoder, example, self.recipe.seeded_view, self.recipe.data.max_prompt_tokens

@@ -101,7 +101,8 @@ def refuse(
 ) -> Inspection:
     """The result of `inspect_rows`, with the same arguments. Raises DataError if no row can be
     trained on."""
-    if examples and not any(example.weight > 0 for example in examples):
+    checked = getattr(examples, "checked", examples)
+    if checked and not any(example.weight > 0 for example in checked):
         raise DataError(
             f"every row of {recipe.data.path} has weight 0, so nothing would be learnt; give rows a"
             " weight above 0"
@@ -132,7 +133,8 @@ def inspect_rows(
     checked = 0
     long: list[tuple[Example, int]] = []
     faulty: list[tuple[Example, Unusable]] = []
-    for example in chain(first, examples if len(first) < len(examples) else ()):
+    others = getattr(examples, "checked", examples)
+    for example in chain(first, others if len(first) < len(examples) else ()):
         if checked >= len(first) and len(long) + len(faulty) < checked:
             break
         if checked >= len(first) and any(example is row for row in first):

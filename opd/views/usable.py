@@ -65,9 +65,10 @@ class Skipped:
             self.reasons[row["row"]], self.kinds[row["row"]] = row["reason"], row["kind"]
             self._handed += 1
 
-    def add(self, example: Example, error: Unusable) -> None:
-        """Counts a row, and reports it if it is new and among the first TOLD."""
-        row = name(example)
+    def add(self, example: Example | str, error: Unusable) -> None:
+        """Counts a row, given by its example or name, and reports it if it is new and among the
+        first TOLD."""
+        row = example if isinstance(example, str) else name(example)
         with self._lock:
             new = row not in self.reasons
             self.reasons[row], self.kinds[row] = str(error), error.kind
