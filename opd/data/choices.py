@@ -1,4 +1,5 @@
-"""Adds the choices of a multiple-choice question to its text, unless the text lists them."""
+"""The choices of a multiple-choice question: adds them to its text, unless the text lists them, and
+finds them in a text that does."""
 
 from __future__ import annotations
 
@@ -7,8 +8,12 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from string import ascii_uppercase as LETTERS  # noqa: N812
+from typing import Any
 
 from opd.data.answers import without_letters
+from opd.data.fields import show
+from opd.errors import DataError
+from opd.types import IMAGE_MARKER
 
 LONG = 12
 """From this many characters on, a choice's text does not occur in a question by chance."""
@@ -20,6 +25,31 @@ _BETWEEN = re.compile(
 conjunctions."""
 
 _LETTERED = r"(?:^|\n)\s*[*_(\[]*{letter}\s*[\])*_]*[.):\]]"
+
+_OPTION = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(\S.*)")
+"""A line that is an option: "A. red", "A) red", "A: red" or "(A) red"."""
+
+_FIRST = re.compile(r"(?:^|[?:.!\n])[^\S\n]*(?=\(A\)|A[.):]\s)")
+"""The place before the first of several options on one line, which begins a sentence."""
+
+_MARKS = (re.compile(r"\(([A-Z])\)"), re.compile(r"(?<![\w(])([A-Z])[.):](?=\s)"))
+"""The two ways of setting a letter off: "(A)", and "A.", "A)" or "A:"."""
+
+_REQUEST = re.compile(
+    r"\s+(?:Please\s|Answer\b|Select\b|Choose\b|Respond\b|Reply\b|Give\b|Output\b)"
+    r"(?=.*\b(?:letter|option|choice|answer)s?\b).*",
+    re.IGNORECASE,
+)
+"""A request such as "Answer with the option's letter", behind the last option."""
+
+_QUOTED = re.compile(r"""\s*(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)")\s*,?\s*""", re.DOTALL)
+"""An entry of a list of texts in Python's notation."""
+
+LONGEST = 100_000
+"""Characters up to which a text is searched for options."""
+
+LONG_OPTION = 2_000
+"""Characters up to which the last option of a line is read."""
 
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
@@ -81,3 +111,86 @@ def _places(said: str, texts: Sequence[str]) -> list[tuple[int, int]] | None:
             return None
         places.append(free[-1])
     return sorted(places)
+
+
+def options_in(question: Any) -> list[str]:
+    """The texts of options that stand in a question, with the letters A, B, ... in order; empty if
+    there are fewer than two.
+
+    Options stand on lines of their own, or on one line after the end of a sentence: "Which? (A) red
+    (B) blue". A request behind the last option is none of its text.
+    """
+    if not isinstance(question, str) or len(question) > LONGEST:
+        return []
+    text = question.replace(IMAGE_MARKER, "\n")
+    found = _options_on_lines(text)
+    if len(found) < 2:
+        found = _options_on_one_line(text)
+    return found if len(found) > 1 and holds(question, found) else []
+
+
+def with_options(question: Any) -> dict[str, Any]:
+    """The fields question and choices of a question that may hold its options."""
+    choices = options_in(question)
+    return {"question": question, **({"choices": choices} if choices else {})}
+
+
+def listed_texts(field: str, value: Any) -> Any:
+    """A list of texts that may be written as a text in JSON's or Python's notation, which is parsed
+    here and never evaluated. Raises DataError for another text."""
+    if not isinstance(value, str):
+        return value
+    texts, place, inner = [], 0, value.strip()
+    if inner[:1] + inner[-1:] in ("[]", "()") and len(inner) <= LONGEST:
+        inner = inner[1:-1]
+        while match := _QUOTED.match(inner, place):
+            quoted = match[1] if match[1] is not None else match[2]
+            texts.append(re.sub(r"\\(.)", _unescaped, quoted, flags=re.DOTALL))
+            place = match.end()
+        if texts and place == len(inner):
+            return texts
+    raise DataError(f"field '{field}': {show(value)} is not a list of texts")
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """The character that an escape such as \\n or \\' stands for."""
+    return {"n": "\n", "t": "\t", "r": "\r"}.get(escape[1], escape[1])
+
+
+def _options_on_lines(question: str) -> list[str]:
+    """The texts of the last lines that are options, with the letters A, B, ... in order."""
+    texts: list[str] = []
+    for line in question.splitlines():
+        match = _OPTION.fullmatch(line.strip())
+        letter = (match[1] or match[2]) if match else ""
+        if match and letter == LETTERS[len(texts) : len(texts) + 1]:
+            texts.append(match[3])
+        elif match and letter == "A":
+            texts = [match[3]]
+    return texts
+
+
+def _options_on_one_line(question: str) -> list[str]:
+    """The texts of options that follow each other, from the last "A" that begins a sentence."""
+    starts = [match.end() for match in _FIRST.finditer(question)]
+    if not starts:
+        return []
+    for marks in _MARKS:
+        spans: list[tuple[int, int]] = []
+        for match in marks.finditer(question, starts[-1]):
+            if match[1] == LETTERS[len(spans) : len(spans) + 1]:
+                spans.append(match.span())
+        if len(spans) < 2:
+            continue
+        ends = [start for start, _ in spans[1:]] + [len(question)]
+        texts = [question[start:end] for (_, start), end in zip(spans, ends, strict=True)]
+        texts[-1] = _REQUEST.sub("", texts[-1].strip().split("\n")[0][:LONG_OPTION])
+        texts = [_without_conjunction(text) for text in texts]
+        return texts if all(texts) else []
+    return []
+
+
+def _without_conjunction(text: str) -> str:
+    """An option without what leads to the next one: a comma, "or", "and"."""
+    text = text.strip(" \t\n,;")
+    return text.removesuffix(" or").removesuffix(" and").strip(" \t\n,;")

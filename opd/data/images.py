@@ -90,15 +90,6 @@ def image_size(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple
         return upright(image)
 
 
-def orientation_of(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> int:
-    """The EXIF orientation of an image, 1..8, from the header of a file alone; 1 is upright, and
-    from SWAPPED on width and height swap. Raises DataError as `image_size` does."""
-    if isinstance(source, Image.Image):
-        return orientation(source)
-    with opened(source, max_pixels) as image:
-        return orientation(image)
-
-
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
     """Raises DataError for an image of this (width, height) with more than `max_pixels` pixels."""
     width, height = size

@@ -2,136 +2,534 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from opd.data import open_data
 from opd.data.choices import with_choices
-from opd.data.formats.mapped import options_in
+from opd.data.formats import BUILT_IN
+from opd.data.formats.coco import COCO
+from opd.data.formats.conversation import SYSTEM_UNREAD, TURNS_UNREAD
+from opd.data.formats.mapped import Mapped
+from opd.data.formats.own import NOTHING_SAID, Said, read_row, with_names
+from opd.data.formats.v_star import V_STAR, shuffled
+from opd.data.formats.vision_opd import FRAMED, PAPER
+from opd.data.images import open_image
+from opd.data.pictures import Pictures
+from opd.data.remarks import PLACE_TOLD
+from opd.data.sources import Sources
 from opd.errors import DataError
-from opd.types import Box
+from opd.types import Box, Example
 
 SENTENCE = "Only the part inside of the red frame matters."
-OPTIONS = "A. pear\nB. fig\nC. plum\nD. kiwi"
-QUESTION = f"Which fruit lies on the scale?\n{OPTIONS}"
+ASKED = "Which fruit lies on the scale?"
+FRUITS = ("pear", "fig", "plum", "kiwi")
+QUESTION = f"{ASKED}\nA. pear\nB. fig\nC. plum\nD. kiwi"
+ON_ONE_LINE = f"{ASKED} (A) pear (B) fig (C) plum (D) kiwi\nAnswer with the letter."
+BOX = [104, 55, 191, 82]
+PROBLEM = f"<image>\n{QUESTION}\n\n{SENTENCE}"
+
+
+def picture(size: tuple[int, int] = (300, 200)) -> bytes:
+    content = io.BytesIO()
+    Image.linear_gradient("L").resize(size).save(content, "PNG")
+    return content.getvalue()
+
+
+BASE64 = base64.b64encode(picture()).decode()
+URI = f"data:image/png;base64,{BASE64}"
+
+
+def turns(*contents: Any, roles: tuple[str, str] = ("user", "assistant")) -> list[Any]:
+    return [{"role": roles[place % 2], "content": said} for place, said in enumerate(contents)]
+
+
+def llava(*values: str) -> list[Any]:
+    return [
+        {"from": ("human", "gpt")[place % 2], "value": said} for place, said in enumerate(values)
+    ]
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+LETTERED = dict(zip("ABCD", FRUITS, strict=True))
 CLEAN = {
-    "problem": f"<image>\n{QUESTION}\n\n{SENTENCE}",
+    "problem": PROBLEM,
     "answer": "C",
     "images": ["framed.png"],
     "teacher_images": ["crop.png"],
     "original_images": ["full.png"],
-    "bbox": [104, 55, 191, 82],
+    "bbox": BOX,
     "extra_info": {"question": QUESTION, "answer": "C"},
 }
-PARENT = {
-    "problem": f"<image>\n{QUESTION}",
-    "answer": "C",
+PARQUET = {
+    "prompt": turns(PROBLEM),
+    "images": [{"path": "framed.png"}],
+    "bbox_images": [{"path": "crop.png"}],
+    "reward_model": {"ground_truth": "C", "style": "rule"},
+    "extra_info": {"question": QUESTION},
+}
+PARENT = {"problem": f"<image>\n{QUESTION}", "answer": "C", "images": ["full.png"], "bbox": BOX}
+SWIFT = {
+    "messages": turns(f"<image>{QUESTION}", "C"),
     "images": ["full.png"],
-    "bbox": [104, 55, 191, 82],
+    "objects": {"ref": ["plum"], "bbox": [BOX]},
+}
+SWIFT_CROP = {
+    "messages": turns(f"<image>{QUESTION}", "C"),
+    "images": ["full.png"],
+    "teacher_images": ["crop.png"],
+    "teacher_prompt": f"<image>Look closely. {QUESTION}",
+}
+QUERY = {
+    "query": f"<image>{QUESTION}",
+    "response": "C",
+    "images": "full.png",
+    "objects": json.dumps({"bbox": [BOX], "bbox_type": "real"}),
+}
+PROMPT = {
+    "prompt": turns([{"type": "image"}, text(QUESTION)]),
+    "image": {"bytes": None, "path": "full.png"},
+    "solution": "<think>It is round.</think> <answer> C </answer>",
+}
+BLOCKS = {
+    "messages": turns([{"type": "image"}, text(QUESTION)], [text("C")]),
+    "images": [{"bytes": BASE64, "path": None}],
+}
+OPENAI = {
+    "messages": turns([text(QUESTION), {"type": "image_url", "image_url": {"url": URI}}], "C")
+}
+LLAVA = {
+    "image": "full.png",
+    "conversations": llava(f"<image>\n{QUESTION}", "<|box_start|>(346,275),(637,410)<|box_end|> C"),
+}
+CONVERTED = {
+    "image": ["full.png", "full.png###[104, 55, 191, 82]"],
+    "conversations": llava(
+        f"<image>\n{QUESTION} Please provide the bounding box coordinate of the region that helps.",
+        "[0.347, 0.35, 0.637, 0.44]",
+        "<image>",
+        "plum",
+    ),
 }
 VISUAL_COT = {
     "image": "full.png",
     "question": QUESTION,
     "answer": "plum",
-    "bboxs": [[104, 55, 191, 82]],
+    "bboxs": [BOX],
     "width": 300,
     "height": 200,
 }
 TREE = {
-    "image": "full.png",
-    "question": "Which fruit lies on the scale?",
-    **dict(zip("ABCD", ("pear", "fig", "plum", "kiwi"), strict=True)),
+    "image": BASE64,
+    "question": ASKED,
+    **LETTERED,
     "answer": "C",
     "target_instances": "[[104, 55, 191, 82]]",
 }
-ROWS = {
-    "Vision-OPD-6K, clean": CLEAN,
-    "ZwZ-RL-VQA": PARENT,
-    "Visual-CoT": VISUAL_COT,
-    "TreeVGR": TREE,
+V_ZERO = {
+    "images": [{"bytes": BASE64, "path": None}],
+    "teacher_images": [{"bytes": BASE64, "path": None}],
+    "teacher_neg_images": [{"bytes": BASE64, "path": None}],
+    "prompt": turns(f"<image>{QUESTION}"),
+    "teacher_raw_prompt": turns(f"<image>This is a part. {QUESTION}"),
+    "reward_model": {"ground_truth": "C"},
 }
+FOLDER = {
+    "image": "full.png",
+    "question": ASKED,
+    "bbox": [[104, 55, 87, 27]],
+    "options": ["plum", "pear", "fig", "kiwi"],
+    "target_object": ["plum"],
+}
+V_TABLE = {
+    "image": {"bytes": BASE64, "path": "x.jpg"},
+    "text": ON_ONE_LINE,
+    "label": "C",
+    "question_id": "7",
+    "category": "direct_attributes",
+}
+HR_BENCH = {
+    "index": 5,
+    "image": BASE64,
+    "question": ASKED,
+    **LETTERED,
+    "answer": "C",
+    "category": "single",
+    "cycle_category": "2",
+}
+MME = {
+    "bytes": BASE64,
+    "index": "5",
+    "question": ASKED,
+    "multi-choice options": str([f"({letter}) {fruit}" for letter, fruit in LETTERED.items()]),
+    "answer": "C",
+}
+MME_ORIGINAL = {
+    "Question_id": "perception/5",
+    "Image": "full.png",
+    "Text": ASKED,
+    "Answer choices": [f"({letter}) {fruit}" for letter, fruit in LETTERED.items()],
+    "Ground truth": "C",
+}
+ZOOM = {"id": "5", "query": QUESTION, "response": "C", "image": BASE64, "crop_image": BASE64}
+CV_BENCH = {
+    "type": "2D",
+    "task": "Count",
+    "image": BASE64,
+    "question": ASKED,
+    "choices": list(FRUITS),
+    "answer": "(C)",
+    "prompt": ON_ONE_LINE,
+}
+
+ROWS: dict[str, dict[str, Any]] = {
+    "vision-opd": CLEAN,
+    "vision-opd-parquet": PARQUET,
+    "zwz": PARENT,
+    "ms-swift": SWIFT,
+    "ms-swift-query": QUERY,
+    "trl": PROMPT,
+    "trl-messages": BLOCKS,
+    "openai": OPENAI,
+    "llava": LLAVA,
+    "visual-cot": VISUAL_COT,
+    "visual-cot-llava": CONVERTED,
+    "treevgr": TREE,
+    "v-zero": V_ZERO,
+    "vstar": FOLDER,
+    "vstar-table": V_TABLE,
+    "hr-bench": HR_BENCH,
+    "mme-realworld": MME,
+    "mme-realworld-json": MME_ORIGINAL,
+    "zoombench": ZOOM,
+    "cv-bench": CV_BENCH,
+}
+FORMATS = {reader.key: reader for reader in [*BUILT_IN, PAPER] if isinstance(reader, Mapped)}
+FRAMED_ONES = ("vision-opd-parquet", "vision-opd-paper")
+WITH_CROP = (*FRAMED_ONES, "v-zero", "zoombench")
+WITH_BOX = (
+    "vision-opd",
+    "zwz",
+    "ms-swift",
+    "ms-swift-query",
+    "llava",
+    "visual-cot",
+    "visual-cot-llava",
+    "treevgr",
+    "vstar",
+)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     for name in ("full", "framed", "crop"):
-        Image.linear_gradient("L").resize((300, 200)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.png").write_bytes(picture())
     return tmp_path
 
 
-def read(folder, *rows, name="data.jsonl"):
+def example(
+    folder: Path, reader: Any, row: Any, said: Said = NOTHING_SAID
+) -> tuple[Example, list[str]]:
+    """The example of one row, and the remarks about it."""
+    heard: list[str] = []
+    path = folder / "data.jsonl"
+    own = reader.own(row) if isinstance(reader, Mapped) else row
+    if own.get("boxes") is None and own.get("teacher_images") is None:
+        own = {**own, "teacher_images": own.get("teacher_images") or ["crop.png"]}
+        if own.get("teacher_image") is not None:
+            del own["teacher_images"]
+    found = read_row(
+        lambda: own,
+        "data.jsonl:1",
+        (path,),
+        Sources(folder),
+        reader.box_format,
+        Pictures(10**6, path),
+        10**6,
+        said=said,
+        names=reader.names,
+        remark=heard.append,
+    )
+    return found, heard
+
+
+def pixels(source: Any) -> Any:
+    return np.asarray(open_image(source))
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_a_row_of_every_format_is_the_example_of_our_own_row(folder: Path, key: str) -> None:
+    found, _ = example(folder, FORMATS[key], ROWS[key])
+    assert found.choices if key != "vstar" else sorted(found.choices) == sorted(FRUITS)
+    asked = with_choices(found.question, found.choices)
+    if key == "vstar":
+        assert found.choices["ABCD".index(str(found.answer))] == "plum"
+        assert found.question == ASKED
+    else:
+        assert found.choices == tuple(
+            f"({letter}) {fruit}" if key.startswith("mme") else fruit
+            for letter, fruit in LETTERED.items()
+        )
+        assert str(found.answer).strip("()") == ("plum" if key.startswith("visual-cot") else "C")
+        # The options stand once in what is asked, whether the row holds them apart or not.
+        wanted = {"vstar-table": ON_ONE_LINE, "openai": f"{QUESTION}<image>"}.get(key, QUESTION)
+        assert asked == (f"{QUESTION}\n\n{SENTENCE}" if key in FRAMED_ONES else wanted)
+    (image,) = found.images
+    assert np.array_equal(pixels(image), pixels(folder / "full.png"))
+    if key in FRAMED_ONES:
+        assert (image, *found.teacher_images) == (folder / "framed.png", folder / "crop.png")
+    if key in WITH_BOX:
+        # Thousandths of 300 x 200 pixels are not exact.
+        expected = Box(103.8, 55, 191.1, 82) if key == "llava" else Box(*BOX)
+        assert found.boxes == (expected,)
+        assert found.teacher_images == ()
+    else:
+        assert found.boxes == ()
+        assert len(found.teacher_images) == 1
+    asked_of_teacher = {"v-zero": f"This is a part. {QUESTION}"}.get(key)
+    assert found.teacher_question == asked_of_teacher
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_every_row_is_of_one_format(key: str) -> None:
+    """Of formats that match, the one whose marks hold all marks of another is meant."""
+    matching = [reader for reader in BUILT_IN if reader.matches(ROWS[key])]
+    left = [
+        one.key
+        for one in matching
+        if not any(set(one.marks) < set(other.marks) for other in matching)
+    ]
+    assert left == [key]
+
+
+def test_every_format_has_a_key_and_a_test() -> None:
+    assert {*ROWS, "vision-opd-paper"} == set(FORMATS)
+    assert len({reader.name for reader in FORMATS.values()}) == len(FORMATS)
+
+
+def read(folder: Path, *rows: Any, name: str = "data.jsonl") -> Any:
     array = name.endswith(".json")
-    text = json.dumps(rows) if array else "\n".join(map(json.dumps, rows))
-    (folder / name).write_text(text)
+    content = json.dumps(rows) if array else "\n".join(map(json.dumps, rows))
+    (folder / name).write_text(content)
     return open_data(str(folder / name))
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-@pytest.mark.parametrize("kind", ROWS)
-def test_a_row_of_every_format_is_the_same_example(folder, kind, name):
-    found = read(folder, ROWS[kind], ROWS[kind], name=name)
-    assert found.notes[0] == f"{folder / name}: read as {kind}: 2 rows"
-    for place, example in enumerate(found, start=1):
-        assert example.images == (folder / "full.png",)
-        assert example.teacher_images == ()
-        assert example.boxes == (Box(104, 55, 191, 82),)
-        assert example.choices == ("pear", "fig", "plum", "kiwi")
-        assert example.answer == ("plum" if kind == "Visual-CoT" else "C")
-        assert example.source == f"{name}:{place}"
-        # The options stand once in what is asked, whether the row holds them apart or not.
-        assert with_choices(example.question, example.choices) == QUESTION
-        assert SENTENCE not in example.question
+@pytest.mark.parametrize("key", WITH_BOX)
+def test_a_file_is_recognised_by_its_rows(folder: Path, key: str, name: str) -> None:
+    found = read(folder, ROWS[key], ROWS[key], name=name)
+    assert found.notes[0] == f"{folder / name}: read as {FORMATS[key].name}: 2 rows"
+    assert [one.source for one in found] == [f"{name}:1", f"{name}:2"]
 
 
-def test_a_faulty_row_is_named(folder):
-    texts = [{**TREE, "target_instances": "__import__('os').mkdir('x')"}, TREE]
-    found = read(folder, TREE, *texts)
-    assert [source for source, _ in found.skipped] == ["data.jsonl:2"]
-    assert "field 'target_instances'" in found.skipped[0][1]
-    assert not (folder / "x").exists()
-    found = read(folder, CLEAN, {**CLEAN, "extra_info": {}}, {**CLEAN, "bbox": [9, 9, 900, 20]})
-    assert [source for source, _ in found.skipped] == ["data.jsonl:2", "data.jsonl:3"]
-    missing = {key: value for key, value in CLEAN.items() if key != "original_images"}
-    found = read(folder, CLEAN, missing)
-    assert found.skipped == [
-        (
-            "data.jsonl:2",
-            "field 'original_images' is missing; Vision-OPD-6K, clean has it in every row",
-        )
-    ]
-    with pytest.raises(DataError, match="in 'images' the evidence is framed"):
-        read(folder, missing)
+def test_the_papers_way_is_read_where_it_is_named(folder: Path) -> None:
+    found, heard = example(folder, PAPER, CLEAN)
+    assert found.images == (folder / "framed.png",)
+    assert found.teacher_images == (folder / "crop.png",)
+    assert (found.boxes, found.choices, found.answer) == ((), FRUITS, "C")
+    assert found.question == f"{QUESTION}\n\n{SENTENCE}"
+    assert heard == [FRAMED]
+    assert PAPER not in BUILT_IN
 
 
-@pytest.mark.parametrize("boxes", [[[1, 2, 30, 40], [5, 6, 70, 80]], [1, 2, 30, 40]])
-def test_boxes_may_be_several_or_one(folder, boxes):
-    (found,) = read(folder, {**PARENT, "bbox": boxes})
-    assert len(found.boxes) == (2 if isinstance(boxes[0], list) else 1)
-    assert found.boxes[0] == Box(1, 2, 30, 40)
+# COCO
 
 
-def test_our_own_rows_may_have_columns_of_others(folder):
-    own = {"image": "full.png", "question": "Which?", "boxes": [[1, 2, 30, 40]]}
-    (found,) = read(folder, {**own, "bboxs": [[9, 9, 20, 20]], "problem": "x", "bbox": [1]})
-    assert found.boxes == (Box(1, 2, 30, 40),)
+def whole(**changes: Any) -> dict[str, Any]:
+    annotation = {"id": 7, "image_id": 1, "category_id": 3, "bbox": [104, 55, 87, 27]}
+    return {
+        "images": [{"id": 1, "file_name": "full.png", "width": 300, "height": 200}],
+        "categories": [{"id": 3, "name": "plum"}],
+        "annotations": [{**annotation, "iscrowd": 0, **changes}],
+    }
+
+
+def test_annotations_of_coco_are_joined(folder: Path) -> None:
+    (row,) = COCO.to_rows(whole())
+    found, _ = example(folder, COCO, row, Said(question="What is in the region?"))
+    assert found.boxes == (Box(*BOX),)
+    assert (found.question, found.answer, found.id) == ("What is in the region?", "plum", "7")
+    assert found.images == (folder / "full.png",)
+    with pytest.raises(DataError, match=r"'question' is missing: .*data\.question"):
+        example(folder, COCO, row)
 
 
 @pytest.mark.parametrize(
-    ("question", "options"),
+    ("changes", "message"),
     [
-        (QUESTION, ["pear", "fig", "plum", "kiwi"]),
-        ("Which?\n(A) red\n(B) dark blue ", ["red", "dark blue"]),
-        ("Which?\nA) red\nB) blue\n\nSay the letter.", ["red", "blue"]),
-        ("A: red\nB: blue", ["red", "blue"]),
-        ("Which?\nA. red", []),
-        ("Which?\nA. red\nC. blue", []),
-        ("I see A. and B. here", []),
-        ("A. first\nno\nA. red\nB. blue", ["red", "blue"]),
-        (None, []),
-        (3, []),
+        ({"iscrowd": 1}, r"a crowd \(iscrowd\) is not one object"),
+        ({"image_id": 2}, "field 'image_id': 2 is the id of no entry"),
+        ({"image_id": [1]}, r"field 'image_id': \[1\] is the id of no entry"),
+        ({"category_id": None}, "field 'category_id': null is the id of no entry"),
+        ({"bbox": [104, 55, 300, 27]}, "field 'bbox': box .* is outside the image"),
+        ({"bbox": [104, 55]}, r"field 'bbox': .*\[left, top, width, height\]; a point has no"),
+        ({"bbox": [[1, 2], [3, 4]]}, "field 'bbox': "),
     ],
 )
-def test_options_are_found_on_lines_of_their_own(question, options):
-    assert options_in(question) == options
+def test_an_annotation_that_cannot_be_used_is_a_faulty_row(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    (row,) = COCO.to_rows(whole(**changes))
+    with pytest.raises(DataError) as caught:
+        example(folder, COCO, row, Said(question="What?"))
+    assert re.search(message, with_names(str(caught.value), COCO.names))
+
+
+def test_what_is_not_coco_is_told() -> None:
+    assert COCO.matches(whole())
+    for name in ("images", "annotations"):
+        without = {key: value for key, value in whole().items() if key != name}
+        assert not COCO.matches(without)
+        with pytest.raises(DataError, match=f"field '{name}' is missing"):
+            COCO.to_rows(without)
+    (fault,) = COCO.to_rows({**whole(), "annotations": [5]})
+    assert "an annotation is an object, but this is 5" in str(fault["fault"])
+    (row,) = COCO.to_rows({"images": [{"id": 1}], "annotations": [{"image_id": 1}]})
+    assert row["answer"] is None
+
+
+# Traps
+
+
+def test_the_first_option_of_v_star_stands_anywhere() -> None:
+    places = []
+    for number in range(400):
+        own = V_STAR.own({**FOLDER, "image": f"direct_attributes/sa_{number}.jpg"})
+        assert own["choices"]["ABCD".index(own["answer"])] == "plum"
+        places.append(own["answer"])
+    assert all(70 <= places.count(letter) <= 130 for letter in "ABCD")
+    # The place depends on the picture's name, not on its folder or the process.
+    assert shuffled("sa_1\nWhich?", ["plum", "pear", "fig", "kiwi"]) == [1, 2, 0, 3]
+    elsewhere = V_STAR.own({**FOLDER, "image": "/data/x/sa_1.jpg"})
+    assert elsewhere["answer"] == places[1]
+
+
+def test_references_of_swift_are_named_and_boxes_told(folder: Path) -> None:
+    row = {
+        "messages": [
+            {"role": "system", "content": "You see <ref-object>."},
+            *turns("<image>Is <ref-object> left of <bbox>?", "<ref-object><bbox> is."),
+        ],
+        "images": ["full.png", "crop.png"],
+        "objects": {"ref": ["fruit", "a fig"], "bbox": [BOX, BOX], "image_id": [0, 1]},
+    }
+    found, heard = example(folder, FORMATS["ms-swift"], row)
+    assert found.question == "Is fruit left of <bbox>?"
+    assert found.answer == "a fig is."
+    assert found.boxes == (Box(*BOX), Box(*BOX, image=1))
+    assert heard == [PLACE_TOLD, SYSTEM_UNREAD]
+    grounding = {**row, "messages": turns("Where is it?", '[{"bbox_2d": <bbox>}]')}
+    assert example(folder, FORMATS["ms-swift"], grounding)[0].answer is None
+    normal = {**SWIFT, "objects": {"bbox": [[0.1, 0.2, 0.5, 0.6]], "bbox_type": "norm1"}}
+    assert example(folder, FORMATS["ms-swift"], normal)[0].boxes == (Box(30, 40, 150, 120),)
+
+
+def test_the_teacher_of_swift(folder: Path) -> None:
+    found, _ = example(folder, FORMATS["ms-swift"], SWIFT_CROP)
+    assert found.teacher_images == (folder / "crop.png",)
+    assert found.teacher_question == f"Look closely. {QUESTION}"
+    alone = {name: value for name, value in SWIFT_CROP.items() if name != "teacher_images"}
+    assert example(folder, FORMATS["ms-swift"], alone)[0].teacher_images == found.images
+    with pytest.raises(DataError, match="a teacher without pictures"):
+        FORMATS["ms-swift"].own({**SWIFT_CROP, "teacher_images": []})
+
+
+def test_of_several_turns_the_first_are_read(folder: Path) -> None:
+    row = {
+        "image": "full.png",
+        "conversations": llava("<image>\nWho?", "He.", "Why?", "So."),
+    }
+    found, heard = example(folder, FORMATS["llava"], row)
+    assert (found.question, found.answer) == ("Who?", "He.")
+    assert heard == [TURNS_UNREAD]
+
+
+@pytest.mark.parametrize(
+    ("answer", "unit", "box", "words"),
+    [
+        ("<|box_start|>(100,200),(500,600)<|box_end|>", "", (30, 40, 150, 120), None),
+        (
+            "<|object_ref_start|>the fig<|object_ref_end|>"
+            "<|box_start|>(100, 200), (500, 600)<|box_end|> is green",
+            "",
+            (30, 40, 150, 120),
+            "the fig is green",
+        ),
+        (
+            '```json\n[{"bbox_2d": [100, 200, 500, 600]}]\n```',
+            "per-mille",
+            (30, 40, 150, 120),
+            None,
+        ),
+        (
+            '{"bbox_2d": [14, 14, 28, 28], "label": "x"}',
+            "resized",
+            (13.64, 14.29, 27.27, 28.57),
+            None,
+        ),
+    ],
+)
+def test_boxes_in_texts_of_qwen(
+    folder: Path, answer: str, unit: str, box: tuple[float, ...], words: str | None
+) -> None:
+    row = {"image": "full.png", "conversations": llava("<image>\nWhere is the fig?", answer)}
+    found, heard = example(folder, FORMATS["llava"], row, Said(box_format=unit))
+    (only,) = found.boxes
+    assert (only.x0, only.y0, only.x1, only.y1) == pytest.approx(box, abs=0.01)
+    assert (found.question, found.answer, heard) == ("Where is the fig?", words, [])
+    asked = {"image": "full.png", "conversations": llava(f"What is in {answer}?", "A fig")}
+    found, heard = example(folder, FORMATS["llava"], asked, Said(box_format=unit))
+    assert (found.boxes, found.answer, heard) == ((only,), "A fig", [PLACE_TOLD])
+    if unit:
+        with pytest.raises(
+            DataError, match=r"say data\.box_format=resized .* or data\.box_format=per"
+        ):
+            example(folder, FORMATS["llava"], row)
+
+
+def test_a_question_keeps_markers_that_stand_inside(folder: Path) -> None:
+    row = {**SWIFT, "images": ["full.png", "crop.png"]}
+    for question, kept in (
+        ("<image>Q?", "Q?"),
+        ("<image>\nQ?", "Q?"),
+        ("Look: <image> Q?", "Look: <image> Q?"),
+        ("<image><image>\nQ?", "<image><image>\nQ?"),
+        ("Q?", "Q?"),
+    ):
+        found, _ = example(folder, FORMATS["ms-swift"], {**row, "messages": turns(question, "C")})
+        assert found.question == kept
+    with pytest.raises(DataError, match="3 '<image>' markers for 2 images"):
+        example(folder, FORMATS["ms-swift"], {**row, "messages": turns("<image>" * 3 + "Q", "C")})
+
+
+def test_a_turned_picture_of_visual_cot(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 200)).save(folder / "turned.jpg", exif=exif)
+    row = {**VISUAL_COT, "image": "turned.jpg"}
+    found, heard = example(folder, FORMATS["visual-cot"], row)
+    assert found.boxes == (Box(200 - 82, 104, 200 - 55, 191),)
+    assert heard[0].startswith("the size that a row gives its picture is that before EXIF")
+    upright = example(folder, FORMATS["visual-cot"], row, Said(box_image="upright"))
+    assert upright[0].boxes == (Box(*BOX),)
+    assert upright[1] == []
+    with pytest.raises(DataError, match="'box_size': 150 x 100 is not the size of the picture"):
+        example(folder, FORMATS["visual-cot"], {**row, "width": 150, "height": 100})
+
+
+def test_our_own_rows_may_have_columns_of_others(folder: Path) -> None:
+    own = {"image": "full.png", "question": "Which?", "boxes": [[1, 2, 30, 40]]}
+    (found,) = read(folder, {**own, "bboxs": [[9, 9, 20, 20]], "problem": "x", "bbox": [1]})
+    assert found.boxes == (Box(1, 2, 30, 40),)
+    assert read(folder, {**own, "remarks": ["x"], "fault": "y"})[0].boxes == found.boxes

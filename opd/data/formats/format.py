@@ -101,6 +101,16 @@ class WholeFormat(Protocol):
         """The format's name in `data.format`."""
         ...
 
+    @property
+    def box_format(self) -> BoxFormat:
+        """The unit of boxes in rows that state none."""
+        ...
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What the format calls our fields, for messages."""
+        ...
+
     def matches(self, row: Row) -> bool:
         """Whether an object seems to have this format."""
         ...

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from string import ascii_uppercase
 from typing import Any
 
 from opd.data.boxes import BoxFormat
-from opd.data.fields import Row
+from opd.data.choices import with_options
+from opd.data.fields import Row, is_number
 from opd.errors import DataError
-
-_OPTION = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(\S.*?)\s*")
-"""A line that is an option: "A. red", "A) red", "A: red" or "(A) red"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,21 +53,22 @@ def is_own(row: Row) -> bool:
     return _has(row, ["question"]) and any(_has(row, [field]) for field in evidence)
 
 
-def options_in(question: Any) -> list[str]:
-    """The texts of options that stand in a question on lines of their own, with the letters A, B,
-    ... in order; empty if there are fewer than two."""
-    texts: list[str] = []
-    for line in question.splitlines() if isinstance(question, str) else ():
-        match = _OPTION.fullmatch(line)
-        letter = (match[1] or match[2]) if match else ""
-        if match and letter == chr(ord("A") + len(texts)):
-            texts.append(match[3])
-        elif match and letter == "A":
-            texts = [match[3]]
-    return texts if len(texts) > 1 else []
+def with_lettered_options(row: Row) -> Row:
+    """The fields question and choices of a row that holds its options in columns A, B, ..., or in
+    its question. Raises DataError for a letter that is left out."""
+    given = [row.get(letter) for letter in ascii_uppercase]
+    there = [value is not None and value == value and value != "" for value in given]
+    count = sum(there)
+    if not all(there[:count]):
+        left_out = ascii_uppercase[there.index(False)]
+        raise DataError(f"field '{left_out}' is missing: later options are there")
+    if not count:
+        return with_options(row["question"])
+    choices = [str(value) if is_number(value) else value for value in given[:count]]
+    return {"question": row["question"], "choices": choices}
 
 
-def with_options(question: Any) -> Row:
-    """The fields question and choices of a question that may hold its options."""
-    choices = options_in(question)
-    return {"question": question, **({"choices": choices} if choices else {})}
+def stated_size(row: Row) -> list[Any] | None:
+    """[width, height] of the picture that the boxes of a row were drawn on; None if it has none."""
+    size = [row.get("width"), row.get("height")]
+    return None if None in size else size

@@ -36,7 +36,6 @@ from opd.data.answers import chosen
 from opd.data.boxes import BoxFormat, Drawn, boxes, stated_format, stated_image
 from opd.data.choices import with_choices
 from opd.data.fields import FIELDS, Row, is_finite, missing, show, text, texts, whole, wrong
-from opd.data.images import orientation_of
 from opd.data.pictures import ImageFacts
 from opd.data.remarks import about
 from opd.data.sources import Place, Sources
@@ -89,13 +88,16 @@ def read_row(
     the row.
     """
     row, place = again(), Place(source, files, again)
+    if isinstance(row.get("fault"), DataError):  # of a format; no file can hold one
+        raise row["fault"]
     foreign.check_row(row)
     images = sources.of_row(row, "image", place)
     if not images:
         raise missing(row, "image", "a path, or images: a list of paths", FIELDS)
     question = text(row, "question") or said.question or None
     if question is None:
-        raise missing(row, "question", "a text", FIELDS)
+        wanted = "a text" if not names else "a text, or one for all rows, data.question"
+        raise missing(row, "question", wanted, FIELDS)
     teacher_images = sources.of_row(row, "teacher_image", place)
     found = boxes(
         row,
@@ -105,7 +107,7 @@ def read_row(
             stated_image(row, said.box_image),
             ours=not names,
         ),
-        lambda number: orientation_of(images[number], max_image_pixels),
+        lambda number: facts(images[number]).orientation,
         remark,
     )
     _sizes(teacher_images, facts, "teacher_image", max_image_pixels)

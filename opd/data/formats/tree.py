@@ -1,25 +1,24 @@
-"""TreeVGR and TreeBench (arXiv 2507.07999), as JSON lines.
+"""TreeVGR and TreeBench (arXiv 2507.07999).
 
-image             path of the picture
+image             the picture: a path, or base64
 question          text
 A, B, C, D        the options
 answer            a letter
-target_instances  the text of a list of [left, top, right, bottom] in pixels
+target_instances  a list of [left, top, right, bottom] in pixels, as a text
 """
 
 from __future__ import annotations
 
-from string import ascii_uppercase
-
 from opd.data.fields import Row
-from opd.data.formats.mapped import Mapped, with_options
+from opd.data.formats.mapped import Mapped, with_lettered_options
 
 
 def _row(row: Row) -> Row:
-    boxes = row["target_instances"]
-    own = {"image": row["image"], "boxes": boxes, **with_options(row["question"])}
-    choices = [row[letter] for letter in ascii_uppercase if row.get(letter) is not None]
-    return own | ({"choices": choices} if choices else {})
+    return {
+        "image": row["image"],
+        "boxes": row["target_instances"],
+        **with_lettered_options(row),
+    }
 
 
 TREE = Mapped(
