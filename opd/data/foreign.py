@@ -1,5 +1,5 @@
-"""Recognises data in formats that opd does not read, so that the message names the format and not a
-missing field."""
+"""Recognises data of other programs that no format of opd reads, so that the message names the
+format and not a missing field of ours."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from opd.errors import DataError
 
 CONVERT = "write its rows as opd reads them (docs/data.md)"
 
-ROWS: Sequence[tuple[str, tuple[str, ...]]] = (
-    ("Vision-OPD-6K or ZwZ-RL-VQA without images or bbox", ("problem",)),
-    ("LLaVA conversations", ("conversations",)),
-    ("ms-swift or OpenAI messages", ("messages",)),
-    ("COCO annotations", ("annotations",)),
-    ("Visual-CoT without image or question", ("bboxs",)),
-    ("TreeBench without image or question", ("target_instances",)),
-    ("verl's parquet of Vision-OPD", ("reward_model",)),
-    ("V-Zero", ("teacher_raw_prompt",)),
-    ("MME-RealWorld", ("multi-choice options",)),
-    ("MME-RealWorld", ("Answer choices",)),
-    ("ZoomBench", ("query", "response")),
-    ("TRL's prompts", ("prompt",)),
-    ("TRL's conversations", ("solution",)),
-    ("ms-swift queries", ("query",)),
-    ("V* Bench", ("text", "label")),
-    ("an instruction data set", ("instruction",)),
+ROWS: Sequence[tuple[str, tuple[str, ...], tuple[str, ...]]] = (
+    ("Vision-OPD-6K or ZwZ-RL-VQA", ("problem",), ("images", "bbox")),
+    ("LLaVA's conversations", ("conversations",), ()),
+    ("ms-swift's or OpenAI's messages", ("messages",), ()),
+    ("COCO's annotations", ("annotations",), ("images",)),
+    ("Visual-CoT", ("bboxs",), ("image", "question")),
+    ("TreeBench", ("target_instances",), ("image", "question")),
+    ("V-Zero", ("teacher_raw_prompt",), ("prompt", "images", "teacher_images")),
+    ("verl's rows", ("reward_model",), ("prompt", "images")),
+    ("MME-RealWorld", ("multi-choice options",), ("bytes", "question")),
+    ("MME-RealWorld", ("Answer choices",), ("Image", "Text", "Ground truth")),
+    ("ZoomBench", ("query", "response"), ("image",)),
+    ("TRL's prompts", ("prompt",), ("images",)),
+    ("TRL's rows", ("solution",), ("prompt", "images")),
+    ("ms-swift's queries", ("query",), ("images",)),
+    ("V*", ("text", "label"), ("image", "question_id")),
+    ("an instruction data set", ("instruction",), ("image", "question")),
 )
-"""Names of formats, and the fields by which a row shows its format; the first match counts."""
+"""Names of formats, the fields by which a row shows its format, and the others that a row needs to
+be read; the first match counts."""
 
 SIGNATURES = (
     (b"PAR1", "Parquet"),
@@ -59,12 +60,14 @@ def check_row(row: Row) -> None:
         row.get("image") is not None or row.get("images") is not None
     ):
         return
-    for name, fields in ROWS:
+    for name, fields, needs in ROWS:
         if all(row.get(field) is not None for field in fields):
+            lacking = [f"'{field}'" for field in needs if row.get(field) is None]
             named = " and ".join(f"'{field}'" for field in fields)
-            word = "fields" if len(fields) > 1 else "field"
             raise DataError(
-                f"this looks like {name} ({word} {named}), which is not read as it is; {CONVERT}"
+                f"this looks like {name} (field{'s' if len(fields) > 1 else ''} {named})"
+                + (f" without {' and '.join(lacking)}" if lacking else ", which is not read here")
+                + f"; {CONVERT}, or name its columns (data.columns)"
             )
 
 

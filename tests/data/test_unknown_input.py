@@ -221,37 +221,48 @@ MESSAGES = [{"role": "user", "content": "<image>x"}]
     ("row", "name"),
     [
         (
-            {"messages": MESSAGES, "images": ["a.png"], "objects": {"bbox": []}},
-            "ms-swift or OpenAI messages (field 'messages')",
-        ),
-        ({"messages": MESSAGES}, "ms-swift or OpenAI messages (field 'messages')"),
-        (
-            {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "x"}]},
-            "LLaVA conversations (field 'conversations')",
-        ),
-        (
             {"problem": "<image>x", "answer": "C", "images": ["a.png"]},
-            "Vision-OPD-6K or ZwZ-RL-VQA without images or bbox (field 'problem')",
+            "Vision-OPD-6K or ZwZ-RL-VQA (field 'problem') without 'bbox'",
         ),
-        ({"prompt": MESSAGES, "images": ["a.png"]}, "TRL's prompts (field 'prompt')"),
+        ({"prompt": MESSAGES}, "TRL's prompts (field 'prompt') without 'images'"),
+        ({"annotations": []}, "COCO's annotations (field 'annotations') without 'images'"),
         (
-            {"images": [{"file_name": "a.png"}], "annotations": []},
-            "COCO annotations (field 'annotations')",
-        ),
-        (
-            {"image": "a.png", "query": "?", "response": "x"},
-            "ZoomBench (fields 'query' and 'response')",
+            {"query": "?", "response": "x"},
+            "ZoomBench (fields 'query' and 'response') without 'image'",
         ),
     ],
 )
 def test_a_format_of_others_is_named(folder: Path, row: dict[str, Any], name: str) -> None:
     said = refused(write(folder, row, row))
     assert (
-        f"no usable row of 2; the first fault, in data.jsonl:1: this looks like {name}, which is"
-        " not read as it is" in said
+        f"no usable row of 2; the first fault, in data.jsonl:1: this looks like {name}; write its"
+        " rows as opd reads them" in said
     )
     assert "docs/data.md" in said
     assert "did you mean" not in said
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": MESSAGES, "images": ["a.png"], "objects": {"bbox": []}},
+            "field 'objects.bbox' is missing",
+        ),
+        ({"messages": MESSAGES}, "field 'image' is missing"),
+        (
+            {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "x"}]},
+            "field 'conversations' is missing: the evidence",
+        ),
+        ({"prompt": MESSAGES, "images": ["a.png"]}, "field 'boxes' is missing"),
+        ({"image": "a.png", "query": "?", "response": "x"}, "field 'boxes' is missing"),
+    ],
+)
+def test_rows_of_others_lack_evidence(folder: Path, row: dict[str, Any], message: str) -> None:
+    said = refused(write(folder, row, row))
+    assert f"no usable row of 2; the first fault, in data.jsonl:1: {message}" in said
+    data = read_dataset(write(folder, ROW, ROW, row))
+    assert data.skipped[0][0] == "data.jsonl:3"
 
 
 def test_a_row_of_ours_may_hold_columns_of_others(folder: Path) -> None:

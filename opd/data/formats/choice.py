@@ -50,9 +50,14 @@ def rows_of(path: Path, reading: Reading, progress: Progress) -> Rows:
         if whole:
             entries = Entries(path, table.kind, table.content, whole.to_rows(head[0]))
             notes = [*table.notes, _read_as(path, whole.name, len(entries))]
-            rows = OfTable(entries, dict)
             return Rows(
-                path, table.content, rows, whole.box_format, notes, whole.names, table.folder
+                path,
+                table.content,
+                OfTable(entries, dict),
+                whole.box_format,
+                notes,
+                whole.names,
+                table.folder,
             )
         if not named and _holds_rows(table, head[0]):
             table = inside(path, head[0])
