@@ -64,14 +64,16 @@ class Gap:
 
     `agreement`: the share of all `rows` with equal answers on full image and crop. Both accuracies,
     and `gap`, the crop's accuracy minus the full image's, are over the `rows_with_answer`; None if
-    there are none. `answers` lists every answer, `skipped` the rows that could not be used, each as
-    {"row", "reason", "kind"}.
+    there are none. Rows without boxes and teacher images have no crop: if there are any,
+    `crop_rows` counts the others, over which agreement, crop accuracy and gap are. `answers` lists
+    every answer, `skipped` the rows that could not be used, each as {"row", "reason", "kind"}.
     """
 
     rows: int
     rows_with_answer: int
-    agreement: float
-    agreement_interval: tuple[float, float]
+    crop_rows: int | None = None
+    agreement: float | None = None
+    agreement_interval: tuple[float, float] | None = None
     full_accuracy: float | None = None
     full_accuracy_interval: tuple[float, float] | None = None
     crop_accuracy: float | None = None
@@ -227,7 +229,7 @@ def measure_gap(
         held_out=examples,
     )
     answered, skipped = rows.answer(progress)
-    left_out = rows.left_out(answered, skipped)["skipped"]
+    left_out = rows.left_out(len(answered), skipped)["skipped"]
     values: dict[str, Any] = accuracies(answered)
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return Gap(**values, answers=tuple(answered), skipped=tuple(left_out))

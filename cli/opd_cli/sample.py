@@ -66,7 +66,7 @@ def sample(
             {
                 "model": session.recipe.model.path,
                 "answers": [{**asdict(one), "question": question(one)} for one in answered],
-                **session.left_out(answered, skipped),
+                **session.left_out(len(answered), skipped),
             }
         )
     else:

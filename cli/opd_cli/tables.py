@@ -64,6 +64,8 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
             console.print(
                 "gap closed: no gap was certain before training  (95 % intervals)", highlight=False
             )
+        if alone := _full_alone(before):
+            console.print(alone, highlight=False, soft_wrap=True)
     cut, drawn = summary["completions_truncated"], summary["completions"]
     if cut > MANY_CUT * drawn:
         console.print(
@@ -82,6 +84,8 @@ def _fell(summary: Mapping[str, Any]) -> str:
         return ""
     changes: dict[str, list[str]] = {"fell": [], "rose": []}
     for name, view in (("full", "the full image"), ("crop", "the evidence crop")):
+        if f"{name}_change_interval" not in summary:  # no row has a crop
+            continue
         low, high = summary[f"{name}_change_interval"]
         before, after = (100 * summary[when][f"{name}_accuracy"] for when in ("before", "after"))
         if high < 0 or low > 0:
@@ -105,7 +109,51 @@ def measured(result: Mapping[str, Any], model: str, device: str) -> None:
             table.add_row(name, _percent(result, key))
     console = Terminal()
     console.print(cell(f"{model}: {_rows(result)}, on {device}", "bold"), soft_wrap=True)
+    if table.row_count:
+        console.print(table)
+    if alone := _full_alone(result):
+        console.print(alone, highlight=False, soft_wrap=True)
+
+
+def compared(result: Mapping[str, Any], model: str, device: str) -> None:
+    """Prints what `model` answers on several views, as `opd.measure.compare.report` gives it, and
+    the differences between them: of accuracy, or of certainty if no row has an answer."""
+    console = Terminal()
+    console.print(cell(f"{model}: {_rows(result)}, on {device}", "bold"), soft_wrap=True)
+    views: Mapping[str, Mapping[str, Any]] = result["views"]
+    judged = any("accuracy" in view for view in views.values())
+    headings = ["% right [95 %]"] if judged else []
+    table = _table("", *headings, "as full", "certainty", "tokens", "rows")
+    for name, view in views.items():
+        table.add_row(name, *_view_cells(view, judged))
     console.print(table)
+    key, scale, digits = ("difference", 100, 1) if judged else ("certainty_difference", 1, 3)
+    heading = "% right [95 % interval]" if judged else "nats/token [95 % interval]"
+    pairs = _table("", heading, "rows")
+    for pair in result["pairs"]:
+        if key in pair:
+            low, high = pair["interval" if judged else f"{key}_interval"]
+            value, low, high = (f"{scale * end:+.{digits}f}" for end in (pair[key], low, high))
+            rows = pair["rows_with_answer" if judged else "rows"]
+            pairs.add_row(f"{pair['b']} - {pair['a']}", f"{value} [{low}, {high}]", f"{rows:,}")
+    if pairs.row_count:
+        console.print(pairs)
+    if alone := result["full_alone"]:
+        line = f"{plural(alone, 'example')} without another view: the full image alone was measured"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _view_cells(view: Mapping[str, Any], judged: bool) -> list[str]:
+    """The cells of a view: accuracy if any row has an answer, agreement with the full image's
+    answer, certainty, tokens of a prompt, and rows; "-" for what was not measured."""
+    accuracy = _interval(view["accuracy"], view["interval"]) if "accuracy" in view else "-"
+    return [
+        *([accuracy] if judged else []),
+        f"{100 * view['agreement']:.1f}" if "agreement" in view else "-",
+        f"{view['certainty']:.3f}" if "certainty" in view else "-",
+        f"{view['prompt_tokens']:,.0f}" if "prompt_tokens" in view else "-",
+        f"{view['rows']:,}",
+    ]
 
 
 def answers(rows: Sequence[tuple[str, Answered]]) -> None:
@@ -119,7 +167,7 @@ def answers(rows: Sequence[tuple[str, Answered]]) -> None:
             question,
             _reference(answered.answer),
             _judged(answered.full, answered.full_right),
-            _judged(answered.crop, answered.crop_right),
+            _judged("-" if answered.crop is None else answered.crop, answered.crop_right),
         )
     Terminal().print(table)
 
@@ -389,6 +437,16 @@ def _rows(result: Mapping[str, Any]) -> str:
     )
 
 
+def _full_alone(result: Mapping[str, Any]) -> str:
+    """A line about the rows that were measured on the full image alone; empty if there are none."""
+    rows = result["rows"] - result.get("crop_rows", result["rows"])
+    if not rows:
+        return ""
+    line = f"{plural(rows, 'example')} without evidence: the full image alone was measured"
+    answers = "" if result["rows_with_answer"] else ", and there are no answers to compare with"
+    return f"{line}{answers}"
+
+
 def _reference(answer: str | Sequence[str] | None) -> str:
     """The reference answer or answers as one text."""
     return answer if isinstance(answer, str) else " | ".join(answer or ["-"])
@@ -401,5 +459,10 @@ def _judged(text: str, right: bool | None) -> Text:
 
 def _percent(values: Mapping[str, Any], key: str) -> str:
     """A share in percent with the interval."""
-    low, high = values[f"{key}_interval"]
-    return f"{100 * values[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return _interval(values[key], values[f"{key}_interval"])
+
+
+def _interval(share: float, interval: Sequence[float]) -> str:
+    """A share in percent with its interval."""
+    low, high = interval
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

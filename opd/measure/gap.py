@@ -1,15 +1,15 @@
 """The regional-to-global gap: accuracy on the crop minus accuracy on the full image, before and
 after training.
 
-The student answers greedily, once on the full image and once on the evidence crop. Only this module
+The student answers greedily, once on the full image and once on the evidence crop, if there is one.
+Only this module
 reads the reference answers of examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,16 @@ from pydantic import Field
 from opd.backend import Backend
 from opd.data.answers import matches
 from opd.measure.intervals import ratio, share_of, with_interval
-from opd.method.rollout import sample
+from opd.measure.replies import SLICE, SLICE_BYTES, Prompts, replies
 from opd.options import Options
 from opd.paths import PathText
-from opd.prefetch import prefetch
 from opd.progress import Quiet
-from opd.types import Encoder, Example, Prompt, Sampling
-from opd.views.usable import Skipped, Unusable, encode
+from opd.types import Encoder, Example
+from opd.views.crop import has_evidence
+from opd.views.usable import Skipped, encode, encode_full
 from opd.views.view import ViewOptions
 
-SLICE = 64
-"""Largest number of examples in a slice, which is encoded and answered at once."""
-
-SLICE_BYTES = 2**28
-"""Largest number of bytes in the image arrays of a slice, unless one example alone has more. Two
-slices are in memory: the next is encoded while one is answered."""
+NAMES = ("full", "crop")
 
 COLLAPSED = 0.5
 """A run has collapsed if accuracy fell significantly, to less than this share of the accuracy
@@ -66,27 +61,18 @@ class MeasureOptions(Options):
 class Answered:
     """The model's answers to one example, on the full image and on the crop.
 
-    `full_right` and `crop_right` are None if the example has no reference `answer`. `row`: the
-    index among the measured examples.
+    `crop` is None if the example has neither boxes nor teacher images. `full_right` and
+    `crop_right` are None if the example has no reference `answer`, or there is no answer to judge.
+    `row`: the index among the measured examples.
     """
 
     id: str
     answer: str | Sequence[str] | None
     full: str
-    crop: str
+    crop: str | None
     full_right: bool | None
     crop_right: bool | None
     row: int = -1
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Examples that are answered together: their indices `rows`, and (full image, crop) `prompts`
-    of each. `passed` counts all examples up to here, usable or not."""
-
-    rows: tuple[int, ...]
-    prompts: tuple[tuple[Prompt, Prompt], ...]
-    passed: int
 
 
 def greedy_answers(
@@ -102,88 +88,67 @@ def greedy_answers(
     slice_size: int = SLICE,
     slice_bytes: int = SLICE_BYTES,
 ) -> list[Answered]:
-    """Greedy answers to every example, on the full image and on the crop.
+    """Greedy answers to every example, on the full image and on the crop; on the full image alone
+    for an example without boxes and teacher images.
 
     `max_tokens`: longest answer. `budget`: padded tokens that are sampled at once. `progress` is
-    called with the number of prompts that are newly done. `limit`: longest prompt in tokens. An
-    example that training could not use is left out and added to `skipped`. `slice_size`,
-    `slice_bytes`: most examples and bytes of image arrays that are encoded together.
+    called with the number of prompts that are newly done, of two for each example. `limit`: longest
+    prompt in tokens. An example that cannot be used is left out and added to `skipped`.
+    `slice_size`, `slice_bytes`: most examples and bytes of image arrays that are encoded together.
     """
-    skipped = skipped or Skipped(Quiet())
-    slices = _slices(encoder, examples, view, limit, skipped, slice_size, slice_bytes)
-    answered: list[Answered] = []
-    passed = 0
-    for part in prefetch(lambda number: next(slices, None), count()):
-        if part is None:
-            break
-        full = [full for full, _ in part.prompts]
-        crop = [crop for _, crop in part.prompts]
-        if full:
-            # Both at once, since a token step takes little longer for twice the rows.
-            texts = _greedy(backend, encoder, [*full, *crop], max_tokens, budget, progress)
-            for place, row in enumerate(part.rows):
-                answered.append(judge(row, examples[row], texts[place], texts[len(full) + place]))
-        progress(2 * (part.passed - passed - len(full)))
-        passed = part.passed
-    return answered
-
-
-def _slices(
-    encoder: Encoder,
-    examples: Sequence[Example],
-    view: ViewOptions,
-    limit: int | None,
-    skipped: Skipped,
-    most_examples: int,
-    most_bytes: int,
-) -> Iterator[Slice]:
-    """Yields the usable examples with their prompts, in slices of at most `most_examples` and
-    `most_bytes`, unless one example alone has more."""
     # A control run trains on another view, but is measured on the crop.
-    crop = view.model_copy(update={"kind": "crop"})
-    rows: list[int] = []
-    prompts: list[tuple[Prompt, Prompt]] = []
-    slice_bytes = 0
-    for row in range(len(examples)):
-        try:
-            both = encode(encoder, examples[row], crop, limit)
-        except Unusable as error:
-            skipped.add(examples[row], error)
-            continue
-        size = sum(map(_bytes, both))
-        if rows and (len(rows) == most_examples or slice_bytes + size > most_bytes):
-            yield Slice(tuple(rows), tuple(prompts), row)
-            rows, prompts, slice_bytes = [], [], 0
-        rows.append(row)
-        prompts.append(both)
-        slice_bytes += size
-    yield Slice(tuple(rows), tuple(prompts), len(examples))
+    crop = view.of("crop")
 
+    def prompts_of(example: Example) -> Prompts:
+        if not has_evidence(example):
+            return {"full": encode_full(encoder, example, limit)}
+        return dict(zip(NAMES, encode(encoder, example, crop, limit), strict=True))
 
-def _bytes(prompt: Prompt) -> int:
-    """Bytes of a prompt's image arrays; the other arrays are shared between prompts, and small."""
-    return sum(array.nbytes for array in prompt.images.values())
+    return [
+        judge(row, examples[row], said["full"].text, said["crop"].text if "crop" in said else None)
+        for row, said in replies(
+            backend,
+            encoder,
+            examples,
+            NAMES,
+            prompts_of,
+            max_tokens,
+            budget,
+            progress,
+            skipped or Skipped(Quiet()),
+            slice_size,
+            slice_bytes,
+        )
+    ]
 
 
 def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
     """Measured numbers by name: the share of rows on which full image and crop agree, and, over the
-    rows with a reference answer, both accuracies and the gap, all in 0..1 with 95 % intervals."""
-    same = np.array([matches(row.full, row.crop) for row in answered], dtype=np.float64)
+    rows with a reference answer, both accuracies and the gap, all in 0..1 with 95 % intervals.
+
+    Rows without a crop count for the full image's accuracy alone; if there are any, `crop_rows` is
+    the number of the others. What no row has is left out.
+    """
+    seen = [row for row in answered if row.crop is not None]
+    judged = [row for row in answered if row.answer is not None]
     full, crop = correct(answered)
-    result: dict[str, Any] = {
-        "rows": len(answered),
-        "rows_with_answer": len(full),
-        **share_of("agreement", same),
-    }
+    result: dict[str, Any] = {"rows": len(answered), "rows_with_answer": len(judged)}
+    if len(seen) < len(answered):
+        result["crop_rows"] = len(seen)
+    if seen:
+        same = np.array([matches(row.full, str(row.crop)) for row in seen], np.float64)
+        result |= share_of("agreement", same)
+    if judged:
+        result |= share_of("full_accuracy", _full_right(judged))
     if len(full):
-        result |= share_of("full_accuracy", full)
         result |= share_of("crop_accuracy", crop)
         result |= with_interval("gap", [full, crop], lambda full, crop: crop - full)
     return result
 
 
 def gap_closed(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Any]:
-    """(full after - full before) / (crop before - full before), a fraction, with the interval.
+    """(full after - full before) / (crop before - full before), a fraction, with the interval, over
+    the rows with a crop.
 
     Empty if the gap before is not significantly above 0, since a quotient by it would mean nothing.
     The crop's accuracy is that before training, so that losing crop accuracy never closes the gap.
@@ -215,7 +180,7 @@ def paired(
 
 def changes(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, Any]:
     """The change of both accuracies by training, and a `verdict`; `before` and `after` are
-    `paired`.
+    `paired`. Where no row has a crop, the full image's accuracy alone counts.
 
     `full_change` and `crop_change` are accuracy after minus accuracy before, with paired intervals.
     A change is significant if the interval excludes 0. The verdict is "collapsed" if an accuracy
@@ -223,16 +188,15 @@ def changes(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, 
     fell significantly; else "improved" if the full image's rose significantly; else "unchanged". It
     is None if no example has a reference answer.
     """
-    full_before, crop_before = correct(before)
-    full_after, crop_after = correct(after)
-    if not len(full_before):
+    full = [_full_right(answered) for answered in (before, after)]
+    crop = [correct(answered)[1] for answered in (before, after)]
+    if not len(full[0]):
         return {"verdict": None}
     result: dict[str, Any] = {}
     fell, collapsed = False, False
-    for name, first, second in (
-        ("full_change", full_before, full_after),
-        ("crop_change", crop_before, crop_after),
-    ):
+    for name, (first, second) in (("full_change", full), ("crop_change", crop)):
+        if not len(first):
+            continue
         result |= with_interval(name, [first, second], lambda first, second: second - first)
         if result[f"{name}_interval"][1] < 0:
             fell = True
@@ -244,37 +208,25 @@ def changes(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, 
     return {"verdict": verdict, **result}
 
 
-def _greedy(
-    backend: Backend,
-    encoder: Encoder,
-    prompts: Sequence[Prompt],
-    max_tokens: int,
-    budget: int,
-    progress: Callable[[int], None],
-) -> list[str]:
-    """The greedy completion of each prompt, as text."""
-    unused = np.zeros((len(prompts), 1, max_tokens), np.float32)  # greedy decoding draws nothing
-    sampling = Sampling(0.0, encoder.stop, encoder.banned)
-    return [
-        encoder.decode(group[0].tokens.tolist())
-        for group in sample(backend, prompts, unused, sampling, budget, progress)
-    ]
-
-
-def judge(row: int, example: Example, full: str, crop: str) -> Answered:
-    """The record of the answers `full` (on the full image) and `crop` to the example at index
-    `row`, each judged against the reference answer if there is one."""
+def judge(row: int, example: Example, full: str, crop: str | None) -> Answered:
+    """The record of the answers `full` (on the full image) and `crop` (None: the example has no
+    crop) to the example at index `row`, each judged against the reference answer if there is
+    one."""
     if example.answer is None:
         return Answered(example.id, None, full, crop, None, None, row)
     full_right = matches(full, example.answer, example.choices)
-    crop_right = matches(crop, example.answer, example.choices)
+    crop_right = None if crop is None else matches(crop, example.answer, example.choices)
     return Answered(example.id, example.answer, full, crop, full_right, crop_right, row)
 
 
 def correct(answered: Sequence[Answered]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two arrays [rows with a reference answer]: 1 for a correct answer and 0 for a wrong one, on
-    the full image and on the crop."""
-    judged = [row for row in answered if row.answer is not None]
-    full = np.array([row.full_right for row in judged], np.float64)
-    crop = np.array([row.crop_right for row in judged], np.float64)
-    return full, crop
+    """Two arrays [rows with a reference answer and a crop]: 1 for a correct answer and 0 for a
+    wrong one, on the full image and on the crop."""
+    judged = [row for row in answered if row.answer is not None and row.crop is not None]
+    return _full_right(judged), np.array([row.crop_right for row in judged], np.float64)
+
+
+def _full_right(answered: Sequence[Answered]) -> NDArray[np.float64]:
+    """An array [rows with a reference answer]: 1 for a correct answer on the full image, 0 for a
+    wrong one."""
+    return np.array([row.full_right for row in answered if row.answer is not None], np.float64)

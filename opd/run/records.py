@@ -21,7 +21,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
         "id": (str,),
         "answer": (str, list, type(None)),
         "full": (str,),
-        "crop": (str,),
+        "crop": (str, type(None)),
         "full_right": (bool, type(None)),
         "crop_right": (bool, type(None)),
         "row": (int,),
@@ -99,9 +99,10 @@ def _fault(name: str, row: Mapping[str, Any]) -> str:
     answer = row["answer"]
     if isinstance(answer, list) and not all(isinstance(text, str) for text in answer):
         return f"field 'answer' is {shown(answer)}, not a list of texts"
-    if any(
-        (row[field] is None) != (row["answer"] is None) for field in ("full_right", "crop_right")
-    ):
+    if row["crop"] is None and row["crop_right"] is not None:
+        return "'crop_right' is not null, but 'crop' is"
+    rights = ("full_right",) if row["crop"] is None else ("full_right", "crop_right")
+    if any((row[field] is None) != (row["answer"] is None) for field in rights):
         return "'full_right' and 'crop_right' are null where 'answer' is, and only there"
     return ""
 

@@ -16,7 +16,7 @@ from opd import registry
 from opd.backend import Backend
 from opd.data import Dataset, open_data, spread
 from opd.errors import DataError, FolderError, plural
-from opd.measure import gap
+from opd.measure import compare, gap
 from opd.models import hub
 from opd.models.choice import is_tiny
 from opd.models.find import CONFIG
@@ -61,27 +61,58 @@ class Session:
         answered = answers(
             self.recipe, self.backend, self.encoder, self.held_out, progress, skipped
         )
-        if self.held_out and not answered:
-            raise DataError(
-                f"none of {plural(len(self.held_out), 'row')} can be measured ({skipped.why()})"
-            )
-        if missing := len(self.held_out) - len(answered):
-            share = (
-                f"{missing} of {plural(len(self.held_out), 'row')}"
-                f" ({missing / len(self.held_out):.1%})"
-            )
-            progress.note(f"{share} cannot be used: {skipped.why()}")
+        self._tell_missing(len(answered), skipped, progress)
         return answered, skipped
 
-    def left_out(self, answered: Sequence[gap.Answered], skipped: Skipped) -> dict[str, Any]:
+    def compare(
+        self, views: Sequence[str], progress: Progress
+    ) -> tuple[compare.Comparison, Skipped]:
+        """Greedy answers to the held-out examples, on the full image and on each of the `views`,
+        and the examples that cannot be used.
+
+        Raises RecipeError for an unknown view, DataError if none of the examples can be used.
+        """
+        options = {name: self.recipe.seeded_view.of(name) for name in views}
+        progress.begin("measure", len(compare.names_of(options)) * len(self.held_out))
+        skipped = Skipped(progress)
+        comparison = compare.compare(
+            self.backend,
+            self.encoder,
+            self.held_out,
+            options,
+            self.recipe.measure.max_tokens,
+            self.recipe.rollout.sample_tokens,
+            progress.advance,
+            self.recipe.data.max_prompt_tokens,
+            skipped,
+        )
+        self._tell_missing(len(comparison.seen), skipped, progress)
+        for name, lacking in comparison.lacking.items():
+            if lacking.reasons:
+                count = plural(len(lacking.reasons), "row")
+                progress.note(f"{count} without the view '{name}': {lacking.why()}")
+        return comparison, skipped
+
+    def _tell_missing(self, answered: int, skipped: Skipped, progress: Progress) -> None:
+        """A note about the held-out examples that were not answered. Raises DataError if none
+        was."""
+        rows = len(self.held_out)
+        if rows and not answered:
+            raise DataError(f"none of {plural(rows, 'row')} can be measured ({skipped.why()})")
+        if missing := rows - answered:
+            share = f"{missing} of {plural(rows, 'row')} ({missing / rows:.1%})"
+            progress.note(f"{share} cannot be used: {skipped.why()}")
+
+    def left_out(self, answered: int, skipped: Skipped) -> dict[str, Any]:
         """The number of rows that were not answered, under "rows_skipped", and a record of each,
-        with the reason, under "skipped"; the rows could not be read or not be encoded."""
+        with the reason, under "skipped"; the rows could not be read or not be encoded. `answered`
+        counts the others."""
         unread = [
             {"row": row, "reason": reason, "kind": Unusable(reason).kind}
             for row, reason in getattr(self.held_out, "skipped", ())
         ]
         return {
-            "rows_skipped": len(unread) + len(self.held_out) - len(answered),
+            "rows_skipped": len(unread) + len(self.held_out) - answered,
             "skipped": [*unread, *skipped.records()],
         }
 

@@ -50,6 +50,7 @@ class Degrade(View):
     degradations or clean."""
 
     needs_evidence = False
+    changes_student = True
 
     def pieces(
         self,

@@ -136,10 +136,16 @@ def encode(
     return prompts
 
 
-def encode_full(encoder: Encoder, example: Example, limit: int | None = None) -> Prompt:
-    """The prompt of the full images, as users give them to the model. Raises as `encode` does."""
+def encode_full(
+    encoder: Encoder,
+    example: Example,
+    limit: int | None = None,
+    view: ViewOptions | None = None,
+) -> Prompt:
+    """The prompt of the full images, as users give them to the model; with `view`, of the images as
+    the student sees them in training on it. Raises as `encode` does."""
     with _guarded(example):
-        prompt = encode_student(encoder, example)
+        prompt = encode_student(encoder, example, view)
     _check_length([prompt], limit)
     return prompt
 

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
-from opd.errors import nearest
+from opd.errors import RecipeError, nearest
 from opd.options import Options
 from opd.types import Example, ImageSource
 from opd.views.piece import Piece, Size, whole
@@ -34,6 +34,9 @@ class View(ABC):
 
     needs_evidence: bool = True
     """Whether every row needs boxes or teacher images; if not, rows without them are read too."""
+
+    changes_student: bool = False
+    """Whether `student_piece` gives anything but the whole image."""
 
     @abstractmethod
     def pieces(
@@ -89,8 +92,11 @@ def register(name: str, view: View) -> None:
 
 
 def named(kind: str) -> View:
-    """The view with this name. Raises KeyError."""
-    return BUILT_IN[kind] if kind in BUILT_IN else REGISTERED[kind]
+    """The view with this name. Raises RecipeError."""
+    view = BUILT_IN.get(kind) or REGISTERED.get(kind)
+    if view is None:
+        raise RecipeError(f"no view is called '{kind}'; {nearest(kind, [*BUILT_IN, *REGISTERED])}")
+    return view
 
 
 def draws(seed: int, name: str) -> np.random.Generator:
@@ -111,6 +117,7 @@ class Mixture(View):
         """`shares`: the share of each view by name; they sum to 1."""
         self.shares = dict(shares)
         self.needs_evidence = all(named(kind).needs_evidence for kind in shares)
+        self.changes_student = any(named(kind).changes_student for kind in shares)
 
     def kind(self, example: Example, options: ViewOptions) -> str:
         """The name of the view that is drawn for an example."""

@@ -133,6 +133,11 @@ def refused(here, *arguments):
         (["train", "--data", "file"], "file: the file is empty"),
         (["train", "--data", "street.png"], "the file is not UTF-8 text"),
         (["gap", "--set", "measure.path=nowhere.jsonl"], "data file not found: nowhere.jsonl"),
+        (["gap", "--view", "corp"], "no view is called 'corp'; did you mean 'crop'?"),
+        (
+            ["train", "--set", "view.mixture={crop = 0.7}"],
+            "view.mixture = {'crop': 0.7}: the shares sum to 0.7, not to 1",
+        ),
         (["gap", "--count", "0"], "nothing to measure: measure.count is 0"),
         (["sample", "--count", "0"], "Invalid value for '--count': 0 is not in the range x>=1"),
         (

@@ -70,6 +70,11 @@ def damaged(run):
             {"answer": None},
             "'full_right' and 'crop_right' are null where 'answer' is, and only there",
         ),
+        ({"crop": None}, "'crop_right' is not null, but 'crop' is"),
+        (
+            {"crop": None, "crop_right": None, "full_right": None},
+            "'full_right' and 'crop_right' are null where 'answer' is, and only there",
+        ),
         ({"answer": ["a", 1]}, "field 'answer' is [\"a\", 1], not a list of texts"),
         ({"row": True}, "field 'row' is true, not a whole number"),
         ({"row": ...}, "field 'row' is missing"),

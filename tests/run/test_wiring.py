@@ -32,7 +32,9 @@ from opd.objective import Objective
 from opd.prompts.processor import open_encoder
 from opd.run.recipe import Recipe
 from opd.tiny import MODEL
-from opd.types import MAX_IMAGE_PIXELS, AdapterOptions, Completion, Sampling, Update
+from opd.types import MAX_IMAGE_PIXELS, AdapterOptions, Completion, Example, Sampling, Update
+from opd.views.images import student_images
+from opd.views.view import ViewOptions
 from opd_cli import main
 from tests.support import plugins, recorder
 
@@ -1461,6 +1463,71 @@ def test_gap_and_sample_ask_as_training_measures(command, opd):
     found = json.loads(counted.stdout)
     assert found["model"] == "tiny"
     assert (found["rows"] if command == "gap" else len(found["answers"])) == 2
+
+
+def test_gap_compares_views_on_the_same_rows(opd):
+    """A row without boxes has the full image alone, and what needs none."""
+    data = opd.data([row(0), row(1, boxes=None), row(2)])
+    settings = {"view.margin": 0, "view.min_size": 1, "run.seed": 3, "view.mixture": {"full": 1.0}}
+    asked = ["--view", "crop", "--view", "context", "--view", "degrade", "--view", "crop"]
+    run = opd(
+        "gap", "tiny", "--backend", recorder.NAME, "--data", data, *opd.sets(settings), *asked,
+        "--json",
+    )  # fmt: skip
+    found = json.loads(run.stdout)
+    views = found["views"]
+    assert {name: view["rows"] for name, view in views.items()} == {
+        "full": 3,
+        "crop": 2,
+        "context": 2,
+        "degrade (student)": 3,
+        "degrade": 3,
+    }
+    assert (found["rows"], found["crop_rows"], found["full_alone"]) == (3, 2, 0)
+    assert len(found["pairs"]) == 10
+    ((reason, count),) = views["context"]["lacking"].items()
+    assert (reason.count("needs boxes"), count) == (1, 1)
+    assert "1 row without the view 'context': 1 row: example" in run.stderr
+    seen = [prompt for call in run.calls for prompt in call.prompts]
+    degrade = ViewOptions(kind="degrade").seeded(3)
+    rows = [Example(str(number), (image(number),), "") for number in range(3)]
+    students = [student_images(one, degrade) for one in rows]
+    expected = prints(
+        *(([image(number)], ask(number)) for number in range(3) for _ in range(2)),
+        *(([crop(number, HULL)], ask(number)) for number in (0, 2)),
+        *(([crop(number, (0, 0, 96, 64))], ask(number)) for number in (0, 2)),
+        *((students[number], ask(number)) for number in range(3)),
+    )
+    assert Counter(map(print_of, seen)) == expected
+
+
+@pytest.mark.parametrize("command", ["gap", "sample"])
+def test_data_without_boxes_are_measured_on_the_full_image_alone(command, opd):
+    data = opd.data([row(number, boxes=None) for number in range(3)])
+    asked = [command, "tiny", "--backend", recorder.NAME, "--data", data]
+    run = opd(*asked, "--json")
+    seen = [prompt for call in run.calls for prompt in call.prompts]
+    assert Counter(map(print_of, seen)) == prints(*(([image(n)], ask(n)) for n in range(3)))
+    found = json.loads(run.stdout)
+    if command == "gap":
+        assert (found["rows"], found["crop_rows"], found["rows_skipped"]) == (3, 0, 0)
+        assert "full_accuracy" in found
+        assert not {"gap", "crop_accuracy", "agreement"} & found.keys()
+        said = "3 examples without evidence: the full image alone was measured"
+        assert said in opd(*asked).stdout
+    else:
+        assert [answer["crop"] for answer in found["answers"]] == [None] * 3
+        assert opd(*asked).code == 0
+
+
+def test_a_view_without_boxes_trains_on_data_without_them(opd):
+    data = opd.data([row(number, boxes=None) for number in range(3)])
+    run = opd.train({"view.kind": "degrade", "measure.count": 3}, data=data)
+    assert len(run.groups) == 6
+    assert [len(call.prompts) for call in run.measured] == [3, 3]
+    summary = json.loads((run.out / "summary.json").read_text())
+    assert "gap" not in summary["before"]
+    assert opd.train(data=data, code=2).stderr.count("field 'boxes' is missing") == 1
 
 
 def test_options_of_the_command_line_are_keys_of_the_recipe(opd):
