@@ -8,7 +8,7 @@ OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0)
 # MLX's Linux wheel carries a slow reference BLAS; Debian's OpenBLAS takes its place where it is installed. A Mac needs none of it.
 # One thread, since more only spin on small matrices; and never for torch alone, whose own BLAS is faster.
 FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1,)
-EXTRAS := $(if $(filter Darwin,$(shell uname -s)),$(if $(filter arm64,$(shell uname -m)),mlx$(comma)cuda$(comma)dev,cuda$(comma)dev),mlx$(comma)cuda$(comma)dev)
+EXTRAS := $(if $(filter Darwin,$(shell uname -s)),$(if $(filter arm64,$(shell uname -m)),mlx$(comma)cuda$(comma)data$(comma)dev,cuda$(comma)data$(comma)dev),mlx$(comma)cuda$(comma)data$(comma)dev)
 
 .PHONY: help install train test check format wheel clean
 

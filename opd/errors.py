@@ -16,9 +16,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+SPECIFIC = re.compile(r"(?<!\bfield )'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S*\d\S*|\S+\.\w+:?")
+"""Matches parts of a message that differ from row to row: quotations other than the name of a
+field, paths, names of files and numbers."""
 
 
 class OpdError(Exception):
@@ -36,6 +41,16 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """A data file cannot be used, or a row cannot where rows are not skipped."""
+
+    def __init__(self, reason: str, kind: str = "") -> None:
+        super().__init__(reason)
+        self._kind = kind
+
+    @property
+    def kind(self) -> str:
+        """The reason without quotations, paths and numbers, so that rows with the same fault can be
+        counted."""
+        return self._kind or kind_of(str(self))
 
 
 class ModelError(UserError):
@@ -86,6 +101,12 @@ def one_line(error: BaseException) -> str:
         return type(error).__name__
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return shortened(line, 300)
+
+
+def kind_of(reason: str) -> str:
+    """A reason without quotations, paths and numbers."""
+    kind = re.sub(r"(\.\.\.[\s,x:;]*)+", "... ", SPECIFIC.sub("...", reason))
+    return kind.strip(" .:;,") or reason
 
 
 def plural(count: int, noun: str) -> str:

@@ -3,7 +3,6 @@ is imported when it is called."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from opd_cli import signals, terminal
+from opd_cli.lazy import LazyGroup
 from opd_cli.suggestions import unknown_option, where
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "gap": "Measure accuracy on the crop and on the full image.",
     "sample": "Show what a model answers on the full image and on the crop.",
     "export": "Write a trained model or adapter for other programs.",
+    "data": "Look at data before training: check, convert, show.",
     "plan": "Say what memory and time a run will take, before any weights are there.",
     "backends": "Show which backends are installed, and check them on this device.",
 }
@@ -32,38 +33,8 @@ SPINS = "2000"
 takes milliseconds of the core that encodes the next step's images."""
 
 
-class Commands(click.Group):
-    """Finds `opd NAME` in the module `opd_cli.NAME`, and turns errors into one line and an exit
-    code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands, in the order of use."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Imports a command; None if there is no command of this name."""
-        if name not in COMMANDS:
-            return None
-        command: click.Command = getattr(importlib.import_module(f"opd_cli.{name}"), name)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is called. Raises UsageError, with the nearest name, for an unknown
-        command."""
-        if args[0] not in COMMANDS:
-            from opd.errors import nearest
-
-            raise click.UsageError(
-                f"no such command '{args[0]}'; {nearest(args[0], COMMANDS)}", ctx
-            )
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the list of commands, without importing the commands."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+class Commands(LazyGroup):
+    """The commands of `opd`; turns errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Calls the command. A KeyboardInterrupt becomes Abort, since click would write an empty
@@ -143,7 +114,10 @@ class Commands(click.Group):
 
 
 @click.group(
-    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    cls=Commands,
+    package="opd_cli",
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.version_option(package_name="vision-opd", prog_name="opd")
 def main() -> None:

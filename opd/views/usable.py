@@ -5,7 +5,6 @@ Training and measuring both encode rows here, so that they skip, count and name 
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,22 +27,9 @@ from opd.views.view import ViewOptions
 TOLD = 5
 """Number of skipped rows that are reported one by one; further rows are only counted."""
 
-SPECIFIC = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S*\d\S*|\S+\.\w+:?")
-"""Matches parts of a message that differ from row to row: quotations, paths, names of files and
-numbers."""
-
 
 class Unusable(DataError):
-    """A row cannot be used. `kind` is the reason without quotations, paths and numbers, so that
-    rows with the same fault can be counted."""
-
-    def __init__(self, reason: str, kind: str = "") -> None:
-        super().__init__(reason)
-        self.kind = (
-            kind
-            or re.sub(r"(\.\.\.[\s,x:;]*)+", "... ", SPECIFIC.sub("...", reason)).strip(" .:;,")
-            or reason
-        )
+    """A row cannot be used; rows are counted by its `kind`."""
 
 
 class Skipped:

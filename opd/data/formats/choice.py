@@ -42,7 +42,8 @@ def rows_of(path: Path, reading: Reading, progress: Progress) -> Rows:
             other is named or (not reading.format and other.recognise(path, start))
         ):
             rows = other.read(path)
-            return replace(rows, notes=[_read_as(path, other.name, len(rows.rows)), *rows.notes])
+            notes = [_read_as(path, other.name, len(rows.rows)), *rows.notes]
+            return replace(rows, notes=notes, format=other.name)
     table = open_table(path, reading, progress)
     head = list(_readable(table))
     if len(table) == 1 and head:
@@ -58,6 +59,7 @@ def rows_of(path: Path, reading: Reading, progress: Progress) -> Rows:
                 notes,
                 whole.names,
                 table.folder,
+                whole.name,
             )
         if not named and _holds_rows(table, head[0]):
             table = inside(path, head[0])
@@ -161,7 +163,16 @@ def _foreign(table: Table, head: Sequence[Row], reader: Format, reading: Reading
     rows = OfTable(table, to_own)
     notes = [*table.notes, _read_as(table.path, reader.name, len(rows))]
     names = {**reader.names, **reading.columns}
-    return Rows(table.path, table.content, rows, reader.box_format, notes, names, table.folder)
+    return Rows(
+        table.path,
+        table.content,
+        rows,
+        reader.box_format,
+        notes,
+        names,
+        table.folder,
+        reader.name,
+    )
 
 
 def _own(table: Table, head: Sequence[Row], reading: Reading) -> Rows:

@@ -24,7 +24,8 @@ class Rows:
     `content` is what the fingerprint of the data covers beside the pictures: the bytes of the file,
     or files, in order. `box_format` is the unit of boxes in rows that state none. `notes` are lines
     for a person. `names`: what the file calls our fields, for messages; empty for our own rows.
-    `folder`: paths in the rows are relative to it; None: to the folder of `path`.
+    `folder`: paths in the rows are relative to it; None: to the folder of `path`. `format`: the
+    name of the format.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Rows:
     notes: Sequence[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
+    format: str = "opd's own rows"
 
     def source(self, place: int) -> str:
         """The name of a row in messages: "file:number"."""

@@ -1,0 +1,22 @@
+"""`opd data`: each command is a file in this folder, and a line in the table."""
+
+from __future__ import annotations
+
+import click
+
+from opd_cli.lazy import LazyGroup
+
+COMMANDS = {
+    "check": "Read every row and picture; count defects, doubtful rows and duplicates.",
+}
+
+
+@click.group(cls=LazyGroup, package="opd_cli.data", table=COMMANDS)
+def data() -> None:
+    """Looks at data before training.
+
+    \b
+    Examples:
+      opd data check pairs.jsonl
+      opd data COMMAND --help       what a command takes, with examples
+    """
