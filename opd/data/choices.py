@@ -48,6 +48,9 @@ _QUOTED = re.compile(r"""\s*(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)")\s*,?\s*"
 LONGEST = 100_000
 """Characters up to which a text is searched for options."""
 
+STARTS = 10
+"""Places that are tried as the first of several options on one line."""
+
 LONG_OPTION = 2_000
 """Characters up to which the last option of a line is read."""
 
@@ -173,21 +176,24 @@ def _options_on_lines(question: str) -> list[str]:
 def _options_on_one_line(question: str) -> list[str]:
     """The texts of options that follow each other, from the last "A" that begins a sentence."""
     starts = [match.end() for match in _FIRST.finditer(question)]
-    if not starts:
-        return []
     for marks in _MARKS:
-        spans: list[tuple[int, int]] = []
-        for match in marks.finditer(question, starts[-1]):
-            if match[1] == LETTERS[len(spans) : len(spans) + 1]:
-                spans.append(match.span())
-        if len(spans) < 2:
-            continue
-        ends = [start for start, _ in spans[1:]] + [len(question)]
-        texts = [question[start:end] for (_, start), end in zip(spans, ends, strict=True)]
-        texts[-1] = _REQUEST.sub("", texts[-1].strip().split("\n")[0][:LONG_OPTION])
-        texts = [_without_conjunction(text) for text in texts]
-        return texts if all(texts) else []
+        for start in reversed(starts[-STARTS:]):
+            texts = _options_from(question, start, marks) if marks.match(question, start) else []
+            if len(texts) > 1 and all(texts):
+                return texts
     return []
+
+
+def _options_from(question: str, start: int, marks: re.Pattern[str]) -> list[str]:
+    """The texts behind the letters A, B, ... from `start` on."""
+    spans: list[tuple[int, int]] = []
+    for match in marks.finditer(question, start):
+        if match[1] == LETTERS[len(spans) : len(spans) + 1]:
+            spans.append(match.span())
+    ends = [start for start, _ in spans[1:]] + [len(question)]
+    texts = [question[start:end] for (_, start), end in zip(spans, ends, strict=True)]
+    texts[-1] = _REQUEST.sub("", texts[-1].strip().split("\n")[0][:LONG_OPTION])
+    return [_without_conjunction(text) for text in texts]
 
 
 def _without_conjunction(text: str) -> str:

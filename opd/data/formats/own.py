@@ -152,7 +152,7 @@ def read_row(
 def with_names(message: str, names: Mapping[str, str]) -> str:
     """A message about one of our fields, as one about the field that a file has instead."""
     begin = re.match(r"field '(\w+)'", message)
-    theirs = names.get(begin[1]) if begin else None
+    theirs = (names.get(begin[1]) or names.get(f"{begin[1]}s")) if begin else None
     return f"field '{theirs}'{message[begin.end() :]}" if begin and theirs else message
 
 

@@ -97,7 +97,7 @@ def _objects(row: Row) -> dict[str, Any]:
 def _boxes(objects: dict[str, Any]) -> Row:
     """The fields boxes and box_format of objects; empty if they hold no box. Raises DataError."""
     boxes, images, kind = (objects.get(name) for name in ("bbox", "image_id", "bbox_type"))
-    if kind is not None and kind not in UNITS:
+    if kind not in (None, *UNITS):
         raise DataError(f"field 'objects.bbox_type': {show(kind)} is neither real nor norm1")
     unit = {} if kind is None else {"box_format": UNITS[kind]}
     if boxes is None or boxes == []:
