@@ -96,7 +96,9 @@ def read_row(
         raise missing(row, "image", "a path, or images: a list of paths", FIELDS)
     question = text(row, "question") or said.question or None
     if question is None:
-        wanted = "a text" if not names else "a text, or one for all rows, data.question"
+        wanted = "a text"
+        if names:
+            wanted += ', or one for all rows: --set "data.question=What is in the region?"'
         raise missing(row, "question", wanted, FIELDS)
     teacher_images = sources.of_row(row, "teacher_image", place)
     found = boxes(
