@@ -9,136 +9,37 @@ results/tiny_controls.json and results/tiny_controls.png, and skips runs that th
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.tiny_runs import compare
+from opd.run import recipe as recipes
+
 BLUE, GREY = "#0b6e99", "#7a7a7a"
 
+RATE = recipes.load("tiny").optimizer.learning_rate
+
 CONTROLS: dict[str, list[str]] = {
-    "crop teacher": [],
+    "crop teacher": ["measure.every=25"],
     "frozen teacher": ["teacher.rule=frozen"],
     "teacher sees the full image": ["view.kind=full"],
     "teacher sees a wrong crop": ["view.kind=wrong"],
-    "learning rate / 3": ["optimizer.learning_rate={small}"],
-    "learning rate x 3": ["optimizer.learning_rate={large}"],
+    "learning rate / 3": [f"optimizer.learning_rate={RATE / 3}"],
+    "learning rate x 3": [f"optimizer.learning_rate={RATE * 3}"],
     "supervised on the labels": [],
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=0, help="0: those of the preset")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="runs side by side, of one thread each"
-    )
-    parser.add_argument("--only", help="one control")
-    parser.add_argument("--json", action="store_true", help="one object on one line")
-    parser.add_argument("--one", nargs=2, metavar=("CONTROL", "SEED"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(run(arguments.one[0], int(arguments.one[1]), arguments.steps)))
-        return
-    path = RESULTS / (
-        "tiny_controls.json" if not arguments.steps else f"tiny_controls_{arguments.steps}.json"
-    )
-    earlier = json.loads(path.read_text()) if path.exists() else {"runs": {}, "dates": {}}
-    stored, dates = earlier["runs"], earlier["dates"]
-    jobs = [
-        (name, seed)
-        for seed in range(arguments.seeds)
-        for name in CONTROLS
-        if arguments.only in (None, name)
-    ]
-    jobs = [(name, seed) for name, seed in jobs if str(seed) not in stored.get(name, {})]
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        for (name, seed), summary in zip(
-            jobs, pool.map(lambda job: in_new_process(*job, arguments.steps), jobs), strict=True
-        ):
-            stored.setdefault(name, {})[str(seed)] = summary
-            dates[name] = str(date.today())
-            before, after = (summary[when]["full_accuracy"] for when in ("before", "after"))
-            print(f"{name}, seed {seed}: {before:.3f} -> {after:.3f}", file=sys.stderr)
-            result = {
-                "dates": dates,
-                "machine": f"{platform.machine()}, one thread a run",
-                "versions": versions(),
-                "runs": stored,
-            }
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
-    rows = {name: table_row(runs) for name, runs in stored.items()}
-    if arguments.json:
-        print(json.dumps(rows))
-    else:
-        show(rows)
-    picture(stored, path.with_suffix(".png"))
+    compare("benchmarks.tiny_controls", __doc__, CONTROLS, picture, on_labels)
 
 
-def in_new_process(name: str, seed: int, steps: int) -> dict[str, Any]:
-    """Runs one control with one seed in a new process, on one thread."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.tiny_controls",
-        "--one",
-        name,
-        str(seed),
-        "--steps",
-        str(steps),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{name}, seed {seed} failed:\n{done.stderr}")
-    summary: dict[str, Any] = json.loads(done.stdout)
-    return summary
-
-
-def run(name: str, seed: int, steps: int) -> dict[str, Any]:
-    """Runs one control; returns the run's summary and the curve of both accuracies."""
-    from opd.run import recipe as recipes
-    from opd.run.session import start
-
-    rate = recipes.load("tiny").optimizer.learning_rate
-    options = [option.format(small=rate / 3, large=rate * 3) for option in CONTROLS[name]]
-    options += [
-        f"run.seed={seed}",
-        "run.checkpoint_every=0",
-        f"measure.every={25 if name == 'crop teacher' else 100}",
-    ]
-    options += [f"run.steps={steps}"] if steps else []
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = start(recipes.load("tiny", options), "cpu", Path(folder) / "run")
-        if name.startswith("supervised"):
-            trainer.backend = supervised(trainer)
-        summary = trainer.train()
-        curve = [
-            [row[key] for key in ("step", "full_accuracy", "crop_accuracy")]
-            for row in trainer.folder.rows("accuracy.jsonl")
-        ]
-        return {**summary, "curve": curve}
+def on_labels(name: str, trainer: Any) -> None:
+    """Puts the backend that trains on labels into the trainer of the supervised control."""
+    if name.startswith("supervised"):
+        trainer.backend = supervised(trainer)
 
 
 def supervised(trainer: Any) -> Any:
@@ -215,40 +116,6 @@ def supervised(trainer: Any) -> Any:
     return Supervised(options, load_model(options, this_device("cpu")))
 
 
-def table_row(runs: dict[str, Any]) -> dict[str, Any]:
-    """One control's results as means over the seeds."""
-
-    def mean(*path: str) -> float:
-        return float(
-            np.mean(
-                [run[path[0]] if len(path) == 1 else run[path[0]][path[1]] for run in runs.values()]
-            )
-        )
-
-    return {
-        "seeds": len(runs),
-        "full_before": mean("before", "full_accuracy"),
-        "full_after": mean("after", "full_accuracy"),
-        "crop_before": mean("before", "crop_accuracy"),
-        "crop_after": mean("after", "crop_accuracy"),
-        "gap_closed": mean("gap_closed"),
-        "gap_closed_each": [run["gap_closed"] for run in runs.values()],
-        "upper_end_of_interval": max(run["gap_closed_interval"][1] for run in runs.values()),
-        "seconds": mean("seconds"),
-    }
-
-
-def show(rows: dict[str, dict[str, Any]]) -> None:
-    print(f"{'':30} {'full image':>16} {'crop':>16} {'gap closed':>11}  of each seed")
-    for name, row in rows.items():
-        full, crop = (
-            f"{row[f'{view}_before']:.3f} -> {row[f'{view}_after']:.3f}"
-            for view in ("full", "crop")
-        )
-        each = ", ".join(f"{value:.2f}" for value in row["gap_closed_each"])
-        print(f"{name:30} {full:>16} {crop:>16} {row['gap_closed']:>11.2f}  {each}")
-
-
 def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Plots both accuracies over the default run's steps, and how much of the gap each control
     closes: one line or dot for each seed."""
@@ -295,11 +162,6 @@ def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
-
-
-def versions() -> dict[str, str]:
-    names: Sequence[str] = ("vision-opd", "torch", "transformers", "numpy", "pillow")
-    return {name: version(name) for name in names}
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from benchmarks import tiny_controls
-
-RESULTS = Path(tiny_controls.RESULTS)
+from benchmarks import tiny_controls, views
+from benchmarks.tiny_runs import RESULTS, run, table_row
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def test_the_committed_controls_bear_the_claim(controls):
     makes it worse."""
     assert controls.keys() == tiny_controls.CONTROLS.keys()
     assert all(sorted(runs) == ["0", "1", "2"] for runs in controls.values())
-    rows = {name: tiny_controls.table_row(runs) for name, runs in controls.items()}
+    rows = {name: table_row(runs) for name, runs in controls.items()}
     assert min(rows["crop teacher"]["gap_closed_each"]) > 0.7
     assert rows["teacher sees the full image"]["upper_end_of_interval"] < 0.10
     assert rows["teacher sees a wrong crop"]["upper_end_of_interval"] <= 0
@@ -34,7 +33,7 @@ def test_the_committed_controls_bear_the_claim(controls):
 def test_the_readme_shows_the_committed_controls(controls):
     readme = (RESULTS.parent / "README.md").read_text()
     for name, runs in controls.items():
-        row = tiny_controls.table_row(runs)
+        row = table_row(runs)
         ends = [
             f"{100 * row[f'{view}_before']:.1f} → {100 * row[f'{view}_after']:.1f}"
             for view in ("full", "crop")
@@ -47,16 +46,17 @@ def test_the_readme_shows_the_committed_controls(controls):
 
 
 @pytest.mark.parametrize(
-    "name", ["crop teacher", "teacher sees a wrong crop", "supervised on the labels"]
+    ("table", "name"),
+    [
+        (tiny_controls.CONTROLS, "supervised on the labels"),
+        (views.VIEWS, "several: full, context, crop"),
+        (views.VIEWS, "mixture: crop 0.5, degrade 0.5"),
+    ],
 )
-def test_a_control_runs(name, monkeypatch):
+def test_a_run_of_each_table(table, name):
     pytest.importorskip("torch")
-    monkeypatch.setitem(
-        tiny_controls.CONTROLS,
-        name,
-        [*tiny_controls.CONTROLS[name], "measure.count=4", "rollout.prompts=4"],
-    )
-    summary = tiny_controls.run(name, 0, steps=2)
+    settings = [*table[name], "measure.count=4", "rollout.prompts=4"]
+    summary = run(name, settings, 0, steps=2, prepare=tiny_controls.on_labels)
     assert summary["steps_not_finite"] == 0
     assert [row[0] for row in summary["curve"]] == [0, 2]
     if name.startswith("supervised"):
