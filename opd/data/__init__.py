@@ -124,7 +124,9 @@ def open_rows(
     rows = rows_of(path, reading, progress)
     pictures, remarks = Pictures(max_image_pixels, path), Remarks()
     images = Path(reading.images) if reading.images else None
-    sources = Sources(rows.folder or path.parent, images, progress, pictures.stop)
+    sources = Sources(
+        rows.folder or path.parent, images, reading.allow_download, progress, pictures.stop
+    )
 
     def row_with(
         facts: Callable[[EncodedImage], ImageFacts], remark: Callable[[str], None]

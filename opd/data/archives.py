@@ -19,6 +19,7 @@ from typing import IO, cast
 
 from opd.data.archive_files import ArchiveFiles
 from opd.data.embedded import MAX_BYTES
+from opd.data.images import short
 from opd.data.tar import HEADERS, MAX_MEMBERS, Bounded, inside, tar_members
 from opd.data.unpack import unpacked
 from opd.errors import DataError, one_line
@@ -110,7 +111,7 @@ class Member(Picture):
         except MemoryError:
             raise
         except Exception as error:  # damaged archives raise errors of many classes
-            raise DataError(f"image cannot be read: {self.name}: {one_line(error)}") from error
+            raise DataError(f"image cannot be read: {short(self)}: {one_line(error)}") from error
 
 
 class Zip(Indexed):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from opd.data.images import short
 from opd.errors import DataError
 from opd.types import Picture
 
@@ -65,7 +66,7 @@ class Embedded(Picture):
                 raise DataError("the row has changed")
             return content(stored)
         except (DataError, IndexError, OSError) as error:
-            raise DataError(f"image cannot be read: {self.name}: {error}") from error
+            raise DataError(f"image cannot be read: {short(self)}: {error}") from error
 
 
 def bytes_or_text(value: Any) -> Any:

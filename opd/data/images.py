@@ -141,9 +141,10 @@ def orientation(image: Image.Image) -> int:
 
 
 def short(source: EncodedImage | str) -> str:
-    """The path or name of a picture for a message; a long one loses its middle."""
+    """The path or name of a picture for a message, in one line; a long one loses its middle."""
     shown = source.name if isinstance(source, Picture) else str(source)
-    return shown if len(shown) <= 300 else f"{shown[:120]}...{shown[-120:]}"
+    shown = shown if len(shown) <= 300 else f"{shown[:120]}...{shown[-120:]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
 
 
 def _content(source: EncodedImage) -> Path | BytesIO:

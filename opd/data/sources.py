@@ -16,6 +16,7 @@ from typing import Any
 
 from opd.data.archive_files import ArchiveFiles, archive_at, archives_in
 from opd.data.beside import Archives
+from opd.data.downloads import Downloads
 from opd.data.embedded import Embedded, bytes_or_text, is_embedded
 from opd.data.fields import Row, show, whole, wrong
 from opd.data.images import short
@@ -49,14 +50,16 @@ class Sources:
 
     Paths are relative to `images`, a folder or an archive; if that is None, to the data file's
     `folder`. A picture that is not a file is looked for in the archives of that folder. `~/` is the
-    home folder. `progress` hears which archives are used, and `stop` ends unpacking one. Raises
-    DataError if `images` is neither a folder nor an archive.
+    home folder. Pictures at http and https addresses are downloaded if `allow_download`. `progress`
+    hears which archives are used, and `stop` ends unpacking one. Raises DataError if `images` is
+    neither a folder nor an archive.
     """
 
     def __init__(
         self,
         folder: Path,
         images: Path | None = None,
+        allow_download: bool = False,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class Sources:
                 raise DataError(f"data.images: {images} is {what}")
             self._folder = folder
         self._progress, self._stop = progress or Quiet(), stop or threading.Event()
+        self._downloads = Downloads(self._progress) if allow_download else None
         self._archives: Archives | None = None
         self._lock = threading.Lock()
 
@@ -98,14 +102,21 @@ class Sources:
         if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
             raise wrong(column, value, WANTED)
         whole(column, text)
-        if _URL.match(text):
-            raise DataError(
-                f"field '{column}': {show(text)} is a URL; download the picture, and give its path"
-            )
         try:
-            return self._of_path(text)
+            return self._of_url(text) if _URL.match(text) else self._of_path(text)
         except DataError as error:
             raise DataError(f"field '{column}': {error}") from error
+
+    def _of_url(self, text: str) -> EncodedImage:
+        """The picture at an address. Raises DataError if it may not be downloaded."""
+        if not text.lower().startswith(("http://", "https://")):
+            raise DataError(f"{show(text)} is a URL of a kind that is not read; give a path")
+        if self._downloads is None:
+            raise DataError(
+                f"{show(text)} is a URL; download the picture, and give its path, or let opd do it:"
+                " data.allow_download=true"
+            )
+        return self._downloads.picture(text)
 
     def _of_path(self, text: str) -> EncodedImage:
         """The file, or the picture in an archive, that a path means; the file's path if neither is
