@@ -86,20 +86,3 @@ def check_file(path: Path, content: bytes) -> None:
             f"{path}: the file is"
             f" {'UTF-16 text; save it as UTF-8' if wide else 'binary, not JSON lines in UTF-8'}"
         )
-    first = head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n", 1)[0].strip()
-    if not first or first[:1] in (b"{", b"["):
-        return
-    for sign, name in ((b"\t", "TSV"), (b",", "CSV"), (b";", "CSV")):
-        if path.suffix.lower() in (".csv", ".tsv") or _is_table(first, sign):
-            name = path.suffix[1:].upper() if path.suffix.lower() in (".csv", ".tsv") else name
-            raise DataError(f"{path}: the file is {name}, not JSON lines; {CONVERT}")
-
-
-def _is_table(line: bytes, sign: bytes) -> bool:
-    """Whether a line looks like the header of a table with the separator `sign`: several short
-    words."""
-    cells = [cell.strip().strip(b'"') for cell in line.split(sign)]
-    return len(cells) > 1 and all(
-        cell and len(cell) <= 40 and cell.replace(b"_", b"").replace(b" ", b"").isalnum()
-        for cell in cells
-    )

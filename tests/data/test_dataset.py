@@ -411,7 +411,7 @@ def test_a_faulty_file_is_fatal(tmp_path: Path, content: bytes | None, message: 
 
 
 def test_a_folder_is_fatal(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is a folder; name the data file in it$"):
+    with pytest.raises(DataError, match=r"is a folder without data: it holds no file"):
         open_data(str(tmp_path))
 
 

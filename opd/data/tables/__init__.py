@@ -9,7 +9,11 @@ from pathlib import Path
 
 from opd.data import foreign
 from opd.data.reading import Reading
+from opd.data.tables.delimited import is_header, open_delimited
+from opd.data.tables.folder import open_folder
 from opd.data.tables.json_lines import open_json
+from opd.data.tables.kept import unzipped
+from opd.data.tables.parquet import Parquet
 from opd.data.tables.table import Table
 from opd.errors import DataError
 from opd.paths import read_start
@@ -17,15 +21,41 @@ from opd.progress import Progress
 
 __all__ = ["Table", "open_table"]
 
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+
 START = 65_536
 """Number of bytes at the beginning of a file by which its kind is recognised."""
 
 
 def open_table(path: Path, reading: Reading, progress: Progress) -> Table:
-    """The rows of a data file. Raises DataError, of one line, if it cannot be used."""
+    """The rows of a data file or folder. Raises DataError, of one line, if it cannot be used."""
     if path.is_dir():
-        raise DataError(f"{path} is a folder; name the data file in it")
+        return open_folder(path, reading.split, lambda file: open_file(file, progress))
     if not path.exists():
         raise DataError(f"data file not found: {path}")
-    foreign.check_file(path, read_start(path, START))
+    return open_file(path, progress)
+
+
+def open_file(path: Path, progress: Progress) -> Table:
+    """The rows of a data file. Raises DataError."""
+    start, suffix = read_start(path, START), path.suffix.lower()
+    if start.startswith(GZIP):
+        return _unzipped(path, progress)
+    if start.startswith(PARQUET) or suffix == ".parquet":
+        return Parquet(path, progress)
+    foreign.check_file(path, start)
+    first = start.decode("utf-8-sig", "replace").lstrip().split("\n", 1)[0].strip()
+    if suffix in (".csv", ".tsv") or (first[:1] not in ("{", "[") and is_header(first)):
+        return open_delimited(path)
     return open_json(path)
+
+
+def _unzipped(path: Path, progress: Progress) -> Table:
+    """The rows of a gzip'd data file."""
+    copy = unzipped(path, progress)
+    try:
+        table = open_file(copy, progress)
+    except DataError as error:
+        raise DataError(str(error).replace(str(copy), str(path))) from error
+    table.path, table.content = path, [path]
+    return table

@@ -17,7 +17,7 @@ WHOLE_BYTES = 2 * 2**30
 of memory."""
 
 
-OBJECT = "a JSON object"
+OBJECT = "JSON object"
 """The kind of a file that is one object on several lines."""
 
 
@@ -58,7 +58,7 @@ def open_json(path: Path) -> Table:
         if isinstance(whole, dict):
             return Entries(path, OBJECT, [path], [whole])
         if isinstance(whole, list) and any(isinstance(entry, dict) for entry in whole):
-            return Entries(path, "a JSON array", [path], whole)
+            return Entries(path, "JSON array", [path], whole)
     return JsonLines(spans)  # of another file, every line becomes a faulty row
 
 
@@ -72,7 +72,7 @@ def inside(path: Path, whole: Mapping[str, object]) -> Table:
     }
     if len(lists) == 1:
         ((name, entries),) = lists.items()
-        return Entries(path, f"the list '{cut(name)}' of a JSON object", [path], entries)
+        return Entries(path, f"JSON list '{cut(name)}'", [path], entries)
     names = ", ".join(f"'{cut(name)}'" for name in list(whole)[:5])
     several = f", which holds {len(lists)} lists of rows" if lists else ""
     raise DataError(

@@ -69,10 +69,11 @@ class Spans:
 
     def is_blank(self, start: int, end: int) -> bool:
         """Whether a part of the file holds white space alone."""
-        for place in range(start, end, CHUNK):
-            if self.part(place, min(CHUNK, end - place)).decode("utf-8", "replace").strip():
-                return False
-        return True
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return not any(
+            decoder.decode(self.part(place, min(CHUNK, end - place)), place + CHUNK >= end).strip()
+            for place in range(start, end, CHUNK)
+        )
 
     def _now(self) -> tuple[int, int]:
         status = os.fstat(self._file)
@@ -85,12 +86,11 @@ def lines(path: Path) -> Spans:
     ends: list[NDArray[np.int64]] = []
     firsts: list[NDArray[np.uint8]] = []
     decoder = codecs.getincrementaldecoder("utf-8")()
-    begins, place, found, mark = True, 0, 0, 0
+    marked = spans.part(0, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    begins, place, found = True, 0, 0
     # str.splitlines is not used, since it also splits at separators that JSON allows in strings.
     while chunk := spans.part(place, CHUNK):
         _check_utf8(decoder, chunk, path, found)
-        if place == 0 and chunk.startswith(codecs.BOM_UTF8):
-            mark = len(codecs.BOM_UTF8)
         values = np.frombuffer(chunk, np.uint8)
         newlines = np.flatnonzero(values == 0x0A)
         starts = np.concatenate(([0] if begins else [], newlines + 1)).astype(np.int64)
@@ -103,7 +103,8 @@ def lines(path: Path) -> Spans:
     if not begins:
         ends.append(np.array([place], np.int64))
     spans.ends = np.concatenate(ends) if ends else spans.ends
-    spans.starts = np.concatenate(([mark], spans.ends[:-1] + 1))[: len(spans.ends)]
+    first_start = len(codecs.BOM_UTF8) if marked else 0
+    spans.starts = np.concatenate(([first_start], spans.ends[:-1] + 1))[: len(spans.ends)]
     # A line that begins with a visible character of ASCII is not blank; the others are read.
     first = np.concatenate(firsts) if firsts else np.empty(0, np.uint8)
     blank = np.zeros(len(spans), bool)

@@ -71,7 +71,7 @@ def spread_places(rows: int, count: int) -> list[int]:
     return [place * rows // count for place in range(count)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Entries(Table):
     """A table whose rows are in memory: those of a JSON file that is read whole."""
 
