@@ -55,7 +55,7 @@ def folder(tmp_path, registers):
 
 
 def test_a_registered_reader_reads_what_it_recognises(folder):
-    with pytest.raises(DataError, match="the file is CSV, not JSON lines"):
+    with pytest.raises(DataError, match="no column is known to hold the image; say"):
         open_data(str(folder / "table.csv"))
     register(Csv())
     found = open_data(str(folder / "table.csv"))

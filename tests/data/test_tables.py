@@ -216,6 +216,17 @@ def test_ragged_rows_and_quotation_marks(folder):
     assert faults["rows.csv:5"].startswith("4 cells for 3 columns")
 
 
+def test_columns_that_nobody_knows(folder):
+    path = write(folder / "rows.csv", [{"a": "a.png", "b": "What?", "boxes": "[[1, 2, 9, 9]]"}])
+    assert refused(path) == (
+        f"{path}: no column is known to hold the image and the question; say which: --set"
+        " data.columns.image=COLUMN and --set data.columns.question=COLUMN (the columns are 'a',"
+        " 'b', 'boxes')"
+    )
+    data = read_dataset(path, reading=Reading(columns={"image": "a"}, question="What?"))
+    assert data[0].boxes == (Box(1, 2, 9, 9),)
+
+
 def test_a_csv_file_that_is_not_utf8(folder):
     (folder / "rows.csv").write_bytes(b"image,question\na.png,caf\xe9\n")
     assert refused(folder / "rows.csv") == (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opd.data import formats
 from opd.data.fields import Row
-from opd.data.formats.columns import Columns, check_columns, usual
+from opd.data.formats.columns import Columns, check_columns, check_complete, usual
 from opd.data.formats.format import FileFormat, Format, OfTable, Rows, WholeFormat
 from opd.data.formats.mapped import is_own
 from opd.data.reading import Reading
@@ -179,6 +179,7 @@ def _own(table: Table, head: Sequence[Row], reading: Reading) -> Rows:
     """The rows of a table as our own."""
     check_columns(table, head, reading.columns)
     columns, notes = usual(table, reading.columns)
+    check_complete(table, columns, reading.question)
     surveyed = survey(table, columns.own)
 
     def to_own(row: Row) -> Row:

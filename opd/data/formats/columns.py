@@ -63,6 +63,23 @@ def check_columns(table: Table, head: Sequence[Row], columns: Mapping[str, str])
         )
 
 
+def check_complete(table: Table, columns: Columns, question: str) -> None:
+    """Raises DataError for a table with a header that has no column for pictures, or none for
+    questions; `question`: the question of rows that have none."""
+    known = {*(table.columns or ()), *columns.names}
+    lacking = [] if {"image", "images"} & known else ["image"]
+    lacking += [] if question or "question" in known else ["question"]
+    if table.columns is None or not lacking:
+        return
+    more = f" and {len(table.columns) - SHOWN} more" if len(table.columns) > SHOWN else ""
+    names = ", ".join(f"'{cut(name)}'" for name in table.columns[:SHOWN])
+    say = " and ".join(f"--set data.columns.{field}=COLUMN" for field in lacking)
+    raise DataError(
+        f"{table.path}: no column is known to hold the {' and the '.join(lacking)}; say which:"
+        f" {say} (the columns are {names}{more})"
+    )
+
+
 def usual(table: Table, given: Mapping[str, str]) -> tuple[Columns, list[str]]:
     """The columns of our fields: those that a person gives, and, in a table with a header, columns
     with usual names, where exactly one fits a field; and lines about these."""
