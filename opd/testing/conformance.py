@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -72,13 +73,15 @@ class Material:
             Sampling(temperature, self.stop, self.banned),
         )
 
-    def groups(self, backend: Backend) -> list[Group]:
-        """Groups with unequal numbers and lengths of completions and with unequal weights. The
-        log-probabilities of the sampler are changed at random, so that ratios are not 1."""
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Groups with unequal numbers and lengths of completions and with unequal weights. A
+        backend of their own samples them once for all checks. The log-probabilities of the sampler
+        are changed at random, so that ratios are not 1."""
         rng = np.random.default_rng(0)
         made = []
         for index, ((student, teacher), sampled) in enumerate(
-            zip(self.pairs, self.sample(backend), strict=True)
+            zip(self.pairs, self.sample(self.make()), strict=True)
         ):
             completions = [
                 replace(
@@ -141,9 +144,10 @@ def check(
 
 
 def rows_equal_groups(material: Material) -> float:
-    """A group of n completions has the statistics and gradient of n groups of one."""
-    backend = material.make()
-    groups = material.groups(backend)
+    """A group of n completions has the statistics and gradient of n groups of one, which a backend
+    computes that has not sampled."""
+    backend, groups = material.make(), material.groups
+    material.sample(backend)
     rows = [
         Group(group.student, group.teacher, (one,), (weights,))
         for group in groups
@@ -161,7 +165,7 @@ def split_groups_are_whole(material: Material) -> float:
     """Completions of a group that run a few at a time have the statistics and gradient of
     completions that run together."""
     backend, other = material.make(), material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     whole = statistics_error(
         backend.accumulate(groups, OBJECTIVE), other.accumulate(groups, OBJECTIVE, split=1)
     )
@@ -189,7 +193,7 @@ def a_prefill_changes_nothing(material: Material) -> float:
     for one, another in zip(chain(*shared), chain(*alone), strict=True):
         if not np.array_equal(one.tokens, another.tokens):
             return np.inf
-    groups = material.groups(other)[::-1]
+    groups = material.groups[::-1]
     if not _refused(lambda: backend.accumulate(groups, OBJECTIVE, prefill=prefill)):
         return np.inf
     prefill.order = tuple(range(len(prompts)))[::-1]
@@ -209,7 +213,7 @@ def a_prefill_changes_nothing(material: Material) -> float:
 def calls_add_up(material: Material) -> float:
     """Any cut of a step into calls accumulates the same gradient, in any order."""
     backend, other = material.make(), material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     backend.accumulate(groups, OBJECTIVE)
     other.accumulate(groups[1:][::-1], OBJECTIVE)
     other.accumulate(groups[:1], OBJECTIVE)
@@ -220,7 +224,7 @@ def score_is_accumulate_without_gradient(material: Material) -> float:
     """`score` gives the statistics of `accumulate` and adds no gradient; its first alternative is
     the most likely token."""
     backend = material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     scored = backend.score(groups, OBJECTIVE, top=2)
     if any(np.abs(value).max() for value in backend.tensors("gradient").values()):
         return np.inf
@@ -318,7 +322,7 @@ def attention_is_of_its_own_rows(material: Material) -> float:
 def the_gradient_is_the_losss_derivative(material: Material) -> float:
     """Along its own direction, the gradient predicts how the loss changes (central difference)."""
     backend = material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     # The top k and the clipped ratio are constants in the gradient, but would change the loss.
     smooth = replace(OBJECTIVE, top_k=None, ratio_clip=None)
 
@@ -355,7 +359,7 @@ def weights_scale_the_gradient(material: Material) -> float:
     groups of weight 0 the gradient of that backend doubles too.
     """
     backend, other = material.make(), material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     backend.accumulate(groups, OBJECTIVE)
     tripled = [
         replace(group, weights=tuple(3 * weights for weights in group.weights)) for group in groups
@@ -373,7 +377,7 @@ def weights_scale_the_gradient(material: Material) -> float:
 def a_step_is_adamw(material: Material) -> float:
     """Two clipped AdamW steps change the parameters as the formula says, in float64 numpy."""
     backend = material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     before = backend.tensors("student")
     expected = {name: value.astype(np.float64) for name, value in before.items()}
     first: dict[str, NDArray[np.float64]] = {
@@ -413,7 +417,7 @@ def a_step_that_is_not_finite_changes_nothing(material: Material) -> float:
     """`apply` refuses a gradient with a NaN: parameters stay, and the gradient is cleared. Returns
     0 or infinity."""
     backend = material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     before = backend.tensors("student")
     backend.accumulate(
         [
@@ -433,7 +437,7 @@ def the_teacher_moves_by_its_rate(material: Material) -> float:
     """The teacher stays while the student steps, then moves by the rate; rate 1 makes it the
     student."""
     backend = material.make()
-    groups = material.groups(backend)
+    groups = material.groups
     start = backend.tensors("teacher")
     if relative_error(start, backend.tensors("student")) > 0:
         return np.inf
@@ -455,7 +459,7 @@ def the_teacher_moves_by_its_rate(material: Material) -> float:
 def a_checkpoint_restores_all(material: Material) -> float:
     """After save and load, the next step is the same to the bit, teacher and moments included."""
     backend = material.make()
-    groups = material.groups(backend)
+    groups = material.groups
 
     def step(backend: Backend) -> None:
         backend.accumulate(groups, OBJECTIVE)
