@@ -36,7 +36,7 @@ MOMENT = 0.02
 """Shortest time in seconds from which a rate is computed."""
 
 TITLES = {"before": "measure before", "after": "measure after"}
-UNITS = {"train": "step", "read": "row", "check": "row", "against": "row"}
+UNITS = {"train": "step", "read": "row", "check": "row", "against": "row", "convert": "row"}
 
 SHORT = {"measure before": "before", "measure after": "after"}
 """Titles on a narrow console."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +18,10 @@ from numpy.typing import NDArray
 from opd.data.cautions import cautions
 from opd.data.duplicates import RULE, Printer, Prints, Seen, Table, duplicates, shared
 from opd.data.every import EveryRow
+from opd.data.tally import TOLD, Tally
 from opd.errors import DataError
 from opd.progress import Progress
 from opd.types import Example
-
-TOLD = 5
-"""Number of rows that are named of each kind, and of pairs of pictures."""
-
-KINDS = 200
-"""Largest number of kinds; rows of further kinds are counted together."""
 
 POLICIES = ("student", "teacher")
 
@@ -52,27 +46,6 @@ class Looked(NamedTuple):
     example: Example
     sizes: list[tuple[int, int]]
     prints: Seen
-
-
-@dataclass
-class Tally:
-    """Rows by kind: how many, and the first as "file:line: reason"."""
-
-    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    first: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, kind: str, source: str, reason: str) -> None:
-        """Counts the row `source`."""
-        if kind not in self.counts and len(self.counts) >= KINDS:
-            kind = "other reasons"
-        self.counts[kind] += 1
-        if len(self.first[kind]) < TOLD:
-            self.first[kind].append(f"{source}: {reason}")
-
-    def result(self) -> dict[str, dict[str, Any]]:
-        """{kind: {"count", "first"}}, the most frequent kind first."""
-        ordered = sorted(self.counts.items(), key=lambda entry: (-entry[1], entry[0]))
-        return {kind: {"count": count, "first": self.first[kind]} for kind, count in ordered}
 
 
 class Repeats:

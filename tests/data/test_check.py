@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opd.data import duplicates
-from opd.data.check import KINDS, TOLD, Tally
 from opd.data.duplicates import BITS, SHADES, neighbours
+from opd.data.tally import KINDS, TOLD, Tally
 from opd_cli import main
 from tests.support.dirty import ROWS, dirty, picture
 

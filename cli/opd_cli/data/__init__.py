@@ -8,6 +8,7 @@ from opd_cli.lazy import LazyGroup
 
 COMMANDS = {
     "check": "Read every row and picture; count defects, doubtful rows and duplicates.",
+    "convert": "Write the rows of any format as opd's own JSON lines.",
 }
 
 
@@ -18,5 +19,6 @@ def data() -> None:
     \b
     Examples:
       opd data check pairs.jsonl
+      opd data convert train.parquet train.jsonl
       opd data COMMAND --help       what a command takes, with examples
     """

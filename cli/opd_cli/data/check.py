@@ -13,6 +13,7 @@ from rich.text import Text
 from opd.errors import DataError, plural
 from opd_cli.console import Terminal, cell
 from opd_cli.data.options import DATA, MODEL, OVERRIDES, open_encoder, recipe_of
+from opd_cli.data.tables import kinds
 from opd_cli.terminal import say_json
 
 if TYPE_CHECKING:
@@ -105,28 +106,15 @@ def print_findings(result: Mapping[str, Any], data: str) -> None:
     if result["defects"]:
         # A reason says what its kind says.
         console.print(
-            _kinds("cannot be used; of each kind, the first row", result["defects"], False)
+            kinds("cannot be used; of each kind, the first row", result["defects"], False)
         )
     if result["warnings"]:
-        console.print(_kinds("doubtful", result["warnings"], True))
+        console.print(kinds("doubtful", result["warnings"], True))
     sizes = _sizes(result)
     if sizes.row_count:
         console.print(sizes)
     for line in _twice(result):
         console.print(line)
-
-
-def _kinds(title: str, kinds: Mapping[str, Mapping[str, Any]], named: bool) -> Table:
-    """Defects or warnings: number of rows, kind if `named`, and the first row of each kind."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("rows", justify="right")
-    table.add_column(title, overflow="fold")
-    for kind, found in kinds.items():
-        first = cell(found["first"][0], "bright_black" if named else "")
-        table.add_row(f"{found['count']:,}", kind if named else first)
-        if named:
-            table.add_row("", first)
-    return table
 
 
 def _sizes(result: Mapping[str, Any]) -> Table:
