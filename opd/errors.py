@@ -145,7 +145,7 @@ def holds_nan(folder: Path, tensor: str) -> ModelError:
     )
 
 
-def no_attention(model: Path) -> BackendError:
+def no_attention(model: Path | str) -> BackendError:
     """The error for a model of which the backend cannot say where it looks."""
     return BackendError(
         f"{model}: this architecture has no family file, so that its attention cannot be read"

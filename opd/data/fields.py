@@ -38,6 +38,7 @@ FIELDS = (
     "choices",
     "id",
     "weight",
+    "located",
 )
 """The fields of a row."""
 
