@@ -54,6 +54,7 @@ ELSEWHERE = {
     "model.max_pixels": "image_max_pixels pixels resolution image_size",
     "model.min_pixels": "image_min_pixels",
     "model.revision": "model_revision branch",
+    "view.kind": "view teacher_view",
     "view.margin": "crop_margin padding",
     "measure.path": (
         "eval_data eval_dataset eval_file validation_file val_data test_data test_file eval_path"

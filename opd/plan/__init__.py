@@ -272,10 +272,18 @@ def _sizes(recipe: Recipe, assumed: Assumed) -> tuple[Sizes, list[str]]:
         )
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
         inspection = preflight.refuse(recipe, encoder, examples, count)
-        rows, notes, first = inspection.rows, inspection.lines(), examples[0]
+        rows, notes = inspection.rows, inspection.lines()
+        faulty = {id(example) for example, _ in inspection.faulty}
+        first = next((row for row in examples if id(row) not in faulty), examples[0])
         if image is None:
             images = [image_size(source, first.max_image_pixels) for source in first.images]
             crops = teacher_sizes(first, recipe.seeded_view)
+            if len(images) == 1 and len(crops) > 1:
+                notes.append(
+                    f"the teacher's {len(crops)} pictures of a row are planned as one of as many"
+                    " pixels"
+                )
+                crops = [_as_one(crops)]
             if len(images) != 1 or len(crops) != 1:
                 why = "a row of several images cannot be planned; say --image and --crop"
                 raise DataError(f"{first.source or first.id}: {why}")
@@ -285,6 +293,12 @@ def _sizes(recipe: Recipe, assumed: Assumed) -> tuple[Sizes, list[str]]:
     text = TEXT_TOKENS if assumed.text_tokens is None else assumed.text_tokens
     tokens = assumed.completion_tokens or recipe.rollout.max_tokens
     return Sizes(image, crop, text, tokens, rows), notes
+
+
+def _as_one(sizes: Sequence[Pixels]) -> Pixels:
+    """The size of a picture that is as wide as the widest, and has the pixels of all."""
+    width = max(width for width, _ in sizes)
+    return width, -(-sum(width * height for width, height in sizes) // width)
 
 
 def everywhere(plan: Plan, devices: Sequence[Device]) -> list[Plan]:

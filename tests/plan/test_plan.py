@@ -800,3 +800,9 @@ def test_what_is_too_large_is_not_measured(folder):
 
 def test_help_has_examples():
     assert len(re.findall(r"^ +opd plan", run("--help").stdout, flags=re.MULTILINE)) >= 3
+
+
+def test_several_pictures_of_the_teacher_are_planned_as_one_of_their_pixels():
+    found = plan(load("tiny", ["view.kind='several'"]), devices.DEVICES["H200"])
+    assert (found.sizes.image, found.sizes.crop) == ((128, 128), (128, 128 + 48 * 48 // 128))
+    assert "the teacher's 2 pictures of a row are planned as one of as many pixels" in found.notes
