@@ -4,19 +4,17 @@
 # [tool.uv.sources]
 # vision-opd = { path = ".." }
 # ///
-"""A view of one's own: the teacher sees the whole image, with all but the evidence darkened.
+"""A view of one's own: the teacher sees the whole image, with all but the evidence darkened. It is
+compared with the full image and with the crop; docs/views.md lists the views that are there.
 
 python examples/04_a_view.py [PICTURE.png]
 """
 
 import sys
 
-import numpy as np
-
 import opd
-from opd.data.answers import matches
-from opd.types import Sampling
-from opd.views import Piece, View, register, usable
+from opd.measure.compare import compare, report
+from opd.views import Piece, View, register
 from opd.views.crop import hull, region
 from opd.views.images import teacher_images
 
@@ -38,14 +36,10 @@ class Spotlight(View):
 
 register("spotlight", Spotlight())
 model, scenes = opd.open_model("tiny"), opd.read_data("tiny", count=50)
-draws = np.zeros((len(scenes), 1, 16), np.float32)  # greedy: no draw decides
-for kind in ("full", "spotlight", "crop"):
-    view = opd.recipe("tiny", view={"kind": kind}).view
-    prompts = [usable.encode_teacher(model.encoder, scene, view) for scene in scenes]
-    greedy = Sampling(0.0, model.encoder.stop, model.encoder.banned)
-    answers = model.backend.sample(prompts, draws, greedy)
-    said = [model.encoder.decode(completion.tokens) for (completion,) in answers]
-    right = sum(map(matches, said, [scene.answer for scene in scenes]))
-    print(f"{kind:9} {right} of {len(scenes)} right, {len(prompts[0])} tokens")
-    if sys.argv[1:] and kind == "spotlight":
-        teacher_images(scenes[0], view)[0].save(sys.argv[1])
+views = {kind: model.recipe.view.of(kind) for kind in ("spotlight", "crop")}
+found = compare(model.backend, model.encoder, scenes, views, max_tokens=16, budget=65536)
+for name, seen in report(found, scenes)["views"].items():
+    right = round(seen["accuracy"] * seen["rows"])
+    print(f"{name:9} {right} of {seen['rows']} right, {seen['prompt_tokens']:.0f} tokens")
+if sys.argv[1:]:
+    teacher_images(scenes[0], views["spotlight"])[0].save(sys.argv[1])

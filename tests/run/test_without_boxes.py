@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from opd.run import records
+from opd.progress import Quiet
+from opd.run import preflight, records
+from opd.run import recipe as recipes
+from opd.run.batches import Batches
 from opd.run.folder import RunFolder
+from opd.testing.toy import ToyBackend, ToyEncoder
+from opd.views import usable
+from opd.views.usable import Skipped
 from opd_cli.tables import before_after
 from tests.conftest import coloured
 from tests.run.test_loop import metrics, same, trainer
@@ -63,9 +69,31 @@ def test_a_resumed_run_sees_the_same_images(tmp_path, view):
     resumed.train()
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     same(resumed.backend, whole.backend)
-    other = trainer(tmp_path / "other", view, "run.seed=1", examples=bare())
-    other.train()
-    assert metrics(tmp_path / "other")[0] != metrics(tmp_path / "whole")[0]
+
+
+def test_the_runs_seed_decides_what_a_student_sees(tmp_path):
+    seen = []
+    for seed in (0, 1):
+        run = trainer(tmp_path / f"{seed}", DEGRADE, f"run.seed={seed}", "rollout.prompts=12",
+                      examples=bare())  # fmt: skip
+        batches = Batches(run.recipe, run.backend, run.encoder, run.examples, Skipped(Quiet()))
+        seen.append({pair.id: pair.student.key for pair in batches.encode(1).pairs})
+    assert seen[0].keys() == seen[1].keys()
+    assert sum(seen[0][id] != seen[1][id] for id in seen[0]) > 6
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_check_before_a_run_sees_what_training_sees(seed):
+    """A mixture shows half of the rows in a view with a token more than the limit allows."""
+    examples = [replace(one, question="what") for one in coloured()]
+    settings = ["view.mixture={several = 0.5, full = 0.5}", f"run.seed={seed}"]
+    recipe = recipes.load("paper", [*settings, "data.max_prompt_tokens=5"])
+    skipped = Skipped(Quiet())
+    batches = Batches(recipe, ToyBackend(), ToyEncoder(), examples, skipped)
+    batches.encode(1)
+    found = preflight.inspect_rows(recipe, ToyEncoder(), examples)
+    assert {usable.name(example) for example, _ in found.long} == skipped.reasons.keys()
+    assert 2 < len(found.long) < 10
 
 
 def test_rows_that_a_mixture_shows_by_boxes_are_counted(tmp_path):
