@@ -10,11 +10,11 @@ OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0)
 FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1,)
 EXTRAS := $(if $(filter Darwin,$(shell uname -s)),$(if $(filter arm64,$(shell uname -m)),mlx$(comma)cuda$(comma)data$(comma)dev,cuda$(comma)data$(comma)dev),mlx$(comma)cuda$(comma)data$(comma)dev)
 
-.PHONY: help install train test check format wheel clean
+.PHONY: help install train test quick check format wheel clean
 
 help:
 	@echo "make train    everything from a fresh machine to the before / after table (BACKEND=mlx|cuda|cpu, ARGS='--steps 50')"
-	@echo "make test     the whole test suite"
+	@echo "make test     the whole test suite    make quick  the suite without slow tests"
 	@echo "make check    ruff, mypy, and the import boundaries"
 	@echo "make install  the virtual environment .venv with what this machine can use"
 	@echo "make format   ruff format    make wheel  builds the distribution    make clean  removes .venv and builds"
@@ -33,9 +33,12 @@ train: install
 	$(if $(filter mlx,$(BACKEND)),$(FAST),) $(VENV)/bin/opd train --backend $(BACKEND) $(ARGS)
 
 # Processes side by side, of one thread each: a few at most, since each loads both frameworks.
-# ARGS="-m 'not slow'" is the quick suite; the ten slowest tests are printed.
+# The ten slowest tests are printed.
 test: install
 	$(FAST) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+quick:
+	$(MAKE) test ARGS="-m 'not slow' $(ARGS)"
 
 check: install
 	$(VENV)/bin/ruff check .
