@@ -21,13 +21,16 @@ BACKENDS = {"cpu": "opd_torch", "mlx": "opd_mlx"}
 INSTALLED = [name for name in BACKENDS if find_spec({"cpu": "torch", "mlx": "mlx"}[name])]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections():
     """Garbage collections pass over all that was there before the module's tests: with the
-    libraries' objects each takes half a second."""
+    libraries' objects each takes half a second. Modules only add, so a collection is short."""
     gc.collect()
     gc.freeze()
-    yield
+
+
+def pytest_sessionfinish():
+    """Libraries report as leaked what no collection at the end of the process frees."""
     gc.unfreeze()
 
 

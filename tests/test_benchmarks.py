@@ -33,8 +33,6 @@ from benchmarks.workload import Shape
 from opd.types import ModelOptions
 from tests.support.torch_cases import opened
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
 
 

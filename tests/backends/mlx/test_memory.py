@@ -12,8 +12,6 @@ mx = pytest.importorskip("mlx.core")
 from opd.objective import Objective
 from opd_mlx.objective import default_chunk, divergence_head
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 V, D, CHUNK = 6_000, 8, 32
 
 

@@ -16,8 +16,6 @@ from opd.objective import Objective
 from opd_torch.device import this_device
 from opd_torch.objective import default_chunk, divergence_head
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 V, D, CHUNK = 20_000, 8, 32
 
 

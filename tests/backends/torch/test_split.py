@@ -13,8 +13,6 @@ from tests.backends.torch.test_memory import peak_bytes
 from tests.support import random_models
 from tests.support.torch_cases import make_case, rows_of
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 JSD = Objective(alpha=0.5, top_k=20)
 
 
