@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opd.data import open_data
+from opd.data import formats, open_data
 from opd.data.choices import with_choices
-from opd.data.formats import BUILT_IN
+from opd.data.formats import BUILT_IN, NAMED, WHOLE
 from opd.data.formats.coco import COCO
 from opd.data.formats.conversation import SYSTEM_UNREAD, TURNS_UNREAD
 from opd.data.formats.own import Said
@@ -106,6 +106,12 @@ def test_every_row_is_of_one_format(key: str) -> None:
 def test_every_format_has_a_key_and_a_test() -> None:
     assert {*ROWS, "vision-opd-paper"} == set(FORMATS)
     assert len({reader.name for reader in FORMATS.values()}) == len(FORMATS)
+
+
+def test_every_format_is_in_the_documentation() -> None:
+    page = (Path(formats.__file__).parents[3] / "docs" / "data.md").read_text()
+    for reader in [*BUILT_IN, *NAMED, *WHOLE]:
+        assert f"`{reader.key}`" in page
 
 
 def read(folder: Path, *rows: Any, name: str = "data.jsonl") -> Any:
