@@ -72,7 +72,8 @@ def holds(question: str, choices: Sequence[str]) -> bool:
 
     It does if it contains the texts of all choices as a list ("red, blue or green?", "A. red B.
     blue"), or anywhere if all are long; if lines of the question begin with the letters of all
-    choices; and if the choices are only letters, which then refer to the image.
+    choices, or `options_in` finds them; and if the choices are only letters, which then refer to
+    the image.
     """
     letters = LETTERS[: len(choices)]
     if [_plain(choice).strip("().:[] ") for choice in choices] == list(letters.lower()):
@@ -80,6 +81,8 @@ def holds(question: str, choices: Sequence[str]) -> bool:
     if len(choices) > 1 and all(
         re.search(_LETTERED.format(letter=letter), question) for letter in letters
     ):
+        return True
+    if options_in(question) == without_letters(choices):
         return True
     said, texts = _plain(question), [_plain(text) for text in without_letters(choices)]
     places = _places(said, texts)
@@ -127,9 +130,7 @@ def options_in(question: Any) -> list[str]:
         return []
     text = question.replace(IMAGE_MARKER, "\n")
     found = _options_on_lines(text)
-    if len(found) < 2:
-        found = _options_on_one_line(text)
-    return found if len(found) > 1 and holds(question, found) else []
+    return found if len(found) > 1 else _options_on_one_line(text)
 
 
 def with_options(question: Any) -> dict[str, Any]:

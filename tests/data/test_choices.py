@@ -33,6 +33,7 @@ REQUEST = "Answer with the option's letter from the given choices directly."
         ("Which? A) red; B) blue", ["red", "blue"]),
         ("Which?\n(A) Mr. A. Smith (B) Mrs. B. Jones", ["Mr. A. Smith", "Mrs. B. Jones"]),
         ("Which?\nA. red\nB. blue<image>", ["red", "blue"]),
+        ("How many? (A) 1 (B) 2\nThere is 1 answer.", ["1", "2"]),
         ("Which?\nA. red", []),
         ("Which?\nA. red\nC. blue", []),
         ("I see A. and B. here", []),
