@@ -17,7 +17,8 @@ from opd.data.dataset import Dataset, Reader, ReadRow, gather, spread
 from opd.data.formats.choice import rows_of
 from opd.data.formats.own import Said, read_row
 from opd.data.images import image_size
-from opd.data.pictures import ImageFacts, Pictures
+from opd.data.picture_store import ImageFacts
+from opd.data.pictures import Pictures
 from opd.data.reading import AS_IT_IS, Reading
 from opd.data.remarks import Remarks
 from opd.data.sources import Sources

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -384,7 +383,7 @@ def _spread(
 def _notes(pictures: Pictures, stored: Path | None) -> list[str]:
     """Lines for a person about images of 10, 12 or 14 bits, and about the store of pictures."""
     notes = []
-    depths = Counter(facts.bits for facts in pictures.facts() if facts.bits in (10, 12, 14))
+    depths = {bits: count for bits, count in pictures.depths().items() if bits in (10, 12, 14)}
     for bits, count in sorted(depths.items()):
         word = "pictures hold" if count > 1 else "picture holds"
         notes.append(

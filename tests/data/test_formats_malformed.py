@@ -14,7 +14,7 @@ from opd.data import open_data
 from opd.data.formats import BUILT_IN
 from opd.data.formats.coco import COCO
 from opd.data.formats.own import Said
-from opd.data.pictures import ImageFacts
+from opd.data.picture_store import ImageFacts
 from opd.errors import DataError
 from tests.support.format_rows import (
     BOX,

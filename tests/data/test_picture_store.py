@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from opd.data import dataset, images, pictures, read_dataset, spread
-from opd.data.pictures import store_paths
+from opd.data import dataset, images, picture_store, pictures, read_dataset, spread
+from opd.data.picture_store import CHECKSUM, MAGIC, RECORD, ImageFacts, PictureStore, store_paths
+from opd.data.pictures import Pictures
 from opd.errors import DataError
 from opd.types import Example
 
@@ -160,6 +161,10 @@ def test_a_picture_that_was_just_written_is_not_kept(many: Path, decoded: list[s
         b'{"version": 1, "pictures": []}',
         b"[" * 100_000,
         b'{"version": 1, "pictures": {"3.png": [1], "4.png": 5}}',
+        MAGIC,
+        MAGIC + bytes(CHECKSUM),
+        MAGIC + bytes(CHECKSUM + RECORD.itemsize - 1),
+        MAGIC + bytes(CHECKSUM + RECORD.itemsize * 5),
     ],
 )
 def test_a_damaged_store_is_ignored_and_replaced(
@@ -176,14 +181,59 @@ def test_a_damaged_store_is_ignored_and_replaced(
 
 def test_a_wrong_entry_is_not_believed(many: Path, decoded: list[str]) -> None:
     first = read_dataset(many)
-    store = json.loads(store_paths(many)[0].read_text())
-    for number, spoilt in enumerate(([0, 10], ["20", 10], [-5, 10])):
-        store["pictures"][f"{number}.png"][4:6] = spoilt
-    store["pictures"]["3.png"][6] = "0" * 63 + "g"
-    store_paths(many)[0].write_text(json.dumps(store))
-    decoded.clear()
-    assert read_dataset(many).fingerprint == first.fingerprint
-    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]
+    store = store_paths(many)[0]
+    content = bytearray(store.read_bytes())
+    for name in RECORD.names or ():
+        place = len(MAGIC) + CHECKSUM + RECORD.fields[name][1]  # type: ignore[index]
+        store.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        decoded.clear()
+        assert read_dataset(many).fingerprint == first.fingerprint
+        assert len(decoded) == 200
+    store.write_bytes(content[: -RECORD.itemsize])
+    read_dataset(many)
+    assert len(decoded) == 400
+
+
+def test_a_large_store_is_searched_and_keeps_the_last_of_each_picture(tmp_path: Path) -> None:
+    store, data = PictureStore(tmp_path / "a.jsonl"), tmp_path / "a.jsonl"
+    count, state = 3 * picture_store.PENDING, [1, 2, 3, 4]
+    facts = [ImageFacts((number + 1, 7), bytes([number % 256] * 32)) for number in range(count)]
+    for number, one in enumerate(facts):
+        store.add(f"{number}.png", state, one)
+    store.add("5.png", [9, 2, 3, 4], facts[7])
+    store.add("\udc80.png", state, facts[8])
+    assert store.save() == store_paths(data)[0]
+    for reader in (store, PictureStore(data)):
+        assert reader.get("5.png", [9, 2, 3, 4]) == facts[7]
+        assert reader.get("5.png", state) is None
+        assert reader.get("none.png", state) is None
+        assert reader.get("\udc80.png", state) == facts[8]
+        for number in range(0, count, 97):
+            assert reader.get(f"{number}.png", state) == (facts[number] if number != 5 else None)
+    size = store_paths(data)[0].stat().st_size
+    assert size == len(MAGIC) + CHECKSUM + (count + 1) * RECORD.itemsize
+    store.add("5.png", state, facts[5])
+    store.save()
+    assert PictureStore(data).get("5.png", state) == facts[5]
+    assert store_paths(data)[0].stat().st_size == size
+
+
+def test_memory_does_not_grow_with_the_pictures(
+    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The facts of the last ones are kept; others are in the store, or are decoded again."""
+    monkeypatch.setattr(pictures, "KEPT", 5)
+    for number in range(10):
+        Image.new("L", (20, 10), number).save(tmp_path / f"{number}.png")
+    names = [f"{number}.png" for number in (*range(10), 9, 5, 0)]
+    reader = Pictures(1000)
+    assert [reader(tmp_path / name).size for name in names] == [(20, 10)] * 13
+    assert decoded == [*names[:10], "0.png"]
+    time.sleep(pictures.SETTLED + 0.05)
+    reader = Pictures(1000, tmp_path / "data.jsonl")
+    for name in names:
+        reader(tmp_path / name)
+    assert decoded[11:] == names[:10]
 
 
 def test_a_folder_that_cannot_be_written_has_its_store_in_the_users_cache(

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from opd.data.images import image_size, open_image
-from opd.data.pictures import SETTLED, Pictures, store_paths
+from opd.data.picture_store import store_paths
+from opd.data.pictures import SETTLED, Pictures
 from opd.errors import DataError
 from opd.types import Box, Example, Picture
 from opd.views.images import student_images, teacher_images, teacher_sizes

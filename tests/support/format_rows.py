@@ -15,7 +15,8 @@ from opd.data.formats import BUILT_IN
 from opd.data.formats.mapped import Mapped
 from opd.data.formats.own import NOTHING_SAID, Said, read_row, with_names
 from opd.data.formats.vision_opd import PAPER
-from opd.data.pictures import ImageFacts, Pictures
+from opd.data.picture_store import ImageFacts
+from opd.data.pictures import Pictures
 from opd.data.sources import Sources
 from opd.errors import DataError
 from opd.types import EncodedImage, Example

@@ -36,7 +36,7 @@ from opd.data.answers import chosen
 from opd.data.boxes import BoxFormat, Drawn, boxes, stated_format, stated_image
 from opd.data.choices import with_choices
 from opd.data.fields import FIELDS, Row, is_finite, missing, show, text, texts, whole, wrong
-from opd.data.pictures import ImageFacts
+from opd.data.picture_store import ImageFacts
 from opd.data.remarks import about
 from opd.data.sources import Place, Sources
 from opd.errors import DataError, plural
