@@ -91,8 +91,8 @@ def use_of(recipe: Recipe, rows: EveryRow, encoder: Encoder | None) -> Use:
 
     def tokens(example: Example) -> tuple[int, int] | None:
         if encoder is not None:
-            return lengths(encoder, example, recipe.view, size_of)
-        teacher_sizes(example, recipe.view, size_of=size_of)
+            return lengths(encoder, example, recipe.seeded_view, size_of)
+        teacher_sizes(example, recipe.seeded_view, size_of=size_of)
         return None
 
     return Use(tokens, recipe.data.max_prompt_tokens, too_long)
