@@ -36,7 +36,10 @@ MOMENT = 0.02
 """Shortest time in seconds from which a rate is computed."""
 
 TITLES = {"before": "measure before", "after": "measure after"}
-UNITS = {"train": "step", "read": "row", "check": "row", "against": "row", "convert": "row"}
+ROWS = ("read", "check", "against", "convert", "locate")
+"""Phases that count rows."""
+
+UNITS = {"train": "step", **dict.fromkeys(ROWS, "row")}
 
 SHORT = {"measure before": "before", "measure after": "after"}
 """Titles on a narrow console."""

@@ -46,7 +46,10 @@ class Attention:
     def prompts(self, looker: Looker, example: Example) -> list[Prompt]:
         """The full image with the question, and with the neutral one."""
         neutral = replace(example, question=NEUTRAL, choices=())
-        return [encode_full(looker.encoder, one, looker.limit) for one in (example, neutral)]
+        return [
+            encode_full(looker.encoder, example, looker.limit),
+            encode_full(looker.encoder, neutral),
+        ]
 
     def locate(
         self, looker: Looker, examples: Sequence[Example], prompts: Sequence[Sequence[Prompt]]
@@ -78,7 +81,7 @@ def _attention(
     """The attention [L, T, S] of each answer, in micro-batches."""
     costs = [(len(prompt), len(one)) for prompt, one in zip(prompts, answers, strict=True)]
     found: dict[int, FloatArray] = {}
-    for part in microbatches(costs, 1, looker.budget):
+    for part in microbatches(costs, 1, looker.microbatch_tokens):
         together = [prompts[place] for place in part]
         for place, (one,) in zip(
             part, looker.backend.attend(together, [[answers[place]] for place in part]), strict=True

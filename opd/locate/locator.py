@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from opd.backend import Backend
-from opd.errors import DataError
+from opd.data.dataset import FaultyRow
 from opd.method.rollout import sample
 from opd.prefetch import prefetch
 from opd.types import Box, Completion, Encoder, Example, Prompt, Sampling
@@ -38,8 +38,8 @@ class Looker:
     """The model that looks, with all that locators need of a recipe.
 
     `name`: the model's path, for messages; `config`: its config.json. `view` says the margins and
-    sizes of crops. `max_tokens`: longest answer; `limit`: longest prompt; `budget`: padded tokens
-    that run together.
+    sizes of crops. `max_tokens`: longest answer; `limit`: longest prompt. `sample_tokens`,
+    `microbatch_tokens`: padded tokens that are sampled, or whose attention is read, together.
     """
 
     name: str
@@ -49,14 +49,16 @@ class Looker:
     view: ViewOptions
     max_tokens: int
     limit: int
-    budget: int
+    sample_tokens: int
+    microbatch_tokens: int
 
     def answers(self, prompts: Sequence[Prompt], at_least: int = 1) -> list[Completion]:
         """The student's greedy answer to each prompt, of up to `max_tokens` or `at_least`
         tokens."""
         unused = np.zeros((len(prompts), 1, max(at_least, self.max_tokens)), np.float32)
         sampling = Sampling(0.0, self.encoder.stop, self.encoder.banned)
-        return [one for (one,) in sample(self.backend, prompts, unused, sampling, self.budget)]
+        answers = sample(self.backend, prompts, unused, sampling, self.sample_tokens)
+        return [one for (one,) in answers]
 
 
 class Locator(Protocol):
@@ -109,13 +111,16 @@ def locate(
     """
     locator.check(looker)
 
-    def encode(start: int) -> tuple[list[Example], list[list[Prompt]]]:
-        usable, prompts = [], []
-        for place in range(start, min(start + locator.rows, len(examples))):
+    def encode(start: int) -> tuple[list[Example], list[list[Prompt]], int]:
+        """The usable examples of a slice, their prompts, and the number of all examples in it."""
+        usable: list[Example] = []
+        prompts: list[list[Prompt]] = []
+        places = range(start, min(start + locator.rows, len(examples)))
+        for place in places:
             try:
                 example = examples[place]
-            except DataError as error:  # a row of a large file, which is read just now
-                skipped.add(_unread(error, place), Unusable(str(error)))
+            except FaultyRow as error:  # of a large file, whose rows are read when they are reached
+                skipped.add(Example(error.source, (), ""), Unusable(str(error)))
                 continue
             if not wanted(example):
                 continue
@@ -124,16 +129,10 @@ def locate(
                 usable.append(example)
             except Unusable as error:
                 skipped.add(example, error)
-        return usable, prompts
+        return usable, prompts, len(places)
 
-    starts = range(0, len(examples), locator.rows)
-    for start, (usable, prompts) in zip(starts, prefetch(encode, starts), strict=True):
+    for usable, prompts, count in prefetch(encode, range(0, len(examples), locator.rows)):
         if usable:
             found = locator.locate(looker, usable, prompts)
             yield list(zip(usable, found, strict=True))
-        passed(min(locator.rows, len(examples) - start))
-
-
-def _unread(error: DataError, place: int) -> Example:
-    """An example that stands for a row that could not be read, for its name."""
-    return Example(str(getattr(error, "source", f"row {place + 1}")), (), "")
+        passed(count)

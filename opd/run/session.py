@@ -186,6 +186,17 @@ def open_model(recipe: Recipe, backend: str, progress: Progress) -> Session:
     return Opened(recipe, name, encoder, _fetch_weights(recipe, name, progress), [], []).load()
 
 
+def open_rows(recipe: Recipe, backend: str, progress: Progress, count: int | None) -> Opened:
+    """Opens the model's small files, then rows of data.path with or without evidence: all, or
+    `count` spread over the file. Raises UserError."""
+    _check_known(backend)
+    if recipe.data.path != "tiny" and not os.path.exists(recipe.data.path):
+        raise DataError(f"data file not found: {recipe.data.path}")
+    recipe, name, encoder = _open_small_files(recipe, backend, progress)
+    rows = _open_rows(recipe, recipe.data.path, progress, count, evidence=False)
+    return Opened(recipe, name, encoder, _fetch_weights(recipe, name, progress), rows, [])
+
+
 def start(
     recipe: Recipe, backend: str, out: Path, force: bool = False, progress: Progress | None = None
 ) -> Trainer:

@@ -76,7 +76,7 @@ class SeesRed(ToyBackend):
         assert policy == "student"
         rows = []
         for prompt in prompts:
-            red = float(prompt.images["pixel_values"][:, 0].mean())
+            red = float(prompt.images["pixel_values"][:, 0].mean().clip(0, 1))
             logprobs = np.full(4, np.log(0.1 + 0.9 * red), np.float32)
             rows.append([Completion(np.array([5, 6, 7, STOP], np.int32), logprobs, True)])
         return rows
@@ -92,7 +92,8 @@ def looker(backend=None, encoder=None, config=None, view=None):
         view or ViewOptions(margin=0),
         max_tokens=8,
         limit=4096,
-        budget=10_000,
+        sample_tokens=10_000,
+        microbatch_tokens=1_000,
     )
 
 

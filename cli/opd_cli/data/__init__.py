@@ -9,6 +9,7 @@ from opd_cli.lazy import LazyGroup
 COMMANDS = {
     "check": "Read every row and picture; count defects, doubtful rows and duplicates.",
     "convert": "Write the rows of any format as opd's own JSON lines.",
+    "locate": "Find the evidence in rows without boxes, with a model.",
 }
 
 
