@@ -284,8 +284,8 @@ class _Reader:
 
     def _is_stored(self, stated: Size | None, image: int) -> bool:
         """Whether boxes are drawn on the stored pixels: a person or the row says so, or the size
-        that the row gives its picture is the stored one. Raises DataError for a size that is
-        neither."""
+        that the row gives its picture is the stored one. Raises DataError for boxes in pixels of a
+        size that is neither."""
         if self.drawn.image:
             return self.drawn.image == "stored"
         upright = self.sizes[image]
@@ -294,10 +294,12 @@ class _Reader:
         if stated == upright[::-1] and self.orientation(image) >= 5:
             self.remark(STORED)
             return True
-        width, height = upright
+        if self.drawn.unit != "pixels":
+            return False
+        resized = self._option(f"resized{XYWH if self.drawn.has_extent else ''}")
         raise DataError(
             f"field 'box_size': {stated[0]} x {stated[1]} is not the size of the picture, which is"
-            f" {width} x {height}; its boxes would be elsewhere"
+            f" {upright[0]} x {upright[1]}; if it was resized since, say {resized}"
         )
 
     def _order(self) -> str:

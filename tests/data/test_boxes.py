@@ -215,6 +215,19 @@ def test_the_rows_size_of_a_turned_picture_shows_what_boxes_are_drawn_on() -> No
     for size, orientation in ([300, 200], 1), ([300, 200], 3), ([150, 100], 6):
         with pytest.raises(DataError, match="is not the size of the picture, which is 200 x 300"):
             read(size, orientation=orientation)
+    # A share of the picture is the same in every size.
+    thousandths = Drawn("per-mille")
+    assert read([100, 150], thousandths)[0] == read(None, thousandths)[0]
+    assert read([300, 200], thousandths)[1] == [STORED]
+
+
+def test_boxes_of_a_picture_that_was_resized_since() -> None:
+    with pytest.raises(DataError, match=r'say "box_format": "resized"$'):
+        one([30, 10, 75, 20], box_size=[150, 100])
+    row = {"boxes": [30, 10, 45, 10], "box_size": [150, 100]}
+    with pytest.raises(DataError, match=r"say data\.box_format=resized-xywh$"):
+        boxes(row, [SIZE], Drawn("pixels-xywh", ours=False))
+    assert one([30, 10, 45, 10], "resized-xywh", box_size=[150, 100]) == BOX
 
 
 def test_the_unit_is_the_rows_or_said_or_the_formats() -> None:

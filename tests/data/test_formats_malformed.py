@@ -40,6 +40,7 @@ def objects(**changes: Any) -> dict[str, Any]:
 
 MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("vision-opd", {"extra_info": {}}, "field 'extra_info': the question"),
+    ("vision-opd", {"extra_info": None}, "data.format=vision-opd-paper reads the rows"),
     ("vision-opd", {"extra_info": "A"}, "field 'extra_info': the question"),
     ("vision-opd", {"extra_info": {"question": 7}}, "field 'extra_info': 7 is not a text"),
     ("vision-opd", {"bbox": [9, 9, 900, 20]}, "field 'bbox': box [9, 9, 900, 20] is outside"),

@@ -36,9 +36,12 @@ FRAMED = "the student sees the evidence framed in red, and is told so"
 
 
 def _clean(row: Row) -> Row:
-    about = row["extra_info"]
+    about = row.get("extra_info")
     if not isinstance(about, dict) or about.get("question") is None:
-        raise DataError("field 'extra_info': the question without the red frame is missing in it")
+        raise DataError(
+            "field 'extra_info': the question without the sentence about the red frame is missing"
+            " in it; data.format=vision-opd-paper reads the rows with the frame"
+        )
     return _with_box(row, row["original_images"], about["question"])
 
 
@@ -80,7 +83,7 @@ def ground_truth(row: Row) -> Any:
 
 CLEAN = Mapped(
     "Vision-OPD-6K, clean",
-    ("problem", "bbox", "original_images", "extra_info"),
+    ("problem", "bbox", "original_images"),
     _clean,
     key="vision-opd",
     names={"images": "original_images", "question": "extra_info", "boxes": "bbox"},
