@@ -15,11 +15,10 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from opd.data.fields import Row, cut, is_finite, is_number, show, wrong
-from opd.data.resizing import smart_resize
+from opd.data.frames import PLAIN, Corners, Size, Unit, clamped, fault_of, frame_of, turn
 from opd.errors import DataError, nearest, plural
 from opd.types import Box
 
-Unit: TypeAlias = Literal["pixels", "fraction", "per-mille", "resized", "padded"]
 BoxFormat: TypeAlias = Literal[
     "pixels",
     "fraction",
@@ -32,31 +31,14 @@ BoxFormat: TypeAlias = Literal[
     "resized-xywh",
     "padded-xywh",
 ]
-"""A unit, and "-xywh" where boxes are [left, top, width, height].
-
-- pixels: of the image.
-- fraction, per-mille: 0 to 1, 0 to 1000 of the image's width and height.
-- resized: pixels of the image as the model's image processor resized it (Qwen2.5-VL).
-- padded: 0 to 1 of the square that the image is padded to, with the image in its centre (LLaVA).
-"""
+"""A unit (`opd.data.frames`), and "-xywh" where boxes are [left, top, width, height]."""
 BoxImage: TypeAlias = Literal["upright", "stored"]
 """The image that boxes are drawn on: upright, after its EXIF orientation, as viewers show it; or
 stored, before it, as some tools read it."""
-Size: TypeAlias = tuple[int, int]
-Corners: TypeAlias = tuple[float, float, float, float]
-
 XYWH = "-xywh"
 
 UNSETTLED = "resized or per-mille"
 """The unit of boxes that a format writes in one of two ways (`bbox_2d`): a person says which."""
-
-TOLERANCE = 1.0
-"""Pixels by which a box may reach beyond the image, since annotation tools round differently. The
-view cuts that part off."""
-
-ROUNDING = 0.5
-"""Thousandths by which a box in fractions or per-mille may reach beyond the image: half a unit of
-the last digit. That part is cut off."""
 
 LONGEST = 100_000
 """Characters up to which a text is read as a list of boxes."""
@@ -64,7 +46,7 @@ LONGEST = 100_000
 
 @dataclass(frozen=True)
 class Drawn:
-    """How the boxes of a row were drawn.
+    """The way in which the boxes of a row were drawn.
 
     `image`: the picture that they were drawn on; "" if nobody says, which is upright unless the
     row's `box_size` shows that it is stored. `ours`: whether a message may ask to change the row
@@ -180,38 +162,6 @@ def _several(entries: list[Any]) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """The range of a unit in one picture: the picture's sides, by how much a box may reach beyond
-    them, and pixels of the picture for one unit."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    slack: float
-    across: float = 1.0
-    down: float = 1.0
-
-
-def _frame(unit: Unit, size: Size, resized: Size | None = None) -> _Frame:
-    """The frame of a picture of `size`. Raises DataError for a picture that the processor cannot
-    resize."""
-    width, height = size
-    if unit == "pixels":
-        return _Frame(0, 0, width, height, TOLERANCE)
-    if unit == "fraction":
-        return _Frame(0, 0, 1, 1, ROUNDING / 1000, width, height)
-    if unit == "per-mille":
-        return _Frame(0, 0, 1000, 1000, ROUNDING, width / 1000, height / 1000)
-    if unit == "resized":
-        right, bottom = resized or smart_resize(width, height)
-        return _Frame(0, 0, right, bottom, TOLERANCE, width / right, height / bottom)
-    side = max(size)
-    left, top = (side - width) // 2 / side, (side - height) // 2 / side
-    return _Frame(left, top, left + width / side, top + height / side, ROUNDING / 1000, side, side)
-
-
-@dataclass(frozen=True)
 class _Reader:
     """Reads the boxes of one row."""
 
@@ -255,13 +205,13 @@ class _Reader:
         size = upright[::-1] if turned >= 5 else upright
         unit = self.drawn.unit
         resized = stated if unit == "resized" else None
-        frame = _frame(unit, size, resized)
+        frame = frame_of(unit, size, resized)
         if corners[2] <= corners[0] or corners[3] <= corners[1]:
             raise DataError(f"field 'boxes': box {show(given)} is empty or inverted{self._order()}")
-        if fault := _fault(corners, frame, unit):
+        if fault := fault_of(corners, frame, unit):
             raise DataError(f"field 'boxes': box {show(given)} {fault}{self._units(given, size)}")
         if unit != "pixels":
-            corners = _clamped(corners, frame)
+            corners = clamped(corners, frame)
         x0, y0, x1, y1 = (
             (corner - start) * scale
             for corner, start, scale in zip(
@@ -319,7 +269,7 @@ class _Reader:
         fits = [
             f'"{unit}{end}"' if self.drawn.ours else f"{unit}{end}"
             for unit in PLAIN
-            if unit != self.drawn.unit and not _fault(corners, _frame(unit, size), unit)
+            if unit != self.drawn.unit and not fault_of(corners, frame_of(unit, size), unit)
         ]
         if not fits:
             return ""
@@ -336,37 +286,11 @@ STORED = (
 )
 """The remark about a row whose `box_size` shows that its boxes are drawn on the stored pixels."""
 
-PLAIN: tuple[Unit, ...] = ("pixels", "fraction", "per-mille")
-"""The units that a message offers, since they need no other fact."""
-
-
-def turn(corners: Corners, size: Size, orientation: int) -> Corners:
-    """A box in pixels of a stored image of `size` (width, height), in pixels of the upright
-    image. `orientation`: the EXIF orientation, 1..8."""
-    width, height = size
-    x0, y0, x1, y1 = corners
-    if orientation in (2, 3, 7, 8):  # the image is mirrored from left to right
-        x0, x1 = width - x1, width - x0
-    if orientation in (3, 4, 6, 7):  # the image is mirrored from top to bottom
-        y0, y1 = height - y1, height - y0
-    return (y0, x0, y1, x1) if orientation >= 5 else (x0, y0, x1, y1)
-
 
 def _corners(given: Sequence[float], has_extent: bool) -> Corners:
     """(left, top, right, bottom) of the four numbers of a box."""
     x, y, right, bottom = given
     return (x, y, x + right, y + bottom) if has_extent else (x, y, right, bottom)
-
-
-def _clamped(corners: Corners, frame: _Frame) -> Corners:
-    """A box without what reaches beyond the picture."""
-    x0, y0, x1, y1 = corners
-    return (
-        min(max(x0, frame.left), frame.right),
-        min(max(y0, frame.top), frame.bottom),
-        min(max(x1, frame.left), frame.right),
-        min(max(y1, frame.top), frame.bottom),
-    )
 
 
 def _check_names(entry: dict[str, Any]) -> None:
@@ -379,33 +303,3 @@ def _check_names(entry: dict[str, Any]) -> None:
             raise DataError(
                 f"field 'boxes': a box has no field '{cut(name)}'; did you mean '{meant}'?"
             )
-
-
-def _fault(corners: Corners, frame: _Frame, unit: Unit) -> str:
-    """The reason why a box cannot be in `unit`, for a message; empty if it can."""
-    x0, y0, x1, y1 = corners
-    reaches_out = (
-        min(x0 - frame.left, y0 - frame.top) < -frame.slack
-        or x1 > frame.right + frame.slack
-        or y1 > frame.bottom + frame.slack
-    )
-    # A box that lies wholly beyond the image is a fault even within the tolerance.
-    if (
-        reaches_out
-        or x0 >= frame.right
-        or y0 >= frame.bottom
-        or x1 <= frame.left
-        or y1 <= frame.top
-    ):
-        return {
-            "pixels": f"is outside the image of {frame.right} x {frame.bottom} pixels",
-            "resized": f"is outside the resized image of {frame.right} x {frame.bottom} pixels",
-            "padded": "is outside the image in its padded square, which reaches from"
-            f" {frame.left:.3g}, {frame.top:.3g} to {frame.right:.3g}, {frame.bottom:.3g}",
-        }.get(unit, f"is outside 0..{frame.right}, the range of {unit}")
-    if unit in ("pixels", "per-mille", "resized") and max(corners) <= 1:
-        return (
-            f"is at most one {'thousandth' if unit == 'per-mille' else 'pixel'} in the image's"
-            " corner"
-        )
-    return ""

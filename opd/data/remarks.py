@@ -34,7 +34,7 @@ def about(row: Row, question: str) -> list[str]:
 
 
 class Remarks:
-    """How many rows each remark is about; rows are read on several threads."""
+    """Counts the rows of each remark; safe for threads."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

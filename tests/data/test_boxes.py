@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
 from opd.data import open_data
-from opd.data.boxes import STORED, UNSETTLED, Drawn, boxes, stated_format, stated_image, turn
+from opd.data.boxes import STORED, UNSETTLED, Drawn, boxes, stated_format, stated_image
+from opd.data.frames import turn
 from opd.data.remarks import Remarks, tells_place
 from opd.data.resizing import MAX_PIXELS, smart_resize
 from opd.errors import DataError

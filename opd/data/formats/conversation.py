@@ -41,8 +41,8 @@ _TAGGED = re.compile(r"(?:<think>.*?</think>)?\s*<answer>(.*?)</answer>\s*", re.
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is read of a conversation: the question, the answers that follow it, the pictures that
-    stand in blocks, and remarks about what is not read (`opd.data.remarks`)."""
+    """The part of a conversation that is read: the question, the answers that follow it, the
+    pictures that stand in blocks, and remarks about the unread part (`opd.data.remarks`)."""
 
     question: str
     answers: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class _Turn:
 
 
 def conversation(field: str, value: Any) -> Conversation:
-    """What is read of the conversation in a field: a list of turns, its JSON, or the question
+    """Reads the conversation in a field: a list of turns, its JSON, or the question
     alone. Raises DataError."""
     turns = list(_turns(field, value))
     asked = [place for place, turn in enumerate(turns) if turn.role in USERS]

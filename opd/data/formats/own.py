@@ -52,8 +52,8 @@ many times `data.max_image_pixels` pixels."""
 
 @dataclass(frozen=True)
 class Said:
-    """What a person says about all rows of a file; "" where nothing. `box_format` and `box_image`
-    as in a row; `question` is asked in rows that have none."""
+    """A person's word about all rows of a file; "" where there is none. `box_format` and
+    `box_image` as in a row; `question` is asked in rows that have none."""
 
     box_format: str = ""
     box_image: str = ""
