@@ -50,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "registry": set(),
     "method": set(),
     "views": {"data"},
+    "sheet": {"views", "data"},
     "measure": {"views", "method", "data"},
     "locate": {"views", "method", "data"},
     "testing": {"views", "prompts", "registry", "tiny"},

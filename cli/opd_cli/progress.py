@@ -36,7 +36,7 @@ MOMENT = 0.02
 """Shortest time in seconds from which a rate is computed."""
 
 TITLES = {"before": "measure before", "after": "measure after"}
-ROWS = ("read", "check", "against", "convert", "locate")
+ROWS = ("read", "check", "against", "convert", "show", "locate")
 """Phases that count rows."""
 
 UNITS = {"train": "step", **dict.fromkeys(ROWS, "row")}
