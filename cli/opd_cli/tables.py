@@ -54,7 +54,8 @@ def before_after(summary: Mapping[str, Any], folder: Path) -> None:
                 hidden = key == "gap" and fell and summary["full_change_interval"][0] <= 0
                 change = "-" if hidden else f"{100 * (after[key] - before[key]):+.1f}"
                 table.add_row(title, _percent(before, key), _percent(after, key), change)
-        console.print(table)
+        if table.row_count:
+            console.print(table)
         if "gap_closed" in summary:
             console.print(
                 f"gap closed: {_percent(summary, 'gap_closed')} %  (95 % intervals)",

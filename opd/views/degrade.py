@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from PIL.Image import Image, Resampling, composite
+from PIL.Image import Image, Resampling
 from PIL.Image import new as new_image
 from PIL.ImageEnhance import Brightness, Color, Contrast
 
@@ -97,15 +97,18 @@ def downscaled(size: Size, random: np.random.Generator) -> Piece:
     # Always six numbers, so that one of them does not depend on whether another is used.
     changed, strengths = random.random(3) < 0.5, random.uniform(1 - JITTER, 1 + JITTER, 3)
     factors = tuple(np.where(changed, strengths, 1.0).tolist())
-    return Piece((0, 0, *size), smaller, partial(jitter, factors) if changed.any() else None)
+    after = partial(jitter, factors) if changed.any() else None
+    return Piece((0, 0, *size), smaller, after=after)
 
 
 def blur_outside(blurred: Size, sharp: Region, image: Image) -> Image:
     """The image at the resolution of an image of size `blurred`, except for the region `sharp`."""
-    soft = image.resize(blurred, Resampling.BICUBIC).resize(image.size, Resampling.BICUBIC)
-    mask = new_image("L", image.size)
-    mask.paste(255, sharp)
-    return composite(image, soft, mask)
+    left, top, right, bottom = sharp
+    part = new_image("RGB", (right - left, bottom - top))
+    part.paste(image, (-left, -top))
+    soft = image.resize(blurred, Resampling.BILINEAR).resize(image.size, Resampling.BILINEAR)
+    soft.paste(part, (left, top))
+    return soft
 
 
 def shrink(place: Region, image: Image) -> Image:

@@ -109,11 +109,17 @@ def _check_counts(example: Example, options: ViewOptions, given: list[int]) -> N
 
 def _cut(image: Image, piece: Piece) -> Image:
     """The pixels of a piece, resized."""
-    changed = piece.change(image) if piece.change else image
-    if changed.size != image.size:
-        raise ValueError(f"a view's change makes an image of {changed.size} of one of {image.size}")
-    cut = _region(changed, piece.region)
-    return cut if cut.size == piece.size else cut.resize(piece.size, Resampling.BICUBIC)
+    cut = _region(_edited(image, piece.change), piece.region)
+    resized = cut if cut.size == piece.size else cut.resize(piece.size, Resampling.BICUBIC)
+    return _edited(resized, piece.after)
+
+
+def _edited(image: Image, edit: Callable[[Image], Image] | None) -> Image:
+    """What `edit` makes of an image. Raises ValueError if it has another size."""
+    edited = edit(image) if edit else image
+    if edited.size != image.size:
+        raise ValueError(f"a view's change makes an image of {edited.size} of one of {image.size}")
+    return edited
 
 
 def _region(image: Image, region: Region) -> Image:

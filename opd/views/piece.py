@@ -19,12 +19,14 @@ Size: TypeAlias = tuple[int, int]
 class Piece:
     """One image that a policy sees: a `region` of an image, resized to `size`.
 
-    `change` edits the whole upright RGB image before the region is cut, and keeps its size.
+    `change` edits the whole upright RGB image before the region is cut, `after` the piece in its
+    final size; both keep the size.
     """
 
     region: Region
     size: Size
     change: Callable[[Image], Image] | None = None
+    after: Callable[[Image], Image] | None = None
 
 
 def whole(size: Size) -> Piece:

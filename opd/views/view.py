@@ -265,7 +265,10 @@ class ViewOptions(Options):
     def _one_choice(self) -> ViewOptions:
         """Raises ValueError if both a kind and a mixture are chosen."""
         if self.mixture and self.kind != "crop":  # the default, which every config.toml holds
-            raise ValueError(f"kind = '{self.kind}' beside a mixture; leave one of them out")
+            raise ValueError(
+                f"kind = '{self.kind}' beside a mixture; set view.kind=crop to use the mixture, or"
+                " view.mixture={} to use the kind"
+            )
         return self
 
     @property

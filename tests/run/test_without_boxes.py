@@ -50,6 +50,17 @@ def test_full_images_alone_are_measured_and_said(tmp_path, capsys):
     assert "gap closed" not in said
 
 
+def test_rows_without_boxes_and_answers_leave_nothing_to_compare(tmp_path, capsys):
+    examples = [replace(one, answer=None) for one in bare()]
+    summary = trainer(tmp_path, DEGRADE, examples=examples).train()
+    assert summary["verdict"] is None
+    assert summary["after"] == {"rows": 4, "rows_with_answer": 0, "crop_rows": 0}
+    before_after(summary, Path("run"))
+    said = capsys.readouterr().out
+    assert "the full image alone was measured, and there are no answers to compare with" in said
+    assert "%" not in said
+
+
 def test_crops_are_measured_where_there_are_boxes(tmp_path, capsys):
     summary = trainer(tmp_path, DEGRADE, examples=bare(1, 2)).train()
     assert (summary["before"]["rows"], summary["before"]["crop_rows"]) == (4, 2)

@@ -107,8 +107,10 @@ def test_a_mixture_that_is_none_is_refused_in_one_line(value, said):
 
 def test_a_kind_beside_a_mixture_is_refused():
     both = ["view.kind=full", "view.mixture={crop = 1}"]
-    with pytest.raises(RecipeError, match="kind = 'full' beside a mixture; leave one of them out"):
+    with pytest.raises(RecipeError, match="kind = 'full' beside a mixture; set view"):
         load("tiny", both)
+    assert load("tiny", [*both, "view.mixture={}"]).view.title == "full"  # as the message says
+    assert load("tiny", [*both, "view.kind=crop"]).view.title == "crop 1"
 
 
 @pytest.mark.parametrize(

@@ -120,13 +120,14 @@ def test_a_piece_that_shows_nothing_or_fills_the_memory_is_told(see, piece):
 
 
 @pytest.mark.usefixtures("own")
-def test_a_change_keeps_the_size():
+@pytest.mark.parametrize(("edit", "size"), [("change", r"\(40, 30\)"), ("after", r"\(9, 9\)")])
+def test_a_change_keeps_the_size(edit, size):
     class Shrinks(View):
         def pieces(self, example, number, size, options, max_pixels):
-            return [Piece((0, 0, 9, 9), (9, 9), lambda image: image.resize((4, 4)))]
+            return [Piece((0, 0, 9, 9), (9, 9), **{edit: lambda image: image.resize((4, 4))})]
 
     register("shrinks", Shrinks())
-    with pytest.raises(ValueError, match=r"makes an image of \(4, 4\) of one of \(40, 30\)"):
+    with pytest.raises(ValueError, match=rf"makes an image of \(4, 4\) of one of {size}"):
         teacher_images(example(), ViewOptions(kind="shrinks"))
 
 
