@@ -7,6 +7,7 @@ always raises DataError. The message is one line.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from opd.data.pictures import Pictures
 from opd.data.reading import AS_IT_IS, Reading
 from opd.data.remarks import Remarks
 from opd.data.sources import Sources
+from opd.data.tables.hub import is_id
 from opd.errors import DataError
 from opd.paths import PathText
 from opd.progress import Progress, Quiet
@@ -123,8 +125,8 @@ def open_rows(
     """Opens a file, whose rows are then read one by one; arguments and errors as in `open_data`.
     The second result counts what a person should know about the rows that are read."""
     rows = rows_of(path, reading, progress)
-    pictures, remarks = Pictures(max_image_pixels, path), Remarks()
-    images = Path(reading.images) if reading.images else None
+    pictures, remarks = Pictures(max_image_pixels, rows.store or path), Remarks()
+    images = Path(reading.images) if reading.images else rows.images
     sources = Sources(
         rows.folder or path.parent, images, reading.allow_download, progress, pictures.stop
     )
@@ -155,6 +157,11 @@ def _header(source: EncodedImage, max_image_pixels: int) -> ImageFacts:
         return ImageFacts(image_size(source, max_image_pixels), b"")
     except DataError as error:
         return ImageFacts((0, 0), b"", str(error))
+
+
+def may_exist(path: str) -> bool:
+    """Whether `path` is a file or folder, or may be the id of a Hugging Face data set."""
+    return os.path.exists(path) or is_id(path)
 
 
 def _unheard(_: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from opd.data import may_exist
 from opd.errors import DataError, FolderError, ModelError, plural
 from opd.method.schedules import learning_rate
 from opd.models import hub
@@ -72,7 +73,7 @@ class Changed:
             (recipe.data.path, self.data, "--data FILE"),
             (recipe.measure.path, self.measured, "--set measure.path=FILE"),
         ):
-            if path not in ("", "tiny") and given is None and not os.path.exists(path):
+            if path not in ("", "tiny") and given is None and not may_exist(path):
                 raise DataError(
                     f"data file not found: {path}, of run '{folder.path}'; where it was moved, give"
                     f" {option}"

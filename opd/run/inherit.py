@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd import registry
+from opd.data import may_exist
 from opd.errors import DataError, plural
 from opd.models.choice import is_tiny
 from opd.models.find import CONFIG, checkpoint_of
@@ -149,11 +150,7 @@ def _check_data(recipe: Recipe, given: Mapping[str, Any], source_run: Origin) ->
         ("data", recipe.data.path, "--data FILE"),
         ("measure", recipe.measure.path, "--set measure.path=FILE"),
     ):
-        if (
-            path not in ("", "tiny")
-            and not _gives(given, section, "path")
-            and not os.path.exists(path)
-        ):
+        if path not in ("", "tiny") and not _gives(given, section, "path") and not may_exist(path):
             raise DataError(f"data file not found: {path}, of {source_run.name}; give {option}")
 
 

@@ -3,7 +3,6 @@ input raise an error before anything is written."""
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from opd import registry
 from opd.backend import Backend
-from opd.data import Dataset, open_data, spread
+from opd.data import Dataset, may_exist, open_data, spread
 from opd.errors import DataError, FolderError, plural
 from opd.measure import compare, gap
 from opd.models import hub
@@ -159,7 +158,7 @@ def open_inputs(recipe: Recipe, backend: str, progress: Progress, few: bool = Fa
     _check_known(backend)
     trained = not few or not recipe.measure.path  # else only the measured file is opened
     for path in ([recipe.data.path] if trained else []) + [recipe.measure.path]:
-        if path not in ("", "tiny") and not os.path.exists(path):
+        if path not in ("", "tiny") and not may_exist(path):
             raise DataError(f"data file not found: {path}")
     recipe, name, encoder = _open_small_files(recipe, backend, progress)
     if trained:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import shutil
+import sys
 import threading
+import tracemalloc
 from datetime import date
 from decimal import Decimal
+from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,8 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opd.data import open_data, read_dataset
+from opd.data.images import open_image
 from opd.data.reading import AS_IT_IS, Reading
-from opd.data.tables import open_table, parquet, spans
+from opd.data.tables import hub, open_table, parquet, spans
 from opd.data.tables import table as tables
 from opd.errors import DataError
 from opd.progress import Quiet
@@ -369,7 +376,7 @@ def test_damaged_parquet(folder):
 
 def test_without_pyarrow_the_command_is_told(folder, monkeypatch):
     path = write(folder / "rows.parquet", ROWS)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert refused(path) == (
         f"{path}: Parquet is read with pyarrow: pip install 'vision-opd[data]'"
     )
@@ -411,7 +418,7 @@ def test_a_bomb_of_gzip_stops_where_the_disk_would_be_full(folder, monkeypatch):
 
 
 def test_pipes_are_not_read(folder):
-    __import__("os").mkfifo(folder / "rows.jsonl")
+    os.mkfifo(folder / "rows.jsonl")
     assert "it is a pipe or a device" in refused(folder / "rows.jsonl")
 
 
@@ -488,8 +495,6 @@ class TestFolders:
 
 def test_tables_hold_an_index_alone(folder):
     """No row stays in memory: the table of a file of 20 MB takes less than one."""
-    import tracemalloc
-
     path = folder / "rows.jsonl"
     line = json.dumps({**ROWS[0], "note": "x" * 2000})
     path.write_text(f"{line}\n" * 10_000)
@@ -502,3 +507,104 @@ def test_tables_hold_an_index_alone(folder):
     tracemalloc.stop()
     assert kept < 1_000_000
     assert tables.CHECKED == 2048
+
+
+class TestArchives:
+    @pytest.mark.parametrize("name", ["all.zip", "all.tar", "all.tar.gz"])
+    def test_rows_and_pictures_in_one_archive(self, folder, name):
+        expected = list(read_dataset(write(folder / "rows.jsonl", ROWS)))
+        target = folder.parent / "other"
+        target.mkdir()
+        kind = {"all.zip": "zip", "all.tar": "tar", "all.tar.gz": "gztar"}[name]
+        shutil.make_archive(str(target / "all"), kind, folder)
+        shutil.rmtree(folder)
+        data = read_dataset(target / name)
+        assert data.skipped == []
+        assert [(one.id, one.question, one.boxes) for one in data] == [
+            (one.id, one.question, one.boxes) for one in expected
+        ]
+        assert [open_image(one.images[0]).size for one in data] == [(200, 100)] * 5
+        assert read_dataset(target).fingerprint == data.fingerprint  # it is all that is there
+        assert read_dataset(target / name).fingerprint == data.fingerprint
+
+    def test_archives_that_hold_no_rows_or_several_files(self, folder):
+        shutil.make_archive(str(folder.parent / "none"), "zip", folder)
+        path = folder.parent / "none.zip"
+        assert "none.zip holds no data file; unpack it, and name the file" in refused(path)
+        write(folder / "a.jsonl", ROWS)
+        write(folder / "b.csv", ROWS)
+        shutil.make_archive(str(folder.parent / "two"), "zip", folder)
+        said = refused(folder.parent / "two.zip")
+        assert "two.zip holds several data files: a.jsonl, b.csv; unpack it" in said
+        path.write_bytes(path.read_bytes()[:-30])
+        assert "\n" not in refused(path)
+        (folder / "c.zip").write_bytes(b"PK\x03\x04")
+        assert "\n" not in refused(folder / "c.zip")
+
+
+class TestHub:
+    """`datasets` reads local folders by the code that reads data sets of the Hub."""
+
+    @pytest.fixture
+    def saved(self, folder, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder.parent / "hf"))
+        buffers = {name: (folder / f"{name}.png").read_bytes() for name in "abcde"}
+        rows = [{**row, "image": {"bytes": buffers[row["id"]], "path": None}} for row in ROWS]
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "question": datasets.Value("string"),
+                "boxes": datasets.List(datasets.List(datasets.Value("int64"))),
+                "answer": datasets.Value("string"),
+                "id": datasets.Value("string"),
+            }
+        )
+        rows = [{name: row[name] for name in features} for row in rows]
+        split = datasets.Dataset.from_list(rows, features)
+        both = datasets.DatasetDict({"train": split, "test": split.select([0])})
+        return folder, both
+
+    def test_a_saved_data_set(self, saved):
+        folder, both = saved
+        both.save_to_disk(folder / "saved")
+        data = read_dataset(folder / "saved")
+        assert data.notes[:2] == [
+            f"{folder / 'saved'}: its split train is read; data.split names another: test",
+            f"{folder / 'saved'}: read as opd's own rows: 5 rows",
+        ]
+        assert [one.id for one in data] == list("abcde")
+        assert open_image(data[3].images[0]).size == (200, 100)
+        assert len(read_dataset(folder / "saved", reading=Reading(split="test"))) == 1
+        said = refused(folder / "saved", split="tset")
+        assert said == f"{folder / 'saved'}: data.split = 'tset': unknown; did you mean 'test'?"
+        both["train"].save_to_disk(folder / "one")
+        assert len(read_dataset(folder / "one")) == 5
+
+    def test_the_loading_of_the_hub(self, saved):
+        folder, both = saved
+        (folder / "local").mkdir()
+        both["train"].to_parquet(folder / "local" / "train.parquet")
+        both["test"].to_parquet(folder / "local" / "test.parquet")
+        found = hub.open_hub(folder / "local", "", "", Quiet())
+        assert (len(found), found.kind) == (5, "a Hugging Face data set")
+        assert found.row(1)["image"]["bytes"] == (folder / "b.png").read_bytes()
+        assert found.row(1)["boxes"] == [[10, 20, 30, 41]]
+        assert len(hub.open_hub(folder / "local", "test", "", Quiet())) == 1
+
+    def test_ids(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        assert all(map(hub.is_id, ["org/name", "Org-1/na.me_2"]))
+        (folder / "here").mkdir()
+        for other in ("name", "here/name", "org/rows.jsonl", "a/b/c", "./b", "org/rows.csv.gz"):
+            assert not hub.is_id(other)
+
+    def test_what_is_not_there(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        said = refused(Path("org/name"))
+        assert said.startswith("org/name: neither a file, nor a Hugging Face data set that can be")
+        assert not (folder / "org").exists()
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        assert refused(Path("org/name")) == (
+            "org/name: a data set of Hugging Face is read with datasets: pip install"
+            " 'vision-opd[data]'"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,8 @@ START = 65_536
 HEAD = 32
 """Number of rows that show the format."""
 
+NO_COLUMNS: Mapping[str, str] = {}
+
 OWN = "opd"
 """The name of our own format in `data.format`."""
 
@@ -49,20 +51,10 @@ def rows_of(path: Path, reading: Reading, progress: Progress) -> Rows:
     if len(table) == 1 and head:
         whole = _whole(head[0], named)
         if whole:
-            entries = Entries(path, table.kind, table.content, whole.to_rows(head[0]))
-            notes = [*table.notes, _read_as(path, whole.name, len(entries))]
-            return Rows(
-                path,
-                table.content,
-                OfTable(entries, dict),
-                whole.box_format,
-                notes,
-                whole.names,
-                table.folder,
-                whole.name,
-            )
+            entries = Entries(path, table.kind, whole.to_rows(head[0])).inside(table)
+            return _rows(entries, OfTable(entries, dict), whole)
         if not named and _holds_rows(table, head[0]):
-            table = inside(path, head[0])
+            table = inside(table, head[0])
             head = list(_readable(table))
     if isinstance(named, WholeFormat):
         raise DataError(f"{path}: {named.name} is a file of one JSON object")
@@ -160,19 +152,7 @@ def _foreign(table: Table, head: Sequence[Row], reader: Format, reading: Reading
     def to_own(row: Row) -> Row:
         return {**reader.own(row), **columns.named(row)}
 
-    rows = OfTable(table, to_own)
-    notes = [*table.notes, _read_as(table.path, reader.name, len(rows))]
-    names = {**reader.names, **reading.columns}
-    return Rows(
-        table.path,
-        table.content,
-        rows,
-        reader.box_format,
-        notes,
-        names,
-        table.folder,
-        reader.name,
-    )
+    return _rows(table, OfTable(table, to_own), reader, reading.columns)
 
 
 def _own(table: Table, head: Sequence[Row], reading: Reading) -> Rows:
@@ -187,18 +167,37 @@ def _own(table: Table, head: Sequence[Row], reading: Reading) -> Rows:
         check_unit(own)  # not every row of a large file has been surveyed
         return own
 
-    rows = OfTable(table, to_own, int(surveyed.header))
+    rows = _rows(table, OfTable(table, to_own, int(surveyed.header)), None, columns.names)
     if not table.kind.startswith("JSON"):
-        notes = [_read_as(table.path, "opd's own rows", len(rows)), *notes]
+        notes = [_read_as(table.path, rows.format, len(rows.rows)), *notes]
     notes = [*table.notes, *notes, *surveyed.notes]
-    return Rows(
+    return replace(rows, notes=notes, box_format=surveyed.box_format)
+
+
+def _rows(
+    table: Table,
+    rows: OfTable,
+    reader: Format | WholeFormat | None,
+    columns: Mapping[str, str] = NO_COLUMNS,
+) -> Rows:
+    """The rows of a table with our fields, as the format `reader` gives them; None: our own."""
+    found = Rows(
         table.path,
         table.content,
         rows,
-        surveyed.box_format,
-        notes,
-        columns.names,
-        table.folder,
+        names=columns,
+        folder=table.folder,
+        images=table.images,
+        store=table.store,
+    )
+    if reader is None:
+        return found
+    return replace(
+        found,
+        box_format=reader.box_format,
+        notes=[*table.notes, _read_as(table.path, reader.name, len(rows))],
+        names={**reader.names, **columns},
+        format=reader.name,
     )
 
 

@@ -25,7 +25,8 @@ class Rows:
     or files, in order. `box_format` is the unit of boxes in rows that state none. `notes` are lines
     for a person. `names`: what the file calls our fields, for messages; empty for our own rows.
     `folder`: paths in the rows are relative to it; None: to the folder of `path`. `format`: the
-    name of the format.
+    name of the format. `images`: the archive that holds the pictures. `store`: the file beside
+    which sizes of pictures are kept; None: `path`.
     """
 
     path: Path
@@ -36,6 +37,8 @@ class Rows:
     names: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
     format: str = "opd's own rows"
+    images: Path | None = None
+    store: Path | None = None
 
     def source(self, place: int) -> str:
         """The name of a row in messages: "file:number"."""

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from opd.data import foreign
+from opd.data.archive_files import ArchiveFiles, archive_at
 from opd.data.reading import Reading
+from opd.data.tables.archive import open_rows_of
 from opd.data.tables.delimited import is_header, open_delimited
 from opd.data.tables.folder import open_folder
+from opd.data.tables.hub import is_id, is_saved, open_hub
 from opd.data.tables.json_lines import open_json
 from opd.data.tables.kept import unzipped
 from opd.data.tables.parquet import Parquet
@@ -28,12 +32,29 @@ START = 65_536
 
 
 def open_table(path: Path, reading: Reading, progress: Progress) -> Table:
-    """The rows of a data file or folder. Raises DataError, of one line, if it cannot be used."""
+    """The rows of a data file, a folder, an archive, or a Hugging Face data set. Raises DataError,
+    of one line, if it cannot be used."""
+
+    def file(path: Path) -> Table:
+        return open_file(path, progress)
+
+    def folder(path: Path) -> Table:
+        if is_saved(path):
+            return open_hub(path, reading.split, reading.revision, progress)
+        return open_folder(path, reading.split, file, archive)
+
+    def archive(files: ArchiveFiles) -> Table:
+        return open_rows_of(files, progress, file, folder)
+
     if path.is_dir():
-        return open_folder(path, reading.split, lambda file: open_file(file, progress))
-    if not path.exists():
-        raise DataError(f"data file not found: {path}")
-    return open_file(path, progress)
+        return folder(path)
+    if re.search(r"\.(zip|tar|tgz)", path.name.lower()) and (files := archive_at(path)):
+        return archive(files)
+    if path.exists():
+        return file(path)
+    if is_id(path):
+        return open_hub(path, reading.split, reading.revision, progress)
+    raise DataError(f"data file not found: {path}")
 
 
 def open_file(path: Path, progress: Progress) -> Table:

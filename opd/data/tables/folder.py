@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
+from opd.data.archive_files import ArchiveFiles, archives_in
 from opd.data.fields import Row
 from opd.data.jsonl import parse
 from opd.data.tables.table import ROW_BYTES, Table
@@ -135,14 +136,22 @@ class PictureFolder(Table):
         return (self._pictures[place].with_suffix(".json"),)
 
 
-def open_folder(path: Path, split: str, open_file: Callable[[Path], Table]) -> Table:
-    """The rows of a folder; `split` names the parts of one among several files. Raises DataError if
-    the folder holds no data, or several data sets."""
+def open_folder(
+    path: Path,
+    split: str,
+    open_file: Callable[[Path], Table],
+    open_archive: Callable[[ArchiveFiles], Table],
+) -> Table:
+    """The rows of a folder; `split` names the parts of one among several files. A folder that holds
+    nothing but an archive is that archive. Raises DataError if the folder holds no data, or several
+    data sets."""
     groups = _groups(data_files(path))
     if not groups:
         if pictures := [*_with_json(path)]:
             return PictureFolder(path, pictures)
         inner = [*_inner_files(path)]
+        if not inner and len(archives := archives_in(path)) == 1:
+            return open_archive(archives[0])
         if not inner:
             raise DataError(
                 f"{path} is a folder without data: it holds no file that ends in"

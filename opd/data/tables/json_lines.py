@@ -56,15 +56,15 @@ def open_json(path: Path) -> Table:
     if first == "[" or (first == "{" and (long or (len(spans) > 1 and last != b"}"))):
         whole = _whole(path, spans.size)
         if isinstance(whole, dict):
-            return Entries(path, OBJECT, [path], [whole])
+            return Entries(path, OBJECT, [whole])
         if isinstance(whole, list) and any(isinstance(entry, dict) for entry in whole):
-            return Entries(path, "JSON array", [path], whole)
+            return Entries(path, "JSON array", whole)
     return JsonLines(spans)  # of another file, every line becomes a faulty row
 
 
-def inside(path: Path, whole: Mapping[str, object]) -> Table:
-    """The rows of the one list of objects in a file that is one object. Raises DataError if it
-    holds none, or several."""
+def inside(table: Table, whole: Mapping[str, object]) -> Table:
+    """The rows of the one list of objects in the only row of a table. Raises DataError if it holds
+    none, or several."""
     lists = {
         name: value
         for name, value in whole.items()
@@ -72,12 +72,12 @@ def inside(path: Path, whole: Mapping[str, object]) -> Table:
     }
     if len(lists) == 1:
         ((name, entries),) = lists.items()
-        return Entries(path, f"JSON list '{cut(name)}'", [path], entries)
+        return Entries(table.path, f"JSON list '{cut(name)}'", entries).inside(table)
     names = ", ".join(f"'{cut(name)}'" for name in list(whole)[:5])
     several = f", which holds {len(lists)} lists of rows" if lists else ""
     raise DataError(
-        f"{path}: the file is one JSON object (of {names}){several}, not one a line; write one list"
-        " of rows, or one row a line"
+        f"{table.path}: the file is one JSON object (of {names}){several}, not one a line; write"
+        " one list of rows, or one row a line"
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GROUP_BYTES, GROUP_ROWS = 32 * 2**20, 1 << 16
 """A row group with more bytes or rows is large."""
 
-SMALL_BYTES = 2**20
+SMALL_BYTES = 2**18
 """Bytes of a row group of a copy, about; it has at least one row."""
 
 DECODED_BYTES = 2**30
@@ -102,7 +102,9 @@ class Parquet(Table):
                 self._cache.move_to_end(number)
                 return self._cache[number]
             batches, size = [], 0
-            for batch in self._file.iter_batches(BATCH_ROWS, row_groups=[number]):
+            for batch in self._file.iter_batches(
+                BATCH_ROWS, row_groups=[number], use_threads=False
+            ):
                 batches.append(batch)
                 size += batch.nbytes
                 if size > DECODED_BYTES:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from opd.data.fields import Row
@@ -29,7 +28,8 @@ class Table(ABC):
     `path`: the file or folder, for messages. `kind`: in words, such as "JSON lines". `folder`:
     paths of pictures in the rows are relative to it. `content` is what the fingerprint of the data
     covers: bytes, or files, in order. `columns`: the names in the header, if the file has one for
-    all rows. `notes` are lines for a person.
+    all rows. `notes` are lines for a person. `images`: the archive that holds the pictures.
+    `store`: the file beside which sizes of pictures are kept; None: `path`.
     """
 
     path: Path
@@ -37,6 +37,8 @@ class Table(ABC):
     content: bytes | Sequence[Path]
     columns: Sequence[str] | None = None
     notes: Sequence[str] = ()
+    images: Path | None = None
+    store: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -71,14 +73,17 @@ def spread_places(rows: int, count: int) -> list[int]:
     return [place * rows // count for place in range(count)]
 
 
-@dataclass(eq=False)
 class Entries(Table):
     """A table whose rows are in memory: those of a JSON file that is read whole."""
 
-    path: Path
-    kind: str
-    content: bytes | Sequence[Path]
-    entries: Sequence[Row]
+    def __init__(self, path: Path, kind: str, entries: Sequence[Row]) -> None:
+        self.path, self.kind, self.content, self.entries = path, kind, [path], entries
+
+    def inside(self, table: Table) -> Entries:
+        """These rows as those of `table`, which holds them."""
+        self.path, self.content, self.notes = table.path, table.content, table.notes
+        self.images, self.store = table.images, table.store
+        return self
 
     def __len__(self) -> int:
         return len(self.entries)
