@@ -31,7 +31,7 @@ SMALL_BYTES = 2**18
 DECODED_BYTES = 2**30
 """Largest row group once it is decoded: a few bytes can stand for many."""
 
-CACHE_BYTES = 128 * 2**20
+CACHE_BYTES = 64 * 2**20
 """Bytes of decoded row groups that stay in memory; the last one stays in any case."""
 
 BATCH_ROWS = 256
@@ -65,7 +65,9 @@ class Parquet(Table):
         twice = {name for name in self.columns if self.columns.count(name) > 1}
         if twice:
             raise DataError(f"{path}: column '{cut(min(twice))}' stands twice")
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._schema = self._file.schema_arrow
+        self._cache: OrderedDict[int, tuple[pa.Table, int]] = OrderedDict()
+        self._cached = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -100,7 +102,7 @@ class Parquet(Table):
         with self._lock:
             if number in self._cache:
                 self._cache.move_to_end(number)
-                return self._cache[number]
+                return self._cache[number][0]
             batches, size = [], 0
             for batch in self._file.iter_batches(
                 BATCH_ROWS, row_groups=[number], use_threads=False
@@ -109,12 +111,12 @@ class Parquet(Table):
                 size += batch.nbytes
                 if size > DECODED_BYTES:
                     raise DataError(f"row group {number} has more than {DECODED_BYTES:,} bytes")
-            group = pa.Table.from_batches(batches, self._file.schema_arrow)
-            self._cache[number] = group
-            total = sum(kept.nbytes for kept in self._cache.values())
-            while total > CACHE_BYTES and len(self._cache) > 1:
-                _, dropped = self._cache.popitem(last=False)
-                total -= dropped.nbytes
+            group = pa.Table.from_batches(batches, self._schema)
+            self._cache[number] = group, size
+            self._cached += size
+            while self._cached > CACHE_BYTES and len(self._cache) > 1:
+                _, (_, dropped) = self._cache.popitem(last=False)
+                self._cached -= dropped
             return group
 
     def _copy(self, copy: Path, room: int, progress: Progress) -> None:
