@@ -189,7 +189,7 @@ def open_rows(recipe: Recipe, backend: str, progress: Progress, count: int | Non
     """Opens the model's small files, then rows of data.path with or without evidence: all, or
     `count` spread over the file. Raises UserError."""
     _check_known(backend)
-    if recipe.data.path != "tiny" and not os.path.exists(recipe.data.path):
+    if recipe.data.path != "tiny" and not may_exist(recipe.data.path):
         raise DataError(f"data file not found: {recipe.data.path}")
     recipe, name, encoder = _open_small_files(recipe, backend, progress)
     rows = _open_rows(recipe, recipe.data.path, progress, count, evidence=False)
