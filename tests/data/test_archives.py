@@ -202,9 +202,11 @@ def test_an_archive_is_unpacked_once(folder: Path, cache: Path) -> None:
     assert find(Sources(folder, progress=first), "17.png") == PNG
     assert find(Sources(folder, progress=second), "17.png") == PNG
     assert second.lines == first.lines[2:]
+    os.utime(folder / "images.tar.gz", (1, 1))
+    assert find(Sources(folder, progress=third), "17.png") == PNG
+    assert len(third.lines) == 3
     gzipped(folder / "images.tar.gz", {"17.png": OTHER})
     assert find(Sources(folder, progress=third), "17.png") == OTHER
-    assert len(third.lines) == 3
     (cache / "images-x.partial").mkdir()
     assert {path.suffix for path in cache.iterdir()} == {"", ".lock", ".partial"}
 
@@ -272,11 +274,18 @@ def overwritten(path: Path) -> None:
     path.write_bytes(whole[:1000] + bytes(200) + whole[1200:])
 
 
+def wrong_header(path: Path) -> None:
+    """A header in the middle whose checksum is wrong, at which tarfile ends without a word."""
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"images/9.png\0", b"images/x.png\0"))
+
+
 @pytest.mark.parametrize(
     ("kind", "damage", "message"),
     [
         (".zip", cut, "images.zip cannot be read: File is not a zip file"),
         (".tar", cut, "images.tar cannot be read: unexpected end of data"),
+        (".tar", wrong_header, "images.tar cannot be read: it is damaged or cut off"),
         (".tar.gz", cut, "images.tar.gz cannot be read: it is cut off"),
         (".tar.gz", overwritten, "images.tar.gz cannot be read: "),
         (".zip", lambda path: path.write_bytes(b""), "images.zip is neither zip nor tar: an empty"),
@@ -494,7 +503,9 @@ def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        header("a.png", b"\xff" * 11 + b"\0"),  # a negative size, which led back to itself
+        # Sizes below zero, of which the last leads back to the second header for ever.
+        header("a.png", b"\xff" * 11 + b"\0"),
+        header("a", b"0") + header("b", b"0") + header("c", b"\xff" * 10 + b"\xfc\0"),
         header("a.png", b"\x80" + b"\xff" * 11),
         header("a.png", b"77777777777") + bytes(1024),
         header("pax", b"77777777777", b"x") + bytes(4096),
@@ -506,7 +517,7 @@ def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
         header("a.png", b"00000000000") + b"garbage" * 500,
         header("sparse", b"00000000000", b"S") + bytes(512),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_hostile_headers_of_tar_end_in_one_line(folder: Path, content: bytes, suffix: str) -> None:

@@ -126,6 +126,7 @@ def test_other_values_are_told(value: Any) -> None:
         ({"bytes": "", "path": "a.png"}, "the picture is empty"),
         ("data:", "a data URI without a comma"),
         ("data:image/png;base64," + TEXT[:50] + "!" + TEXT[50:], "the text is not base64"),
+        (TEXT[:100] + "!!!!" + TEXT[100:], "the text is not base64"),
         (f"data:image/png;base64,data:image/png;base64,{TEXT}", "the text is not base64"),
         (f"data:image/png;base64,{TEXT[:50]}\ud83d", "the text is not base64"),
         (TEXT[:100] + "=" + TEXT[100:], "the text is not base64"),
