@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opd.data import formats, open_data
+from opd.data import Reading, formats, open_data
 from opd.data.choices import with_choices
 from opd.data.formats import BUILT_IN, NAMED, WHOLE
 from opd.data.formats.coco import COCO
@@ -114,22 +114,48 @@ def test_every_format_is_in_the_documentation() -> None:
         assert f"`{reader.key}`" in page
 
 
-def read(folder: Path, *rows: Any, name: str = "data.jsonl") -> Any:
+def read(folder: Path, *rows: Any, name: str = "data.jsonl", **said: Any) -> Any:
     array = name.endswith(".json")
     content = json.dumps(rows) if array else "\n".join(map(json.dumps, rows))
     (folder / name).write_text(content)
-    return open_data(str(folder / name))
+    return open_data(str(folder / name), evidence=False, reading=Reading(**said))
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-@pytest.mark.parametrize("key", WITH_BOX)
+@pytest.mark.parametrize("key", ROWS)
 def test_a_file_is_recognised_by_its_rows(folder: Path, key: str, name: str) -> None:
     found = read(folder, ROWS[key], ROWS[key], name=name)
     assert found.notes[0] == f"{folder / name}: read as {FORMATS[key].name}: 2 rows"
     assert [one.source for one in found] == [f"{name}:1", f"{name}:2"]
+    assert found.skipped == []
+
+
+def test_the_rows_of_a_coco_file(folder: Path) -> None:
+    content = whole()
+    content["annotations"].append({**content["annotations"][0], "iscrowd": 1})
+    (folder / "coco.json").write_text(json.dumps(content, indent=1))
+    reading = Reading(question="What is in the region?")
+    (found,) = data = open_data(str(folder / "coco.json"), reading=reading)
+    assert (found.question, found.answer, found.boxes) == (reading.question, "plum", (Box(*BOX),))
+    assert [source for source, _ in data.skipped] == ["coco.json:2"]  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r'--set "data\.question=What is in the region\?"'):
+        open_data(str(folder / "coco.json"))
+
+
+def test_the_folders_of_v_star(folder: Path) -> None:
+    for number in range(3):
+        (folder / "vs" / "direct").mkdir(parents=True, exist_ok=True)
+        (folder / "vs" / "direct" / f"sa_{number}.png").write_bytes(picture())
+        row = {name: value for name, value in FOLDER.items() if name != "image"}
+        (folder / "vs" / "direct" / f"sa_{number}.json").write_text(json.dumps(row))
+    found = open_data(str(folder / "vs"))
+    assert [one.boxes for one in found] == [(Box(*BOX),)] * 3
+    assert {one.choices["ABCD".index(str(one.answer))] for one in found} == {"plum"}
 
 
 def test_the_papers_way_is_read_where_it_is_named(folder: Path) -> None:
+    (named,) = read(folder, CLEAN, format="vision-opd-paper")
+    assert named.teacher_images == (folder / "crop.png",)
     found, heard = example(folder, PAPER, CLEAN)
     assert found.images == (folder / "framed.png",)
     assert found.teacher_images == (folder / "crop.png",)
