@@ -1,7 +1,7 @@
 """The view of several pictures: the teacher sees the whole image, and the evidence beside it.
 
-Two independent groups found it the best teacher (issue threads and reruns of Vision-OPD, 2026): the
-lists [full, crop] and [full, context, crop].
+Two independent reruns of Vision-OPD (2026) found it the best teacher: V* 83 -> 94, and 45.2 -> 47.2
+in remote sensing; their lists are [full, crop] and [full, context, crop].
 """
 
 from __future__ import annotations
