@@ -46,7 +46,7 @@ def _cv_bench(row: Row) -> Row:
 
 
 HR_BENCH = Mapped(
-    "HR-Bench",
+    "options in columns A, B, ..., as in HR-Bench",
     ("image", "question", "A", "B", "answer"),
     _hr_bench,
     key="hr-bench",
@@ -74,7 +74,7 @@ MME_ORIGINAL = Mapped(
     },
 )
 ZOOM_BENCH = Mapped(
-    "ZoomBench",
+    "query and response, as in ZoomBench",
     ("image", "query", "response"),
     _zoom_bench,
     key="zoombench",
