@@ -151,9 +151,14 @@ def read_data(
     count: int | None = None,
     strict: bool = False,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    evidence: bool = True,
+    reading: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Sequence[Example]:
     """The examples of a data file, or of the embedded task if `path` is "tiny".
+
+    `evidence`: whether a row without boxes and teacher's images is faulty. `reading`: keys of the
+    recipe's data section that say how the file is read, such as {"format": "zwz"}.
 
     `count`: at most so many rows, spread evenly over the file. A faulty row, such as one with an
     image of more than `max_image_pixels` pixels, is skipped, and listed in `skipped` of the
@@ -162,7 +167,17 @@ def read_data(
     """
     progress = progress or Quiet()
     name = str(path) if str(path) == "tiny" else _path(path, DataError)
-    examples = open_data(name, strict, True, progress, max_image_pixels, count)
+    said = recipes.validate({"data": {**(reading or {}), "path": name}}, "reading").data
+    examples = open_data(
+        name,
+        strict,
+        True,
+        progress,
+        max_image_pixels,
+        count,
+        evidence=evidence,
+        reading=said,
+    )
     if isinstance(examples, Dataset):
         examples.tell(progress)
     return examples
