@@ -130,9 +130,16 @@ class Parquet(Table):
         rows, size = map(sum, zip(*self._groups(), strict=True))
         together = max(1, min(BATCH_ROWS * 4, SMALL_BYTES * rows // max(1, size)))
         try:
-            with pq.ParquetWriter(copy, self._file.schema_arrow, compression="lz4") as writer:
-                for batch in self._file.iter_batches(together):
-                    writer.write_batch(batch)
+            # Pictures are compressed already, and nobody looks for values by statistics.
+            with pq.ParquetWriter(
+                copy,
+                self._file.schema_arrow,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=False,
+            ) as writer:
+                for batch in self._file.iter_batches(together * 16):
+                    writer.write_batch(batch, row_group_size=together)
                     if copy.stat().st_size > room:
                         raise no_room(self.path, room)
         except (DataError, OSError):
