@@ -23,6 +23,7 @@ from benchmarks import (
     decode,
     growth,
     head,
+    locators,
     measuring,
     plan_against_step,
     real_shapes,
@@ -30,7 +31,7 @@ from benchmarks import (
     workload,
 )
 from benchmarks.workload import Shape
-from opd.types import ModelOptions
+from opd.types import Box, ModelOptions
 from tests.support.torch_cases import opened
 
 OPTIONS = argparse.Namespace(quick=True, no_wall=True, repeats=1, crop=1, json=True)
@@ -393,3 +394,19 @@ def test_plan_against_step(name, tmp_path):
     )
     assert all(row["planned_seconds"] > 0 for row in rows.values())
     assert alive.nbytes > rows["rollout"]["bytes"]
+
+
+def test_a_box_holds_evidence_by_hand():
+    evidence = Box(10, 10, 28, 28)
+    assert locators.holds(Box(10, 10, 28, 28), evidence)
+    assert not locators.holds(Box(11, 10, 40, 40), evidence)
+    assert locators.shared(Box(20, 0, 40, 20), evidence) == 8 * 10
+    assert locators.shared(Box(28, 28, 40, 40), evidence) == 0
+
+
+def test_the_control_is_of_the_same_size_anywhere():
+    boxes = [locators.moved((Box(5, 5, 41, 37),))[0] for _ in range(200)]
+    assert {(round(box.x1 - box.x0), round(box.y1 - box.y0)) for box in boxes} == {(36, 32)}
+    assert min(box.x0 for box in boxes) < 5
+    assert max(box.x1 for box in boxes) > locators.SIDE - 5
+    assert all(box.x0 >= 0 and box.x1 <= locators.SIDE for box in boxes)

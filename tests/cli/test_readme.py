@@ -108,7 +108,7 @@ def test_the_commands_of_opd(tmp_path, monkeypatch, cached):
         result = CliRunner().invoke(main, shortened(command))
         assert result.exit_code == 0, f"{shlex.join(command)}: {result.output} {result.exception!r}"
         assert "skipped" not in result.stderr
-        assert "--check" not in command or "17 of 17 checks passed" in result.stdout
+        assert "--check" not in command or "19 of 19 checks passed" in result.stdout
     assert {path.name for path in Path("runs").iterdir()} == {"mine", "more", "my"}
 
 
