@@ -27,7 +27,7 @@ from opd.data.every import EveryRow
 from opd.data.images import opened
 from opd.data.tally import Tally
 from opd.errors import DataError, RunError
-from opd.paths import read_file
+from opd.paths import cache_folder, read_file
 from opd.progress import Progress
 from opd.types import Box, Example, ImageSource
 
@@ -124,7 +124,7 @@ class Beside:
 
     def path(self, source: ImageSource) -> str:
         """The path of a picture for a row. Raises DataError if the picture cannot be read."""
-        if isinstance(source, Path) and not self._copy:
+        if isinstance(source, Path) and not self._copy and not _is_cached(source):
             text = _relative(source, self._root)
             if not any("\ud800" <= letter <= "\udfff" for letter in text):
                 return text  # else the name is not UTF-8, which a file in JSON is
@@ -191,6 +191,12 @@ def _line(rows: EveryRow, beside: Beside, place: int, example: Example) -> bytes
 def _box(box: Box) -> Any:
     corners = [_number(corner) for corner in (box.x0, box.y0, box.x1, box.y1)]
     return {"image": box.image, "box": corners} if box.image else corners
+
+
+def _is_cached(path: Path) -> bool:
+    """Whether a file is a download, or unpacked from an archive: a person may remove it any
+    time."""
+    return path.is_relative_to(cache_folder())
 
 
 def _number(value: float) -> float:

@@ -215,7 +215,8 @@ def _header(row: Row, first: bool) -> BoxFormat:
         names = ", ".join(f"'{cut(name)}'" for name in list(row)[:5])
         raise DataError(
             "this line is neither a row, which has image and question, nor a header, which is"
-            f" {HEADER}: it holds {names}"
+            f" {HEADER}: it holds {names}; where rows have our fields under other names, say so:"
+            " --set data.columns.question=NAME"
         )
     if not first:
         raise DataError(

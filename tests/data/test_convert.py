@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -300,3 +301,20 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     assert done.exit_code == 1
     assert "cannot be written: No space left on device" in done.stderr
     assert content(folder) | {"data.jsonl": b""} == before | {"data.jsonl": b""}
+
+
+def test_pictures_of_an_unpacked_archive_are_written_beside(folder, monkeypatch):
+    """The cache, in which they lie, may be emptied at any time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    data = folder / "rows" / "data.jsonl"
+    data.parent.mkdir()
+    write(data, {"image": "inside/a.png", "question": "?", "boxes": [[1, 1, 9, 9]]})
+    picture = folder / "a.png"
+    Image.new("RGB", (20, 20), "red").save(picture)
+    with tarfile.open(data.parent / "pictures.tar.gz", "w:gz") as archive:
+        archive.add(picture, "inside/a.png")
+    out = folder / "own" / "rows.jsonl"
+    converted(data, out)
+    (name,) = [json.loads(line)["image"] for line in out.read_text().splitlines()]
+    assert name.startswith("rows-images/")
+    assert (out.parent / name).read_bytes() == picture.read_bytes()
