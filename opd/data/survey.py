@@ -24,6 +24,9 @@ from opd.errors import DataError, plural
 SHOWN = 20
 """Largest number of fields that a note names."""
 
+FIRST = 32
+"""Number of rows among which a row is looked for that shows the columns."""
+
 HEADER = '{"box_format": "pixels", "fraction" or "per-mille"}'
 """The header of a file, for messages."""
 
@@ -159,15 +162,19 @@ def survey(table: Table, to_own: Callable[[Row], Row]) -> Survey:
 
 
 def _survey_columns(table: Table, to_own: Callable[[Row], Row]) -> Survey:
-    """Surveys the columns of a table, by its first row."""
+    """Surveys the columns of a table, by its first row that is not faulty."""
     names: Sequence[str] = ()
-    for place in range(min(len(table), 1)):
+    for place in range(min(len(table), FIRST)):
         try:
             own = to_own(table.row(place))
+        except DataError:
+            continue
+        try:
             check_unit(own)
         except DataError as error:
             raise DataError(f"{table.path.parent / table.source(place)}: {error}") from error
         names = [name for name in own if name not in FIELDS]
+        break
     listed = ", ".join(f"'{cut(name)}'" for name in names[:SHOWN])
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     columns = "column" if len(names) == 1 else "columns"

@@ -399,6 +399,33 @@ def test_an_array_that_is_too_long_is_never_read(folder, monkeypatch):
     assert "which would fill the memory; write one row a line" in refused(path)
 
 
+def test_gzip_with_something_after_it(folder):
+    path = write(folder / "rows.jsonl.gz", ROWS)
+    path.write_bytes(path.read_bytes() + b"more")
+    assert refused(path).startswith(f"{path}: the file is damaged gzip: ")
+
+
+def test_a_faulty_first_row_of_a_table_is_one_faulty_row(folder):
+    path = folder / "rows.csv"
+    path.write_text('image,question,boxes,x\na.png,What\na.png,What?,"[[1,2,9,9]]",1\n')
+    data = read_dataset(path)
+    assert [one.source for one in data] == ["rows.csv:3"]
+    assert [source for source, _ in data.skipped] == ["rows.csv:2"]
+    assert "not read: column 'x'" in data.notes
+    path.write_text("image,question,bbox_format\na.png\na.png,What?,xywh\n")
+    assert "rows.csv:3: field 'bbox_format' is not known" in refused(path)
+
+
+def test_old_line_ends_and_pointers(folder):
+    path = folder / "rows.csv"
+    path.write_bytes(b"image,question\ra.png,What?\r")
+    assert refused(path).startswith(f"{path}: the header is not a record of cells: new-line")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n")
+    assert refused(path).endswith(
+        "is a pointer of Git LFS and not the file; fetch it: git lfs pull"
+    )
+
+
 def test_cut_gzip(folder):
     path = write(folder / "rows.jsonl.gz", ROWS)
     path.write_bytes(path.read_bytes()[:-20])

@@ -25,7 +25,7 @@ from opd.progress import Progress
 
 __all__ = ["Table", "open_table"]
 
-GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+GZIP, PARQUET, POINTER = b"\x1f\x8b", b"PAR1", b"version https://git-lfs"
 
 START = 65_536
 """Number of bytes at the beginning of a file by which its kind is recognised."""
@@ -62,6 +62,8 @@ def open_file(path: Path, progress: Progress) -> Table:
     start, suffix = read_start(path, START), path.suffix.lower()
     if start.startswith(GZIP):
         return _unzipped(path, progress)
+    if start.startswith(POINTER):
+        raise DataError(f"{path} is a pointer of Git LFS and not the file; fetch it: git lfs pull")
     if start.startswith(PARQUET) or suffix == ".parquet":
         return Parquet(path, progress)
     foreign.check_file(path, start)

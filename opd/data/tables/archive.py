@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from opd.data.archive_files import ArchiveFiles
-from opd.data.archives import Archive, Member, Unpacked, open_archive
+from opd.data.archives import Archive, Indexed, Unpacked, open_archive
 from opd.data.tables.folder import ABOUT, DATA, LISTED, suffix_of
 from opd.data.tables.kept import kept_copy, no_room
 from opd.data.tables.table import Table
-from opd.errors import DataError
+from opd.errors import DataError, one_line
 from opd.progress import Progress
 
 
@@ -26,13 +26,16 @@ def open_rows_of(
     archive = open_archive(files, progress, threading.Event())
     if isinstance(archive, Unpacked):
         return open_folder(archive.folder / archive.top)
+    assert isinstance(archive, Indexed), "archives are read in place or unpacked"
     name = _data_file(files, archive)
-    member = archive.get(name)
-    if not isinstance(member, Member):
-        raise DataError(f"{files}: {name} cannot be read; unpack the archive")
 
     def make(copy: Path, room: int) -> None:
-        content = member.read()
+        try:
+            content = archive.read(name)
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged archives raise errors of many classes
+            raise DataError(f"{files}/{name} cannot be read: {one_line(error)}") from error
         if len(content) > room:
             raise no_room(files.files[0], room)
         copy.write_bytes(content)

@@ -59,8 +59,11 @@ def open_delimited(path: Path) -> Table:
     """The rows of a CSV or TSV file. Raises DataError."""
     records = _Records(path)
     header = records.header()
-    separator = separator_of(header, path)
-    columns = [cell.strip() for cell in cells_of(header, separator)]
+    try:
+        separator = separator_of(header, path)
+        columns = [cell.strip() for cell in cells_of(header, separator)]
+    except DataError as error:
+        raise DataError(f"{path}: the header is {error}") from error
     for name, count in Counter(columns).items():
         if name and count > 1:
             raise DataError(f"{path}: column '{cut(name)}' stands {count} times in the header")

@@ -64,16 +64,19 @@ def unzipped(path: Path, progress: Progress) -> Path:
         progress.note(f"unpacking {path} into {copy.parent}, once")
         written = 0
         with gzip.open(path) as packed, copy.open("wb") as file:
-            while chunk := packed.read(CHUNK):
+            while chunk := chunk_of(packed):
                 written += len(chunk)
                 if written > room:
                     raise no_room(path, room)
                 file.write(chunk)
 
-    try:
-        return kept_copy(path, Path(path.stem).suffix, make)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: the file is damaged gzip: {one_line(error)}") from error
+    def chunk_of(packed: gzip.GzipFile) -> bytes:
+        try:
+            return packed.read(CHUNK)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: the file is damaged gzip: {one_line(error)}") from error
+
+    return kept_copy(path, Path(path.stem).suffix, make)
 
 
 def _key(path: Path) -> str:
