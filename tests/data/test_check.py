@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import numpy as np
@@ -122,6 +124,59 @@ def test_nothing_usable(tmp_path):
     assert done.exit_code == 2
     assert json.loads(done.stdout)["usable"] == 0
     assert done.stderr.splitlines()[-1] == f"opd: {path}: no usable row of 2"
+
+
+def test_rows_that_hold_the_same_picture_show_one_picture(tmp_path):
+    """Of several questions about a picture, each row may hold it; the same question is told."""
+    value = io.BytesIO()
+    picture(0).save(value, "PNG")
+    image = base64.b64encode(value.getvalue()).decode()
+    picture(0).save(tmp_path / "same.png")
+    row = {"boxes": [[10, 10, 40, 40]]}
+    rows = [
+        {"image": image, "question": "What?", **row},
+        {"image": image, "question": "Where?", **row},
+        {"image": image, "question": "What?", **row},
+        {"image": "same.png", "question": "Who?", **row},
+        {"image": "./same.png", "question": "Why?", **row},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = json.loads(run(path, "--json").stdout)
+    assert found["duplicates"]["exact"] == 1  # the file, which is another name
+    assert found["duplicates"]["first"] == [["rows.jsonl:1", "rows.jsonl:4"]]
+    assert found["warnings"] == {
+        "picture and question stand twice": {
+            "count": 1,
+            "first": ["rows.jsonl:3: as in rows.jsonl:1"],
+        }
+    }
+
+
+def test_the_other_data_are_read_by_themselves(made, tmp_path):
+    """What is said of the data says nothing of the other ones, whose rows need no boxes."""
+    other = tmp_path / "other.jsonl"
+    picture(7).save(tmp_path / "seven.png")
+    other.write_text(json.dumps({"image": "seven.png", "question": "What?"}))
+    row = {"image": "seven.png", "question": "What?", "boxes": [[100, 100, 400, 400]]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    done = run(path, "--against", other, "--set", "data.box_format=per-mille", "--json")
+    found = json.loads(done.stdout)
+    assert (found["usable"], found["overlap"]) == (1, 1)
+    assert found["box_area"]["max"] == pytest.approx(0.09)
+
+
+def test_a_view_without_evidence_needs_no_boxes(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "question": "What?"}))
+    assert run(path).exit_code == 2
+    done = run(path, "--set", "view.kind=degrade", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["box_area"] is None
+    given = json.loads(run(path, "--set", "view.kind=given", "--json").stdout)
+    assert given["usable"] == 0
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ nothing."""
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import os
 import shutil
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +221,49 @@ def test_what_others_wrote_is_not_replaced(folder):
     assert len(out.read_text().splitlines()) == 2
     out.write_text(out.read_text() + "\n")  # and a person's change is not
     assert run(path, out).exit_code == 2
+
+
+def as_parquet(folder, rows):
+    table = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{**row, "image": {"bytes": picture(), "path": "full.png"}} for row in rows]
+    table.write_table(pyarrow.Table.from_pylist(rows), folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def as_csv(folder, rows):
+    with (folder / "data.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "boxes": json.dumps(row["boxes"])} for row in rows)
+    return folder / "data.csv"
+
+
+def as_zip(folder, rows):
+    (folder / "packed").mkdir()
+    with zipfile.ZipFile(folder / "packed" / "images.zip", "w") as archive:
+        archive.write(folder / "full.png", "full.png")
+    return write(folder / "packed" / "data.jsonl", *rows)
+
+
+def as_array(folder, rows):
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
+
+
+@pytest.mark.parametrize("written", [as_parquet, as_csv, as_zip, as_array])
+def test_any_table(folder, written):
+    """A picture in several rows is written once."""
+    rows = [{"id": name, **ROW, "answer": name} for name in ("one", "two")]
+    path, out = written(folder, rows), folder / "out" / "rows.jsonl"
+    before = open_data(str(path))
+    embedded = written in (as_parquet, as_zip)
+    assert converted(path, out).pictures == embedded
+    same(before, open_data(str(out)))
+    first = content(folder)
+    assert converted(path, out).written == converted(out, out).written == 2
+    assert content(folder) == first
 
 
 @pytest.mark.parametrize(
