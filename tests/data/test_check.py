@@ -153,12 +153,13 @@ def test_rows_that_hold_the_same_picture_show_one_picture(tmp_path):
     }
 
 
-def test_the_other_data_are_read_by_themselves(made, tmp_path):
-    """What is said of the data says nothing of the other ones, whose rows need no boxes."""
+def test_the_other_data_are_read_by_themselves(tmp_path):
+    """What is said of the data says nothing of the other ones."""
     other = tmp_path / "other.jsonl"
     picture(7).save(tmp_path / "seven.png")
-    other.write_text(json.dumps({"image": "seven.png", "question": "What?"}))
-    row = {"image": "seven.png", "question": "What?", "boxes": [[100, 100, 400, 400]]}
+    row = {"image": "seven.png", "question": "What?", "boxes": [[0.1, 0.1, 0.4, 0.4]]}
+    other.write_text(json.dumps(row | {"box_format": "fraction"}))
+    row["boxes"] = [[100, 100, 400, 400]]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
     done = run(path, "--against", other, "--set", "data.box_format=per-mille", "--json")

@@ -146,7 +146,13 @@ def own_rows(draw):
         corners = [x0, y0, min(x0 + across, width), min(y0 + down, height)]
         boxes.append(draw(st.sampled_from([corners, {"image": 0, "box": corners}])))
     row = {"question": draw(TEXTS), "boxes": boxes, "box_format": unit}
-    row |= {"images": [value]} if draw(st.booleans()) else {"image": value}
+    if draw(st.booleans()):
+        row["image"] = value
+    else:
+        row["images"] = [value, "crop.png"]
+        across, down = UNITS[unit]
+        second = [across / 8, down / 4, across / 2, down]
+        row["boxes"].append({"image": 1, "box": second})
     optional = {
         "id": st.one_of(TEXTS, st.integers()),
         "teacher_question": TEXTS,
@@ -190,6 +196,16 @@ def test_boxes_are_those_of_the_upright_picture(folder):
     assert first["boxes"] == [[40, 0, 60, 30]]
     assert second["boxes"] == [[48, 0, 60, 45]]
     assert open_image(folder / "turned.jpg").size == (60, 90)
+
+
+def test_a_box_that_pixels_cannot_say_is_left_out(folder):
+    """At most one pixel in the corner is refused as pixels: its unit would be in doubt."""
+    row = {**ROW, "box_format": "fraction", "boxes": [[0, 0, 0.001, 0.001]]}
+    path = write(folder / "data.jsonl", row, ROW)
+    done = converted(path, folder / "out.jsonl")
+    (left_out,) = done.left_out.values()
+    assert (done.written, left_out["count"]) == (1, 1)
+    assert left_out["first"][0].startswith("data.jsonl:1: field 'boxes': box [0, 0, 0.3, 0.2]")
 
 
 def test_faulty_rows_are_named_and_left_out(tmp_path):
@@ -316,7 +332,7 @@ def test_links_and_folders_above(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "link").symlink_to(folder / "deep" / "er")
     path = write(folder / "data.jsonl", ROW)
-    for out in (folder / "link" / "out.jsonl", folder / "deep" / ".." / "up.jsonl"):
+    for out in (folder / "link" / "out.jsonl", folder / "link" / ".." / "up.jsonl"):
         assert converted(path, out).written == 1
         (found,) = open_data(str(out))
         assert os.path.samefile(found.images[0], folder / "full.png")
