@@ -153,6 +153,7 @@ def dirty(folder: Path) -> Dirty:
     made.path.write_text("\n".join(lines))
     others = [f"images/other-{number}.png" for number in shared]
     others += [f"images/other-own-{number}.png" for number in range(20)]
+    others += ["images/nowhere.png"]  # the other data have faults of their own
     made.other.write_text(
         "\n".join(
             json.dumps({"image": name, "question": "What?", "boxes": [[10, 10, 40, 40]]})
