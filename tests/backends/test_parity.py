@@ -91,6 +91,17 @@ def test_alternatives(case, both):
             )
 
 
+def test_attention(case, both):
+    """Of both policies; the group without tokens shows the last token of its prompt."""
+    prompts = [group.student for group in case.groups]
+    members = [[one for one in group.completions if len(one)] for group in case.groups]
+    for policy in ("student", "teacher"):
+        theirs, ours = (list(chain(*backend.attend(prompts, members, policy))) for backend in both)
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+            assert other.max() > 0
+
+
 def test_ten_steps(case, both):
     """On replayed completions the losses fall together, and the parameters end together."""
     weight = np.float32(1 / sum(group.tokens for group in case.groups))

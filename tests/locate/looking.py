@@ -50,9 +50,9 @@ class GridEncoder(ToyEncoder):
 
 
 class SeesRed(ToyBackend):
-    """Attends to an image's red pixels, given as `red` {question's length: box}, and everywhere
-    alike else, but for a sink in the first token. It answers with four tokens, of which one looks,
-    and is the more certain the redder the image is."""
+    """Attends everywhere alike, but for a sink in the first token, and for the places of `look`:
+    (image, box, weight) by the number of the question's tokens. It answers with four tokens, of
+    which one looks, and is the more certain the redder the image is."""
 
     look: ClassVar[dict] = {}
 
@@ -62,12 +62,10 @@ class SeesRed(ToyBackend):
             boxes, count = prompt.visual.boxes, len(prompt.visual.index)
             weights = np.full((2, len(members[0]), count), 0.5 / count, np.float32)
             weights[..., 0] += 0.3
-            planted = self.look.get(len(prompt.tokens) - count)
-            if planted is not None:
-                image, (x0, y0, x1, y1) = planted
+            for image, (x0, y0, x1, y1), more in self.look.get(len(prompt.tokens) - count, ()):
                 middle = (boxes[:, :2] + boxes[:, 2:]) / 2
                 inside = ((middle > (x0, y0)) & (middle < (x1, y1))).all(1)
-                weights[1, 1, inside & (prompt.visual.image == image)] += 0.1
+                weights[1, 1, inside & (prompt.visual.image == image)] += more
             arrays.append([weights])
         return arrays
 

@@ -19,10 +19,13 @@ from tests.locate.looking import GridEncoder, SeesRed, example, located, looker,
 
 
 class Looks(SeesRed):
-    """Looks at 40, 20 to 80, 40 of the first image for a question of five letters, and at a place
-    of the second for six."""
+    """Looks at a place of the first image for a question of five letters; for six at one of the
+    second, and less at one of the first."""
 
-    look: ClassVar = {5: (0, (40, 20, 80, 40)), 6: (1, (100, 40, 140, 60))}
+    look: ClassVar = {
+        5: [(0, (40, 20, 80, 40), 0.1)],
+        6: [(1, (100, 40, 140, 60), 0.1), (0, (40, 20, 80, 40), 0.05)],
+    }
 
 
 def numbers(found):
@@ -137,9 +140,12 @@ def test_grounding_reads_each_familys_form():
 
 def test_grounding_asks_about_each_image():
     text = '{"bbox_2d": [250, 500, 500, 750]}'
-    (one,) = said(text, example(picture(), picture((0, 0, 160, 80)), question="<image> or <image>"))
-    assert one.boxes == (Box(40, 40, 80, 60, image=1),)  # the redder is the more certain
-    assert one.confidence == pytest.approx(1)
+    red, black = picture((0, 0, 160, 80)), picture()
+    for images in ((red, black), (black, red)):
+        (one,) = said(text, example(*images, question="<image> or <image>"))
+        # The redder is the more certain.
+        assert one.boxes == (Box(40, 40, 80, 60, image=images.index(red)),)
+        assert one.confidence == pytest.approx(1)
 
 
 def test_grounding_refuses_a_family_whose_form_is_not_known():

@@ -59,6 +59,14 @@ def test_of_several_sizes_the_one_that_fits():
         assert window.inside == pytest.approx(1)
 
 
+def test_a_large_window_does_not_win_by_its_area():
+    cells = np.random.default_rng(0).random((8, 8))
+    cells[2:4, 5:7] = 5
+    window = best_window(cells, (128, 128))
+    assert corners(window) == pytest.approx((80, 32, 112, 64))
+    assert window.area == 4 / 64
+
+
 def test_weights_move_the_box_between_cells():
     cells = np.ones((8, 8))
     cells[4, 4], cells[4, 5] = 5, 5

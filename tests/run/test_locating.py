@@ -60,7 +60,9 @@ def folder(tmp_path, installed, monkeypatch):
     monkeypatch.setattr(Seeing, "calls", [])
     monkeypatch.setattr(Seeing, "stop", None)
     # The neutral question has other tokens than the rows'.
-    monkeypatch.setattr(Seeing, "faults", {text_tokens("What digit?"): (0, (32, 48, 64, 80))})
+    monkeypatch.setattr(
+        Seeing, "faults", {text_tokens("What digit?"): [(0, (32, 48, 64, 80), 0.1)]}
+    )
     return tmp_path
 
 
