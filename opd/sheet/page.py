@@ -48,6 +48,7 @@ figure { margin: 0; max-width: 100%; }
 svg { display: block; max-width: 100%; height: auto; }
 .small { image-rendering: pixelated; }
 rect { fill: none; stroke: #ff0000; stroke-width: 3px; vector-effect: non-scaling-stroke; }
+rect.halo { stroke: #ffffff; stroke-width: 7px; }
 figcaption, .grey { color: var(--grey); font-size: 14px; }
 figcaption { max-width: 400px; }
 p { margin: 8px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -120,8 +121,9 @@ def _figure(shown: Shown) -> str:
     factor = factor_for(shown.image.size, most)
     across, down = scaled(shown.image.size, factor)
     boxes = "".join(
-        f'<rect x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"/>'
+        f'<rect{line} x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}"/>'
         for x0, y0, x1, y1 in shown.boxes
+        for line in (' class="halo"', "")
     )
     small = ' class="small"' if factor >= 1 else ""
     return (

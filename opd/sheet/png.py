@@ -41,8 +41,9 @@ LINES = 24
 
 INK, GREY, FAINT, PAPER, RED = "#1b1f24", "#59636e", "#d1d9e0", "#ffffff", "#ff0000"
 
-FRAME = 4
-"""Width of the line around evidence, which stands outside of the box."""
+FRAME, HALO = 4, 2
+"""Widths of the red line around evidence, which stands outside of the box, and of a white line
+around that, so that it is seen on red."""
 
 MARK = "opd data show"
 """Written into the file, so that a sheet is known as one."""
@@ -178,18 +179,19 @@ def _draw_pictures(canvas: Canvas, pictures: Sequence[Shown]) -> None:
 
 
 def drawn(shown: Shown, factor: float) -> Image.Image:
-    """A picture `factor` times as large, with a red frame around each box."""
+    """A picture `factor` times as large, with a frame around each box."""
     size = scaled(shown.image.size, factor)
     way = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
     image = shown.image.copy() if factor == 1 else shown.image.resize(size, way)
     draw = ImageDraw.Draw(image)
     for corners in shown.boxes:
-        draw.rectangle(_frame(corners, factor), outline=RED, width=FRAME)
+        draw.rectangle(_frame(corners, factor, FRAME + HALO), outline=PAPER, width=HALO)
+        draw.rectangle(_frame(corners, factor, FRAME), outline=RED, width=FRAME)
     return image
 
 
-def _frame(corners: Corners, factor: float) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the frame around a box, the last two inclusive; the box itself
-    stays free."""
+def _frame(corners: Corners, factor: float, width: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a frame of this width around a box, the last two inclusive;
+    the box itself stays free."""
     x0, y0, x1, y1 = (round(corner * factor) for corner in corners)
-    return x0 - FRAME, y0 - FRAME, max(x1, x0 + 1) + FRAME - 1, max(y1, y0 + 1) + FRAME - 1
+    return x0 - width, y0 - width, max(x1, x0 + 1) + width - 1, max(y1, y0 + 1) + width - 1
