@@ -18,7 +18,7 @@ COMMANDS = {
     "gap": "Measure accuracy on the crop and on the full image.",
     "sample": "Show what a model answers on the full image and on the crop.",
     "export": "Write a trained model or adapter for other programs.",
-    "data": "Look at data before training: check, convert, show.",
+    "data": "Look at data before training: check, convert, show; locate evidence.",
     "plan": "Say what memory and time a run will take, before any weights are there.",
     "backends": "Show which backends are installed, and check them on this device.",
 }

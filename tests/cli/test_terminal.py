@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 import opd_cli
+import opd_cli.data
 from opd.measure import gap
 from opd.run import recipe as recipes
 from opd.run.folder import RunFolder
@@ -445,8 +446,10 @@ def test_closed_streams_and_a_reader_that_goes(tmp_path):
 
 def test_help_is_plain():
     """So that click's own writing needs no escapes."""
-    for name in ("", *opd_cli.COMMANDS):
-        said = CliRunner().invoke(main, [*([name] if name else []), "--help"]).stdout
+    commands = [[], *([name] for name in opd_cli.COMMANDS)]
+    commands += [["data", name] for name in opd_cli.data.COMMANDS]
+    for command in commands:
+        said = CliRunner().invoke(main, [*command, "--help"]).stdout
         assert said.isascii()
         assert said
     assert issubclass(click.NoSuchOption, click.UsageError)
