@@ -277,6 +277,17 @@ def test_columns_with_usual_names_are_taken_and_told(folder):
     assert "did you mean 'image'" in refused(write(folder / "rows.jsonl", rows))
 
 
+def test_two_columns_that_fit_one_field_are_told(folder):
+    row = {**ROWS[1], "label": "red", "target": "blue"}
+    del row["answer"], row["choices"]
+    path = write(folder / "rows.csv", [row])
+    data = read_dataset(path)
+    assert data[0].answer is None
+    said = "'label' or 'target' may be the field answer; say which: --set data.columns.answer="
+    assert f"{said}COLUMN" in data.notes
+    assert read_dataset(path, reading=Reading(columns={"answer": "target"}))[0].answer == "blue"
+
+
 def test_columns_that_a_person_names(folder):
     rows = [{"pic": {"path": "a.png"}, "text": "no", "q": {"en": "What?"}, "where": [[1, 2, 9, 9]]}]
     columns = {"image": "pic.path", "question": "q.en", "boxes": "where"}
