@@ -187,12 +187,12 @@ class Step:
         work, rng = planned.work, np.random.default_rng(0)
         encoder = PromptEncoder(recipe.model.folder(weights=False), **recipe.model.pixels())
         # The question fills the number of text tokens that the plan assumes.
-        question = "x" * (planned.sizes.text - len(encoder.encode([], "")))
+        question = "x" * (planned.work.student.text - len(encoder.encode([], "")))
         self.backend = registry.load(backend_name, recipe.model.options())
 
         def group() -> Group:
             prompts = []
-            for size, policy in ((planned.sizes.image, "student"), (planned.sizes.crop, "teacher")):
+            for size, policy in ((work.student.size, "student"), (work.teacher.size, "teacher")):
                 image = Image.fromarray(rng.integers(0, 255, (*size[::-1], 3)).astype(np.uint8))
                 prompts.append(encoder.encode([image], question, policy))
             assert [len(prompt) for prompt in prompts] == [work.student.tokens, work.teacher.tokens]

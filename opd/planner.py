@@ -76,18 +76,15 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine's device: `memory` bytes, of which a run may take the share `usable`.
-
-    `product(rows, side, dtype)` returns a function that multiplies [rows, side] by [side, side] and
-    waits for the result. `resident`: the backend's `peak_memory` counts all bytes of the process.
-    """
+    """This machine's device: `memory` bytes, of which a run may take the share `usable`."""
 
     name: str
     memory: float
     usable: float
     gpu: bool
     product: Callable[[int, int, str], Callable[[], object]]
-    resident: bool = False
+    """(rows, side, dtype) -> a function that multiplies [rows, side] by [side, side] and waits."""
+    resident: bool = False  # whether the backend's `peak_memory` counts all bytes of the process
 
 
 class Planner(Protocol):
@@ -97,8 +94,7 @@ class Planner(Protocol):
         """Shapes of all parameters of a model without adapters. Raises ModelError."""
 
     def footprint(self, options: ModelOptions, config: Config, here: bool) -> Footprint:
-        """The estimate for this machine if `here`, else for a GPU of the kind that the backend runs
-        on."""
+        """The estimate for this machine if `here`, else for a GPU of the backend's kind."""
 
     def machine(self) -> Machine:
         """This machine's device. Raises BackendError if the backend has no device here."""

@@ -151,11 +151,11 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
         "dtype": first.options.dtype,
         "notes": list(first.notes),
         "assumed": {
-            "image": list(first.sizes.image),
-            "crop": list(first.sizes.crop),
+            "image": list(work.student.size),
+            "crop": list(work.teacher.size),
             "prompt_tokens": work.student.tokens,
             "crop_prompt_tokens": work.teacher.tokens,
-            "text_tokens": first.sizes.text,
+            "text_tokens": work.student.text,
             "completion_tokens": work.tokens,
             "prompts": work.prompts,
             "completions": work.completions,
@@ -171,7 +171,7 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
             "rough": list(ROUGH),
             "peak": memory.peak,
             "usable": int(first.usable),
-            "kept_features_bound": first.features if KEPT_FEATURES in memory.held else 0,
+            "kept_features_bound": first.step.features if KEPT_FEATURES in memory.held else 0,
         },
         "microbatch": {
             "groups": work.together,
@@ -183,7 +183,7 @@ def report(plans: Sequence[Plan], model: str, measured: Measured | None = None) 
         "sampling": {"groups": work.sampled, "largest": first.largest_sample},
         "smaller": {} if first.largest and first.largest_sample else first.smaller(),
         "stages": {
-            name: {**asdict(stage), "seconds": seconds[name]}
+            name: {**stage._asdict(), "seconds": seconds[name]}
             for name, stage in first.stages.items()
         },
         "seconds": sum(seconds.values()),

@@ -20,10 +20,6 @@ from opd.plan.work import Stage
 from opd.planner import Machine, Planner
 
 HERE = "this machine"
-
-MATMUL_SHARE, BANDWIDTH_SHARE = 0.4, 0.7
-"""Shares of the published peaks that matrix products (0.3 to 0.5 is usual) and reads reach."""
-
 HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE = 0.7, 0.3
 """Shares of the peaks measured here (`benchmarks.plan_against_step`): a processor multiplies the
 few rows of a token step well below the speed at which it copies."""
@@ -37,7 +33,8 @@ rows of a matrix that it only reads."""
 class Device:
     """`matmul`: dense FLOP/s by type of numbers. `bandwidth`: bytes a second. `memory`: bytes, of
     which a run may take the share `usable`. `memories`: sizes that the device is sold with.
-    `backend`: the backend that runs on the device. `source` of the figures."""
+    `backend`: the backend that runs on the device. `source` of the figures. Shares of the peaks
+    that products (0.3 to 0.5 is usual) and reads reach."""
 
     name: str
     matmul: dict[str, float]
@@ -46,8 +43,8 @@ class Device:
     usable: float
     backend: str
     source: str
-    matmul_share: float = MATMUL_SHARE
-    bandwidth_share: float = BANDWIDTH_SHARE
+    matmul_share: float = 0.4
+    bandwidth_share: float = 0.7
     memories: tuple[float, ...] = ()
 
     def seconds(self, stage: Stage, dtype: str) -> float:
@@ -57,18 +54,16 @@ class Device:
         return max(products, stage.moved / bandwidth) + stage.passed / bandwidth
 
 
-def _published() -> dict[str, Device]:
-    devices, text = {}, (files("opd.plan") / "devices.csv").read_text(encoding="utf-8")
-    for row in csv.DictReader(text.splitlines()):
-        matmul = {name: 1e12 * float(row[name]) for name in ("float32", "bfloat16")}
-        sizes = tuple(1e9 * float(size) for size in row["memories"].split())
-        rates = matmul, 1e9 * float(row["bandwidth"]), sizes[-1], float(row["usable"])
-        about = row["backend"], row["source"]
-        devices[row["name"]] = Device(row["name"], *rates, *about, memories=sizes)
-    return devices
+def _published(row: dict[str, str]) -> Device:
+    """The device of a row of devices.csv."""
+    matmul = {dtype: 1e12 * float(row[dtype]) for dtype in ("float32", "bfloat16")}
+    sizes = tuple(1e9 * float(size) for size in row["memories"].split())
+    rates = matmul, 1e9 * float(row["bandwidth"]), sizes[-1], float(row["usable"])
+    return Device(row["name"], *rates, row["backend"], row["source"], memories=sizes)
 
 
-DEVICES = _published()
+with (files("opd.plan") / "devices.csv").open(encoding="utf-8") as _table:
+    DEVICES = {row["name"]: _published(row) for row in csv.DictReader(_table)}
 
 
 def device(name: str, planner: Callable[[], Planner], memory: float | None = None) -> Device:
@@ -97,27 +92,23 @@ def this_machine(here: Machine) -> Device:
     named = [one for one in DEVICES if one.casefold() in name and "laptop" not in name]
     if named:
         known = DEVICES[max(named, key=len)]
-        known = replace(known, name=HERE, memory=memory, usable=here.usable, memories=())
-        return replace(known, source=f"{here.name}; {known.source}")
+        source = f"{here.name}; {known.source}"
+        known = replace(known, name=HERE, source=source, memory=memory)
+        return replace(known, usable=here.usable, memories=())
 
     def rate(rows: int, side: int, dtype: str) -> float:
-        return 2.0 * rows * side**2 * _per_second(here.product(rows, side, dtype), here.gpu)
+        """FLOP/s at the fastest of REPEATS calls, after one to warm up. On a processor a call may
+        take less processor time than time, if the machine is busy."""
+        run = here.product(rows, side, dtype)
+        clocks = (time.perf_counter,) if here.gpu else (time.perf_counter, time.process_time)
+        run()
+        fastest = min(min(timeit.repeat(run, "", clock, REPEATS, 1)) for clock in clocks)
+        return 2.0 * rows * side**2 / fastest
 
-    side = GPU_SIDE if here.gpu else SIDE
-    types = ("float32", "bfloat16") if here.gpu else ("float32",)
-    matmul = {dtype: rate(side, side, dtype) for dtype in types}
+    side, dtypes = (GPU_SIDE, ("float32", "bfloat16")) if here.gpu else (SIDE, ("float32",))
+    matmul = {dtype: rate(side, side, dtype) for dtype in dtypes}
     # One row reads a matrix larger than any cache, as a token step reads weights.
     rates = {"bfloat16": matmul["float32"], **matmul}, 2.0 * rate(1, WIDE, "float32")
-    source = f"{here.name}, measured in {' and '.join(types)}"
+    source = f"{here.name}, measured in {' and '.join(dtypes)}"
     shares = HERE_MATMUL_SHARE, HERE_BANDWIDTH_SHARE
     return Device(HERE, *rates, memory, here.usable, "auto", source, *shares)
-
-
-def _per_second(run: Callable[[], object], gpu: bool) -> float:
-    """Calls a second, at the fastest of REPEATS, after one call to warm up.
-
-    On a processor a call may take less processor time than time, if the machine is busy.
-    """
-    clocks = (time.perf_counter,) if gpu else (time.perf_counter, time.process_time)
-    run()
-    return 1.0 / min(min(timeit.repeat(run, "", clock, REPEATS, 1)) for clock in clocks)

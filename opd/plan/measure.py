@@ -17,18 +17,16 @@ from opd.memory import forget_peak_resident, peak_resident, return_freed_memory
 from opd.method.rollout import Pair
 from opd.method.step import Batch, Method, train_step
 from opd.models.random_weights import write_random_model
-from opd.plan import Pixels, Plan
+from opd.plan import Plan
 from opd.plan.memory import KEPT_FEATURES
-from opd.plan.work import Work
+from opd.plan.work import View, Work
 from opd.prompts.encoder import PromptEncoder
 from opd.types import Policy, Prompt
 
+SCORES = ("teacher forward", "student forward", "student backward", "recomputation")
 PARTS = {
     "rollout": ("rollout prefill", "rollout decode"),
-    "accumulate": (
-        *("teacher forward", "student forward", "student backward", "recomputation"),
-        "head and divergence",
-    ),
+    "accumulate": (*SCORES, "head and divergence"),
     "apply": ("optimizer", "teacher's average"),
 }
 """Stages of a plan, by the part of a step whose seconds `train_step` measures."""
@@ -50,7 +48,7 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
 
     Raises RecipeError if the planned step is larger than this machine's memory.
     """
-    work, sizes, recipe, planned = plan.work, plan.sizes, plan.recipe, plan.memory
+    work, recipe, planned = plan.work, plan.recipe, plan.memory
     if planned.peak > plan.usable:
         most = f"{planned.peak / 1e9:.1f} GB are planned and {plan.usable / 1e9:.1f} GB usable"
         advice = "make the step smaller as the plan without --measure says"
@@ -68,26 +66,25 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Measu
 
     # The question fills the tokens that a prompt has beside its image's.
     bare, one = (len(encoder.encode([], text)) for text in ("", " a" * 100))
-    question = " a" * max(0, (sizes.text - bare) * 100 // max(1, one - bare))
-
+    question = " a" * max(0, (work.student.text - bare) * 100 // max(1, one - bare))
     rng = np.random.default_rng(0)
 
-    def prompt(size: Pixels, policy: Policy) -> Prompt:
-        pixels = rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
+    def prompt(view: View, policy: Policy) -> Prompt:
+        pixels = rng.integers(0, 255, (*view.size[::-1], 3), np.uint8)
         return encoder.encode([Image.fromarray(pixels)], question, policy)
 
     # A second micro-batch adds its gradient to the first one's.
     prompts = min(work.prompts, max(work.sampled, 2 * work.together))
-    pairs = [
-        Pair(number, "", 1.0, prompt(sizes.image, "student"), prompt(sizes.crop, "teacher"))
+    pairs = tuple(
+        Pair(number, "", 1.0, prompt(work.student, "student"), prompt(work.teacher, "teacher"))
         for number in range(prompts)
-    ]
+    )
     # No token ends a completion, so all have full length.
     rest = recipe.objective, recipe.teacher, recipe.optimizer, 0, 2, (), encoder.banned
     for step, tokens in ((1, min(8, work.tokens)), (2, work.tokens)):
         say("measuring" if step > 1 else "warming up")
         method = Method(recipe.rollout.model_copy(update={"max_tokens": tokens}), *rest)
-        metrics = train_step(step, Batch(tuple(pairs)), method, backend).metrics
+        metrics = train_step(step, Batch(pairs), method, backend).metrics
     times = repeats(work, prompts)
     features = prompts * (work.student.visual + work.teacher.visual) * plan.shape.feature
     kept = planned.held.get(KEPT_FEATURES, 0)

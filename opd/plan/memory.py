@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from opd.memory import CHUNK_BYTES
 from opd.models.adapters import chosen_layers, part_of_model
-from opd.models.shape import Shape
-from opd.plan.work import Work
-from opd.planner import Footprint, Rows
-from opd.types import ModelOptions
+from opd.plan.work import Step
+from opd.planner import Rows
 
 KEPT_FEATURES = "kept image features"
 """A part that grows from step to step up to a bound, if the vision tower is frozen."""
@@ -23,21 +21,13 @@ KEPT_FEATURES = "kept image features"
 ROUGH = ("activations", "one layer", "head chunks", "sampled logits")
 """Parts that the backend estimates."""
 
-FOUR_BITS = 4.5 / 8
-"""Bytes of a 4-bit weight, with its share of a scale and an offset for every 64 weights."""
-
-BUFFER_TOKENS, LOGIT_BYTES = 64, 20
-"""Tokens of the first buffer of a completion's keys, which doubles when it is full; bytes of a
-logit that is sampled from."""
-
-PASSING = 0.45
-"""The share of a layer's activations that come and go in a forward without a backward."""
-
-Peak: TypeAlias = tuple[float, dict[str, float]]
-"""The most bytes that a phase needs above those held from step to step, and its parts."""
+FOUR_BITS = 4.5 / 8  # bytes of a weight, with its share of a scale and an offset for every 64
+BUFFER_TOKENS = 64  # of the first buffer of a completion's keys, which doubles when it is full
+LOGIT_BYTES = 20  # of a logit that is sampled from
+PASSING = 0.45  # the share of a layer's activations in a forward without a backward
 
 
-@dataclass(frozen=True)
+@dataclass
 class Memory:
     """Parts `held` from step to step; `parts` that come and go; the peaks of all `phases`; bytes of
     a checkpoint on `disk`. `checkpointed`: whether the backward recomputes layers."""
@@ -48,35 +38,28 @@ class Memory:
     checkpointed: bool
     disk: int
 
-    @property
-    def peak(self) -> int:
-        """The largest of all phases."""
-        return max(self.phases.values())
+    def __post_init__(self) -> None:
+        self.peak = max(self.phases.values())
 
 
-def memory(
-    shape: Shape,
-    options: ModelOptions,
-    work: Work,
-    rough: Footprint,
-    most_features: float,
-    recompute: bool | None = None,
-) -> Memory:
-    """Memory of a step. `most_features`: the most bytes of a frozen tower's features that are kept.
-    `recompute` None leaves the choice to the backend's rule.
+def memory(step: Step, recompute: bool | None = None) -> Memory:
+    """Memory of a step. `recompute` None leaves the choice to the backend's rule.
 
     On a GPU backends keep the activations that fit in free memory, so the peak is the least that
     they need.
     """
+    shape, options, work, rough = step.shape, step.options, step.work, step.rough
     if recompute is None:
         activations = int(rough.margin * shape.held(work.trained(), rough.layer))
         recompute = activations > options.checkpoint_above
-    trained, full = sum(shape.trained(options).values()), options.adapters is None
-    gradient, casts = 4 * trained, rough.cast * trained
+    gradient, casts, table = 4 * step.trained, rough.cast * step.trained, prod(shape.table)
+    parts = {"gradient": gradient, "weights in bfloat16": casts}
+
+    # From step to step.
     packed = shape.products * options.four_bit
-    plain = sum(shape.parameters.values()) - packed - trained * full
+    plain = sum(shape.parameters.values()) - packed - step.trained * step.full
     visual = max(work.prompts, work.rows) * (work.student.visual + work.teacher.visual)
-    features = int(min(most_features, visual * shape.feature))
+    features = int(min(step.features, visual * shape.feature))
     held = {
         "frozen weights": int(plain * rough.frozen + packed * FOUR_BITS),
         "trained weights": gradient,
@@ -84,62 +67,34 @@ def memory(
         "optimizer moments": 2 * gradient,
         KEPT_FEATURES: 0 if options.tunes_features else features,
     }
-    sampled, sampling = _rollout(shape, options, work, rough)
-    differentiated, training = _accumulate(shape, options, work, rough, recompute)
-    # New weights and moments of parameters that are updated together: at least of the largest one.
-    largest = 4 * max(map(prod, shape.shapes.values()))
-    updated = 3 * max(rough.together, largest) if rough.together else 0
-    parts = {"gradient": gradient, "weights in bfloat16": casts, **training, **sampling}
-    before = sum(held.values())
-    phases = {
-        "rollout": before + casts + int(sampled),
-        "accumulate": before + int(differentiated),
-        "apply": before + gradient + min(gradient, updated),
-    }
-    return Memory(
-        {name: size for name, size in held.items() if size},
-        {name: int(size) for name, size in parts.items() if size},
-        phases,
-        recompute,
-        disk=4 * gradient,
-    )
 
-
-def _rollout(shape: Shape, options: ModelOptions, work: Work, rough: Footprint) -> Peak:
-    """Sampling: one layer's forward over the prompts, or token steps over keys and values."""
-    *prompts, completions = work.lengths(work.sampled, work.student, work.completions)
-    image, prompt = (_pass(shape, options, rough, rows) for rows in prompts)
+    # The rollout: one layer's forward over the prompts, or token steps over keys and values.
+    *both, completions = work.lengths(work.sampled, work.student, work.completions)
+    image, prompt = (_pass(step, rows) for rows in both)
     cache = work.sampled * shape.cache(work.student.before, options.item)
     prefill = float(cache)
     # In float32 backends hold a forward for the gradient whose backward recomputes no layer.
-    held = rough.margin * shape.held(prompts, rough.layer)
-    if options.item == 4 and held <= options.checkpoint_above:
+    kept = rough.margin * shape.held(both, rough.layer)
+    if options.item == 4 and kept <= options.checkpoint_above:
         prefill = max(cache, image.held * options.tunes_features + prompt.held)
     doublings = max(0, -(-work.tokens // BUFFER_TOKENS) - 1).bit_length()
     buffers = completions.count * shape.cache(BUFFER_TOKENS << doublings, options.item)
-    logits = LOGIT_BYTES * completions.count * shape.table[0] + rough.head_copy * prod(shape.table)
-    peak = prefill + max(image.forward, prompt.forward, buffers + logits)
-    return peak, {"key-value cache": cache + buffers, "sampled logits": logits}
+    logits = LOGIT_BYTES * completions.count * shape.table[0] + rough.head_copy * table
+    sampled = prefill + max(image.forward, prompt.forward, buffers + logits)
 
-
-def _accumulate(
-    shape: Shape, options: ModelOptions, work: Work, rough: Footprint, recompute: bool
-) -> Peak:
-    """The gradient of a micro-batch: the teacher's forward; the student's forward and the head;
-    then the backward of completions, prompts and images, each of which frees what it held."""
-    full, table = options.adapters is None, prod(shape.table)
-    trained = sum(shape.trained(options).values())
-    gradient, casts = 4 * trained, rough.cast * trained
+    # The gradient of a micro-batch: first the teacher's forward.
     earlier = gradient * (work.calls > 1)  # of the micro-batches before this one
     taught = work.lengths(work.together, work.teacher, 1)[:2]
-    teacher = max(_pass(shape, options, rough, one).forward for one in taught)
+    teacher = max(_pass(step, rows).forward for rows in taught)
     teacher += casts + work.together * shape.cache(work.teacher.before, options.item)
 
-    rows = work.trained()
-    image, prompt, completion = (_pass(shape, options, rough, one, recompute) for one in rows)
+    # Then the student's forward and the head; then the backward of completions, prompts and images,
+    # each of which frees what it held.
+    trained = work.trained()
+    image, prompt, completion = (_pass(step, rows, recompute) for rows in trained)
     images, layer = (size * options.tunes_features for size in (image.held, image.layer))
-    chunk = min(CHUNK_BYTES, 4 * shape.table[0] * rows[2].total)
-    head = max(rough.head * chunk, (2 * chunk + 4 * table) * full) + rough.head_copy * table
+    chunk = min(CHUNK_BYTES, 4 * shape.table[0] * trained[2].total)
+    head = max(rough.head * chunk, (2 * chunk + 4 * table) * step.full) + rough.head_copy * table
     sums = min(gradient // len(shape.text), rough.together)
     # Gradients of prompts' keys and values add up while completions run if they are computed
     # together.
@@ -151,11 +106,25 @@ def _accumulate(
         earlier + completion.held + max(head, completion.layer + sums),
         gradient + late + sums + max(completion.layer, prompt.layer),
     )
-    return max(earlier + teacher, student), {
-        "activations": images + prompt.held + completion.held,
-        "one layer": max(layer, prompt.layer, completion.layer),
-        "head chunks": head,
+
+    # New weights and moments of parameters that are updated together: at least of the largest one.
+    largest = 4 * max(map(prod, shape.shapes.values()))
+    updated = 3 * max(rough.together, largest) if rough.together else 0
+    before = sum(held.values())
+    phases = {
+        "rollout": before + casts + int(sampled),
+        "accumulate": before + int(max(earlier + teacher, student)),
+        "apply": before + gradient + min(gradient, updated),
     }
+    parts |= {
+        "activations": int(images + prompt.held + completion.held),
+        "one layer": int(max(layer, prompt.layer, completion.layer)),
+        "head chunks": int(head),
+        "key-value cache": int(cache + buffers),
+        "sampled logits": int(logits),
+    }
+    held, parts = ({name: size for name, size in some.items() if size} for some in (held, parts))
+    return Memory(held, parts, phases, recompute, disk=4 * gradient)
 
 
 class _Pass(NamedTuple):
@@ -167,13 +136,12 @@ class _Pass(NamedTuple):
     forward: float
 
 
-def _pass(
-    shape: Shape, options: ModelOptions, rough: Footprint, rows: Rows, recompute: bool = False
-) -> _Pass:
+def _pass(step: Step, rows: Rows, recompute: bool = False) -> _Pass:
     """Rows run through their layers. With `recompute` the inputs of each layer are held, and one
     layer whole."""
-    item, layers = options.item, shape.layers(rows)
-    each = [rough.layer(layer, rows) for layer in layers]
+    shape, options, item = step.shape, step.options, step.options.item
+    layers = shape.layers(rows)
+    each = [step.rough.layer(layer, rows) for layer in layers]
     forward = PASSING * max(held for held, _ in each)
     if rows.kind == "prompts" and not layers[-1].state:
         # The last layer computes only keys and values of a prompt, for its completions.
@@ -181,7 +149,7 @@ def _pass(
     widest = max(held * recompute + passes for held, passes in each)
     total = sum(held for held, _ in each)
     if recompute:
-        total = 1.0 * rough.stream * rows.total * sum(layer.width for layer in layers)
+        total = 1.0 * step.rough.stream * rows.total * sum(layer.width for layer in layers)
         total += rows.count * shape.cache(rows.length, item) * (rows.kind == "prompts")
     elif options.adapters and rows.kind != "patches":
         names = chosen_layers(options.adapters, shape.linears)

@@ -18,7 +18,7 @@ from opd.models.shape import Shape
 from opd.objective import Objective
 from opd.plan import read_config, view
 from opd.plan.memory import KEPT_FEATURES, memory
-from opd.plan.work import View, Work
+from opd.plan.work import Step, View, Work
 from opd.prompts.encoder import PromptEncoder
 from opd.types import AdapterOptions, Completion, Group, ModelOptions, Sampling, Update
 from tests.plan.test_plan import PUBLISHED, SOURCE
@@ -158,7 +158,10 @@ class Measured:
         return encoder
 
     def plan(self, checkpointed):
-        return memory(self.shape, self.options, self.work, self.rough, 2**30, checkpointed)
+        return memory(self.step(self.options), checkpointed)
+
+    def step(self, options):
+        return Step(self.shape, options, self.work, self.rough, 2**30)
 
     def peak(self, run):
         """Largest number of bytes allocated in a call above those before it."""
@@ -414,9 +417,7 @@ def test_layers_are_computed_again_where_the_backend_does(backend_name, middle, 
     assert int(measured.rough.margin * held) == found
     for bound in (found, found - 1):
         options = replace(measured.options, checkpoint_above=bound)
-        assert memory(
-            measured.shape, options, measured.work, measured.rough, 2**30
-        ).checkpointed == (found > bound)
+        assert memory(measured.step(options)).checkpointed == (found > bound)
 
 
 TAKEN = {

@@ -19,7 +19,7 @@ from opd.models.shape import PARTS, Shape
 from opd.plan import Assumed, devices, everywhere, plan, read_config, view
 from opd.plan.measure import PARTS as MEASURED
 from opd.plan.measure import measure, repeats
-from opd.plan.work import View, Work, stages
+from opd.plan.work import Step, View, Work, stages
 from opd.planner import Machine
 from opd.prompts.encoder import PromptEncoder
 from opd.run.recipe import load
@@ -276,7 +276,7 @@ def test_adapters_have_the_parameters_that_backends_train(family, backend_name):
 def group_of(found, seen, n, length, recompute=False, options=FULL):
     """Operations of one group's stages, of which both policies see the same."""
     work = Work(1, n, length, seen, seen, 10**9, 10**9)
-    cost = stages(found, options, work, footprint(found), recompute, 0)
+    cost = stages(Step(found, options, work, footprint(found), 0), recompute)
     return {name: stage.operations for name, stage in cost.items()}
 
 
@@ -362,7 +362,7 @@ def test_cost_of_one_group(tokens, teacher, training):
     shared = Work(1, 8, tokens, *views, 10**6)
     apart = replace(shared, completions=1)
     one, eight = (
-        stages(found, options, work, footprint(found), True, 0) for work in (apart, shared)
+        stages(Step(found, options, work, footprint(found), 0), True) for work in (apart, shared)
     )
 
     def operations(found, *names):
@@ -804,5 +804,6 @@ def test_help_has_examples():
 
 def test_several_pictures_of_the_teacher_are_planned_as_one_of_their_pixels():
     found = plan(load("tiny", ["view.kind='several'"]), devices.DEVICES["H200"])
-    assert (found.sizes.image, found.sizes.crop) == ((128, 128), (128, 128 + 48 * 48 // 128))
+    seen = found.work.student.size, found.work.teacher.size
+    assert seen == ((128, 128), (128, 128 + 48 * 48 // 128))
     assert "the teacher's 2 pictures of a row are planned as one of as many pixels" in found.notes
