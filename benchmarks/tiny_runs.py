@@ -35,10 +35,12 @@ def compare(
     settings: Mapping[str, Sequence[str]],
     picture: Callable[[dict[str, Any], Path], None] | None = None,
     prepare: Prepare = lambda name, trainer: None,
+    before: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Runs every entry of `settings` (name, and options of `--set`) on some seeds, and writes
     results/NAME.json, where NAME is the last word of `module`, by which new processes import the
-    benchmark. `picture` draws the results into a file."""
+    benchmark. `picture` draws the results into a file. `before` is called with the name of each
+    entry that will run."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,6 +67,8 @@ def compare(
         for name in settings
         if arguments.only in (None, name) and str(seed) not in stored.get(name, {})
     ]
+    for name in dict(jobs):
+        before(name)
     with ThreadPoolExecutor(arguments.workers) as pool:
         for (name, seed), summary in zip(
             jobs,
