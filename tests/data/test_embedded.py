@@ -64,7 +64,7 @@ def sources(row: dict[str, Any], singular: str = "image") -> tuple[EncodedImage,
         {"bytes": f"data:image/png;base64,{TEXT}", "path": None},
         {"url": f"data:image/png;base64,{TEXT}", "detail": "high"},
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: f"{type(value).__name__} {value!s:.30}".split(" at 0x")[0],
 )
 def test_every_way_to_write_a_picture_gives_the_same(value: Any) -> None:
     (picture,) = sources({"image": value})
