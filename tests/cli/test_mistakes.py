@@ -129,7 +129,7 @@ def refused(here, *arguments):
             "recipe 'tiny': model: the teacher's min_pixels, 2000, is above its max_pixels, 1000",
         ),
         (["train", "--data", "nowhere.jsonl"], "data file not found: nowhere.jsonl"),
-        (["train", "--data", "full"], "full is a folder; name the data file in it"),
+        (["train", "--data", "full"], "full is a folder without data: it holds no file"),
         (["train", "--data", "file"], "file: the file is empty"),
         (["train", "--data", "street.png"], "the file is not UTF-8 text"),
         (["gap", "--set", "measure.path=nowhere.jsonl"], "data file not found: nowhere.jsonl"),

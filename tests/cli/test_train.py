@@ -363,7 +363,7 @@ def test_backends_are_checked_against_committed_numbers(backend_name):
     assert [
         check for check in result["backends"][backend_name]["checks"] if not check["passed"]
     ] == []
-    assert len(result["backends"][backend_name]["checks"]) == 17
+    assert len(result["backends"][backend_name]["checks"]) == 19
     assert "did you mean 'mlx'?" in opd("backends", "mlxx", code=2).stderr
 
 

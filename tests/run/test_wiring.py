@@ -19,8 +19,10 @@ import tomllib
 import zlib
 from collections import Counter
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations, count
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import save_file
 
+from opd.data.tables.json_lines import open_json
 from opd.objective import Objective
 from opd.prompts.processor import open_encoder
 from opd.run.recipe import Recipe
@@ -581,6 +584,131 @@ def _(opd, value):
     ours = {"What is" in text and "tile" not in text for text in texts}
     assert ours == {value != "tiny"}
     return ours
+
+
+def asked_of(run):
+    """The rows that a run was trained on."""
+    return sorted({number_of(group.student) for group in run.groups})
+
+
+@key("data.format", "", "vision-opd-paper")
+def _(opd, value):
+    data = opd.data([row(0), row(1)])  # for the pictures beside it
+    question = {
+        "problem": f"<image>{ask(0)} See the red frame.",
+        "extra_info": {"question": ask(1)},
+    }
+    pictures = {"images": ["image-0.png"], "original_images": ["image-1.png"]}
+    given = {**question, **pictures, "teacher_images": ["image-1.png"], "bbox": [16, 16, 80, 48]}
+    data.write_text(json.dumps(given))
+    run = opd.train({"data.format": value}, data=data)
+    if value:
+        assert same(run.groups[0].teacher, [image(1)], f"{ask(0)} See the red frame.")
+    else:
+        assert same(run.groups[0].teacher, [image(1).crop(HULL)], ask(1))
+    return asked_of(run)
+
+
+@key("data.box_format", "", "per-mille")
+def _(opd, value):
+    data = opd.data([row(0, boxes=[[10, 10, 60, 60]])])
+    run = opd.train({"data.box_format": value}, data=data)
+    place = (0, 0, 6, 4) if value else (10, 10, 60, 60)  # of 96 x 64, in whole pixels
+    assert same(run.groups[0].teacher, [image(0).crop(place)], ask(0))
+    return place
+
+
+@key("data.box_image", "", "stored")
+def _(opd, value):
+    """The picture is stored lying on its left side."""
+    data = opd.data([row(0, boxes=[[8, 8, 40, 24]])])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image(0).save(data.parent / "image-0.png", exif=exif)
+    run = opd.train({"data.box_image": value}, data=data)
+    place = (40, 8, 56, 40) if value else (8, 8, 40, 24)
+    upright = image(0).transpose(Image.Transpose.ROTATE_270)
+    assert same(run.groups[0].teacher, [upright.crop(place)], ask(0))
+    return place
+
+
+@key("data.images", "", "another folder")
+def _(opd, value):
+    data, other = opd.data([row(0)]), opd.data([row(0, image=image(1))])
+    run = opd.train({"data.images": str(other.parent) if value else ""}, data=data)
+    assert same(run.groups[0].student, [image(1 if value else 0)], ask(0))
+    return value
+
+
+@key("data.columns", {}, {"question": "asked"})
+def _(opd, value):
+    data = opd.data([row(0, asked=ask(1))])
+    named = {f"data.columns.{field}": column for field, column in value.items()}
+    return asked_of(opd.train(named, data=data))
+
+
+@key("data.question", "", ask(5))
+def _(opd, value):
+    asked = asked_of(
+        opd.train({"data.question": value}, data=opd.data([row(0), row(1, question=None)]))
+    )
+    assert asked == ([0, 5] if value else [0])
+    return asked
+
+
+@key("data.split", "", "test")
+def _(opd, value):
+    folder = opd.data([row(0)], "train.jsonl").parent
+    (folder / "test.jsonl").write_text(json.dumps(row(1, image="image-0.png")))
+    run = opd.train({"data.split": value}, data=folder, code=0 if value else 2)
+    assert value or "name one of them, or a split with data.split" in run.stderr
+    return asked_of(run) if value else run.code
+
+
+@key("data.revision", "", "v2")
+def _(opd, value):
+    """Nothing is downloaded: what would be is a file here."""
+    data, asked = opd.data([row(0)]), []
+
+    def fetched(path, split, revision, progress):
+        asked.append(revision)
+        return open_json(data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opd.data.tables.open_hub", fetched)
+        opd.train(
+            {"data.path": "org/name", "data.images": str(data.parent), "data.revision": value}
+        )
+    assert set(asked) == {value}
+    return asked
+
+
+@key("data.allow_download", False, True)
+def _(opd, value):
+    data = opd.data([row(0), row(1)])
+    folder = data.parent
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *given):
+            super().__init__(*given, directory=folder)
+
+        def log_message(self, *given):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/image-1.png"
+        data.write_text(
+            "\n".join(
+                json.dumps(row(n, image=each)) for n, each in enumerate(("image-0.png", address))
+            )
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            asked = asked_of(opd.train({"data.allow_download": value}, data=data))
+        server.shutdown()
+    assert asked == ([0, 1] if value else [0])
+    return asked
 
 
 @key("data.max_prompt_tokens", 8192, 60)
