@@ -9,8 +9,8 @@ from itertools import product
 
 import numpy as np
 
-from opd.types import Box, Example, ImageSource
-from opd.views.crop import check_evidence, crop_counts, crops, region
+from opd.types import Box, Example
+from opd.views.crop import OnBoxes, crop_counts, crops, region
 from opd.views.piece import Piece, Region, Size, whole
 from opd.views.view import View, ViewOptions
 
@@ -36,15 +36,9 @@ class Full(View):
         return [whole(size)]
 
 
-class WrongCrop(View):
+class WrongCrop(OnBoxes):
     """The control in which the teacher sees crops as large as the evidence crops, but elsewhere in
     the image."""
-
-    def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
-        """The example's images, even if the example has teacher images. Raises DataError if a box
-        is missing."""
-        check_evidence(example, options)
-        return example.images
 
     def counts(self, example: Example, options: ViewOptions) -> list[int]:
         """The number of crops of each image, as in `Crop`."""

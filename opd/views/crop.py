@@ -64,18 +64,22 @@ class Crop(View):
         return crops(example, number, size, options, max_pixels)
 
 
-class Context(View):
-    """Crops with context: the box is first grown about its centre to CONTEXT times its width and
-    height, then gets the margins of a crop, and is cut off at the image's border.
-
-    So the region always holds that of `Crop`. Teacher images of an example are not used. Source: a
-    picture beside the crop in the views of several pictures (`opd.views.several`).
-    """
+class OnBoxes(View):
+    """A view of boxes alone: teacher images of an example are not used."""
 
     def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
         """The example's images. Raises DataError if a box is missing."""
         check_evidence(example, options)
         return example.images
+
+
+class Context(OnBoxes):
+    """Crops with context: the box is first grown about its centre to CONTEXT times its width and
+    height, then gets the margins of a crop, and is cut off at the image's border.
+
+    So the region always holds that of `Crop`. Source: a picture beside the crop in the views of
+    several pictures (`opd.views.several`).
+    """
 
     def counts(self, example: Example, options: ViewOptions) -> list[int]:
         """The number of crops of each image, as in `Crop`."""

@@ -16,10 +16,10 @@ from PIL.Image import Image
 from PIL.ImageDraw import Draw
 
 from opd.errors import DataError
-from opd.types import Box, Example, ImageSource
-from opd.views.crop import check_evidence, region
+from opd.types import Box, Example
+from opd.views.crop import OnBoxes, region
 from opd.views.piece import Piece, Region, Size
-from opd.views.view import View, ViewOptions
+from opd.views.view import ViewOptions
 
 GROWTH = 0.05
 """Share of the box's width or height by which each side of the frame lies outside the box."""
@@ -30,14 +30,9 @@ LINE = 5
 RED = (255, 0, 0)
 
 
-class Marked(View):
+class Marked(OnBoxes):
     """The whole image with a red frame around each box. Teacher images of an example, and
     `view.boxes`, are not used."""
-
-    def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
-        """The example's images. Raises DataError if a box is missing."""
-        check_evidence(example, options)
-        return example.images
 
     def pieces(
         self,

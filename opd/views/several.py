@@ -6,25 +6,19 @@ in remote sensing; their lists are [full, crop] and [full, context, crop].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from opd.types import Example, ImageSource
-from opd.views.crop import check_evidence
+from opd.types import Example
+from opd.views.crop import OnBoxes
 from opd.views.piece import Piece, Size, whole
-from opd.views.view import View, ViewOptions, named
+from opd.views.view import ViewOptions, named
 
 
-class Several(View):
+class Several(OnBoxes):
     """The pictures that `view.pieces` names, one after the other in the place of their image.
 
     An image without a box stays one whole image. Teacher images of an example are not used.
     """
-
-    def sources(self, example: Example, options: ViewOptions) -> Sequence[ImageSource]:
-        """The example's images. Raises DataError if a box is missing."""
-        check_evidence(example, options)
-        return example.images
 
     def counts(self, example: Example, options: ViewOptions) -> list[int]:
         """The number of pictures in the place of each image."""
