@@ -104,7 +104,7 @@ def start(path: Path) -> dict[str, Any]:
         Alone(),
         opened.encoder,
         opened.examples,
-        Skipped(progress),  # type: ignore
+        Skipped(progress),
     )
     batch = batches.encode(1)
     first = since_start()

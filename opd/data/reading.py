@@ -72,7 +72,10 @@ class Reading(Options):
     )
     question: str = Field("", description="The question of rows that have none.")
     split: str = Field(
-        "", description="The split of a Hugging Face data set, or of a folder; empty: train."
+        "",
+        description=(
+            "The split of a Hugging Face data set (empty: train), or of a folder with several."
+        ),
     )
     revision: str = Field("", description="The revision of a Hugging Face data set; empty: main.")
     allow_download: bool = Field(

@@ -354,3 +354,11 @@ def test_our_own_rows_may_have_columns_of_others(folder: Path) -> None:
     (found,) = read(folder, {**own, "bboxs": [[9, 9, 20, 20]], "problem": "x", "bbox": [1]})
     assert found.boxes == (Box(1, 2, 30, 40),)
     assert read(folder, {**own, "remarks": ["x"], "fault": "y"})[0].boxes == found.boxes
+
+
+def test_boxes_that_conversations_lack_are_missing_and_not_the_conversations(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    (example,) = read(folder, {"image": "full.png", "conversations": turns})
+    assert example.answer == "red"
+    with pytest.raises(DataError, match=r"field 'boxes' is missing: .*opd data locate finds boxes"):
+        open_data(str(folder / "data.jsonl"))

@@ -117,7 +117,8 @@ def read_row(
         raise missing(
             row,
             "boxes",
-            "the evidence as [[left, top, right, bottom], ...], or teacher_image: a path",
+            "the evidence as [[left, top, right, bottom], ...], or teacher_image: a path;"
+            " opd data locate finds boxes, and view.kind=degrade needs none",
             FIELDS,
         )
     teacher_question = text(row, "teacher_question")
@@ -152,8 +153,9 @@ def read_row(
 
 
 def with_names(message: str, names: Mapping[str, str]) -> str:
-    """A message about one of our fields, as one about the field that a file has instead."""
-    begin = re.match(r"field '(\w+)'", message)
+    """A message about one of our fields, as one about the field that a file has instead. Boxes that
+    are missing stand nowhere in the file: in conversations, its field is there, and holds none."""
+    begin = re.match(r"field '(?!boxes' is missing)(\w+)'", message)
     theirs = (names.get(begin[1]) or names.get(f"{begin[1]}s")) if begin else None
     return f"field '{theirs}'{message[begin.end() :]}" if begin and theirs else message
 
