@@ -252,7 +252,7 @@ def test_a_format_of_others_is_named(folder: Path, row: dict[str, Any], name: st
         ({"messages": MESSAGES}, "field 'image' is missing"),
         (
             {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "x"}]},
-            "field 'conversations' is missing: the evidence",
+            "field 'boxes' is missing: the evidence",
         ),
         ({"prompt": MESSAGES, "images": ["a.png"]}, "field 'boxes' is missing"),
         ({"image": "a.png", "query": "?", "response": "x"}, "field 'boxes' is missing"),

@@ -153,11 +153,15 @@ def read_row(
 
 
 def with_names(message: str, names: Mapping[str, str]) -> str:
-    """A message about one of our fields, as one about the field that a file has instead. Boxes that
-    are missing stand nowhere in the file: in conversations, its field is there, and holds none."""
-    begin = re.match(r"field '(?!boxes' is missing)(\w+)'", message)
+    """A message about one of our fields, as one about the field that a file has instead. A field
+    that holds several of ours, as conversations do, is not missing where it lacks one of them."""
+    begin = re.match(r"field '(\w+)'", message)
     theirs = (names.get(begin[1]) or names.get(f"{begin[1]}s")) if begin else None
-    return f"field '{theirs}'{message[begin.end() :]}" if begin and theirs else message
+    if not begin or not theirs:
+        return message
+    rest = message[begin.end() :]
+    shared = [*names.values()].count(theirs) > 1
+    return message if shared and rest.startswith(" is missing") else f"field '{theirs}'{rest}"
 
 
 def _sizes(
