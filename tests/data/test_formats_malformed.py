@@ -112,7 +112,7 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("trl", {"image": {"bytes": None, "path": None}}, "field 'image': "),
     ("trl-messages", {"images": [{}]}, "field 'images': "),
     ("openai", {"messages": turns([{"type": "image_url", "image_url": {}}])}, "field 'messages': "),
-    ("openai", {"messages": turns("no picture")}, "field 'messages' is missing"),
+    ("openai", {"messages": turns("no picture")}, "field 'image' is missing"),
     ("llava", {"conversations": {}}, "field 'conversations': "),
     ("llava", {"conversations": llava("")}, "field 'conversations': \"\" is not a text"),
     ("llava", {"image": None}, "field 'image' is missing"),
